@@ -1,0 +1,192 @@
+"""Every choice of a model in one dataclass, checked where it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_COUNTS = (
+    "n_classes",
+    "n_intra_centers",
+    "feature_levels",
+    "coupling_layers",
+    "img_size",
+    "msk_size",
+    "meta_epochs",
+    "sub_epochs",
+    "batch_size",
+)
+
+
+@dataclass
+class HGADConfig:
+    """Settings of an `HGADModel`. Names and defaults are the official ones where the official code has one.
+
+    NumPy's numbers are taken as Python's, and any sequence as a tuple.
+
+    Raises:
+        ValueError: a field has a value that cannot work; the message names the field, the value and what is allowed.
+    """
+
+    n_classes: int = 15
+    class_names: tuple[str, ...] | None = None  # None: "class 0", "class 1", ...
+    n_intra_centers: int = 10  # M, Gaussian centres of each class
+    backbone_arch: str | None = "tf_efficientnet_b6"  # a timm model; None: features come from the user
+    backbone_weights: str | None = "pretrained"  # "pretrained" (timm's hub), path of a state dict, or None: random
+    feature_levels: int = 3  # S, each with a flow and a mixture of its own
+    feature_dims: tuple[int, ...] | None = None  # channels of each level; from the backbone where there is one
+    feature_mode: str = "image_pyramid"  # or "stages": several stages (out_indices) of one pass
+    out_indices: tuple[int, ...] = (3,)
+    flow_arch: str = "conditional_flow_model"  # or "flow_model": without positions
+    coupling_layers: int = 12  # L
+    clamp_alpha: float = 1.9
+    pos_embed_dim: int = 256  # P
+    lambda1: float = 1.0  # weight of the inter-class likelihood (paper, equation 10)
+    lambda2: float = 100.0  # weight of the mutual information
+    label_smoothing: float = 0.02
+    img_size: int = 1024  # short side of the picture that the backbone sees, pixels
+    msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
+    center_crop: bool = False  # True: the official protocol, which does not see the picture's ends
+    lr: float = 2e-4
+    meta_epochs: int = 25
+    sub_epochs: int = 8
+    batch_size: int = 8
+    calibration_fraction: float = 0.1  # normal training images held out for thresholds; 0: none
+    seed: int = 0
+    precision: str = "fp32"  # fp32 | tf32 | bf16
+    memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _plain(getattr(self, field.name)))
+        for name in _COUNTS:
+            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
+        self._require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
+        self._require(
+            "pos_embed_dim",
+            _is_int(self.pos_embed_dim) and self.pos_embed_dim >= 4 and self.pos_embed_dim % 4 == 0,
+            "a positive multiple of 4 (sine and cosine, of column and row)",
+        )
+        for name in ("lambda1", "lambda2"):
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a finite number from 0")
+        for name in ("clamp_alpha", "lr"):
+            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number above 0")
+        self._require(
+            "label_smoothing",
+            _is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
+            "a number in [0, 1)",
+        )
+        self._require(
+            "calibration_fraction",
+            _is_number(self.calibration_fraction) and 0 <= self.calibration_fraction < 1,
+            "a number in [0, 1), where 0 trains on every image and leaves the scores without p-values",
+        )
+        for name in ("lambda1", "lambda2", "clamp_alpha", "lr", "label_smoothing", "calibration_fraction"):
+            setattr(self, name, float(getattr(self, name)))  # 1 and 1.0 are one setting, also in JSON
+        self._require_choice("feature_mode", "image_pyramid", "stages")
+        self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
+        self._require_choice("precision", "fp32", "tf32", "bf16")
+        self._require_choice("memory", "auto", "standard", "reversible")
+        self._require("center_crop", isinstance(self.center_crop, bool), "True or False")
+        for name in ("backbone_arch", "backbone_weights"):
+            value = getattr(self, name)
+            self._require(name, value is None or isinstance(value, str) and value != "", "a name, or None")
+        if self.class_names is not None:
+            self._require(
+                "class_names",
+                isinstance(self.class_names, tuple)
+                and all(isinstance(name, str) and name for name in self.class_names)
+                and len(self.class_names) == len(set(self.class_names)) == self.n_classes,
+                f"{self.n_classes} different names (n_classes), or None",
+            )
+        self._check_features()
+
+    def _check_features(self) -> None:
+        indices, dims = self.out_indices, self.feature_dims
+        self._require(
+            "out_indices",
+            isinstance(indices, tuple)
+            and bool(indices)
+            and all(_is_int(i) for i in indices)
+            and list(indices) == sorted(set(indices))
+            and (indices[0] >= 0 or indices[-1] < 0),
+            "a tuple of whole numbers in increasing order, all from 0 (the first stage) or all below 0 (-1: the last)",
+        )
+        if self.backbone_arch is not None and self.feature_mode == "image_pyramid":
+            self._require("out_indices", len(indices) == 1, "one stage, e.g. (3,), with feature_mode='image_pyramid'")
+        if self.backbone_arch is not None and self.feature_mode == "stages":
+            self._require("out_indices", len(indices) == self.feature_levels, "as many stages as feature_levels")
+        if self.backbone_arch is None:
+            self._require("feature_dims", dims is not None, "the channels of each level when backbone_arch is None")
+        if dims is not None:
+            self._require(
+                "feature_dims",
+                isinstance(dims, tuple)
+                and len(dims) == self.feature_levels
+                and all(_is_int(c) and c >= 2 for c in dims),
+                f"{self.feature_levels} whole numbers from 2 (one for each of feature_levels), or None",
+            )
+
+    def _require_choice(self, name: str, *allowed: str) -> None:
+        value = getattr(self, name)
+        self._require(name, isinstance(value, str) and value in allowed, " or ".join(map(repr, allowed)))
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"HGADConfig.{name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names, made up where none were given."""
+        return self.class_names or tuple(f"class {k}" for k in range(self.n_classes))
+
+    @property
+    def conditional(self) -> bool:
+        return self.flow_arch == "conditional_flow_model"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> HGADConfig:
+        return cls.from_fields(json.loads(text))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> HGADConfig:
+        """From names and values that a person or a file gives; an unknown name is a ValueError."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"HGADConfig has no field {name!r}; it has {', '.join(known)}")
+        return cls(**fields)
+
+    def replace(self, **changes: Any) -> HGADConfig:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that JSON gives back, where it has such a form."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple(map(_plain, value))
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    """A finite number; also a whole one that is too large for a float is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,0 +1,78 @@
+"""The hierarchical Gaussian mixture prior: centres and weights of every level, and the losses over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+
+class HierarchicalMixture(nn.Module):
+    """K classes of M unit-covariance Gaussians for each level (HGAD, sections 3.2 to 3.4).
+
+    Attributes:
+        mus: main centre of each class, one (K, C) a level.
+        mu_deltas: offsets of the other centres from it, one (K, M - 1, C) a level.
+        phi_inters: unnormalised log-weights of the classes, one (K,) a level.
+        phi_intras: unnormalised log-weights of the centres of a class, one (K, M) a level.
+    """
+
+    def __init__(self, feature_dims: Sequence[int], n_classes: int, n_intra_centers: int) -> None:
+        super().__init__()
+        self.mus = nn.ParameterList(initial_centres(n_classes, c) for c in feature_dims)
+        self.mu_deltas = nn.ParameterList(torch.randn(n_classes, n_intra_centers - 1, c) for c in feature_dims)
+        self.phi_inters = nn.ParameterList(torch.zeros(n_classes) for _ in feature_dims)
+        self.phi_intras = nn.ParameterList(torch.zeros(n_classes, n_intra_centers) for _ in feature_dims)
+
+    def level(self, level: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(mu, delta, phi_inter, phi_intra) of a level, in the order of the operations' arguments."""
+        return self.mus[level], self.mu_deltas[level], self.phi_inters[level], self.phi_intras[level]
+
+    def losses(
+        self,
+        z: Tensor,
+        log_det: Tensor,
+        labels: Tensor,
+        level: int,
+        *,
+        stage: int,
+        label_smoothing: float,
+        targets: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss terms of every pixel; see `ops.mixture_losses`."""
+        return ops.mixture_losses(
+            z,
+            log_det,
+            labels,
+            *self.level(level),
+            stage=stage,
+            label_smoothing=label_smoothing,
+            targets=targets,
+        )
+
+    def scores(
+        self, z: Tensor, log_det: Tensor, level: int, labels: Tensor | None = None, *, per_class: bool = False
+    ) -> ops.MixtureScores:
+        """Densities of every pixel; see `ops.mixture_scores`."""
+        return ops.mixture_scores(z, log_det, *self.level(level), labels, per_class=per_class)
+
+
+def initial_centres(n_classes: int, channels: int) -> Tensor:
+    """Well separated main centres (K, C).
+
+    The official ones: 5 / sqrt(2C // K) times the identity, tiled along the channels. They are all zero where there
+    are more classes than channels, so that no class could ever be told from another; there the centres are random
+    directions of the length that the official ones approach, 5 / sqrt(2).
+    """
+    if n_classes > channels:
+        directions = nn.functional.normalize(torch.randn(n_classes, channels), dim=1)
+        return directions * (5 / math.sqrt(2))
+    centres = torch.zeros(n_classes, channels)
+    repeats = channels // n_classes
+    spread = 5 / math.sqrt(2 * channels // n_classes)
+    centres[:, : repeats * n_classes] = torch.eye(n_classes).repeat(1, repeats) * spread
+    return centres

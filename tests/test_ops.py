@@ -1,0 +1,426 @@
+"""The fused operations against the equations of the paper, in float64 and by definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgad_fast import ops
+from hgad_fast.flow import dense_position, sinusoidal_position
+
+F64 = torch.float64
+CLAMP = 1.9
+
+
+def make_blocks(channels: int, position_dim: int, layers: int, dtype: torch.dtype = F64) -> list[ops.Block]:
+    """Blocks far from their initialisation, so that every term counts."""
+    passive, active = channels - channels // 2, channels // 2
+    hidden = 2 * (passive + position_dim)
+    blocks = []
+    for _ in range(layers):
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=F64))[0].to(dtype)
+        parameters = (
+            torch.randn(hidden, passive + position_dim, dtype=dtype) / math.sqrt(passive + position_dim),
+            torch.randn(hidden, dtype=dtype),
+            torch.randn(2 * active, hidden, dtype=dtype) * (5 / math.sqrt(hidden)),
+            torch.randn(2 * active, dtype=dtype),
+            10 + torch.randn(1, channels, dtype=dtype),
+            torch.randn(1, channels, dtype=dtype),
+        )
+        blocks.append(ops.Block(*(p.requires_grad_() for p in parameters), rotation))
+    return blocks
+
+
+def leaves_of(blocks: list[ops.Block]) -> list[Tensor]:
+    return [tensor for block in blocks for tensor in block[:6]]
+
+
+def make_mixture(classes: int, centres: int, channels: int, spread: float = 2.0) -> list[Tensor]:
+    shapes = ((classes, channels), (classes, centres - 1, channels), (classes,), (classes, centres))
+    scales = (spread, 1.0, 1.0, 1.0)
+    return [(s * torch.randn(shape, dtype=F64)).requires_grad_() for shape, s in zip(shapes, scales, strict=True)]
+
+
+def naive_terms(z: Tensor, labels: Tensor, mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor, e: float):
+    """A, H, I, B of the paper by explicit distances; what is constant where, is detached."""
+    d = -0.5 * (z[:, None] - mu).square().sum(-1)
+    log_pi = phi_inter.log_softmax(0)
+    target = torch.full_like(d, e / len(mu)).scatter_add(1, labels[:, None], torch.full_like(d[:, :1], 1 - e))
+    log_p = d.log_softmax(1)
+    constant = log_pi.detach()
+    information = (target * ((d + constant).log_softmax(1) - constant)).sum(1)
+    own = mu.detach()[labels][:, None] + torch.cat([torch.zeros_like(mu)[:, None], delta], 1)[labels]
+    log_w = phi_intra.log_softmax(1)[labels]
+    intra = (log_w - 0.5 * (z[:, None] - own).square().sum(-1)).logsumexp(1)
+    return (d + log_pi).logsumexp(1), -(log_p.exp() * log_p).sum(1), information, intra
+
+
+# ---- affine coupling
+
+
+def test_affine_coupling_is_the_equation_and_its_inverse():
+    x2, a = torch.randn(11, 3, dtype=F64), 4 * torch.randn(11, 6, dtype=F64)
+    y2, log_det = ops.affine_coupling(x2, a, CLAMP)
+    s = CLAMP * torch.tanh(0.1 * a[:, :3])
+    torch.testing.assert_close(y2, x2 * s.exp() + 0.1 * a[:, 3:])
+    torch.testing.assert_close(log_det, s.sum(1))
+    back, inverse_log_det = ops.affine_coupling(y2, a, CLAMP, inverse=True)
+    torch.testing.assert_close(back, x2)
+    torch.testing.assert_close(inverse_log_det, -log_det)
+
+
+def test_affine_coupling_gradcheck():
+    x2 = torch.randn(5, 3, dtype=F64, requires_grad=True)
+    a = torch.randn(5, 6, dtype=F64, requires_grad=True)
+    for inverse in (False, True):
+        assert torch.autograd.gradcheck(lambda x, a, i=inverse: ops.affine_coupling(x, a, CLAMP, inverse=i), (x2, a))
+
+
+def test_affine_coupling_backward_equals_autograd():
+    x2 = torch.randn(9, 4, dtype=F64, requires_grad=True)
+    a = (3 * torch.randn(9, 8, dtype=F64)).requires_grad_()
+    y2, log_det = ops.affine_coupling(x2, a, CLAMP)
+    gy2, glog_det = torch.randn_like(y2), torch.randn_like(log_det)
+    expected = torch.autograd.grad((y2, log_det), (x2, a), (gy2, glog_det))
+    gx2, ga, gb, rebuilt = ops.affine_coupling_backward(gy2, glog_det, y2.detach(), a.detach(), CLAMP)
+    torch.testing.assert_close((gx2, ga), expected)
+    torch.testing.assert_close(gb, expected[1].sum(0))
+    torch.testing.assert_close(rebuilt, x2.detach())
+
+
+# ---- flow
+
+POSITIONS = ("separable", "dense", "none")
+
+
+def make_position(kind: str, images: int, h: int, w: int, dim: int) -> ops.Position:
+    if kind == "separable":
+        return sinusoidal_position(h, w, dim, dtype=F64)
+    return torch.randn(images * h * w, dim, dtype=F64, requires_grad=True) if kind == "dense" else None
+
+
+@pytest.mark.parametrize("memory", ops.MEMORY_MODES)
+@pytest.mark.parametrize("kind", POSITIONS)
+@pytest.mark.parametrize("channels", [2, 7, 10])
+def test_flow_and_every_gradient_equal_the_definition(channels: int, kind: str, memory: str):
+    images, h, w, dim = 3, 2, 5, 8 if kind != "none" else 0
+    blocks = make_blocks(channels, dim, layers=3)
+    position = make_position(kind, images, h, w, dim)
+    x = torch.randn(images * h * w, channels, dtype=F64, requires_grad=True)
+    leaves = [x, *leaves_of(blocks), *([position] if kind == "dense" else [])]
+    result = ops.flow(x, blocks, position, clamp=CLAMP, memory=memory)
+    expected = ops.flow_definition(x, blocks, position, clamp=CLAMP)
+    upstream = [torch.randn_like(t) for t in expected]
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    gradients = torch.autograd.grad(result, leaves, upstream)
+    for found, wanted in zip(gradients, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory", ops.MEMORY_MODES)
+def test_flow_gradcheck(memory: str):
+    blocks = make_blocks(5, 4, layers=2)
+    position = make_position("dense", 1, 2, 2, 4)
+    x = torch.randn(4, 5, dtype=F64, requires_grad=True)
+
+    def run(x, position, *leaves):
+        rebuilt = [ops.Block(*leaves[6 * k : 6 * k + 6], block.w_perm) for k, block in enumerate(blocks)]
+        return ops.flow(x, rebuilt, position, clamp=CLAMP, memory=memory)
+
+    assert torch.autograd.gradcheck(run, (x, position, *leaves_of(blocks)))
+
+
+def test_flow_gradients_of_one_output_or_of_parameters_alone():
+    blocks, x = make_blocks(6, 0, layers=2), torch.randn(8, 6, dtype=F64)
+    for pick in (0, 1):
+        found = torch.autograd.grad(ops.flow(x, blocks, clamp=CLAMP)[pick].sum(), leaves_of(blocks), allow_unused=True)
+        wanted = torch.autograd.grad(
+            ops.flow_definition(x, blocks, clamp=CLAMP)[pick].sum(), leaves_of(blocks), allow_unused=True
+        )
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_inverse_undoes_the_flow(kind: str):
+    dim = 8 if kind != "none" else 0
+    blocks = make_blocks(9, dim, layers=4, dtype=torch.float32)
+    position = make_position(kind, 2, 3, 4, dim)
+    if isinstance(position, ops.SeparablePosition):
+        position = ops.SeparablePosition(*(code.float() for code in position))
+    elif position is not None:
+        position = position.float()
+    x = torch.randn(24, 9)
+    z, log_det = ops.flow(x, blocks, position, clamp=CLAMP)
+    back, inverse_log_det = ops.flow(z, blocks, position, clamp=CLAMP, inverse=True)
+    assert (back - x).norm() / x.norm() < 1e-5
+    assert (log_det + inverse_log_det).norm() / log_det.norm() < 1e-5
+
+
+def test_log_determinant_is_slogdet_of_the_jacobian():
+    blocks, x = make_blocks(7, 0, layers=3), torch.randn(4, 7, dtype=F64)
+    _, log_det = ops.flow(x, blocks, clamp=CLAMP)
+    for row, value in zip(x, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda r: ops.flow(r[None], blocks, clamp=CLAMP)[0][0], row)
+        torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, value.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_separable_position_equals_the_dense_code():
+    blocks = make_blocks(6, 12, layers=2)
+    position = sinusoidal_position(3, 5, 12, dtype=F64)
+    x = torch.randn(30, 6, dtype=F64)
+    separable = ops.flow(x, blocks, position, clamp=CLAMP)
+    dense = ops.flow(x, blocks, dense_position(position, batch=2), clamp=CLAMP)
+    torch.testing.assert_close(separable, dense, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2e-3), ("bf16", 5e-2)])
+@pytest.mark.parametrize("memory", ops.MEMORY_MODES)
+def test_reduced_precision_rounds_the_subnets_alone(precision: str, tolerance: float, memory: str):
+    blocks = make_blocks(12, 8, layers=3, dtype=torch.float32)
+    position = sinusoidal_position(4, 4, 8)
+    x = torch.randn(16, 12)
+    exact = ops.flow(x, blocks, position, clamp=CLAMP)
+    rounded = ops.flow(x, blocks, position, clamp=CLAMP, precision=precision, memory=memory)
+    errors = [float((a - b).norm().detach() / b.norm().detach()) for a, b in zip(rounded, exact, strict=True)]
+    assert 0 < max(errors) < tolerance
+    gradients = [
+        torch.autograd.grad(result[0].square().sum() + result[1].sum(), leaves_of(blocks))
+        for result in (rounded, exact)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() < 4 * tolerance * b.norm()
+
+
+def test_tf32_rounds_to_nearest():
+    x = torch.tensor([1.0, 1 + 2.0**-11, 1 + 3 * 2.0**-12, -1 - 3 * 2.0**-12, 1 + 2.0**-10])
+    rounded = ops._operand(x, "tf32")
+    assert rounded.tolist() == [1.0, 1 + 2.0**-10, 1 + 2.0**-10, -1 - 2.0**-10, 1 + 2.0**-10]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_flow_of_hardly_any_pixels(rows: int):
+    blocks, x = make_blocks(4, 0, layers=2), torch.randn(rows, 4, dtype=F64, requires_grad=True)
+    z, log_det = ops.flow(x, blocks, clamp=CLAMP)
+    assert z.shape == (rows, 4) and log_det.shape == (rows,)
+    (gx,) = torch.autograd.grad(z.sum() + log_det.sum(), x)
+    assert gx.shape == x.shape
+
+
+def test_flow_names_what_does_not_fit():
+    blocks = make_blocks(6, 8, layers=1)
+    x = torch.randn(12, 6, dtype=F64)
+    with pytest.raises(ValueError, match=r"x has shape \(12, 5\); this flow takes \(N, 6\)"):
+        ops.flow(x[:, :5], blocks)
+    with pytest.raises(ValueError, match=r"12 pixels of this flow need \(12, 8\)"):
+        ops.flow(x, blocks)
+    with pytest.raises(ValueError, match="separable position"):
+        ops.flow(x, blocks, sinusoidal_position(5, 5, 8, dtype=F64))
+    with pytest.raises(ValueError, match="memory is 'small'"):
+        ops.flow(x, blocks, memory="small")
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        ops.flow(x, blocks, precision="fp8")
+
+
+# ---- mixture
+
+LABELS = {
+    "per image": lambda n, k: torch.tensor([k - 1, 0, k - 1]),
+    "per pixel": lambda n, k: torch.randint(0, k, (n,)),
+    "one class": lambda n, k: torch.zeros(n, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
+@pytest.mark.parametrize(("classes", "centres", "channels"), [(4, 3, 7), (1, 1, 5), (9, 1, 4), (2, 5, 3)])
+def test_mixture_losses_and_gradients_are_the_equations(labels, classes, centres, channels, stage):
+    n, e = 18, 0.07
+    z, log_det = torch.randn(n, channels, dtype=F64, requires_grad=True), torch.randn(n, dtype=F64)
+    parameters = make_mixture(classes, centres, channels)
+    labels = labels(n, classes)
+    pixel_labels = labels.repeat_interleave(n // len(labels))
+    lse, entropy, information, own = naive_terms(z, pixel_labels, *parameters, e)
+    expected = {"L_g": -(lse + log_det) / channels, "L_mi": information, "L_e": entropy}
+    if stage == 2:
+        expected["L_g_intra"] = -(own + log_det) / channels
+        expected["L_z"] = -F.logsigmoid((own + log_det) / channels - 0.5 * math.log(2 * math.pi))
+    found = ops.mixture_losses(z, log_det, labels, *parameters, label_smoothing=e, stage=stage)
+    assert found.keys() == expected.keys()
+    upstream = {name: torch.randn(n, dtype=F64) for name in expected}
+    leaves = [z, *parameters]
+    gradients = [
+        torch.autograd.grad(list(terms.values()), leaves, list(upstream.values()), allow_unused=True)
+        for terms in (found, expected)
+    ]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10)
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_mixture_losses_gradcheck(stage: int):
+    z = torch.randn(6, 4, dtype=F64, requires_grad=True)
+    log_det = torch.randn(6, dtype=F64, requires_grad=True)
+    mu, delta, phi_inter, phi_intra = make_mixture(3, 2, 4)
+    labels = torch.tensor([2, 0])
+
+    def run(z, log_det, delta, phi_intra):  # mu and phi_inter are constants in some terms, on purpose
+        terms = ops.mixture_losses(z, log_det, labels, mu, delta, phi_inter, phi_intra, stage=stage)
+        return tuple(terms.values())
+
+    assert torch.autograd.gradcheck(run, (z, log_det, delta.detach(), phi_intra.detach()))
+    if stage == 2:
+        assert torch.autograd.gradcheck(run, (z.detach(), log_det, delta, phi_intra))
+
+
+def test_soft_targets_replace_the_smoothed_label():
+    z, log_det = torch.randn(10, 6, dtype=F64), torch.zeros(10, dtype=F64)
+    parameters, labels = make_mixture(5, 2, 6), torch.randint(0, 5, (10,))
+    targets = torch.rand(10, 5, dtype=F64).softmax(1)
+    d = -0.5 * (z[:, None] - parameters[0]).square().sum(-1)
+    log_pi = parameters[2].log_softmax(0)
+    expected = (targets * ((d + log_pi).log_softmax(1) - log_pi)).sum(1)
+    found = ops.mixture_losses(z, log_det, labels, *parameters, targets=targets)["L_mi"]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_far_centres_do_not_cancel():
+    """Own-class centring keeps float32 accuracy where |z|^2 - 2 z mu + |mu|^2 has lost it."""
+    classes, channels, n = 4, 64, 50
+    mu = 160 * F.normalize(torch.randn(classes, channels, dtype=F64), dim=1)
+    labels = torch.randint(0, classes, (n,))
+    z = mu[labels] + torch.randn(n, channels, dtype=F64)
+    z, mu = z.float(), mu.float()  # the same numbers for both
+    parameters = (mu, torch.randn(classes, 2, channels), torch.randn(classes), torch.randn(classes, 3))
+    terms = ops.mixture_terms(z, labels, *parameters, label_smoothing=0.02, stage=2)
+    wanted = naive_terms(z.double(), labels, *(p.double() for p in parameters), 0.02)
+    for found, exact in zip(terms, wanted, strict=True):
+        assert (found - exact).abs().max() < 2e-4 * max(1.0, float(exact.abs().max()) / 1e3)
+
+
+def test_minus_infinite_weights_stay_out():
+    z = torch.randn(6, 3, dtype=F64)
+    mu, delta, phi_inter, phi_intra = (p.detach() for p in make_mixture(3, 2, 3))
+    phi_intra[1], phi_intra[2, 0], phi_inter[2] = -math.inf, -math.inf, -math.inf
+    labels = torch.tensor([0, 1, 2])
+    lse, entropy, information, own = ops.mixture_terms(
+        z, labels, mu, delta, phi_inter, phi_intra, label_smoothing=0.0, stage=2
+    )
+    assert lse.isfinite().all() and entropy.isfinite().all() and information.isfinite().all()
+    assert own[2:4].eq(-math.inf).all()
+    torch.testing.assert_close(own[4:], -0.5 * (z[4:] - mu[2] - delta[2, 0]).square().sum(1))
+
+
+def test_mixture_scores_are_the_densities():
+    n, classes, centres, channels = 20, 5, 4, 6
+    z, log_det = torch.randn(n, channels, dtype=F64), torch.randn(n, dtype=F64)
+    mu, delta, phi_inter, phi_intra = (p.detach() for p in make_mixture(classes, centres, channels))
+    labels = torch.randint(0, classes, (n,))
+    all_centres = torch.cat([mu[:, None], mu[:, None] + delta], 1)
+    e = -0.5 * (z[:, None, None] - all_centres).square().sum(-1) + phi_intra.log_softmax(1)
+    per_class = e.logsumexp(2) + log_det[:, None] - 0.5 * channels * math.log(2 * math.pi)
+    scores = ops.mixture_scores(z, log_det, mu, delta, phi_inter, phi_intra, labels, per_class=True)
+    torch.testing.assert_close(scores.class_log_density, per_class)
+    torch.testing.assert_close(scores.log_density, (per_class + phi_inter.log_softmax(0)).logsumexp(1))
+    torch.testing.assert_close(scores.best_log_density, per_class.amax(1))
+    assert torch.equal(scores.best_class, per_class.argmax(1))
+    torch.testing.assert_close(scores.own_log_density, per_class[torch.arange(n), labels])
+    d = -0.5 * (z[:, None] - mu).square().sum(-1)
+    torch.testing.assert_close(scores.entropy, torch.distributions.Categorical(logits=d).entropy())
+    bare = ops.mixture_scores(z, log_det, mu, delta, phi_inter, phi_intra)
+    assert bare.own_log_density is None and bare.class_log_density is None
+    per_image = ops.mixture_scores(z, log_det, mu, delta, phi_inter, phi_intra, torch.tensor([3, 1]))
+    torch.testing.assert_close(per_image.own_log_density[10:], per_class[10:, 1])
+
+
+def test_ties_go_to_the_lowest_class():
+    mu = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
+    scores = ops.mixture_scores(
+        torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.zeros(2), mu, mu.new_zeros(3, 0, 2), mu.new_zeros(3), mu.new_zeros(3, 1)
+    )
+    assert scores.best_class.tolist() == [0, 0]
+
+
+def test_mixture_names_what_does_not_fit():
+    z, log_det = torch.randn(6, 4), torch.zeros(6)
+    parameters = [p.float() for p in make_mixture(3, 2, 4)]
+    with pytest.raises(ValueError, match=r"log_det has shape \(5,\)"):
+        ops.mixture_losses(z, log_det[:5], torch.zeros(6, dtype=torch.int64), *parameters)
+    with pytest.raises(ValueError, match=r"mu has shape"):
+        ops.mixture_losses(z[:, :3], log_det, torch.zeros(6, dtype=torch.int64), *parameters)
+    with pytest.raises(ValueError, match="labels are torch.float32"):
+        ops.mixture_losses(z, log_det, torch.zeros(6), *parameters)
+    with pytest.raises(ValueError, match="one for each of the 6 pixels"):
+        ops.mixture_losses(z, log_det, torch.zeros(4, dtype=torch.int64), *parameters)
+
+
+# ---- operators
+
+
+def test_operators_keep_their_contract():
+    """Schema, fake tensors, autograd registration and AOT dispatch, as torch.library checks them."""
+    blocks = make_blocks(5, 4, layers=2, dtype=torch.float32)
+    conditions = list(sinusoidal_position(2, 3, 4))
+    parameters = [list(column) for column in zip(*blocks, strict=True)]
+    x = torch.randn(6, 5, requires_grad=True)
+    for keep in (True, False):
+        torch.library.opcheck(ops._flow_forward, (x, conditions, *parameters, CLAMP, keep, "fp32", ""))
+    z, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 0])
+    mixture = [p.detach().float().requires_grad_() for p in make_mixture(3, 2, 4)]
+    for stage in (1, 2):
+        torch.library.opcheck(ops._mixture_forward, (z, labels, *mixture, 0.02, stage, ""))
+
+
+def test_a_training_step_compiles_without_graph_breaks():
+    blocks = make_blocks(6, 8, layers=2, dtype=torch.float32)
+    position, labels = sinusoidal_position(2, 3, 8), torch.tensor([1, 0])
+    mixture = [p.detach().float().requires_grad_() for p in make_mixture(3, 2, 6)]
+    x = torch.randn(12, 6)
+
+    def loss() -> Tensor:
+        z, log_det = ops.flow(x, blocks, position, clamp=CLAMP)
+        return sum(term.mean() for term in ops.mixture_losses(z, log_det, labels, *mixture).values())
+
+    leaves = [*leaves_of(blocks), *mixture]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(), leaves), torch.autograd.grad(loss(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_double_backward_says_what_to_do():
+    blocks, x = make_blocks(4, 0, layers=1), torch.randn(3, 4, dtype=F64, requires_grad=True)
+    (gx,) = torch.autograd.grad(ops.flow(x, blocks)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gx.sum().backward()
+
+
+# ---- dispatch
+
+
+def test_definitions_serve_the_cpu_and_a_forced_kernel_says_why_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("HGAD_FAST_BACKEND", raising=False)
+    x2, a = torch.randn(3, 2), torch.randn(3, 4)
+    assert ops.path(x2) == "torch"
+    with pytest.raises(RuntimeError, match="tensor is on cpu"):
+        ops.affine_coupling(x2, a, backend="triton")
+    monkeypatch.setenv("HGAD_FAST_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="tensor is on cpu"):
+        ops.affine_coupling(x2, a)
+    torch.testing.assert_close(
+        ops.affine_coupling(x2, a, backend="torch"), ops.affine_coupling.reference(x2, a), rtol=0, atol=0
+    )
+    monkeypatch.setenv("HGAD_FAST_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="backend is 'cuda'; allowed are auto, triton, torch"):
+        ops.path(x2)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ops.path(x2, "auto") == "triton"
+    assert ops.path(x2.double(), "auto") == "torch"
