@@ -1,0 +1,494 @@
+"""From feature maps to densities, anomaly maps and image scores.
+
+A score depends on its image alone: on a CPU every image goes through backbone and flow by itself, large maps in chunks
+of a fixed number of rows, so that it has the same bits in any company. ``throughput=True`` batches images instead, and
+agrees to 1e-5.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import data
+
+if TYPE_CHECKING:
+    from .config import HGADConfig
+    from .model import HGADModel
+
+CHUNK_PIXELS = 8192  # feature pixels that go through the flow together
+BLUR_SIGMA = 4.0  # of the anomaly map, in pixels of the msk_size map (official)
+MAX_SEEN_PIXELS = 2**24  # of one picture that the backbone sees, unless four squares of img_size are more
+
+
+@dataclass
+class ScoreResult:
+    """What is known of B images: of `score_features` on the model's device, of `score_images` on the CPU.
+
+    Attributes:
+        anomaly_map: (B, h, w) float32, higher is more anomalous; a list of (h, w) where pictures differ in size.
+        image_score: (B,) maximum of the map at `msk_size`.
+        class_id: (B,) int64, given or inferred.
+        p_value: (B,) float64, conformal p-value: the share of normal pictures, this one among them, that score at least
+            as high, never below 1 / (n + 1) for n calibration pictures; NaN without any.
+        is_anomalous: (B,) bool, image_score above `threshold`, which is p_value at most `false_alarm_rate`; False where
+            there is no threshold.
+        threshold: (B,) float64, image score above which an image (and map value above which a pixel) counts as
+            anomalous; NaN without calibration pictures.
+        false_alarm_rate: (B,) the rate that the threshold stands for: the wished one, or the lowest that the number of
+            calibration pictures allows.
+        logps: per level (B, h, w), log-density of the image's class divided by C, in nats per channel.
+        neg_entropy: per level (B, h, w), negative entropy of the class posterior, in nats.
+    """
+
+    anomaly_map: Tensor | list[Tensor]
+    image_score: Tensor
+    class_id: Tensor
+    p_value: Tensor
+    is_anomalous: Tensor
+    threshold: Tensor
+    false_alarm_rate: Tensor
+    logps: list[Tensor] | None = None
+    neg_entropy: list[Tensor] | None = None
+
+
+@dataclass
+class Densities:
+    """Per level, (B, h, w) each: log-density of the image's class over C, and negative entropy. `class_id` is (B,)."""
+
+    logps: list[Tensor]
+    neg_entropy: list[Tensor]
+    class_id: Tensor
+
+
+# ------------------------------------------------------------------------------------------------ features -> result
+
+
+@torch.no_grad()
+def score_features(
+    model: HGADModel,
+    features: Sequence[Tensor],
+    class_ids: Any = None,
+    normalization: str = "calibrated",
+    map_size: int | tuple[int, int] | None = None,
+    *,
+    throughput: bool = False,
+) -> ScoreResult:
+    """Score feature maps.
+
+    Args:
+        model: the detector.
+        features: one (B, C, h, w) a level.
+        class_ids: class of each image (B,), one for all, or None: each image takes the class with the largest sum over
+            the levels of the mean log-density over the pixels, divided by C.
+        normalization: ``"calibrated"``: constants of the model, so that a score depends on its image alone.
+            ``"official"``: the published procedure, maxima over the images passed (pass one class at a time); its
+            scores have no threshold and no p-value.
+        map_size: height and width of the returned map, default the size that scores are computed on: short side
+            `msk_size` in the proportions of the feature map, or `msk_size` squared with ``"official"``.
+        throughput: let images share batches.
+
+    Raises:
+        ValueError: features or class ids do not fit the model, or it is not calibrated and would have to be.
+    """
+    _check_normalization(model, normalization)
+    size = _map_size(map_size)
+    features = _check_features(model, features)
+    ids = check_class_ids(model.config, class_ids, len(features[0]))
+    parts = densities(model, features, ids, throughput)
+    maps = _maps(model, parts, normalization)
+    result = _judged(model, maps, parts, normalization)
+    result.anomaly_map = resample(torch.stack(maps), size)
+    result.logps = [torch.cat(level) for level in zip(*(part.logps for part in parts), strict=True)]
+    result.neg_entropy = [torch.cat(level) for level in zip(*(part.neg_entropy for part in parts), strict=True)]
+    return result
+
+
+def _maps(model: HGADModel, parts: Sequence[Densities], normalization: str) -> list[Tensor]:
+    """The map of each image at the size that scores are computed on."""
+    if normalization == "official":
+        return list(official_maps(parts, model.config.msk_size))
+    calibration = model.calibration
+    assert calibration is not None
+    return [m for part in parts for m in calibrated_maps(part, calibration.level_max, model.config.msk_size)]
+
+
+def _judged(model: HGADModel, maps: list[Tensor], parts: Sequence[Densities], normalization: str) -> ScoreResult:
+    """What follows from the maps: all of a `ScoreResult` but the maps themselves."""
+    scores = torch.stack([m.max() for m in maps])
+    class_id = torch.cat([part.class_id for part in parts])
+    if normalization == "official":
+        p_value, threshold, rate = torch.full((3, len(scores)), math.nan, dtype=torch.float64)
+        is_anomalous = torch.zeros(len(scores), dtype=torch.bool)
+    else:
+        assert model.calibration is not None
+        p_value, is_anomalous, threshold, rate = model.calibration.judge(scores, class_id)
+    return ScoreResult(
+        anomaly_map=maps,
+        image_score=scores,
+        class_id=class_id.to(scores.device),
+        p_value=p_value.to(scores.device),
+        is_anomalous=is_anomalous.to(scores.device),
+        threshold=threshold.to(scores.device),
+        false_alarm_rate=rate.to(scores.device),
+    )
+
+
+def _check_normalization(model: HGADModel, normalization: str) -> None:
+    if normalization not in ("calibrated", "official"):
+        raise ValueError(f"normalization is {normalization!r}; allowed are 'calibrated' and 'official'")
+    if normalization == "calibrated" and model.calibration is None:
+        raise ValueError(
+            "the model has no normalisation constants: train it with fit, call calibrate(normal pictures), or score "
+            "with normalization='official'"
+        )
+
+
+def _map_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    try:
+        height, width = map(operator.index, size if isinstance(size, Sequence) else (size, size))
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
+        raise ValueError(f"map_size is {size!r}; pass (height, width), or one whole number for both, from 1 pixel")
+    return height, width
+
+
+def _check_features(model: HGADModel, features: Sequence[Tensor]) -> list[Tensor]:
+    dims = model.feat_dims
+    if isinstance(features, Tensor) or len(features) != len(dims):
+        raise ValueError(f"features must be a list of {len(dims)} tensors (B, C, h, w), one for each level")
+    for level, (x, channels) in enumerate(zip(features, dims, strict=True)):
+        if x.dim() != 4 or x.shape[1] != channels or x.shape[0] != features[0].shape[0] or x.numel() == 0:
+            raise ValueError(
+                f"features[{level}] has shape {tuple(x.shape)}; expected (B, {channels}, h, w), none of them 0, and "
+                "the same B for every level"
+            )
+        if not x.isfinite().all():
+            raise ValueError(f"features[{level}] holds a NaN or an infinity; find its origin")
+    return [x.to(model.device, torch.float32) for x in features]
+
+
+def check_class_ids(config: HGADConfig, class_ids: Any, batch: int) -> Tensor | None:
+    """Class ids (B,) from an id, a name, or a sequence of either; None stays None.
+
+    Raises:
+        ValueError: an unknown class, or another number of them than images.
+    """
+    if class_ids is None:
+        return None
+    if hasattr(class_ids, "tolist"):  # an array or tensor, perhaps of no dimension
+        class_ids = class_ids.tolist()
+    if isinstance(class_ids, (int, str)):
+        class_ids = [class_ids] * batch
+    index = {name: k for k, name in enumerate(config.names)}
+    ids = []
+    for value in class_ids:
+        try:
+            k = index[value] if isinstance(value, str) else range(config.n_classes)[operator.index(value)]
+        except (KeyError, IndexError, TypeError) as error:
+            known = f"{', '.join(config.names)} (0 to {config.n_classes - 1})"
+            raise ValueError(f"class {value!r} is unknown; the model knows {known}") from error
+        ids.append(k)
+    if len(ids) != batch:
+        raise ValueError(f"{len(ids)} class ids for {batch} images")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@torch.no_grad()
+def densities(
+    model: HGADModel, features: Sequence[Tensor], class_ids: Tensor | None, throughput: bool = False
+) -> list[Densities]:
+    """Log-densities and entropies of every pixel of (B, C, h, w) features: an image a part, unless `throughput`.
+
+    What is computed part by part has the same bits in any company; kernels for several images add in another order.
+    """
+    together = max(1, CHUNK_PIXELS // max(x[0, 0].numel() for x in features)) if throughput else 1
+    return [
+        _densities(
+            model,
+            [x[i : i + together] for x in features],
+            None if class_ids is None else class_ids[i : i + together],
+        )
+        for i in range(0, len(features[0]), together)
+    ]
+
+
+def _densities(model: HGADModel, features: list[Tensor], class_ids: Tensor | None) -> Densities:
+    batch = features[0].shape[0]
+    per_class, neg_entropy = [], []
+    for level, x in enumerate(features):
+        density, entropy = _level_densities(model, level, x)
+        per_class.append(density / x.shape[1])
+        neg_entropy.append(-entropy)
+    if class_ids is None:
+        evidence = sum(density.double().mean((1, 2)) for density in per_class)
+        assert isinstance(evidence, Tensor)
+        class_ids = evidence.argmax(1).cpu()
+    rows = torch.arange(batch)
+    return Densities([density[rows, ..., class_ids] for density in per_class], neg_entropy, class_ids)
+
+
+def _level_densities(model: HGADModel, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-density of every class (B, h, w, K) and entropy (B, h, w); a map of many pixels goes in chunks of rows.
+
+    The last chunk is padded with zeros to the size of the others: products of another size round differently.
+    """
+    flow = model.nfs[level]
+    batch, channels, h, w = x.shape
+    rows = max(1, CHUNK_PIXELS // (w * batch))
+    rows = min(rows, h)
+    padded = math.ceil(h / rows) * rows
+    position = flow.grid(padded, w, x.device)
+    densities, entropies = [], []
+    for top in range(0, h, rows):
+        chunk = F.pad(x[:, :, top : top + rows], (0, 0, 0, max(0, top + rows - h)))
+        pixels = chunk.permute(0, 2, 3, 1).reshape(-1, channels)
+        chunk_position = position and position._replace(row=position.row[top : top + rows])
+        z, log_det = flow(pixels, chunk_position)
+        scores = model.mixture.scores(z, log_det, level, per_class=True)
+        assert scores.class_log_density is not None
+        densities.append(scores.class_log_density.view(batch, rows, w, -1))
+        entropies.append(scores.entropy.view(batch, rows, w))
+    return torch.cat(densities, 1)[:, :h], torch.cat(entropies, 1)[:, :h]
+
+
+# ------------------------------------------------------------------------------------------------ maps
+
+
+def official_maps(parts: Sequence[Densities], msk_size: int) -> Tensor:
+    """The published maps (sum of B, msk, msk): everything is normalised by maxima over all images of all parts.
+
+    Images of one part share a size of feature map; the parts need not.
+    """
+    size = (msk_size, msk_size)
+    product: Tensor | float = 1.0
+    for of in (lambda part: part.logps, lambda part: part.neg_entropy):
+        maxima = [max(float(level.max()) for level in levels) for levels in zip(*map(of, parts), strict=True)]
+        totals = [
+            sum(upsample(torch.exp(level - top), size) for level, top in zip(of(part), maxima, strict=True))
+            for part in parts
+        ]
+        total = torch.cat(totals)  # type: ignore[arg-type]
+        product = product * blur(total.max() - total)
+    assert isinstance(product, Tensor)
+    return product
+
+
+def calibrated_maps(found: Densities, level_max: Tensor, msk_size: int) -> Tensor:
+    """Maps (B, h, w), short side msk_size, that depend on each image alone.
+
+    Likelihood S - sum_l min(1, exp(l - m_l)) times entropy S - sum_l exp(-H_l), each blurred; m_l is the largest
+    log-density that normal pictures of the class reach at level l.
+    """
+    h, w = found.logps[0].shape[1:]
+    scale = msk_size / min(h, w)
+    size = round(h * scale), round(w * scale)
+    constants = level_max.to(found.logps[0].device)[found.class_id]
+    likelihood = entropy = torch.full((), float(len(found.logps)), device=constants.device)
+    for level, (logp, neg_entropy) in enumerate(zip(found.logps, found.neg_entropy, strict=True)):
+        normal = torch.exp(logp - constants[:, level, None, None]).clamp(max=1)
+        likelihood = likelihood - upsample(normal, size)
+        entropy = entropy - upsample(torch.exp(neg_entropy), size)
+    return blur(likelihood) * blur(entropy)
+
+
+def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with aligned corners, as official: (B, h, w) -> (B, *size)."""
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=True)[:, 0]
+
+
+def resample(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """A finished map at another size, pixel centres at half-integers: (B, h, w) -> (B, *size)."""
+    if size is None or size == maps.shape[1:]:
+        return maps
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def blur(maps: Tensor, sigma: float = BLUR_SIGMA) -> Tensor:
+    """Gaussian blur of (B, h, w), cut at 4 sigma, edges mirrored: scipy.ndimage.gaussian_filter on any device."""
+    radius = int(4 * sigma + 0.5)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(maps)
+    for axis in (1, 2):
+        n = maps.shape[axis]
+        reach = torch.arange(-radius, n + radius, device=maps.device) % (2 * n)
+        padded = maps.index_select(axis, torch.where(reach < n, reach, 2 * n - 1 - reach))
+        shape = (1, 1, -1, 1) if axis == 1 else (1, 1, 1, -1)
+        maps = F.conv2d(padded[:, None], kernel.view(shape))[:, 0]
+    return maps
+
+
+# ------------------------------------------------------------------------------------------------ pictures -> result
+
+
+@torch.no_grad()
+def score_images(
+    model: HGADModel,
+    images: Any,
+    class_ids: Any = None,
+    *,
+    normalization: str = "calibrated",
+    map_size: int | tuple[int, int] | None = None,
+    throughput: bool = False,
+) -> ScoreResult:
+    """Score pictures; maps come back in each picture's own coordinates.
+
+    Args:
+        model: the detector.
+        images: tensor (B, 3, H, W) or (3, H, W), floats in [0, 1]; array (B, H, W, 3), (H, W, 3) or (H, W), unsigned
+            integers of their type's full range or floats in [0, 1]; a PIL image; a path, or a folder of pictures; or a
+            sequence of those. All are held in memory, and so are the maps: score the pictures of a large folder one by
+            one.
+        class_ids: an id or name, one for each picture, or None: inferred.
+        normalization: see `score_features`.
+        map_size: size of the returned maps; default: each picture's own.
+        throughput: let pictures of one size share batches of `config.batch_size`.
+
+    With ``config.center_crop`` the map is 0 outside the square that the model sees.
+
+    Raises:
+        ValueError: no pictures, one that cannot be read or is too long and thin, values outside [0, 1], or class ids
+            that do not fit.
+    """
+    _check_normalization(model, normalization)
+    size = _map_size(map_size)
+    pictures = list(_pictures(images))
+    if not pictures:
+        raise ValueError("there are no images to score")
+    ids = check_class_ids(model.config, class_ids, len(pictures))
+    batches = _same_size(pictures, model.config.batch_size) if throughput else [[i] for i in range(len(pictures))]
+    parts: list[Densities] = []
+    for batch in batches:
+        features = batch_features(model, [pictures[i] for i in batch])
+        parts += densities(model, features, None if ids is None else ids[batch], throughput)
+    maps = _maps(model, parts, normalization)
+    result = _judged(model, maps, parts, normalization)
+    order = torch.tensor([i for batch in batches for i in batch]).argsort()
+    for name in _VERDICTS:
+        setattr(result, name, getattr(result, name).cpu()[order])
+    laid = [_in_picture(maps[j], pictures[i], model.config, size) for i, j in enumerate(order.tolist())]
+    result.anomaly_map = torch.stack(laid) if len({m.shape for m in laid}) == 1 else laid
+    return result
+
+
+def batch_features(model: HGADModel, pictures: list[Tensor]) -> list[Tensor]:
+    """Features (B, C, h, w) of pictures (3, H, W) of one size, one tensor a level."""
+    encoder = model.require_encoder()
+    prepared = torch.stack([prepare(p, model.config) for p in pictures])
+    return encoder(encoder.normalize(prepared.to(model.device)))
+
+
+def picture_features(model: HGADModel, picture: Tensor) -> list[Tensor]:
+    """Features (1, C, h, w) of a picture (3, H, W) in [0, 1], one tensor a level."""
+    return batch_features(model, [picture])
+
+
+def prepare(picture: Tensor, config: HGADConfig) -> Tensor:
+    """A picture (3, H, W) at the size that the backbone sees: all of it, or the official centre crop.
+
+    Raises:
+        ValueError: the picture is so long and thin that it would have more than `MAX_SEEN_PIXELS` at this size.
+    """
+    height, width = picture.shape[1:]
+    h, w = data.whole_picture_size(height, width, config.img_size)
+    if h * w > max(MAX_SEEN_PIXELS, 4 * config.img_size**2):
+        raise ValueError(
+            f"a picture of {height} x {width} pixels (height x width) would have {h} x {w} with its short side at "
+            f"img_size = {config.img_size}: cut it into tiles (hgad_fast.score.MAX_SEEN_PIXELS = {MAX_SEEN_PIXELS})"
+        )
+    fit = data.centre_crop if config.center_crop else data.whole_picture
+    return fit(picture, config.img_size)
+
+
+def _same_size(pictures: list[Tensor], batch_size: int) -> list[list[int]]:
+    by_size: dict[torch.Size, list[int]] = {}
+    for i, picture in enumerate(pictures):
+        by_size.setdefault(picture.shape, []).append(i)
+    return [ids[i : i + batch_size] for ids in by_size.values() for i in range(0, len(ids), batch_size)]
+
+
+def _pictures(images: Any) -> Iterable[Tensor]:
+    """Every accepted form of pictures, one (3, H, W) float32 tensor in [0, 1] on the CPU after the other."""
+    if isinstance(images, (str, os.PathLike)):
+        path = Path(images)
+        for file in data.list_images(path) if path.is_dir() else [path]:
+            yield data.read_image(file)
+    elif isinstance(images, Tensor):
+        yield from _tensors(images)
+    elif hasattr(images, "getbands"):  # a PIL image
+        yield data.from_pil(images)
+    elif hasattr(images, "__array_interface__"):
+        yield from _arrays(images)
+    elif isinstance(images, Iterable):
+        for image in images:
+            yield from _pictures(image)
+    else:
+        raise ValueError(f"cannot score a {type(images).__name__}; pass tensors, arrays, PIL images, or paths")
+
+
+def _tensors(images: Tensor) -> Iterable[Tensor]:
+    if images.dim() not in (3, 4) or images.shape[-3] != 3 or 0 in images.shape[-2:]:
+        raise ValueError(f"an image tensor has shape {tuple(images.shape)}; expected (B, 3, H, W) or (3, H, W)")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"an image tensor is {images.dtype}; pass floats in [0, 1] (divide 8-bit values by 255), or an array"
+        )
+    for picture in images.detach() if images.dim() == 4 else [images.detach()]:
+        picture = picture.to("cpu", torch.float32)
+        if not (picture.min() >= 0 and picture.max() <= 1):  # a NaN fails both
+            raise ValueError(
+                f"image values run from {float(picture.min()):.7g} to {float(picture.max()):.7g}; they must lie in "
+                "[0, 1] (divide 8-bit values by 255; do not normalise, the model does)"
+            )
+        yield picture
+
+
+def _arrays(images: Any) -> Iterable[Tensor]:
+    import numpy as np
+
+    array = np.asarray(images)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, -1)
+    if array.ndim not in (3, 4) or array.shape[-1] != 3:
+        raise ValueError(f"an image array has shape {array.shape}; expected (B, H, W, 3), (H, W, 3) or (H, W)")
+    if array.dtype.kind not in "uf":
+        raise ValueError(f"an image array is {array.dtype}; pass unsigned integers of full range, or floats in [0, 1]")
+    scale = np.float32(np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1)
+    for picture in array if array.ndim == 4 else [array]:
+        chw = np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32)
+        yield from _tensors(torch.from_numpy(chw / scale))
+
+
+def _in_picture(seen: Tensor, picture: Tensor, config: HGADConfig, size: tuple[int, int] | None) -> Tensor:
+    """A map (h, w) of what the model saw, laid over the whole picture, on the CPU: (H, W) or `size`."""
+    height, width = picture.shape[1:]
+    seen = seen[None]
+    if config.center_crop:
+        (h, w), top, left = data.centre_crop_geometry(height, width, config.img_size)
+        rows = _span(top, config.img_size, height / h)
+        columns = _span(left, config.img_size, width / w)
+        crop = resample(seen, (rows.stop - rows.start, columns.stop - columns.start))
+        seen = crop.new_zeros(1, height, width)
+        seen[:, rows, columns] = crop
+    return resample(seen, size or (height, width))[0].cpu()
+
+
+def _span(start: int, length: int, scale: float) -> slice:
+    """Pixels start to start + length at another scale; halves go up, so that a span of one pixel is never empty."""
+    return slice(int(start * scale + 0.5), int((start + length) * scale + 0.5))
+
+
+_VERDICTS = ("image_score", "class_id", "p_value", "is_anomalous", "threshold", "false_alarm_rate")
