@@ -179,7 +179,7 @@ class _Ranking:
     """
 
     thresholds: np.ndarray  # (T,) ascending
-    positives_below: np.ndarray  # (T + 1,) int64: anomalous items that score less, and last, no more than any
+    positives_below: np.ndarray  # (T + 1,) int64: anomalous items that score less; last, up to the last score
     negatives_below: np.ndarray  # (T,) int64: normal items that score less
     negatives_up_to: np.ndarray  # (T,) int64: normal items that score less or the same
     n_positives: int

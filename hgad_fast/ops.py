@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -67,19 +68,29 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
-def fused(file: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a definition its kernel, the function of the same name and signature in ``kernels/<file>.py``."""
+def fused(file: str) -> Callable[[Callable[..., Any]], Any]:
+    """Give a definition its kernel, the function of the same name and signature in ``kernels/<file>.py``.
 
-    def decorate(reference: Callable[..., Any]) -> Callable[..., Any]:
+    A kernel knows nothing of autograd: where a gradient is wanted, `op.differentiable` (the operator that pairs the
+    kernel with its backward, same arguments by position) runs it.
+    """
+
+    def decorate(reference: Callable[..., Any]) -> Any:
         @functools.wraps(reference)
         def op(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-            if path(args[0], backend) == "triton":
-                return getattr(_kernels(file), reference.__name__)(*args, **kwargs)
-            return reference(*args, **kwargs)
+            if path(args[0], backend) == "torch":
+                return reference(*args, **kwargs)
+            wants_gradient = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+            if wants_gradient and public.differentiable is not None:
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                return public.differentiable(*bound.args, *bound.kwargs.values())
+            return getattr(_kernels(file), reference.__name__)(*args, **kwargs)
 
-        op.reference = reference  # type: ignore[attr-defined]
-        op.kernel_file = file  # type: ignore[attr-defined]
-        return op
+        signature = inspect.signature(reference)
+        public: Any = op
+        public.reference, public.kernel_file, public.differentiable = reference, file, None
+        return public
 
     return decorate
 
@@ -136,6 +147,36 @@ def affine_coupling_backward(
 def _scale_and_shift(a: Tensor, clamp: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     a_s, a_t = a.to(dtype).chunk(2, 1)
     return clamp * torch.tanh(0.1 * a_s), 0.1 * a_t
+
+
+@torch.library.custom_op("hgad_fast::affine_coupling", mutates_args=())
+def _affine_coupling(x2: Tensor, a: Tensor, clamp: float, inverse: bool) -> tuple[Tensor, Tensor]:
+    return _kernels("coupling").affine_coupling(x2, a, clamp, inverse=inverse)
+
+
+@_affine_coupling.register_fake
+def _(x2, a, clamp, inverse):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x2), x2.new_empty(x2.shape[0], dtype=torch.float32)
+
+
+def _save_affine_coupling(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, a, ctx.clamp, ctx.inverse = inputs
+    ctx.save_for_backward(output[0], a)
+
+
+def _affine_coupling_gradients(ctx: Any, gy: Tensor, glog_det: Tensor) -> tuple[Any, ...]:
+    y, a = ctx.saved_tensors
+    if not ctx.inverse:
+        gx2, ga, _, _ = affine_coupling_backward(gy, glog_det, y, a, ctx.clamp)
+        return gx2, ga, None, None
+    s, _ = _scale_and_shift(a, ctx.clamp, y.dtype)  # y = (x2 - t) exp(-s)
+    gx2 = gy * torch.exp(-s)
+    gs = -(gy * y + glog_det[:, None]) * (ctx.clamp - s.square() / ctx.clamp)
+    return gx2, 0.1 * torch.cat([gs, -gx2], 1).to(a.dtype), None, None
+
+
+_affine_coupling.register_autograd(_affine_coupling_gradients, setup_context=_save_affine_coupling)
+affine_coupling.differentiable = _affine_coupling
 
 
 # ------------------------------------------------------------------------------------------------ flow
@@ -816,6 +857,7 @@ def _mixture_gradients(ctx: Any, *gterms: Tensor) -> tuple[Any, ...]:
 
 
 _mixture_forward.register_autograd(_mixture_gradients, setup_context=_save_mixture)
+mixture_terms.differentiable = lambda *arguments: _mixture_forward(*arguments, "triton")
 _mixture_backward.register_autograd(_no_double_backward)
 
 

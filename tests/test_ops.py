@@ -424,3 +424,29 @@ def test_definitions_serve_the_cpu_and_a_forced_kernel_says_why_not(monkeypatch:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.path(x2, "auto") == "triton"
     assert ops.path(x2.double(), "auto") == "torch"
+
+
+def test_kernels_pass_gradients_on(interpreted):
+    """A kernel called by itself has no autograd: where a gradient is wanted, its operator must take over."""
+    x2, a = torch.randn(5, 3, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    for inverse in (False, True):
+        found, wanted = (
+            torch.autograd.grad(
+                sum(t.square().sum() for t in ops.affine_coupling(x2, a, CLAMP, inverse=inverse, backend=backend)),
+                (x2, a),
+            )
+            for backend in ("triton", "torch")
+        )
+        for g, w in zip(found, wanted, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+    z, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 0])
+    mixture = [p.detach().float().requires_grad_() for p in make_mixture(3, 2, 4)]
+    found, wanted = (
+        torch.autograd.grad(
+            sum(t.sum() for t in ops.mixture_terms(z, labels, *mixture, label_smoothing=0.1, stage=2, backend=backend)),
+            (z, *mixture),
+        )
+        for backend in ("triton", "torch")
+    )
+    for g, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
