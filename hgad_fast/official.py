@@ -49,7 +49,7 @@ def make_optimizer(model: OfficialSurface) -> torch.optim.Adam:
         {"params": [*mixture.mus, *mixture.mu_deltas], "weight_decay": 0.0},
         {"params": [*mixture.phi_inters, *mixture.phi_intras], "weight_decay": 0.0},
     ]
-    return torch.optim.Adam(groups, lr=model.config.lr, betas=(0.95, 0.99))
+    return torch.optim.Adam(groups, lr=model.config.lr, betas=(0.95, 0.99), fused=True)
 
 
 class OfficialSurface(nn.Module):

@@ -34,7 +34,7 @@ FETCH_EVERY = 20  # steps between looks at the losses on a GPU: a look waits for
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the message names the step, the level and the term (or the parameter)."""
+    """A loss became NaN or infinite; the message names step (from 0), level and term (or parameter)."""
 
 
 @dataclass
@@ -293,7 +293,7 @@ class _Run:
         """The last step may break what its loss, taken before it, does not show; such a state is not worth keeping."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
-                step = (meta_epoch + 1) * self.config.sub_epochs * self.batches
+                step = (meta_epoch + 1) * self.config.sub_epochs * self.batches - 1
                 raise self._diverged(f"parameter {name} is not finite after step {step}")
 
     def _diverged(self, what: str) -> NonFiniteLossError:
@@ -384,7 +384,7 @@ class _Run:
             raise ValueError(f"{path} lacks the model's tensor {min(misfits)}, or holds another in its place")
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} does not fit this optimizer: {error}") from error
         self.model.load_state_dict(state["model"], strict=False)  # the backbone is not in it
         torch.set_rng_state(state["random_state"])
