@@ -1,0 +1,250 @@
+"""The static gate: every kernel compiles for every supported GPU and stays inside its budget. No GPU is needed.
+
+What is compiled is what the public functions launch: they are called with the launches recorded in place of run, so
+tile sizes, strides and precision are theirs. Budgets are read from machine code: registers spilled to local memory,
+shared memory, the matrix instruction, and the width of the loads. A spill inside a loop around matrix instructions
+costs time in every iteration, so none is allowed there; a handful elsewhere moves with the Triton release.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a thread block
+MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+SCALARS = {int: "i32", float: "fp32"}
+
+
+class Budget(NamedTuple):
+    """Upper bounds on `Figures`; spills in matrix loops are never allowed."""
+
+    shared: int  # bytes
+    spills: dict[str, int] = {}  # by target; 0 elsewhere
+    registers: int = 255
+    matrix: bool = True  # a matrix instruction must appear
+
+
+BUDGETS = {  # of each kernel that a call launches
+    "coupling": {
+        "_forward_kernel": Budget(4 << 10, registers=56, matrix=False),
+        "_backward_kernel": Budget(4 << 10, registers=96, matrix=False),
+    },
+    "coupling, bfloat16": {
+        "_forward_kernel": Budget(8 << 10, registers=64, matrix=False),
+        "_backward_kernel": Budget(8 << 10, registers=128, matrix=False),
+    },
+    "mixture, 15 classes": {
+        "_terms_kernel": Budget(40 << 10),
+        "_terms_backward_kernel": Budget(64 << 10),
+        "_sum_by_class_kernel": Budget(4 << 10, matrix=False),
+        "_scores_kernel": Budget(64 << 10, spills={"sm_80": 8, "sm_100": 4}),
+    },
+    "mixture, 40 classes": {
+        "_terms_kernel": Budget(64 << 10),
+        "_terms_backward_kernel": Budget(112 << 10),
+    },
+}
+
+
+def call_coupling(kernels: SimpleNamespace, C: int, dtype: torch.dtype) -> None:
+    x, a, log_det = torch.zeros(32, C), torch.zeros(32, 2 * (C // 2), dtype=dtype), torch.zeros(32)
+    x2 = x[:, C - C // 2 :]
+    kernels.coupling.affine_coupling(x2, a)
+    kernels.coupling.affine_coupling_backward(x2, log_det, x2, a)
+
+
+def call_mixture(kernels: SimpleNamespace, C: int, K: int, M: int, labels: torch.Tensor, stage: int = 2) -> None:
+    z, log_det = torch.zeros(128, C), torch.zeros(128)
+    parameters = torch.zeros(K, C), torch.zeros(K, M - 1, C), torch.zeros(K), torch.zeros(K, M)
+    terms = kernels.mixture.mixture_terms(z, labels, *parameters, label_smoothing=0.02, stage=stage)
+    kernels.mixture.mixture_terms_backward(*terms, z, labels, *parameters, label_smoothing=0.02, stage=stage)
+    kernels.mixture.mixture_scores(z, log_det, *parameters, labels, per_class=True)
+
+
+IMAGES, PIXELS = torch.zeros(2, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)
+CALLS = {
+    "coupling": lambda kernels: call_coupling(kernels, 200, torch.float32),
+    "coupling, bfloat16": lambda kernels: call_coupling(kernels, 200, torch.bfloat16),
+    "mixture, 15 classes": lambda kernels: call_mixture(kernels, 200, 15, 10, IMAGES),
+    "mixture, 40 classes": lambda kernels: call_mixture(kernels, 200, 40, 10, IMAGES),
+    "coupling, odd channels": lambda kernels: call_coupling(kernels, 37, torch.float32),
+    "mixture, odd channels": lambda kernels: call_mixture(kernels, 201, 3, 2, IMAGES),
+    "mixture, one class, one centre": lambda kernels: call_mixture(kernels, 37, 1, 1, IMAGES),
+    "mixture, many classes, labels per pixel": lambda kernels: call_mixture(kernels, 40, 70, 2, PIXELS),
+    "mixture, stage 1": lambda kernels: call_mixture(kernels, 40, 15, 10, IMAGES, stage=1),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("call", "kernel"), [(call, kernel) for call in BUDGETS for kernel in BUDGETS[call]])
+def test_budget(compiled, compiled_for_amd, call, kernel, target):
+    budget = BUDGETS[call][kernel]
+    launches = launches_of(call, compiled_for_amd if target == "gfx942" else compiled)
+    figures = compile_for(target, launches[kernel])
+    bounds = {
+        "registers": budget.registers,
+        "spills": budget.spills.get(target, 0),
+        "loop_spills": 0,
+        "shared": min(budget.shared, SHARED_LIMIT[target]),
+    }
+    if target != "gfx942":
+        bounds["narrow_loads"] = 0
+    for name, bound in bounds.items():
+        figure = getattr(figures, name)
+        assert figure <= bound, f"{kernel} ({call}) on {target}: {name} {figure} > {bound}"
+    if budget.matrix:
+        assert figures.matrix > 0, f"{kernel} ({call}) on {target}: no {MATRIX_INSTRUCTION[target]}"
+    assert figures.wide_loads > 0, f"{kernel} ({call}) on {target}: no load of 8 or 16 bytes"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("call", [call for call in CALLS if call not in BUDGETS])
+def test_unusual_sizes_compile(compiled, compiled_for_amd, call, target):
+    for name, launch in launches_of(call, compiled_for_amd if target == "gfx942" else compiled).items():
+        figures = compile_for(target, launch)
+        assert figures.shared <= SHARED_LIMIT[target], f"{name} ({call}) on {target}: {figures.shared} B shared"
+
+
+class Launch(NamedTuple):
+    """One recorded kernel launch."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+def launches_of(call: str, kernels: SimpleNamespace) -> dict[str, Launch]:
+    """What a call launches, by kernel (the last launch of each)."""
+    launches = {}
+
+    class Recorder:
+        def __init__(self, kernel: JITFunction) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def record(*args, **kwargs):
+                arguments = dict(zip(self.kernel.arg_names, args, strict=False))
+                arguments |= {name: kwargs.pop(name) for name in self.kernel.arg_names if name in kwargs}
+                launches[self.kernel.__name__] = Launch(self.kernel, arguments, kwargs)
+
+            return record
+
+    with ExitStack() as stack:
+        for module in vars(kernels).values():
+            for name, kernel in vars(module).items():
+                if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
+                    stack.enter_context(mock.patch.object(module, name, Recorder(kernel)))
+        CALLS[call](kernels)
+    return launches
+
+
+class Figures(NamedTuple):
+    """What a compiled kernel costs."""
+
+    registers: int
+    spills: int  # loads and stores of local memory
+    loop_spills: int  # those in innermost loops around matrix instructions
+    shared: int  # bytes
+    matrix: int  # instructions
+    narrow_loads: int  # of at most 4 bytes a thread
+    wide_loads: int
+
+
+def compile_for(target: str, launch: Launch) -> Figures:
+    """Compile as the JIT would for these arguments on `target`, with pointers aligned to 16 bytes."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = SCALARS[type(value)]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=TARGETS[target], options=launch.options)
+    return (_amd_figures if target == "gfx942" else _nvidia_figures)(binary, MATRIX_INSTRUCTION[target])
+
+
+def _nvidia_figures(binary: CompiledKernel, matrix: str) -> Figures:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    code = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)}
+    lines = list(code.values())
+    spill = re.compile(r"\b(LDL|STL)\b")
+    loads = [line for line in lines if re.search(r"\b(LDG|LDGSTS)\.E", line)]
+    wide = [line for line in loads if re.search(r"\.(64|128)\b", line)]
+    return Figures(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=_count(spill, lines),
+        loop_spills=sum(_count(spill, body) for body in _innermost_loops(code, matrix)),
+        shared=binary.metadata.shared,
+        matrix=_count(matrix, lines),
+        narrow_loads=len(loads) - len(wide),
+        wide_loads=len(wide),
+    )
+
+
+def _innermost_loops(code: dict[int, str], matrix: str) -> list[list[str]]:
+    """The innermost loop bodies with matrix instructions: a branch back to its own address or before ends one."""
+    ranges = []
+    for address, line in code.items():
+        if (branch := re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", line)) and int(branch[1], 16) <= address:
+            start = int(branch[1], 16)
+            body = [text for at, text in code.items() if start <= at <= address]
+            if _count(matrix, body):
+                ranges.append((start, address, body))
+    inner = [
+        (a, b, body) for a, b, body in ranges if not any(a <= c and d <= b and (c, d) != (a, b) for c, d, _ in ranges)
+    ]
+    return [body for _, _, body in inner]
+
+
+def _amd_figures(binary: CompiledKernel, matrix: str) -> Figures:
+    text = binary.asm["amdgcn"]
+    spills, scratch = (
+        int(re.search(rf"\.{field}:\s+(\d+)", text)[1]) for field in ("vgpr_spill_count", "private_segment_fixed_size")
+    )
+    loads = re.findall(r"(?:global|buffer)_load_\w+", text)
+    wide = [load for load in loads if re.search(r"x[234]$", load)]
+    return Figures(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+        spills=max(spills, scratch),
+        loop_spills=spills,  # the assembly does not say where: any counts
+        shared=binary.metadata.shared,
+        matrix=_count(matrix, text.splitlines()),
+        narrow_loads=len(loads) - len(wide),
+        wide_loads=len(wide),
+    )
+
+
+def _count(pattern: str | re.Pattern, lines: list[str]) -> int:
+    return sum(1 for line in lines if re.search(pattern, line))

@@ -1,0 +1,493 @@
+"""The kernels, run by Triton's interpreter, against float64 definitions written from the equations of the paper."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hgad_fast import ops
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_memory"),
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),  # NumPy, on the log of an impossible event
+]
+
+FORWARD, BACKWARD = 2e-6, 5e-6  # Frobenius-relative, float32 arithmetic
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    assert value.shape == expected.shape
+    assert torch.isfinite(value).all()
+    scale = torch.linalg.vector_norm(expected.double())
+    error = torch.linalg.vector_norm(value.double() - expected.double())
+    return float(error / scale) if scale > 0 else float(error)
+
+
+# affine coupling
+
+
+def coupling_definition(x2: Tensor, a: Tensor, clamp: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    a_s, a_t = a.double().chunk(2, dim=1)
+    s, t = clamp * torch.tanh(0.1 * a_s), 0.1 * a_t
+    if inverse:
+        return (x2.double() - t) * torch.exp(-s), -s.sum(1)
+    return x2.double() * torch.exp(s) + t, s.sum(1)
+
+
+COUPLING_SIZES = [(37, 19), (1, 1), (16, 16), (33, 100), (5, 300)]  # 300 takes two channel blocks
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("n", "c2"), COUPLING_SIZES)
+def test_coupling(interpreted, n, c2, inverse):
+    x2, a = torch.randn(n, c2), 10 * torch.randn(n, 2 * c2)
+    y2, log_det = interpreted.coupling.affine_coupling(x2, a, 1.7, inverse=inverse)
+    expected = coupling_definition(x2, a, 1.7, inverse)
+    assert relative_error(y2, expected[0]) < FORWARD
+    assert relative_error(log_det, expected[1]) < FORWARD
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-2, 2.2, 2.6, 40.0])  # tanh changes form at 2.5
+def test_coupling_scale_is_accurate_at_every_magnitude(interpreted, scale):
+    a = torch.cat([scale * (1 + 0.1 * torch.rand(8, 9)), torch.zeros(8, 9)], dim=1)
+    _, log_det = interpreted.coupling.affine_coupling(torch.ones(8, 9), a)
+    assert relative_error(log_det, coupling_definition(torch.ones(8, 9), a, 1.9)[1]) < FORWARD
+
+
+@pytest.mark.parametrize(("n", "c2"), COUPLING_SIZES)
+def test_coupling_backward(interpreted, n, c2):
+    x2, a = torch.randn(n, c2), 5 * torch.randn(n, 2 * c2)
+    gy2, glog_det = torch.randn(n, c2), torch.randn(n)
+    check_coupling_backward(interpreted, x2, a, gy2, glog_det)
+
+
+def test_coupling_backward_of_expanded_gradients(interpreted):
+    x2, a = torch.randn(37, 19), 5 * torch.randn(37, 38)
+    constant = torch.tensor(0.7)
+    check_coupling_backward(interpreted, x2, a, constant.expand(37, 19), constant.expand(37))
+    check_coupling_backward(interpreted, x2, a, torch.randn(19, 37).T, torch.randn(74)[::2])
+
+
+def check_coupling_backward(interpreted, x2, a, gy2, glog_det):
+    x2_double, a_double = x2.double().requires_grad_(), a.double().requires_grad_()
+    y2, log_det = coupling_definition(x2_double, a_double, 1.9)
+    inputs, upstream = (x2_double, a_double), (gy2.double(), glog_det.double())
+    expected_gx2, expected_ga = torch.autograd.grad((y2, log_det), inputs, upstream)
+    y2 = y2.detach().float()
+    gx2, ga, gb, rebuilt = interpreted.coupling.affine_coupling_backward(gy2, glog_det, y2, a)
+    assert relative_error(gx2, expected_gx2) < BACKWARD
+    assert relative_error(ga, expected_ga) < BACKWARD
+    assert relative_error(gb, expected_ga.sum(0)) < BACKWARD
+    assert relative_error(rebuilt, x2) < BACKWARD
+
+
+def test_coupling_of_bfloat16_subnet_output(interpreted):
+    """A bfloat16 `a` is read exactly; its gradient alone is rounded to bfloat16."""
+    x2, a = torch.randn(37, 19), (5 * torch.randn(37, 38)).bfloat16()
+    y2, log_det = interpreted.coupling.affine_coupling(x2, a)
+    expected = coupling_definition(x2, a, 1.9)
+    assert relative_error(y2, expected[0]) < FORWARD
+    assert relative_error(log_det, expected[1]) < FORWARD
+
+    gy2, glog_det = torch.randn(37, 19), torch.randn(37)
+    gx2, ga, gb, rebuilt = interpreted.coupling.affine_coupling_backward(gy2, glog_det, y2, a)
+    in_float32 = interpreted.coupling.affine_coupling_backward(gy2, glog_det, y2, a.float())
+    assert ga.dtype == torch.bfloat16
+    one_ulp = 2**-7 * in_float32[1].abs()  # the interpreter truncates where a GPU rounds
+    assert ((ga.float() - in_float32[1]).abs() <= one_ulp).all()
+    for value, expected_value in zip((gx2, gb, rebuilt), in_float32[:1] + in_float32[2:], strict=True):
+        assert torch.equal(value, expected_value)
+
+
+def test_coupling_undoes_itself(interpreted):
+    x2, a = torch.randn(37, 19), 10 * torch.randn(37, 38)
+    y2, log_det = interpreted.coupling.affine_coupling(x2, a)
+    back, inverse_log_det = interpreted.coupling.affine_coupling(y2, a, inverse=True)
+    assert relative_error(back, x2) < BACKWARD
+    assert torch.equal(log_det + inverse_log_det, torch.zeros(37))
+
+
+def test_coupling_reads_and_writes_column_slices_in_place(interpreted):
+    """The flow may keep [x1 | x2] in one buffer: the coupling replaces x2 there and leaves the rest alone."""
+    n, c1, c2 = 21, 13, 11
+    a = torch.randn(n, 2 * c2 + 5)[:, 2 : 2 + 2 * c2]
+    buffer, log_det = torch.randn(n, c1 + c2 + 4), torch.randn(n)
+    before, log_det_before = buffer.clone(), log_det.clone()
+    x2 = buffer[:, c1 : c1 + c2]
+    interpreted.coupling.affine_coupling_into(x2, a, 1.9, inverse=False, out=x2, log_det=log_det)
+    y2, sums = interpreted.coupling.affine_coupling(before[:, c1 : c1 + c2].contiguous(), a.contiguous())
+    assert torch.equal(x2, y2)
+    assert relative_error(log_det, log_det_before.double() + sums.double()) < FORWARD
+    assert torch.equal(buffer[:, :c1], before[:, :c1])
+    assert torch.equal(buffer[:, c1 + c2 :], before[:, c1 + c2 :])
+
+    gbuffer, glog_det = torch.randn(n, c1 + c2 + 4), torch.randn(n)
+    gbefore = gbuffer.clone()
+    gy2 = gbuffer[:, c1 : c1 + c2]
+    expected = interpreted.coupling.affine_coupling_backward(gy2.clone(), glog_det, x2.clone(), a)
+    ga, gb = interpreted.coupling.affine_coupling_backward_into(gy2, glog_det, x2, a, 1.9, gx2=gy2, x2=x2)
+    for value, expected_value in zip((gy2, ga, gb, x2), expected, strict=True):
+        assert torch.equal(value, expected_value)
+    for now, then in ((buffer, before), (gbuffer, gbefore)):
+        assert torch.equal(now[:, :c1], then[:, :c1]) and torch.equal(now[:, c1 + c2 :], then[:, c1 + c2 :])
+
+
+@pytest.mark.parametrize(("n", "c2"), [(0, 19), (7, 0)])
+def test_coupling_of_nothing(interpreted, n, c2):
+    x2, a = torch.randn(n, c2), torch.randn(n, 2 * c2)
+    y2, log_det = interpreted.coupling.affine_coupling(x2, a)
+    assert y2.shape == (n, c2) and torch.equal(log_det, torch.zeros(n))
+    gx2, ga, gb, rebuilt = interpreted.coupling.affine_coupling_backward(x2, log_det, y2, a)
+    assert gx2.shape == rebuilt.shape == (n, c2) and ga.shape == (n, 2 * c2)
+    assert torch.equal(gb, torch.zeros(2 * c2))
+
+
+# hierarchical mixture: training terms
+
+
+class Mixture(NamedTuple):
+    """Parameters, with labels and pixels drawn around them so that every class and centre has weight."""
+
+    z: Tensor
+    labels: Tensor
+    mu: Tensor
+    delta: Tensor
+    phi_inter: Tensor
+    phi_intra: Tensor
+
+    @classmethod
+    def draw(cls, channels: int, classes: int, centres: int, labels: Tensor, pixels: int) -> Mixture:
+        mu, delta = 0.5 * torch.randn(classes, channels), 0.3 * torch.randn(classes, centres - 1, channels)
+        z = mu[labels.repeat_interleave(pixels // max(len(labels), 1))] + torch.randn(pixels, channels)
+        return cls(z, labels, mu, delta, torch.randn(classes), torch.randn(classes, centres))
+
+    def double(self) -> Mixture:
+        return Mixture(*(t.double() if t.is_floating_point() else t for t in self))
+
+
+def mixture_definition(mixture: Mixture, label_smoothing: float, stage: int) -> tuple[Tensor, ...]:
+    """A, H, I and B from explicit differences to every centre; what is a constant in a term is detached."""
+    z, labels, mu, delta, phi_inter, phi_intra = mixture
+    labels = labels.repeat_interleave(len(z) // len(labels))
+    log_pi, log_w = phi_inter.log_softmax(0), phi_intra.log_softmax(1)
+    d = -0.5 * (z[:, None] - mu).square().sum(2)
+    p = d.softmax(1)
+    target = torch.full_like(d, label_smoothing / len(mu))
+    target[torch.arange(len(z)), labels] += 1 - label_smoothing
+    centres = mu.detach()[:, None] + torch.cat([torch.zeros_like(mu[:, None]), delta], 1)
+    e = -0.5 * (z[:, None] - centres[labels]).square().sum(2)
+    return (
+        (d + log_pi).logsumexp(1),
+        torch.special.entr(p).sum(1),
+        (target * d).sum(1) - (d + log_pi.detach()).logsumexp(1),
+        (e + log_w[labels]).logsumexp(1) if stage == 2 else z.new_empty(0),
+    )
+
+
+def check_mixture_terms(interpreted, mixture: Mixture, gterms: list[Tensor] | None = None, stage: int = 2) -> None:
+    """The four terms and the gradients of z and every parameter against the definition."""
+    options = {"label_smoothing": 0.05, "stage": stage}
+    terms = interpreted.mixture.mixture_terms(*mixture, **options)
+    exact = mixture.double()
+    leaves = [exact.z, *exact[2:]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    expected = mixture_definition(exact, **options)
+    for term, expected_term in zip(terms, expected, strict=True):
+        assert relative_error(term, expected_term.detach()) < FORWARD
+
+    gterms = gterms or [torch.randn(len(term)) for term in terms]
+    gradients = interpreted.mixture.mixture_terms_backward(*gterms, *mixture, **options)
+    loss = sum((g.double() * term).sum() for g, term in zip(gterms, expected, strict=True))
+    expected = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, expected_gradient) < BACKWARD
+
+
+MIXTURES = {  # channels, classes, centres, labels, pixels
+    "one class an image": (37, 5, 4, torch.tensor([3, 1]), 150),
+    "one class a pixel, one class absent": (29, 4, 3, torch.tensor([0, 3, 1]).repeat(60)[:170], 170),
+    "images of less than a tile": (12, 3, 2, torch.tensor([2, 0, 0, 1]), 20),
+    "one pixel": (2, 2, 1, torch.tensor([1]), 1),
+    "one class, one centre": (29, 1, 1, torch.tensor([0]), 70),
+    "one channel": (1, 3, 2, torch.tensor([1]), 9),
+    "more classes than a block": (23, 70, 3, torch.tensor([69, 2]), 66),
+    "a block of classes and centres": (11, 60, 6, torch.tensor([59]), 17),
+    "more centres than a block": (16, 2, 70, torch.tensor([1]), 33),
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("sizes", MIXTURES.values(), ids=MIXTURES.keys())
+def test_mixture_terms(interpreted, sizes, stage):
+    check_mixture_terms(interpreted, Mixture.draw(*sizes), stage=stage)
+
+
+def test_mixture_terms_of_strided_pixels_and_expanded_gradients(interpreted):
+    mixture = Mixture.draw(37, 5, 4, torch.tensor([3, 1]), 40)
+    buffer = torch.full((40, 48), torch.nan)
+    buffer[:, 3:40] = mixture.z
+    constant = torch.tensor(0.3).expand(40)
+    check_mixture_terms(
+        interpreted, mixture._replace(z=buffer[:, 3:40]), [constant, -constant, torch.randn(80)[::2], constant]
+    )
+    check_mixture_terms(interpreted, mixture._replace(z=mixture.z.T.contiguous().T, mu=mixture.mu.T.contiguous().T))
+
+
+@pytest.mark.parametrize("classes", [5, 66])
+def test_mixture_terms_far_from_the_origin(interpreted, classes):
+    """Where the centres sit does not matter: the error stays that of the distances."""
+    mixture = Mixture.draw(12, classes, 4, torch.tensor([3, 1]), 40)
+    shift = 1024.0  # rounds z and mu, before either side sees them
+    check_mixture_terms(interpreted, mixture._replace(z=mixture.z + shift, mu=mixture.mu + shift))
+
+
+def test_mixture_terms_of_impossible_events(interpreted):
+    """Weights of zero are no NaN: neither one class's, nor one centre's, nor those of all centres of a class."""
+    mixture = Mixture.draw(13, 4, 3, torch.tensor([0, 1, 2, 3]), 20)
+    mixture.phi_inter[2] = mixture.phi_intra[1, 2] = -torch.inf
+    check_mixture_terms(interpreted, mixture)
+
+    mixture.phi_intra[3] = -torch.inf
+    gterms = [torch.randn(20) for _ in range(4)]
+    options = {"label_smoothing": 0.05, "stage": 2}
+    own = interpreted.mixture.mixture_terms(*mixture, **options)[3]
+    assert torch.equal(own[15:], torch.full((5,), -torch.inf)) and torch.isfinite(own[:15]).all()
+    gradients = interpreted.mixture.mixture_terms_backward(*gterms, *mixture, **options)
+    expected = ops.mixture_terms_backward.reference(*(g.double() for g in gterms), *mixture.double(), **options)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, expected_gradient) < BACKWARD
+
+    mixture.phi_inter[:] = -torch.inf
+    lse, entropy, information, _ = interpreted.mixture.mixture_terms(*mixture, **options)
+    assert (lse == -torch.inf).all() and (information == torch.inf).all() and torch.isfinite(entropy).all()
+    for gradient in interpreted.mixture.mixture_terms_backward(*gterms, *mixture, **options):
+        assert torch.isfinite(gradient).all()
+
+
+def test_mixture_terms_of_nothing(interpreted):
+    mixture = Mixture.draw(13, 4, 3, torch.zeros(0, dtype=torch.int64), 0)
+    options = {"label_smoothing": 0.05, "stage": 2}
+    terms = interpreted.mixture.mixture_terms(*mixture, **options)
+    assert [len(term) for term in terms] == [0, 0, 0, 0]
+    gradients = interpreted.mixture.mixture_terms_backward(*terms, *mixture, **options)
+    for gradient, value in zip(gradients, (mixture.z, *mixture[2:]), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(value))
+
+
+class Allocations(TorchDispatchMode):
+    """Keeps every tensor that is made, so that their total bounds the peak from above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, torch.UntypedStorage] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return result
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+@pytest.mark.parametrize("labels", [torch.arange(8), torch.arange(32768) % 40], ids=["per image", "per pixel"])
+def test_memory_of_the_prior(compiled, monkeypatch, labels):
+    """Forward and backward need less than 64 MiB beyond z and its gradient at the paper's size; nothing is run."""
+
+    class Unlaunched:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    for name in ("_terms_kernel", "_terms_backward_kernel", "_sum_by_class_kernel"):
+        monkeypatch.setattr(compiled.mixture, name, Unlaunched())
+    shapes = ((40, 200), (40, 9, 200), (40,), (40, 10))
+    mixture = Mixture(torch.zeros(32768, 200), labels, *map(torch.zeros, shapes))
+    options = {"label_smoothing": 0.02, "stage": 2}
+    with Allocations() as made:
+        terms = compiled.mixture.mixture_terms(*mixture, **options)
+        gradients = compiled.mixture.mixture_terms_backward(*terms, *mixture, **options)
+    assert made.bytes - gradients[0].nbytes < 64 * 2**20
+
+
+@pytest.mark.parametrize("stage", ["inter", "full"])
+@pytest.mark.parametrize("name", ["hgad_small", "hgad_odd"])
+def test_mixture_losses_are_golden(interpreted, name, stage):
+    """The official losses of a level, and their gradients for the mixture's parameters, through the kernels."""
+    golden = np.load(Path(__file__).parent / "data" / f"{name}.npz")
+    z, log_det, labels = (torch.from_numpy(golden[key]) for key in ("level0.z", "level0.log_jac_det", "labels"))
+    keys = ("mus", "mu_deltas", "phi_inters", "phi_intras")
+    parameters = [torch.from_numpy(golden[f"{key}.0"]).requires_grad_() for key in keys]
+    losses = ops.mixture_losses(
+        z,
+        log_det,
+        labels,
+        *parameters,
+        label_smoothing=json.loads(str(golden["config_json"]))["label_smoothing"],
+        stage=1 if stage == "inter" else 2,
+        backend="triton",
+    )
+    weights = {"L_g": 1.0, "L_mi": -100.0, "L_e": 1.0, "L_g_intra": 1.0, "L_z": 1.0}
+    loss = sum(weights[term] * value.mean() for term, value in losses.items())
+    for term, value in {**losses, "loss": loss}.items():
+        assert value.mean().item() == pytest.approx(float(golden[f"level0.{stage}.{term}"]), rel=1e-5, abs=1e-6)
+    loss.backward()
+    for key, parameter in zip(keys, parameters, strict=True):
+        if stage == "full" or key in ("mus", "phi_inters"):
+            expected = torch.from_numpy(golden[f"level0.{stage}.grad.{key}"])
+            assert relative_error(parameter.grad, expected) < 1e-5
+        else:
+            assert parameter.grad is None
+
+
+# hierarchical mixture: scores
+
+
+def scores_definition(mixture: Mixture, log_det: Tensor) -> tuple[Tensor, ...]:
+    """log p_k (N, K), the full mixture's log-density and the entropy of the class posterior, by differences."""
+    z, _, mu, delta, phi_inter, phi_intra = mixture
+    centres = mu[:, None] + torch.cat([torch.zeros_like(mu[:, None]), delta], 1)
+    e = -0.5 * (z[:, None, None] - centres).square().sum(3)
+    constant = log_det[:, None] - 0.5 * z.shape[1] * math.log(2 * math.pi)
+    log_p = (e + ops.log_weights(phi_intra)).logsumexp(2) + constant
+    return log_p, (log_p + ops.log_weights(phi_inter)).logsumexp(1), torch.special.entr(e[..., 0].softmax(1)).sum(1)
+
+
+def check_mixture_scores(interpreted, mixture: Mixture, log_det: Tensor) -> None:
+    log_density, best_class, best, own, entropy, per_class = interpreted.mixture.mixture_scores(
+        mixture.z, log_det, *mixture[2:], mixture.labels, per_class=True
+    )
+    log_p, expected, expected_entropy = scores_definition(mixture.double(), log_det.double())
+    finite = torch.isfinite(log_p)
+    assert torch.equal(per_class[~finite].double(), log_p[~finite])  # -inf
+    assert relative_error(per_class[finite], log_p[finite]) < FORWARD
+    assert relative_error(log_density, expected) < FORWARD
+    assert torch.equal(best_class, log_p.argmax(1))
+    assert torch.equal(best, per_class.amax(1))
+    labels = mixture.labels.repeat_interleave(len(log_p) // len(mixture.labels))
+    assert torch.equal(own, per_class.gather(1, labels[:, None]).squeeze(1))
+    assert relative_error(entropy, expected_entropy) < FORWARD
+
+
+@pytest.mark.parametrize("sizes", MIXTURES.values(), ids=MIXTURES.keys())
+def test_mixture_scores(interpreted, sizes):
+    mixture = Mixture.draw(*sizes)
+    check_mixture_scores(interpreted, mixture, torch.randn(len(mixture.z)))
+
+
+def test_mixture_scores_of_impossible_events(interpreted):
+    mixture = Mixture.draw(13, 6, 3, torch.arange(6), 18)
+    mixture.phi_inter[2] = mixture.phi_intra[1, 2] = -torch.inf
+    mixture.phi_intra[3] = -torch.inf
+    check_mixture_scores(interpreted, mixture, torch.randn(18))
+
+
+def test_mixture_scores_of_strided_pixels_without_labels(interpreted):
+    mixture = Mixture.draw(13, 6, 3, torch.arange(6), 18)
+    buffer = torch.full((18, 20), torch.nan)
+    buffer[:, 5:18] = mixture.z
+    log_det = torch.randn(36)[::2]
+    scores = interpreted.mixture.mixture_scores(buffer[:, 5:18], log_det, *mixture[2:])
+    expected = interpreted.mixture.mixture_scores(mixture.z, log_det, *mixture[2:], mixture.labels, per_class=True)
+    for i in (0, 1, 2, 4):
+        assert torch.equal(scores[i], expected[i])
+    assert scores[3] is None and scores[5] is None
+
+
+def test_mixture_scores_prefer_the_first_of_equal_classes(interpreted):
+    mu = torch.randint(-2, 3, (1, 13)).float().repeat(9, 1)  # 9 classes alike; whole numbers, so that no product rounds
+    z, weights = torch.randint(-2, 3, (12, 13)).float(), torch.zeros(9)
+    _, best_class, _, _, entropy, _ = interpreted.mixture.mixture_scores(
+        z, torch.zeros(12), mu, torch.zeros(9, 0, 13), weights, weights[:, None]
+    )
+    assert torch.equal(best_class, torch.zeros(12, dtype=torch.int64))
+    assert torch.allclose(entropy, torch.full((12,), math.log(9)))
+
+
+def test_mixture_scores_of_nothing(interpreted):
+    mixture = Mixture.draw(13, 4, 3, torch.zeros(0, dtype=torch.int64), 0)
+    scores = interpreted.mixture.mixture_scores(mixture.z, torch.zeros(0), *mixture[2:], per_class=True)
+    assert [None if s is None else tuple(s.shape) for s in scores] == [(0,), (0,), (0,), None, (0,), (0, 4)]
+
+
+# the definitions themselves, and the surface
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["affine_coupling", "affine_coupling_backward", "mixture_terms", "mixture_terms_backward", "mixture_scores"],
+)
+def test_kernel_and_definition_have_one_signature(interpreted, name):
+    definition = getattr(ops, name)
+    kernel = getattr(getattr(interpreted, definition.kernel_file), name)
+    assert inspect.signature(kernel).parameters == inspect.signature(definition.reference).parameters
+
+
+def log_sum_exp(values: list[float]) -> float:
+    peak = max(values)
+    return peak + math.log(sum(math.exp(value - peak) for value in values))
+
+
+def half_distance(x: Tensor, y: Tensor) -> float:
+    return -0.5 * sum((a - b) ** 2 for a, b in zip(x.tolist(), y.tolist(), strict=True))
+
+
+@st.composite
+def mixtures(draw) -> Mixture:
+    channels, classes, centres = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    images, pixels = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    labels = torch.randint(classes, (images if draw(st.booleans()) else images * pixels,))
+    mixture = Mixture.draw(channels, classes, centres, labels, images * pixels)
+    spread = draw(st.floats(0.0, 5.0))
+    return mixture._replace(mu=spread * mixture.mu, delta=spread * mixture.delta).double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(mixture=mixtures(), smoothing=st.floats(0.0, 0.5))
+def test_mixture_definitions_match_loops(mixture, smoothing):
+    z, labels, mu, delta, phi_inter, phi_intra = mixture
+    K, M = phi_intra.shape
+    terms = ops.mixture_terms.reference(*mixture, label_smoothing=smoothing, stage=2)
+    log_det = torch.randn(len(z), dtype=torch.float64)
+    scores = ops.mixture_scores.reference(z, log_det, *mixture[2:], labels, per_class=True)
+    for n in range(len(z)):
+        y = int(labels[n * len(labels) // len(z)])
+        d = [half_distance(z[n], mu[k]) for k in range(K)]
+        log_pi = [float(phi_inter[k]) - log_sum_exp(phi_inter.tolist()) for k in range(K)]
+        p = [math.exp(value - log_sum_exp(d)) for value in d]
+        entropy = -sum(value * math.log(value) for value in p if value > 0)
+        lse = log_sum_exp([d[k] + log_pi[k] for k in range(K)])
+        target = [smoothing / K + (1 - smoothing if k == y else 0) for k in range(K)]
+        log_p = []
+        for k in range(K):
+            log_w = [float(value) - log_sum_exp(phi_intra[k].tolist()) for value in phi_intra[k]]
+            centres = [mu[k]] + [mu[k] + delta[k, m] for m in range(M - 1)]
+            log_p.append(log_sum_exp([log_w[m] + half_distance(z[n], centres[m]) for m in range(M)]))
+        information = sum(target[k] * (d[k] - lse) for k in range(K))
+        for term, expected in zip(terms, (lse, entropy, information, log_p[y]), strict=True):
+            assert float(term[n]) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+        constant = float(log_det[n]) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+        full = log_sum_exp([log_p[k] + log_pi[k] for k in range(K)])
+        expected = (full + constant, max(log_p) + constant, log_p[y] + constant, entropy)
+        found = (scores.log_density, scores.best_log_density, scores.own_log_density, scores.entropy)
+        for score, value in zip(found, expected, strict=True):
+            assert float(score[n]) == pytest.approx(value, rel=1e-10, abs=1e-10)
+        assert log_p[int(scores.best_class[n])] == pytest.approx(max(log_p), rel=1e-10)
+        assert scores.class_log_density[n].tolist() == pytest.approx([v + constant for v in log_p], rel=1e-10)
