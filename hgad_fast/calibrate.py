@@ -55,7 +55,7 @@ class Calibration:
             p_value[rows] = (1 + at_least).double() / (n + 1)
             alarms = math.floor(self.false_alarm_rate * (n + 1) + 1e-9)  # that n + 1 normal pictures may raise
             threshold[rows] = reference[n - min(max(alarms, 1), n)]
-            rate[rows] = self.attainable_rate(k)
+            rate[rows] = max(self.false_alarm_rate, 1 / (n + 1))
         return p_value, scores > threshold, threshold, rate
 
     def _reference(self, k: int) -> Tensor:
@@ -75,7 +75,7 @@ class Calibration:
 
     def attainable_rate(self, k: int) -> float:
         """Lowest false-alarm rate at or above the wished one that the calibration pictures allow; NaN without any."""
-        n = len(self._reference(k))
+        n = sum(int((self.class_ids == j).sum()) for j in self._lenders(k))
         return max(self.false_alarm_rate, 1 / (n + 1)) if n else math.nan
 
     def tensors(self) -> dict[str, Tensor]:

@@ -68,6 +68,7 @@ class Densities:
     logps: list[Tensor]
     neg_entropy: list[Tensor]
     class_id: Tensor
+    n_classes: int  # of the model; with one there is no entropy, and the likelihood alone makes the map
 
 
 # ------------------------------------------------------------------------------------------------ features -> result
@@ -192,15 +193,13 @@ def check_class_ids(config: HGADConfig, class_ids: Any, batch: int) -> Tensor | 
         class_ids = class_ids.tolist()
     if isinstance(class_ids, (int, str)):
         class_ids = [class_ids] * batch
-    index = {name: k for k, name in enumerate(config.names)}
     ids = []
     for value in class_ids:
         try:
-            k = index[value] if isinstance(value, str) else range(config.n_classes)[operator.index(value)]
-        except (KeyError, IndexError, TypeError) as error:
+            ids.append(config.names.index(value) if isinstance(value, str) else range(config.n_classes).index(value))
+        except ValueError as error:
             known = f"{', '.join(config.names)} (0 to {config.n_classes - 1})"
             raise ValueError(f"class {value!r} is unknown; the model knows {known}") from error
-        ids.append(k)
     if len(ids) != batch:
         raise ValueError(f"{len(ids)} class ids for {batch} images")
     return torch.tensor(ids, dtype=torch.int64)
@@ -237,7 +236,8 @@ def _densities(model: HGADModel, features: list[Tensor], class_ids: Tensor | Non
         assert isinstance(evidence, Tensor)
         class_ids = evidence.argmax(1).cpu()
     rows = torch.arange(batch)
-    return Densities([density[rows, ..., class_ids] for density in per_class], neg_entropy, class_ids)
+    logps = [density[rows, ..., class_ids] for density in per_class]
+    return Densities(logps, neg_entropy, class_ids, model.config.n_classes)
 
 
 def _level_densities(model: HGADModel, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,36 +272,41 @@ def official_maps(parts: Sequence[Densities], msk_size: int) -> Tensor:
 
     Images of one part share a size of feature map; the parts need not.
     """
+    likelihood = _official_factor([part.logps for part in parts], msk_size)
+    if parts[0].n_classes == 1:
+        return likelihood
+    return likelihood * _official_factor([part.neg_entropy for part in parts], msk_size)
+
+
+def _official_factor(parts: list[list[Tensor]], msk_size: int) -> Tensor:
+    """From one (B, h, w) a level of each part."""
+    maxima = [max(float(level.max()) for level in levels) for levels in zip(*parts, strict=True)]
     size = (msk_size, msk_size)
-    product: Tensor | float = 1.0
-    for of in (lambda part: part.logps, lambda part: part.neg_entropy):
-        maxima = [max(float(level.max()) for level in levels) for levels in zip(*map(of, parts), strict=True)]
-        totals = [
-            sum(upsample(torch.exp(level - top), size) for level, top in zip(of(part), maxima, strict=True))
-            for part in parts
-        ]
-        total = torch.cat(totals)  # type: ignore[arg-type]
-        product = product * blur(total.max() - total)
-    assert isinstance(product, Tensor)
-    return product
+    totals = []
+    for part in parts:
+        levels = [upsample(torch.exp(level - top), size) for level, top in zip(part, maxima, strict=True)]
+        totals.append(torch.stack(levels).sum(0))
+    total = torch.cat(totals)
+    return blur(total.max() - total)
 
 
 def calibrated_maps(found: Densities, level_max: Tensor, msk_size: int) -> Tensor:
     """Maps (B, h, w), short side msk_size, that depend on each image alone.
 
     Likelihood S - sum_l min(1, exp(l - m_l)) times entropy S - sum_l exp(-H_l), each blurred; m_l is the largest
-    log-density that normal pictures of the class reach at level l.
+    log-density that normal pictures of the class reach at level l. Differences from 1 are taken by expm1: a posterior
+    that is almost certain leaves entropies far below the rounding of 1.
     """
     h, w = found.logps[0].shape[1:]
     scale = msk_size / min(h, w)
     size = round(h * scale), round(w * scale)
     constants = level_max.to(found.logps[0].device)[found.class_id]
-    likelihood = entropy = torch.full((), float(len(found.logps)), device=constants.device)
+    likelihood = entropy = torch.zeros((), device=constants.device)
     for level, (logp, neg_entropy) in enumerate(zip(found.logps, found.neg_entropy, strict=True)):
-        normal = torch.exp(logp - constants[:, level, None, None]).clamp(max=1)
-        likelihood = likelihood - upsample(normal, size)
-        entropy = entropy - upsample(torch.exp(neg_entropy), size)
-    return blur(likelihood) * blur(entropy)
+        excess = (logp - constants[:, level, None, None]).clamp(max=0)
+        likelihood = likelihood - upsample(torch.expm1(excess), size)
+        entropy = entropy - upsample(torch.expm1(neg_entropy), size)
+    return blur(likelihood) if found.n_classes == 1 else blur(likelihood) * blur(entropy)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from hgad_fast import HGADConfig, HGADModel, score
+from hgad_fast.calibrate import Calibration, calibrate_on, split
+from hgad_fast.features import FeatureSet
+
+DISTRIBUTIONS = {
+    "normal": lambda *shape: torch.randn(*shape),
+    "lognormal": lambda *shape: torch.randn(*shape).exp(),
+    "uniform": lambda *shape: torch.rand(*shape),
+    "heavy": lambda *shape: torch.distributions.StudentT(2.0).sample(shape),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def calibration(*scores, rate=0.01) -> Calibration:
+    """From one list of scores a class."""
+    ids = torch.tensor([k for k, own in enumerate(scores) for _ in own], dtype=torch.int64)
+    flat = torch.tensor([float(s) for own in scores for s in own])
+    return Calibration(torch.zeros(len(scores), 1), flat, ids, rate)
+
+
+def judge(found, scores, k=0):
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    return found.judge(scores, torch.full((len(scores),), k))
+
+
+def pooled_by_hand(scores, k):
+    """Scores of all classes of 3 pictures or more, standardised by others of the class, on the scale of class k."""
+    own = np.float64(np.float32(scores[k]))
+    pooled = []
+    for values in scores:
+        values = np.float64(np.float32(values))
+        n = len(values)
+        if n >= 3:
+            for i in range(n):
+                others = [values[(i + j) % n] for j in range(1, min(len(own), n - 1) + 1)]
+                pooled.append((values[i] - np.mean(others)) / np.std(others, ddof=1))
+    return np.sort(np.array(pooled) * own.std(ddof=1) + own.mean())
+
+
+# ------------------------------------------------------------------------------------------------ p-values
+
+
+def test_p_values_by_hand_with_ties():
+    found = calibration([1, 2, 2, 3, 5, 5, 5, 8, 9], rate=0.3)
+    p_value, is_anomalous, threshold, rate = judge(found, [0, 1, 2, 2.5, 5, 6, 8, 9, 10])
+    assert p_value.tolist() == [n / 10 for n in (10, 10, 9, 7, 6, 3, 3, 2, 1)]
+    assert threshold.tolist() == [5] * 9  # three of ten may raise an alarm: those above the third largest
+    assert is_anomalous.tolist() == [False] * 5 + [True] * 4
+    assert rate.tolist() == [0.3] * 9
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 99, 250])
+@pytest.mark.parametrize("rate", [0.01, 0.07, 0.29, 0.5])
+def test_p_value_floor_and_attainable_rate(n, rate):
+    found = calibration(torch.randn(n).tolist(), rate=rate)
+    p_value, is_anomalous, threshold, attained = judge(found, [1e9, -1e9])
+    assert p_value.tolist() == [1 / (n + 1), 1]
+    assert is_anomalous.tolist() == [True, False]
+    assert attained.tolist() == [max(rate, 1 / (n + 1))] * 2 == [found.attainable_rate(0)] * 2
+    assert 0 < (found.scores > threshold[0]).sum() + 1 <= max(rate, 1 / (n + 1)) * (n + 1) + 1e-9
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("counts", [(120, 30), (20, 20, 20), (3, 50), (2, 40), (9, 1, 0)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_verdict_threshold_and_p_value_agree_to_the_bit(rate, counts, ties):
+    draw = [torch.randn(n) * (k + 1) + 3 for k, n in enumerate(counts)]
+    found = calibration(*([x.round() if ties else x for x in draw]), rate=rate)
+    for k in range(len(counts)):
+        _, _, threshold, _ = judge(found, [0.0], k)
+        at = float(threshold[0]) if counts[k] else 0.0
+        edge = np.float32(
+            [at, np.nextafter(np.float32(at), np.float32(1e9)), np.nextafter(np.float32(at), np.float32(-1e9))]
+        )
+        scores = torch.cat([found.scores, torch.from_numpy(edge), torch.randn(50) * 5])
+        p_value, is_anomalous, threshold, attained = judge(found, scores, k)
+        if counts[k] == 0:
+            assert p_value.isnan().all() and threshold.isnan().all() and attained.isnan().all()
+            assert not is_anomalous.any()
+        else:
+            assert torch.equal(is_anomalous, scores > threshold)
+            assert torch.equal(is_anomalous, p_value <= attained)
+            assert p_value.min() >= 1 / (1 + sum(counts))
+            order = scores.argsort()
+            assert (p_value[order].diff() <= 0).all()
+
+
+@pytest.mark.parametrize("counts", [(20, 20, 20, 20, 20), (3, 50, 50), (8, 30, 2, 70, 1, 0)])
+def test_pooled_scores_are_standardised_by_class(counts):
+    scores = [(torch.randn(n) * 10.0**k + k).tolist() for k, n in enumerate(counts)]
+    found = calibration(*scores)
+    for k, n in enumerate(counts):
+        if n < 3:
+            continue
+        expected = pooled_by_hand(scores, k)
+        tests = torch.randn(30) * 10.0**k + k
+        p_value, _, threshold, rate = judge(found, tests, k)
+        total = len(expected)
+        assert total == sum(m for m in counts if m >= 3)
+        at_least = (expected[None] >= tests.double().numpy()[:, None]).sum(1)
+        assert np.allclose(p_value, (1 + at_least) / (total + 1), atol=1e-12)
+        assert np.allclose(threshold, expected[total - max(1, int(0.01 * (total + 1) + 1e-9))])
+        assert np.allclose(rate, max(0.01, 1 / (total + 1)))
+
+
+def test_a_class_with_enough_pictures_is_compared_with_its_own_alone():
+    own = torch.randn(99).tolist()
+    alone, among = calibration(own), calibration(own, [1e6, 2e6, 3e6, 4e6])
+    tests = torch.randn(20) * 3
+    for mine, theirs in zip(judge(alone, tests), judge(among, tests), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_classes_with_none_one_or_two_pictures():
+    found = calibration([], [1.0], [1.0, 2.0], [1.0, 2.0, 4.0], torch.randn(40).tolist())
+    for k, (n, rate) in enumerate([(0, math.nan), (1, 1 / 2), (2, 1 / 3), (43, 1 / 44), (43, 1 / 44)]):
+        p_value, is_anomalous, threshold, attained = judge(found, [100.0], k)
+        assert np.array_equal([found.attainable_rate(k), float(attained)], [rate, rate], equal_nan=True)
+        assert bool(is_anomalous) == (n > 0)
+        assert math.isnan(p_value) if n == 0 else float(p_value) == 1 / (n + 1)
+        assert math.isnan(threshold) == (n == 0)
+
+
+def test_a_lone_class_is_not_pooled_with_itself():
+    scores = torch.randn(20).tolist()
+    _, _, threshold, rate = judge(calibration(scores, [1.0, 2.0]), [0.0])
+    assert float(threshold) == np.float32(max(scores)) and float(rate) == 1 / 21
+
+
+def test_scores_without_spread():
+    found = calibration([2.0] * 10, [3.0] * 10)
+    p_value, is_anomalous, threshold, _ = judge(found, [1.0, 2.0, 2.5], 0)
+    assert threshold.tolist() == [2.0] * 3
+    assert is_anomalous.tolist() == [False, False, True]
+    assert p_value.tolist() == [1, 1, 1 / 21]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("n, rate", [(99, 0.01), (149, 0.01), (30, 0.1), (9, 0.01)])
+def test_normal_pictures_raise_no_more_alarms_than_allowed(name, n, rate):
+    """Own scores: whatever their distribution. 400 calibrations of 100 pictures each."""
+    flagged, small = [], []
+    for _ in range(400):
+        draw = DISTRIBUTIONS[name](n + 100)
+        p_value, is_anomalous, _, attained = judge(calibration(draw[:n].tolist(), rate=rate), draw[n:])
+        flagged.append(float(is_anomalous.double().mean()))
+        small.append(float((p_value <= 0.2).double().mean()))
+    attained = float(attained[0])
+    exact = math.floor(attained * (n + 1) + 1e-9) / (n + 1)
+    assert np.mean(flagged) == pytest.approx(exact, abs=4 * np.std(flagged) / 20)
+    assert np.mean(small) <= 0.2 + 4 * np.std(small) / 20
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("counts", [(8,) * 15, (3, 60, 60), (8, 8, 90), (20,) * 5])
+def test_pooling_raises_no_more_alarms_than_allowed(name, counts):
+    """Classes that differ in location and scale; the first is the smallest. 300 calibrations of 50 pictures each."""
+    flagged = []
+    for _ in range(300):
+        draws = [DISTRIBUTIONS[name](n) * 3.0 ** (k % 4) + k for k, n in enumerate(counts)]
+        _, is_anomalous, _, attained = judge(calibration(*draws), DISTRIBUTIONS[name](50))
+        assert float(attained[0]) == max(0.01, 1 / (sum(counts) + 1))
+        flagged.append(float(is_anomalous.double().mean()))
+    assert np.mean(flagged) <= float(attained[0]) + 3 * np.std(flagged) / 300**0.5
+
+
+def test_false_alarm_rate_may_be_set_at_any_time():
+    found = calibration(torch.arange(99).tolist())
+    tests = torch.arange(100) - 0.5
+    for rate in (0.01, 0.1, 0.5, 0.1):
+        found.false_alarm_rate = rate
+        _, is_anomalous, threshold, attained = judge(found, tests)
+        assert int(is_anomalous.sum()) == round(100 * rate)
+        assert float(attained[0]) == rate and float(threshold[0]) == 99 - 100 * rate
+
+
+# ------------------------------------------------------------------------------------------------ from a model
+
+
+def detector(n_classes=2, **settings) -> HGADModel:
+    settings = {"meta_epochs": 1, "sub_epochs": 1, "batch_size": 4} | settings
+    return HGADModel(
+        HGADConfig(
+            n_classes=n_classes,
+            n_intra_centers=2,
+            backbone_arch=None,
+            feature_dims=(6, 6),
+            feature_levels=2,
+            coupling_layers=1,
+            pos_embed_dim=4,
+            msk_size=12,
+            **settings,
+        )
+    )
+
+
+def normal_features(ids) -> FeatureSet:
+    offsets = torch.randn(len(ids), 6, 1, 1)
+    return FeatureSet.from_levels([torch.randn(len(ids), 6, 4, 5) + offsets, torch.randn(len(ids), 6, 2, 2)], ids)
+
+
+def batches(features):
+    return [torch.stack(level) for level in zip(*features.images, strict=True)]
+
+
+def test_constants_are_the_largest_densities_and_scores_those_of_score_features():
+    model, normal = detector(), normal_features([0, 1, 0, 1, 1])
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate(normal)
+    given = model.score_features(batches(normal), normal.class_ids)
+    for level, logps in enumerate(given.logps):
+        for k in (0, 1):
+            assert model.calibration.level_max[k, level] == logps[normal.class_ids == k].max()
+    assert torch.equal(model.calibration.scores, given.image_score)
+    assert torch.equal(model.calibration.class_ids, normal.class_ids)
+    assert given.p_value.min() >= 1 / 6
+
+
+def test_scores_of_new_normal_pictures_are_valid_although_the_constants_come_from_the_same_pictures():
+    model, count, n = detector(), 1000, 9
+    images = normal_features([0] * count)
+    parts = score.densities(model, batches(images), images.class_ids, throughput=True)
+    logps, neg_entropy = (
+        [torch.cat(level) for level in zip(*(getattr(part, name) for part in parts), strict=True)]
+        for name in ("logps", "neg_entropy")
+    )
+    flagged = []
+    for _ in range(150):
+        rows = torch.randperm(count)[: n + 100]
+        some = score.Densities([x[rows] for x in logps], [x[rows] for x in neg_entropy], images.class_ids[rows], 2)
+        level_max = torch.stack([x[:n].max() for x in some.logps]).expand(2, -1)
+        scores = score.calibrated_maps(some, level_max, 12).amax((1, 2))
+        found = Calibration(level_max, scores[:n], some.class_id[:n], 0.1)
+        flagged.append(float(found.judge(scores[n:], some.class_id[n:])[1].double().mean()))
+    assert np.mean(flagged) <= 0.1 + 3 * np.std(flagged) / 150**0.5
+
+
+def test_one_warning_tells_the_rates_that_can_be_attained():
+    model = detector(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.calibrate(normal_features([0] * 2 + [1] * 8 + [2] * 5))
+        model.score_features(batches(normal_features([0, 1, 2])))
+    (warning,) = caught
+    text = "false-alarm rate of 1.0%; thresholds stand for: class 0 33.3%, class 1 7.1%, class 2 7.1%"
+    assert text in str(warning.message)
+    assert warning.filename == __file__ or "hgad_fast" in warning.filename
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.calibrate(normal_features([0] * 4 + [1] * 8 + [2] * 5), false_alarm_rate=0.2)
+
+
+def test_a_class_of_which_nothing_was_held_out():
+    model, trained = detector(), normal_features([0, 0, 1, 1])
+    held_out = normal_features([0] * 12)
+    with pytest.warns(UserWarning, match="class 0 7.7%, class 1 has no threshold"):
+        calibrate_on(model, held_out, stand_in=trained)
+    given = model.score_features(batches(trained), trained.class_ids)
+    assert model.calibration.level_max[1].tolist() == [float(x[2:].max()) for x in given.logps]
+    assert given.p_value[:2].isfinite().all() and given.p_value[2:].isnan().all()
+    assert not given.is_anomalous[2:].any()
+    with pytest.raises(ValueError, match="there is none of 'class 1'"):
+        calibrate_on(model, held_out)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1])
+def test_fit_save_and_load(tmp_path, fraction):
+    model = detector(calibration_fraction=fraction)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.fit(normal_features([0, 1] * 10), progress=False, false_alarm_rate=0.02)
+    assert len(caught) == (1 if fraction else 0)
+    assert model.calibration.class_ids.bincount(minlength=2).tolist() == ([5, 5] if fraction else [0, 0])
+    images = batches(normal_features([0, 1, 0]))
+    before = model.score_features(images)
+    assert before.anomaly_map.isfinite().all() and before.image_score.isfinite().all()
+    assert before.p_value.isnan().all() == before.threshold.isnan().all() == (fraction == 0)
+    if not fraction:
+        assert not before.is_anomalous.any()
+    model.save(tmp_path / "model.safetensors")
+    loaded = HGADModel.load(tmp_path / "model.safetensors")
+    assert loaded.calibration.false_alarm_rate == 0.02
+    after = loaded.score_features(images)
+    for name in ("anomaly_map", "image_score", "class_id", "is_anomalous"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    for name in ("p_value", "threshold", "false_alarm_rate"):
+        assert np.array_equal(getattr(before, name), getattr(after, name), equal_nan=True), name
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, 1.5, math.nan])
+def test_false_alarm_rates_that_cannot_be(rate):
+    with pytest.raises(ValueError, match="false_alarm_rate is"):
+        detector().calibrate(normal_features([0, 1]), false_alarm_rate=rate)
+
+
+def test_a_model_that_diverged_is_named():
+    model = detector()
+    with torch.no_grad():
+        model.mixture.mus[0].fill_(math.nan)
+    with pytest.raises(ValueError, match="'class 0' have no finite density"):
+        model.calibrate(normal_features([0, 1]))
+
+
+# ------------------------------------------------------------------------------------------------ split
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_split_is_seeded_and_takes_of_every_class(fraction):
+    ids = torch.tensor([0] * 200 + [1] * 20 + [2] * 10 + [3] + [4] * 3)[torch.randperm(234)]
+    train, held_out = split(ids, fraction, seed=3)
+    assert sorted([*train.tolist(), *held_out.tolist()]) == list(range(234))
+    expected = {0.1: [20, 8, 5, 0, 1], 0.3: [60, 8, 5, 0, 1]}[fraction]
+    assert ids[held_out].bincount(minlength=5).tolist() == expected
+    again, other = split(ids, fraction, seed=3), split(ids, fraction, seed=4)
+    assert torch.equal(again[1], held_out) and not torch.equal(other[1], held_out)
+
+
+def test_nothing_is_held_out_at_fraction_0():
+    train, held_out = split(torch.tensor([0, 1, 1, 0]), 0.0, seed=0)
+    assert train.tolist() == [0, 1, 2, 3] and held_out.tolist() == []

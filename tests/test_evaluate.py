@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import roc_auc_score
+
+from hgad_fast import HGADConfig, HGADModel, data, score
+from hgad_fast.evaluate import evaluate
+
+NAMES = ("washer", "bolt", "nut", "screw")  # of the model; the dataset has three of them, in another order
+SIZES = [(48, 48), (40, 60), (70, 48)]  # height and width of the pictures of each class
+MSK = 24
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Three classes: one whole, one with a defect that has no mask, one without defects."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+
+    def picture(k, i, defect=None):
+        h, w = SIZES[i % 3]
+        array = rng.integers(60 * k, 60 * k + 70, (h, w, 3)).astype(np.uint8)
+        mask = np.zeros((h, w), np.uint8)
+        if defect:
+            mask[h // 4 : h // 2, w // 3 : w // 2 + i] = 255
+            array[mask > 0] = rng.integers(0, 256, (int((mask > 0).sum()), 3))
+        return array, mask
+
+    for k, name in enumerate(("bolt", "nut", "washer")):
+        for i in range(3):
+            write(root / name / "train" / "good" / f"{i}.png", picture(k, i)[0])
+            write(root / name / "test" / "good" / f"{i}.png", picture(k, i)[0])
+        for i in range(3) if name != "washer" else ():
+            array, mask = picture(k, i, "hole")
+            write(root / name / "test" / "hole" / f"{i}.png", array)
+            if not (name == "nut" and i == 1):
+                write(root / name / "ground_truth" / "hole" / f"{i}_mask.png", mask)
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    model = HGADModel(
+        HGADConfig(
+            n_classes=4,
+            class_names=NAMES,
+            n_intra_centers=2,
+            backbone_arch="test_efficientnet",
+            backbone_weights=None,
+            out_indices=(1,),
+            feature_levels=2,
+            coupling_layers=1,
+            pos_embed_dim=8,
+            img_size=64,
+            msk_size=MSK,
+        )
+    )
+    good = [data.read_image(s.path) for s in data.discover(root).train if s.path.stem != "1"]
+    crops = [picture[:, :40, :40] for picture in good] + [torch.rand(3, 40, 40) for _ in range(3)]
+    levels = [torch.cat(level) for level in zip(*(score.picture_features(model, p) for p in crops), strict=True)]
+    ids = torch.tensor([1, 1, 2, 2, 0, 0, 3, 3, 3])
+    with torch.no_grad():  # bolts and nuts are known; a washer is taken for one of them
+        for level, x in enumerate(levels):
+            n, c, h, w = x.shape
+            z, _ = model.nfs[level](x.permute(0, 2, 3, 1).reshape(-1, c), model.nfs[level].grid(h, w))
+            by_picture = z.view(n, h * w, c).mean(1)
+            model.mixture.mu_deltas[level].mul_(0.01)
+            model.mixture.mus[level].mul_(0.1).add_(by_picture[ids == 2].mean(0))
+            for k in (1, 2):
+                model.mixture.mus[level][k] = by_picture[ids == k].mean(0)
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate((levels, ids), false_alarm_rate=0.3)
+    return model
+
+
+def by_hand(model, root, center_crop=False):
+    """Both protocols, class by class, from densities, with NumPy, SciPy, Pillow and scikit-learn."""
+    figures, right, flagged = {"official": {}, "calibrated": {}}, [], {False: [], True: []}
+    samples = data.discover(root).test
+    for k, name in enumerate(data.discover(root).class_names):
+        mine = [sample for sample in samples if sample.class_id == k]
+        features = [score.picture_features(model, data.read_image(sample.path)) for sample in mine]
+        given = [model.score_features(f, NAMES.index(name), "official") for f in features]
+        factors = []
+        for kind in ("logps", "neg_entropy"):
+            total = 0
+            for level in range(2):
+                maps = [getattr(result, kind)[level] for result in given]
+                top = max(m.max() for m in maps)
+                larger = [
+                    torch.nn.functional.interpolate(
+                        (m - top).exp()[None], (MSK, MSK), mode="bilinear", align_corners=True
+                    )[0, 0]
+                    for m in maps
+                ]
+                total = total + torch.stack(larger).double().numpy()
+            factors.append(np.stack([gaussian_filter(m, 4) for m in total.max() - total]))
+        free = [model.score_features(f) for f in features]
+        right += [int(result.class_id) == NAMES.index(name) for result in free]
+        for sample, result in zip(mine, free, strict=True):
+            flagged[sample.is_anomalous].append(bool(result.is_anomalous))
+        protocols = {
+            "official": list(factors[0] * factors[1]),
+            "calibrated": [result.anomaly_map[0].numpy() for result in free],
+        }
+        labels = [sample.is_anomalous for sample in mine]
+        for protocol, maps in protocols.items():
+            pixels = []
+            for sample, m in zip(mine, maps, strict=True):
+                if sample.is_anomalous and sample.mask is None:
+                    continue
+                mask = np.zeros(m.shape, bool)
+                if sample.mask is not None:
+                    drawn = Image.open(sample.mask)
+                    w, h = drawn.size
+                    short = min(w, h)
+                    if center_crop:
+                        drawn = drawn.resize((64 * w // short, 64 * h // short), Image.Resampling.NEAREST)
+                        left, top = round((drawn.width - 64) / 2), round((drawn.height - 64) / 2)
+                        drawn = drawn.crop((left, top, left + 64, top + 64))
+                    else:
+                        drawn = drawn.resize((round(64 * w / short), round(64 * h / short)), Image.Resampling.NEAREST)
+                    mask = np.array(drawn.resize(m.shape[::-1], Image.Resampling.NEAREST)) > 0
+                pixels.append((mask.ravel(), m.ravel()))
+            if any(labels):
+                truth, values = (np.concatenate(part) for part in zip(*pixels, strict=True))
+                figures[protocol][name] = (
+                    roc_auc_score(labels, [m.max() for m in maps]),
+                    roc_auc_score(truth, values),
+                )
+            else:
+                figures[protocol][name] = (math.nan, math.nan)
+    return figures, right, flagged
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_both_protocols_equal_an_independent_computation(model, root, monkeypatch, center_crop):
+    monkeypatch.setattr(model, "config", model.config.replace(center_crop=center_crop))
+    seen = []
+
+    def progress(samples, title):
+        for sample in samples:
+            seen.append(sample)
+            yield sample
+
+    result = evaluate(model, root, progress=progress)
+    figures, right, flagged = by_hand(model, root, center_crop)
+    assert len(seen) == 15
+    assert list(result.figures) == ["official", "calibrated"]
+    for protocol, expected in figures.items():
+        found = result.figures[protocol]
+        assert list(found) == ["bolt", "nut", "washer"]
+        for name, (image, pixel) in expected.items():
+            assert found[name].image_auroc == pytest.approx(image, abs=1e-9, nan_ok=True)
+            assert found[name].pixel_auroc == pytest.approx(pixel, abs=1e-4, nan_ok=True)
+        mean = result.mean(protocol)
+        assert mean.image_auroc == pytest.approx(np.nanmean([image for image, _ in expected.values()]))
+        assert mean.pixel_auroc == pytest.approx(np.nanmean([pixel for _, pixel in expected.values()]), abs=1e-4)
+    assert 0 < np.mean(right) < 1  # both ways of choosing the class are at work
+    assert result.inferred_class_accuracy == pytest.approx(np.mean(right))
+    assert result.false_alarm_rate == pytest.approx(np.mean(flagged[False]))
+    assert result.recall == pytest.approx(np.mean(flagged[True]))
+    assert (result.n_normal, result.n_anomalous) == (9, 6)
+
+
+def test_json_and_table_have_no_nan(model, root):
+    result = evaluate(model, root)
+    read = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert read["figures"]["official"]["washer"] == {"image_auroc": None, "pixel_auroc": None}
+    assert read["figures"]["calibrated"]["bolt"]["image_auroc"] == result.figures["calibrated"]["bolt"].image_auroc
+    assert read["figures"]["official"]["mean"]["pixel_auroc"] == result.mean("official").pixel_auroc
+    table = result.table().splitlines()
+    assert "nan" not in result.table().lower()
+    assert table[0].split()[-2:] == ["official", "calibrated"]
+    bolt = next(line for line in table if line.startswith("bolt")).replace("/", "").split()
+    expected = [
+        f"{100 * figure:.1f}"
+        for protocol in ("official", "calibrated")
+        for figure in (result.figures[protocol]["bolt"].image_auroc, result.figures[protocol]["bolt"].pixel_auroc)
+    ]
+    assert bolt[1:] == expected
+    assert next(line for line in table if line.startswith("washer")).replace("/", "").split()[1:] == ["-"] * 4
+
+
+def test_without_calibration_there_is_the_official_protocol_alone(model, root, monkeypatch):
+    with_both = evaluate(model, root)
+    monkeypatch.setattr(model, "calibration", None)
+    result = evaluate(model, root)
+    assert list(result.figures) == ["official"]
+    assert json.dumps(result.to_dict()["figures"]["official"]) == json.dumps(with_both.to_dict()["figures"]["official"])
+    assert math.isnan(result.recall) and math.isnan(result.false_alarm_rate)
+    assert result.inferred_class_accuracy == with_both.inferred_class_accuracy
+    assert "thresholds" not in result.table() and "nan" not in result.table()
+
+
+def test_a_class_without_threshold_counts_in_neither_share(model, root, monkeypatch):
+    full = model.calibration
+    kept = full.class_ids != NAMES.index("bolt")
+    partial = type(full)(full.level_max, full.scores[kept], full.class_ids[kept], full.false_alarm_rate)
+    monkeypatch.setattr(model, "calibration", partial)
+    flagged = {False: [], True: []}
+    for sample in data.discover(root).test:
+        found = model.score(sample.path)
+        if not found.threshold.isnan():
+            flagged[sample.is_anomalous].append(bool(found.is_anomalous))
+    result = evaluate(model, root)
+    assert 0 < len(flagged[False]) < 9
+    assert result.false_alarm_rate == pytest.approx(np.mean(flagged[False]))
+    if flagged[True]:
+        assert result.recall == pytest.approx(np.mean(flagged[True]))
+
+
+def test_datasets_that_do_not_fit(model, root, tmp_path):
+    array = np.zeros((8, 8, 3), np.uint8)
+    write(tmp_path / "unknown" / "rivet" / "train" / "good" / "0.png", array)
+    with pytest.raises(ValueError, match="classes the model does not know: rivet"):
+        evaluate(model, tmp_path / "unknown")
+    write(tmp_path / "untested" / "bolt" / "train" / "good" / "0.png", array)
+    with pytest.raises(ValueError, match="no test pictures; put them into"):
+        evaluate(model, tmp_path / "untested")

@@ -1,0 +1,593 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter, zoom
+from scipy.special import logsumexp, softmax
+
+from hgad_fast import HGADConfig, HGADModel, data, ops, score
+from hgad_fast.flow import dense_position
+
+SIZES = [(9, 13), (5, 7)]  # height and width of the feature maps of the two levels
+VERDICTS = ("image_score", "class_id", "p_value", "is_anomalous", "threshold", "false_alarm_rate")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def detector(dims=(10, 7), n_classes=3, **settings) -> HGADModel:
+    """A model on features, its parameters far from their initial values."""
+    settings = {"n_intra_centers": 3, "coupling_layers": 2, "pos_embed_dim": 8, "msk_size": 24} | settings
+    config = HGADConfig(
+        n_classes=n_classes, backbone_arch=None, feature_dims=dims, feature_levels=len(dims), **settings
+    )
+    model = HGADModel(config)
+    with torch.no_grad():
+        for parameter in (*model.nfs.parameters(), *model.mixture.parameters()):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def random_features(count, dims=(10, 7), sizes=SIZES) -> list[torch.Tensor]:
+    """Each image has an offset of its own, so that the images do not all take one class."""
+    return [
+        torch.randn(count, c, h, w) + 2 * torch.randn(count, c, 1, 1) for c, (h, w) in zip(dims, sizes, strict=True)
+    ]
+
+
+@pytest.fixture
+def calibrated():
+    model = detector()
+    model.calibrate((random_features(12), [0, 1, 2] * 4), false_alarm_rate=0.25)
+    return model
+
+
+def definition(model, features):
+    """Log-density / C of every class (B, h, w, K) and entropy (B, h, w) of each level, in float64, all N x K x M."""
+    model = copy.deepcopy(model).double()
+    levels = []
+    for level, x in enumerate(features):
+        batch, c, h, w = x.shape
+        flow = model.nfs[level]
+        grid = flow.grid(h, w)
+        position = dense_position(grid, batch).double() if grid else None
+        blocks = [block.parameters_for_ops() for block in flow.module_list]
+        pixels = x.double().permute(0, 2, 3, 1).reshape(-1, c)
+        z, log_det = (t.detach().numpy() for t in ops.flow_definition(pixels, blocks, position))
+        mu, delta, _, phi = (t.detach().numpy() for t in model.mixture.level(level))
+        centres = np.concatenate([mu[:, None], mu[:, None] + delta], 1)
+        distance = ((z[:, None, None] - centres) ** 2).sum(-1)
+        log_w = phi - logsumexp(phi, 1, keepdims=True)
+        density = (logsumexp(-distance / 2 + log_w, 2) + log_det[:, None] - c / 2 * math.log(2 * math.pi)) / c
+        posterior = softmax(-distance[..., 0] / 2, 1)
+        entropy = -np.where(posterior > 0, posterior * np.log(np.maximum(posterior, 1e-300)), 0).sum(1)
+        levels.append((density.reshape(batch, h, w, -1), entropy.reshape(batch, h, w)))
+    return levels
+
+
+def enlarged(maps, size):
+    """Bilinear, corners on corners."""
+    for axis, n in zip((-2, -1), size, strict=True):
+        at = np.linspace(0, maps.shape[axis] - 1, n)
+        low = np.minimum(at.astype(int), max(maps.shape[axis] - 2, 0))
+        high = np.minimum(low + 1, maps.shape[axis] - 1)
+        share = (at - low).reshape((-1, 1) if axis == -2 else (-1,))
+        maps = maps.take(low, axis) * (1 - share) + maps.take(high, axis) * share
+    return maps
+
+
+def official_factor(levels, size):
+    """Section 5 of the procedure, for log-densities or negative entropies: one list (images) of maps a level."""
+    top = [max(m.max() for m in images) for images in levels]
+    total = sum(
+        np.stack([enlarged(np.exp(m - t), (size, size)) for m in images]) for images, t in zip(levels, top, strict=True)
+    )
+    return np.stack([gaussian_filter(m, 4) for m in total.max() - total])
+
+
+def calibrated_factor(levels, size):
+    """Section 6: sum over the levels of 1 - exp(x), for x at most 0, (B, h, w) a level."""
+    total = sum(enlarged(-np.expm1(np.minimum(x, 0)), size) for x in levels)
+    return np.stack([gaussian_filter(m, 4) for m in total])
+
+
+def of_class(density, ids):
+    """(B, h, w) out of (B, h, w, K)."""
+    return np.stack([d[..., k] for d, k in zip(density, ids, strict=True)])
+
+
+def assert_close(found, expected, tolerance=1e-5):
+    expected = np.asarray(expected)
+    assert found.shape == expected.shape
+    assert np.abs(np.asarray(found) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+# ------------------------------------------------------------------------------------------------ definitions
+
+
+@pytest.mark.parametrize("flow_arch", ["conditional_flow_model", "flow_model"])
+def test_densities_and_the_inferred_class_are_the_definition(flow_arch):
+    model, features = detector(flow_arch=flow_arch), random_features(6)
+    levels = definition(model, features)
+    evidence = sum(density.mean((1, 2)) for density, _ in levels)
+    free = model.score_features(features, normalization="official")
+    assert free.class_id.tolist() == evidence.argmax(1).tolist()
+    assert len(set(free.class_id.tolist())) > 1  # or the comparison says little
+    for ids in (free.class_id, torch.tensor([2, 2, 1, 1, 0, 0])):
+        result = model.score_features(features, ids, "official")
+        for found, entropy, (density, h) in zip(result.logps, result.neg_entropy, levels, strict=True):
+            assert_close(found, of_class(density, ids.tolist()))
+            assert_close(entropy, -h)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, [(8, 8), (4, 4)], [(1, 6), (1, 1)]])
+def test_official_maps_are_the_published_procedure(sizes):
+    model, features = detector(), random_features(4, sizes=sizes)
+    levels = definition(model, features)
+    expected = official_factor([d[..., 1] for d, _ in levels], 24) * official_factor([-h for _, h in levels], 24)
+    result = model.score_features(features, 1, "official")
+    assert_close(result.anomaly_map, expected, 1e-4)
+    assert_close(result.image_score, expected.max((1, 2)), 1e-4)
+    assert result.p_value.isnan().all() and result.threshold.isnan().all() and not result.is_anomalous.any()
+
+
+@pytest.mark.parametrize("sizes, size", [(SIZES, (24, 35)), ([(6, 4), (3, 2)], (36, 24)), ([(1, 3), (1, 1)], (24, 72))])
+def test_calibrated_maps_are_the_formula(sizes, size):
+    model = detector()
+    normal, ids = random_features(6, sizes=sizes), np.array([0, 1, 2, 0, 1, 2])
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate((normal, ids.tolist()))
+    top = [[density[ids == k][..., k].max() for k in range(3)] for density, _ in definition(model, normal)]
+    features = random_features(4, sizes=sizes)
+    result, levels = model.score_features(features), definition(model, features)
+    ids = result.class_id.tolist()
+    excess = [of_class(d - np.array(m), ids) for (d, _), m in zip(levels, top, strict=True)]
+    expected = calibrated_factor(excess, size) * calibrated_factor([-h for _, h in levels], size)
+    assert_close(result.anomaly_map, expected)
+    assert_close(result.image_score, expected.max((1, 2)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 40), (70, 33)])
+def test_blur_is_scipys(shape):
+    maps = torch.rand(2, *shape, dtype=torch.float64)
+    assert_close(score.blur(maps), np.stack([gaussian_filter(m, 4) for m in maps.numpy()]), 1e-12)
+
+
+def test_one_class_is_told_by_its_likelihood_alone():
+    """Its posterior has no entropy, and the product of the two maps would be 0 everywhere."""
+    model, normal, features = detector(n_classes=1), random_features(5), random_features(3)
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate((normal, [0] * 5))
+    logps = [d[..., 0] for d, _ in definition(model, features)]
+    excess = [x - d.max() for x, (d, _) in zip(logps, definition(model, normal), strict=True)]
+    assert_close(model.score_features(features).anomaly_map, calibrated_factor(excess, (24, 35)))
+    assert_close(model.score_features(features, 0, "official").anomaly_map, official_factor(logps, 24), 1e-4)
+
+
+@torch.no_grad()
+def test_an_almost_certain_class_leaves_a_map():
+    """exp(-H) rounds to 1 long before H is 0; the difference must not."""
+    model, ids = detector(dims=(10,), coupling_layers=1), [0, 1, 2] * 3
+    centres = 8 * torch.eye(3, 10)
+    model.mixture.mus[0].copy_(centres)
+    goal = centres[ids].repeat_interleave(9 * 13, 0) + 0.3 * torch.randn(9 * 9 * 13, 10)
+    flow = model.nfs[0]
+    features, _ = flow(goal, dense_position(flow.grid(9, 13), 9), rev=True)
+    features = [features.view(9, 9, 13, 10).permute(0, 3, 1, 2)]
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate((features, ids))
+    ((density, entropy),) = definition(model, features)
+    assert entropy.max() < 1e-9
+    excess = of_class(density, ids)
+    for k in range(3):
+        excess[k::3] -= excess[k::3].max()
+    expected = calibrated_factor([excess], (24, 35)) * calibrated_factor([-entropy], (24, 35))
+    assert_close(model.score_features(features).anomaly_map, expected, 1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ the image alone
+
+
+def assert_same_bits(result, other, rows):
+    for name in ("anomaly_map", *VERDICTS):
+        assert torch.equal(getattr(result, name)[rows], getattr(other, name)), name
+    for name in ("logps", "neg_entropy"):
+        for level, other_level in zip(getattr(result, name) or [], getattr(other, name) or [], strict=True):
+            assert torch.equal(level[rows], other_level), name
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([2, 0, 0, 1])], ids=["inferred", "given"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_features_alone_in_a_batch_and_in_any_order_have_the_same_bits(calibrated, ids, threads):
+    torch.set_num_threads(threads)
+    features = random_features(4)
+    together = calibrated.score_features(features, ids)
+    order = torch.tensor([3, 0, 2, 1])
+    shuffled = [x[order].contiguous(memory_format=torch.channels_last) for x in features]
+    assert_same_bits(together, calibrated.score_features(shuffled, None if ids is None else ids[order]), order)
+    for i in range(4):
+        alone = calibrated.score_features([x[i : i + 1] for x in features], None if ids is None else int(ids[i]))
+        assert_same_bits(together, alone, slice(i, i + 1))
+
+
+def test_throughput_agrees(calibrated):
+    features = random_features(5)
+    one, many = calibrated.score_features(features), calibrated.score_features(features, throughput=True)
+    assert_close(many.anomaly_map, one.anomaly_map)
+    assert_close(many.image_score, one.image_score)
+    assert torch.equal(many.class_id, one.class_id)
+
+
+@pytest.mark.parametrize("chunk", [1, 20, 40, 100])
+@pytest.mark.parametrize("flow_arch", ["conditional_flow_model", "flow_model"])
+def test_chunks_of_rows_leave_no_seam(monkeypatch, chunk, flow_arch):
+    model = detector(flow_arch=flow_arch)
+    model.calibrate((random_features(6), [0, 1, 2] * 2), false_alarm_rate=0.5)
+    features = random_features(3)
+    whole = model.score_features(features)
+    monkeypatch.setattr(score, "CHUNK_PIXELS", chunk)
+    chunks = model.score_features(features)
+    for name in ("logps", "neg_entropy"):
+        for found, expected in zip(getattr(chunks, name), getattr(whole, name), strict=True):
+            assert_close(found, expected, 1e-6)
+    assert (chunks.anomaly_map - whole.anomaly_map).abs().max() < 1e-6
+    alone = model.score_features([x[2:] for x in features])
+    assert_same_bits(chunks, alone, slice(2, 3))
+    batched = model.score_features(features, throughput=True)
+    assert (batched.anomaly_map - whole.anomaly_map).abs().max() < 1e-5
+
+
+def test_map_size_only_resamples(calibrated):
+    features = random_features(3)
+    plain = calibrated.score_features(features)
+    for size in (50, (20, 70)):
+        result = calibrated.score_features(features, map_size=size)
+        height, width = (size, size) if isinstance(size, int) else size
+        factors = height / 24, width / 35
+        expected = [zoom(m, factors, order=1, mode="nearest", grid_mode=True) for m in plain.anomaly_map.numpy()]
+        assert_close(result.anomaly_map, np.stack(expected))
+        for name in VERDICTS:
+            assert torch.equal(getattr(result, name), getattr(plain, name))
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+@pytest.fixture(scope="module")
+def camera():
+    """A model on pictures: a small random backbone, a prior that knows grey pictures."""
+    model = picture_model()
+    prime(model)
+    return model
+
+
+def picture_model(**settings) -> HGADModel:
+    settings = {"n_classes": 2, "n_intra_centers": 1, "feature_levels": 2} | settings
+    return HGADModel(
+        HGADConfig(
+            backbone_arch="test_efficientnet",
+            backbone_weights=None,
+            out_indices=(1,),
+            coupling_layers=1,
+            pos_embed_dim=8,
+            img_size=64,
+            msk_size=64,
+            batch_size=2,
+            **settings,
+        )
+    )
+
+
+def grey_picture(height, width) -> torch.Tensor:
+    return (0.5 + 0.02 * torch.randn(3, height, width)).clamp(0, 1)
+
+
+@torch.no_grad()
+def prime(model) -> None:
+    """Put the first centre of each level where grey pictures come to lie, and calibrate."""
+    generator = torch.Generator().manual_seed(1)
+    pictures = [(0.5 + 0.02 * torch.randn(3, 64, 64, generator=generator)).clamp(0, 1) for _ in range(8)]
+    levels = [torch.cat(level) for level in zip(*(score.picture_features(model, p) for p in pictures), strict=True)]
+    for level, x in enumerate(levels):
+        batch, c, h, w = x.shape
+        z, _ = model.nfs[level](x.permute(0, 2, 3, 1).reshape(-1, c), model.nfs[level].grid(h, w))
+        model.mixture.mus[level].add_(z.mean(0))
+    ids = [i % model.config.n_classes for i in range(8)]
+    model.calibrate((levels, ids), false_alarm_rate=0.5)
+
+
+def test_pictures_alone_in_a_batch_and_in_any_order_have_the_same_bits(camera):
+    images = torch.rand(3, 3, 70, 90)
+    together = camera.score(images)
+    assert together.anomaly_map.shape == (3, 70, 90)
+    order = [2, 0, 1]
+    assert_same_bits(together, camera.score(images[order]), order)
+    for i in range(3):
+        assert_same_bits(together, camera.score(images[i]), slice(i, i + 1))
+        given = camera.score(images, [1, 0, 1])
+        assert_same_bits(given, camera.score(images[i], [1, 0, 1][i]), slice(i, i + 1))
+    fast = camera.score(images, throughput=True)
+    assert_close(fast.anomaly_map, together.anomaly_map)
+
+
+def test_every_kind_of_input_gives_the_same(camera, tmp_path):
+    pixels = np.random.randint(0, 256, (2, 40, 56, 3), np.uint8)
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for array, path in zip(pixels, paths, strict=True):
+        Image.fromarray(array).save(path)
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    expected = camera.score(tensor)
+    kinds = [
+        pixels,
+        pixels.astype(np.float32) / 255,
+        (pixels.astype(np.uint16) * 257),
+        list(pixels),
+        tensor.double(),
+        [Image.fromarray(array) for array in pixels],
+        paths,
+        [str(path) for path in paths],
+        tmp_path,
+        str(tmp_path),
+        [tensor[0], paths[1]],
+        (image for image in tensor),
+        [tensor[:1], tensor[1:]],
+    ]
+    for images in kinds:
+        assert_same_bits(expected, camera.score(images), slice(None))
+    assert_same_bits(expected, camera.score(pixels[1]), slice(1, 2))
+    assert_same_bits(expected, camera.score(paths[0]), slice(0, 1))
+
+    grey = np.random.randint(0, 65536, (40, 56), np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert_same_bits(camera.score(grey), camera.score(tmp_path / "grey.png"), slice(None))
+
+
+@pytest.mark.parametrize("throughput", [False, True])
+def test_pictures_of_mixed_sizes(camera, throughput):
+    pictures = [torch.rand(3, *size) for size in [(40, 40), (30, 50), (40, 40), (64, 33), (40, 40)]]
+    result = camera.score(pictures, [0, 1, 1, 0, 1], throughput=throughput)
+    assert result.class_id.tolist() == [0, 1, 1, 0, 1]
+    for i, picture in enumerate(pictures):
+        alone = camera.score(picture, int(result.class_id[i]))
+        assert_close(result.anomaly_map[i], alone.anomaly_map[0])
+        assert_close(result.image_score[i], alone.image_score[0])
+    assert camera.score(pictures, map_size=20, throughput=throughput).anomaly_map.shape == (5, 20, 20)
+
+
+def test_official_maps_of_pictures_of_mixed_sizes(camera):
+    pictures = [torch.rand(3, *size) for size in [(40, 40), (64, 96)]]
+    single = [camera.score_features(score.picture_features(camera, p), 1, "official") for p in pictures]
+    logps, neg_entropy = (
+        [[getattr(r, name)[level][0].numpy() for r in single] for level in range(2)]
+        for name in ("logps", "neg_entropy")
+    )
+    expected = official_factor(logps, 64) * official_factor(neg_entropy, 64)
+    result = camera.score(pictures, 1, normalization="official")
+    assert_close(result.image_score, expected.max((1, 2)), 1e-4)
+    assert_close(result.anomaly_map[0], zoom(expected[0], 40 / 64, order=1, mode="nearest", grid_mode=True), 1e-4)
+
+
+def test_image_score_does_not_depend_on_map_size(camera):
+    picture = torch.rand(3, 50, 80)
+    plain = camera.score(picture)
+    for size in (7, (100, 30)):
+        result = camera.score(picture, map_size=size)
+        for name in VERDICTS:
+            assert torch.equal(getattr(result, name), getattr(plain, name))
+        assert result.anomaly_map.shape[1:] == ((size, size) if isinstance(size, int) else size)
+
+
+class MeanColours(torch.nn.Module):
+    """An encoder that sees where things are: contrast to grey, averaged over cells of 4 and 8 pixels."""
+
+    def normalize(self, images):
+        return (images - 0.5) * 20
+
+    def forward(self, images):
+        return [torch.nn.functional.avg_pool2d(images, stride, ceil_mode=True) for stride in (4, 8)]
+
+
+@pytest.fixture(scope="module")
+def spotter():
+    """One class; whole pictures, or (`config.center_crop`) the official crop."""
+    model = detector((3, 3), n_classes=1, img_size=64, msk_size=64, n_intra_centers=1)
+    model.encoder = MeanColours()
+    prime(model)
+    return model
+
+
+def with_blob(picture, top, left):
+    """A bright square, a fifth of the short side, its top left corner at these shares of height and width."""
+    height, width = picture.shape[1:]
+    side = min(height, width) // 5
+    y, x = round(top * height), round(left * width)
+    picture = picture.clone()
+    picture[:, y : y + side, x : x + side] = 1.0
+    return picture, (y + side / 2, x + side / 2)
+
+
+@pytest.mark.parametrize("size", [(320, 427), (600, 250), (250, 600)])
+@pytest.mark.parametrize("place", [(0.15, 0.1), (0.45, 0.7), (0.7, 0.4)])
+def test_a_defect_shows_where_it_is(spotter, size, place):
+    clean = grey_picture(*size)
+    picture, (y, x) = with_blob(clean, *place)
+    found, before = spotter.score(picture), spotter.score(clean)
+    assert found.image_score > before.image_score
+    assert found.anomaly_map.shape == (1, *size)
+    assert math.dist(peak(found.anomaly_map - before.anomaly_map), (y, x)) < 0.1 * min(size)
+    found, before = (spotter.score(p, map_size=(100, 200)) for p in (picture, clean))
+    row, column = peak(found.anomaly_map - before.anomaly_map)
+    assert math.dist((row / 100 * size[0], column / 200 * size[1]), (y, x)) < 0.1 * min(size)
+
+
+def peak(maps):
+    """Row and column of the largest value of (1, h, w)."""
+    return divmod(int(maps.argmax()), maps.shape[2])
+
+
+@pytest.fixture
+def cropping(spotter, monkeypatch):
+    monkeypatch.setattr(spotter, "config", spotter.config.replace(center_crop=True))
+    return spotter
+
+
+@pytest.mark.parametrize("size", [(320, 427), (600, 250), (250, 250)])
+def test_the_centre_crop_lies_where_it_was_cut(cropping, size):
+    (h, w), top, left = data.centre_crop_geometry(*size, 64)
+    rows = slice(round(top * size[0] / h), round((top + 64) * size[0] / h))
+    columns = slice(round(left * size[1] / w), round((left + 64) * size[1] / w))
+    clean = grey_picture(*size)
+    picture, (y, x) = with_blob(clean, 0.45, 0.45)
+    anomaly_map = cropping.score(picture).anomaly_map[0]
+    inside = torch.zeros(size, dtype=torch.bool)
+    inside[rows, columns] = True
+    assert (anomaly_map[~inside] == 0).all() and (anomaly_map[inside] > 0).all()
+    assert math.dist(peak(anomaly_map[None] - cropping.score(clean).anomaly_map), (y, x)) < 0.1 * min(size)
+
+
+def test_what_the_crop_leaves_out_does_not_count(cropping):
+    picture = grey_picture(250, 600)
+    assert_same_bits(cropping.score(picture), cropping.score(with_blob(picture, 0.5, 0.02)[0]), slice(None))
+
+
+@pytest.mark.parametrize("size", [(320, 427), (600, 250), (1, 41), (33, 1), (64, 64)])
+def test_maps_are_laid_out_in_the_coordinates_of_the_picture(spotter, size):
+    """A map whose values are positions in the picture comes back as those positions."""
+    for center_crop in (False, True):
+        config = spotter.config.replace(center_crop=center_crop)
+        (h, w), top, left = data.centre_crop_geometry(*size, 64) if center_crop else (size, 0, 0)
+        seen = (64, 64) if center_crop else size
+        for axis in (0, 1):
+            at = ((top, left)[axis] + (np.arange(32) + 0.5) / 32 * seen[axis]) * size[axis] / (h, w)[axis]
+            positions = np.broadcast_to(at[:, None] if axis == 0 else at, (32, 32))
+            positions = torch.from_numpy(positions.astype(np.float32))
+            laid = score._in_picture(positions, torch.zeros(3, *size), config, None).numpy()
+            assert laid.shape == size
+            expected = np.indices(size)[axis] + 0.5
+            inside = laid > 0
+            extent = min(size) if center_crop else size[axis]
+            # the outermost half pixel of the map is held constant; a crop is cut at whole pixels
+            assert inside.any() and np.abs(laid - expected)[inside].max() <= 0.5 * extent / 32 + 1
+
+
+def test_thin_pictures(spotter, cropping):
+    for center_crop in (False, True):
+        cropping.config = cropping.config.replace(center_crop=center_crop)
+        for size in [(1, 1), (1, 41), (40, 1), (4, 400)]:
+            result = spotter.score(torch.rand(3, *size))
+            assert result.anomaly_map.shape == (1, *size)
+            assert result.anomaly_map.isfinite().all() and result.anomaly_map.max() > 0
+        with pytest.raises(ValueError, match=r"1 x 16000 pixels .* 64 x 1024000 .* tiles"):
+            spotter.score(torch.rand(3, 1, 16000))
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.full((3, 8, 8), 1.5), r"run from 1.5 to 1.5; .*\[0, 1\]"),
+        (torch.full((3, 8, 8), -0.1), r"-0.1.*\[0, 1\]"),
+        (torch.full((3, 8, 8), math.nan), r"nan.*\[0, 1\]"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"uint8; pass floats"),
+        (torch.zeros(1, 8, 8), r"shape \(1, 8, 8\); expected"),
+        (torch.zeros(8, 8), r"shape \(8, 8\); expected"),
+        (torch.zeros(3, 0, 8), r"shape \(3, 0, 8\); expected"),
+        (torch.zeros(0, 3, 8, 8), "no images"),
+        (np.zeros((3, 8, 8)), r"shape \(3, 8, 8\); expected"),
+        (np.zeros((8, 8, 3), np.int64), "int64; pass unsigned"),
+        (np.full((8, 8, 3), 255.0), r"255.*\[0, 1\]"),
+        ([], "no images"),
+        ("no such file.png", "no such file.png"),
+        (3.5, "cannot score a float"),
+        ([torch.zeros(3, 8, 8), None], "cannot score a NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_named(camera, images, message):
+    with pytest.raises(ValueError, match=message):
+        camera.score(images)
+
+
+def test_empty_folder(camera, tmp_path):
+    with pytest.raises(ValueError, match="no images"):
+        camera.score(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ("chair", "class 'chair' is unknown; the model knows class 0, class 1, class 2 "),
+        (3, "class 3 is unknown"),
+        (-1, "class -1 is unknown"),
+        ([0, "class 7"], "class 'class 7' is unknown"),
+        ([0, 1.5], "class 1.5 is unknown"),
+        ([0, None], "class None is unknown"),
+        ([0, 1, 2], "3 class ids for 2 images"),
+        ([], "0 class ids for 2 images"),
+    ],
+)
+def test_class_ids_that_do_not_fit(calibrated, ids, message):
+    with pytest.raises(ValueError, match=message):
+        calibrated.score_features(random_features(2), ids)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [1, "class 1", np.int64(1), torch.tensor(1), [1, 1], ["class 1", 1], np.array([1, 1]), torch.tensor([1, 1]),
+     [np.int64(1), torch.tensor(1)], np.array(["class 1", "class 1"])],
+    ids=repr,
+)  # fmt: skip
+def test_class_ids_in_every_form(calibrated, ids):
+    assert calibrated.score_features(random_features(2), ids).class_id.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x[:1], "list of 2 tensors"),
+        (lambda x: x[0], "list of 2 tensors"),
+        (lambda x: [x[0], x[1][:, :5]], r"features\[1\] has shape .*\(B, 7, h, w\)"),
+        (lambda x: [x[0], x[1][:1]], r"features\[1\] has shape \(1, 7"),
+        (lambda x: [x[0][:0], x[1][:0]], r"features\[0\] has shape \(0, 10"),
+        (lambda x: [x[0][0], x[1][0]], r"features\[0\] has shape \(10, 9, 13\)"),
+        (lambda x: [x[0], x[1] / 0], r"features\[1\] holds a NaN or an infinity"),
+    ],
+)
+def test_features_that_do_not_fit(calibrated, change, message):
+    with pytest.raises(ValueError, match=message):
+        calibrated.score_features(change(random_features(2)))
+
+
+@pytest.mark.parametrize("size", [0, -3, (0, 5), (5,), (5, 6, 7), 2.5, "big"])
+def test_map_sizes_that_cannot_be(calibrated, camera, size):
+    with pytest.raises(ValueError, match="map_size is"):
+        calibrated.score_features(random_features(1), map_size=size)
+    with pytest.raises(ValueError, match="map_size is"):
+        camera.score(torch.rand(3, 8, 8), map_size=size)
+
+
+def test_without_calibration_only_the_official_protocol():
+    model, features = detector(), random_features(2)
+    with pytest.raises(ValueError, match="no normalisation constants: train it with fit, call calibrate"):
+        model.score_features(features)
+    with pytest.raises(ValueError, match="no normalisation constants"):
+        model.score(torch.rand(3, 8, 8))
+    assert model.score_features(features, 0, "official").image_score.isfinite().all()
+    with pytest.raises(ValueError, match="normalization is 'none'"):
+        model.score_features(features, normalization="none")
+
+
+def test_a_model_without_backbone_says_so(calibrated):
+    with pytest.raises(ValueError, match="no backbone"):
+        calibrated.score(torch.rand(3, 8, 8))
