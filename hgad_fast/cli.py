@@ -1,0 +1,378 @@
+"""The command line: `hgad-fast train | score | eval | info | demo`.
+
+Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
+end in one line on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .model import HGADModel
+
+app = typer.Typer(
+    name="hgad-fast",
+    help="Unified anomaly detection with hierarchical Gaussian mixture normalizing flows (HGAD).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON on stdout.")]
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the library's own errors (bad input, missing extras, a diverged run) into a message and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        from .train import NonFiniteLossError
+
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: print(f"hgad-fast: {message}", file=sys.stderr)
+                command(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # `hgad-fast ... | head`: typer ends quietly
+        except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
+            print(f"hgad-fast: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            print("hgad-fast: interrupted; every file written so far is whole", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.command()
+@_plain_errors
+def train(
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="Dataset: <class>/train/good/* (MVTec AD layout), or <class>/* (normal)."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model, checkpoint and metrics.")] = Path(
+        "run"
+    ),
+    config: Annotated[Path | None, typer.Option(help="JSON file with fields of HGADConfig.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of HGADConfig, e.g. --set img_size=512; may be repeated."),
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")] = None,
+    weights: Annotated[str | None, typer.Option(help="'pretrained', a state-dict file, or 'random'.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Normal pictures to calibrate on, laid out like DATA.")
+    ] = None,
+    false_alarm_rate: Annotated[float, typer.Option(help="Share of normal pictures that may raise an alarm.")] = 0.01,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT, if there is one.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out pictures that cannot be decoded, and report them.")] = False,
+    device: Device = None,
+) -> None:
+    """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal pictures."""
+    from . import data as pictures
+    from .config import HGADConfig
+    from .model import HGADModel
+
+    _require_rate(false_alarm_rate)
+    dataset = pictures.discover(data)
+    fields: dict[str, Any] = {"n_classes": len(dataset.class_names), "class_names": dataset.class_names}
+    if config is not None:
+        fields |= _json_object(config)
+    fields |= dict(_assignment(text) for text in set_ or [])
+    if backbone is not None:
+        fields["backbone_arch"] = backbone
+    if weights is not None:
+        fields["backbone_weights"] = None if weights == "random" else weights
+    model = HGADModel(HGADConfig.from_fields(fields)).to(_device(device))
+    model.fit(
+        dataset,
+        output_dir=output,
+        calibration=calibration,
+        resume=resume,
+        skip_bad=skip_bad,
+        false_alarm_rate=false_alarm_rate,
+    )
+    print(f"model: {output / 'model.safetensors'}")
+
+
+@app.command()
+@_plain_errors
+def score(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Pictures, or folders of pictures.")],
+    class_: Annotated[
+        str | None, typer.Option("--class", help="Their class, name or number; default: inferred for each.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for scores.csv and overlays/*.png.")
+    ] = None,
+    maps: Annotated[bool, typer.Option(help="Also write the maps, maps/*.npy (float32, picture size).")] = False,
+    false_alarm_rate: Annotated[float | None, typer.Option(help="Judge at another rate than the model's own.")] = None,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Score pictures: how anomalous each is, whether that passes the threshold, and where."""
+    from . import data as pictures
+
+    if maps and output is None:
+        raise ValueError("--maps needs --output, the folder to write them to")
+    if output is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--output draws overlays, which need matplotlib: pip install 'hgad-fast[plot]'")
+    detector = _load(model, device, false_alarm_rate)
+    files = [file for path in images for file in (pictures.list_images(path) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"there are no pictures in {', '.join(map(str, images))}")
+    names = _file_names(files)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.class_names else class_
+    rows, bad = [], []
+    for file, name in zip(files, names, strict=True):
+        try:
+            picture = pictures.read_image(file)
+        except pictures.ImageError as error:
+            bad.append(error)
+            print(f"hgad-fast: {error}", file=sys.stderr)
+            continue
+        result = detector.score(picture, class_id)
+        row = {
+            "file": str(file),
+            "class": detector.class_names[int(result.class_id)],
+            "score": float(result.image_score),
+            "threshold": _known(result.threshold),
+            "p_value": _known(result.p_value),
+            "anomalous": bool(result.is_anomalous) if _known(result.p_value) is not None else None,
+        }
+        rows.append(row)
+        if not as_json:
+            print(_score_line(row))
+        if output is not None:
+            _write_overlay(output / "overlays" / f"{name}.png", picture, result, row)
+            if maps:
+                _write_map(output / "maps" / f"{name}.npy", result.anomaly_map[0])
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    if output is not None:
+        _write_csv(output / "scores.csv", rows)
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(files)} pictures could not be read; the others are scored")
+
+
+@app.command(name="eval")
+@_plain_errors
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Dataset with <class>/test and <class>/ground_truth.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON here.")] = None,
+    false_alarm_rate: Annotated[float | None, typer.Option(help="Judge at another rate than the model's own.")] = None,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Image and pixel AUROC, per class and mean, official and calibrated protocol side by side."""
+    from .evaluate import evaluate as run
+    from .files import replacing
+
+    result = run(_load(model, device, false_alarm_rate), data)
+    text = json.dumps(result.to_dict(), indent=2)
+    print(text if as_json else result.table())
+    if output is not None:
+        with replacing(output) as file:
+            file.write_text(text + "\n")
+
+
+@app.command()
+@_plain_errors
+def info(
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A model file to describe.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Versions, device, who computes the fused operations, and what a model file holds."""
+    import platform
+
+    import torch
+
+    from . import __version__, ops
+
+    device = torch.device(_device(None))
+    found: dict[str, Any] = {
+        "hgad_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "backend": ops.path(torch.empty(0, device=device)),
+    }
+    if model is not None:
+        found["model"] = _describe(_load(model, "cpu", None), model)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.pop("model", {}).items():
+        found[key] = value
+    for key, value in found.items():
+        print(f"{key:<20} {value if value is not None else '-'}")
+
+
+@app.command()
+@_plain_errors
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, model and pictures.")] = Path("demo"),
+) -> None:
+    """Train on pictures that come with the packages of the extra "demo", and show what the model finds."""
+    from .demo import run
+
+    run(output)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}; it must hold an object of HGADConfig fields")
+    return fields
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text!r} is no assignment; write --set FIELD=VALUE")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value  # a bare word is a string
+
+
+def _device(name: str | None) -> str:
+    """The device asked for, on which the operations can run."""
+    import torch
+
+    from . import ops
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        ops.path(torch.empty(0, device=name))
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason} (--device cpu always works)") from error
+    return name
+
+
+def _require_rate(false_alarm_rate: float) -> None:
+    if not 0 < false_alarm_rate < 1:
+        raise ValueError(f"--false-alarm-rate is {false_alarm_rate}; allowed: above 0 and below 1")
+
+
+def _load(path: Path, device: str | None, false_alarm_rate: float | None) -> HGADModel:
+    from .model import HGADModel
+
+    model = HGADModel.load(path, _device(device))
+    if false_alarm_rate is not None:
+        _require_rate(false_alarm_rate)
+        if model.calibration is None:
+            raise ValueError(f"{path} is not calibrated, so --false-alarm-rate means nothing")
+        model.calibration.false_alarm_rate = false_alarm_rate
+    return model
+
+
+def _known(value: Any) -> float | None:
+    """A number that JSON can write, or None."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _score_line(row: dict[str, Any]) -> str:
+    verdict = {True: "ANOMALOUS", False: "normal", None: ""}[row["anomalous"]]
+    p_value = "" if row["p_value"] is None else f"p {row['p_value']:.3f}"
+    return f"{row['score']:9.4f}  {p_value:8}  {verdict:9}  {row['class']:<16} {row['file']}"
+
+
+def _file_names(files: list[Path]) -> list[str]:
+    """One name a picture for what is written about it: its stem; where stems repeat, its path below all pictures."""
+    stems = Counter(file.stem for file in files)
+    paths = [Path(os.path.abspath(file)) for file in files]
+    root = os.path.commonpath([path.parent for path in paths])
+    names: dict[str, None] = {}
+    for path in paths:
+        stem = "-".join(path.relative_to(root).with_suffix("").parts) if stems[path.stem] > 1 else path.stem
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names[name] = None
+    return list(names)
+
+
+def _write_overlay(path: Path, picture: Any, result: Any, row: dict[str, Any]) -> None:
+    from .plot import overlay
+
+    overlay(
+        picture,
+        result.anomaly_map[0].cpu(),
+        float(result.threshold),
+        path=path,
+        title=f"{row['class']}: {row['file']}",
+    )
+
+
+def _write_map(path: Path, anomaly_map: Any) -> None:
+    import numpy as np
+
+    from .files import replacing
+
+    with replacing(path) as file:
+        np.save(file, anomaly_map.cpu().numpy())
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    from .files import replacing
+
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["file", "class", "score", "threshold", "p_value", "anomalous"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _describe(model: HGADModel, path: Path) -> dict[str, Any]:
+    config, calibration = model.config, model.calibration
+    return {
+        "model file": str(path),
+        "size": f"{path.stat().st_size / 1e6:.1f} MB",
+        "classes": ", ".join(model.class_names),
+        "backbone": config.backbone_arch,
+        "feature channels": ", ".join(map(str, model.feat_dims)),
+        "coupling layers": config.coupling_layers,
+        "centres per class": config.n_intra_centers,
+        "picture size": f"short side {config.img_size}{', centre crop' if config.center_crop else ''}",
+        "calibration": "none"
+        if calibration is None
+        else f"{len(calibration.scores)} pictures, false-alarm rate {calibration.false_alarm_rate:.1%}",
+    }

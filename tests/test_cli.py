@@ -1,0 +1,440 @@
+"""The command line as its users meet it: a whole story on a tiny dataset, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+import hgad_fast
+from hgad_fast import HGADModel
+from hgad_fast.cli import app
+from hgad_fast.data import read_image
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = ("train", "score", "eval", "info", "demo")
+TINY = {
+    "backbone_arch": "test_efficientnet",
+    "out_indices": [1],
+    "img_size": 48,
+    "msk_size": 24,
+    "feature_levels": 2,
+    "coupling_layers": 2,
+    "n_intra_centers": 2,
+    "pos_embed_dim": 8,
+    "meta_epochs": 3,
+    "sub_epochs": 1,
+    "batch_size": 4,
+}
+
+
+def hgad(*args: Any) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def succeeds(*args: Any) -> Result:
+    result = hgad(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fails(*args: Any) -> str:
+    """The one line of the error; nothing is left on stdout and no exception comes through."""
+    result = hgad(*args)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("hgad-fast: "), result.stderr
+    return lines[0]
+
+
+def picture(rng: np.random.Generator, slope: float, defect: bool) -> tuple[Image.Image, Image.Image]:
+    """Stripes of the given slope, 64 wide and 48 high, with or without a patch of negative; and its mask."""
+    y, x = np.mgrid[:48, :64]
+    pixels = 128 + 90 * np.sin(0.7 * (x + slope * y))[..., None] * (1.0, 0.8, 0.5) + rng.normal(0, 6, (48, 64, 3))
+    mask = np.zeros((48, 64), np.uint8)
+    if defect:
+        top, left = rng.integers(4, 28), rng.integers(4, 44)
+        pixels[top : top + 16, left : left + 16] = 255 - pixels[top : top + 16, left : left + 16]
+        mask[top : top + 16, left : left + 16] = 255
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), Image.fromarray(mask)
+
+
+def write_dataset(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name, slope in (("leaning", 1.0), ("upright", 0.0)):
+        for folder, count in (("train/good", 10), ("test/good", 2), ("test/patch", 3)):
+            for i in range(count):
+                image, mask = picture(rng, slope, folder == "test/patch")
+                (root / name / folder).mkdir(parents=True, exist_ok=True)
+                image.save(root / name / folder / f"{i:03}.png")
+                if folder == "test/patch":
+                    (root / name / "ground_truth/patch").mkdir(parents=True, exist_ok=True)
+                    mask.save(root / name / "ground_truth/patch" / f"{i:03}_mask.png")
+    return root
+
+
+def train_arguments(data: Path, output: Path) -> list[str]:
+    settings = [word for name, value in TINY.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    return ["train", str(data), "--output", str(output), "--weights", "random", "--device", "cpu", *settings]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def training(data, tmp_path_factory) -> tuple[Path, Result]:
+    output = tmp_path_factory.mktemp("out") / "run"
+    return output, succeeds(*train_arguments(data, output))
+
+
+@pytest.fixture(scope="module")
+def model(training) -> Path:
+    return training[0] / "model.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------------- the story
+
+
+def test_train_writes_a_calibrated_model_and_says_where(training):
+    output, result = training
+    assert {path.name for path in output.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "model.safetensors"}
+    assert result.stdout == f"model: {output / 'model.safetensors'}\n"
+    assert result.stderr.startswith("hgad-fast: too few calibration pictures for a false-alarm rate of 1.0%")
+    assert len(result.stderr.splitlines()) == 1
+    trained = HGADModel.load(output / "model.safetensors")
+    assert trained.class_names == ("leaning", "upright")
+    assert trained.config.img_size == 48 and trained.config.out_indices == (1,)
+    assert len(trained.calibration.scores) == 10
+
+
+def test_train_resumes_where_it_stood(training, data, tmp_path):
+    output, _ = training
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    succeeds(*train_arguments(data, tmp_path / "run"), "--resume")
+    first, again = (HGADModel.load(folder / "model.safetensors") for folder in (output, tmp_path / "run"))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    message = fails(*train_arguments(data, tmp_path / "run"), "--resume", "--set", "lr=0.1")
+    assert "checkpoint.pt was trained with another configuration: lr 0.0002 -> 0.1" in message
+
+
+def test_settings_come_from_a_file_and_from_options_that_go_before(data, tmp_path, monkeypatch):
+    made = []
+
+    def fit(self, dataset, **options):
+        made.append((self.config, options))
+
+    monkeypatch.setattr(HGADModel, "fit", fit)
+    (tmp_path / "c.json").write_text(json.dumps(TINY | {"lr": 0.5, "memory": "standard", "backbone_arch": "nobody"}))
+    succeeds(
+        *("train", data, "--config", tmp_path / "c.json", "--set", "lr=1e-3", "--set", "memory=reversible"),
+        *("--backbone", "test_efficientnet", "--weights", "random", "--false-alarm-rate", "0.2", "--skip-bad"),
+    )
+    ((config, options),) = made
+    assert (config.lr, config.memory, config.backbone_weights) == (1e-3, "reversible", None)
+    assert config.class_names == ("leaning", "upright") and config.coupling_layers == 2
+    assert options["false_alarm_rate"] == 0.2 and options["skip_bad"] is True and options["resume"] is False
+
+
+def test_score_prints_a_line_a_picture(model, data):
+    folder = data / "upright" / "test" / "patch"
+    result = succeeds("score", model, folder, data / "leaning" / "test" / "good" / "000.png")
+    lines = result.stdout.splitlines()
+    trained = HGADModel.load(model)
+    expected = trained.score([*sorted(folder.iterdir()), data / "leaning/test/good/000.png"])
+    assert len(lines) == 4 and result.stderr == ""
+    for i, line in enumerate(lines):
+        assert float(line.split()[0]) == pytest.approx(float(expected.image_score[i]), abs=5e-5)
+        assert float(line.split()[2]) == pytest.approx(float(expected.p_value[i]), abs=5e-4)
+        assert ("ANOMALOUS" in line) == bool(expected.is_anomalous[i])
+        assert line.split("/")[0].split()[-1] == trained.class_names[expected.class_id[i]]
+        assert line.endswith("000.png" if i == 3 else f"{i:03}.png")
+
+
+def test_score_prints_nothing_but_json_when_asked(model, data):
+    file = data / "upright" / "test" / "patch" / "001.png"
+    (row,) = json.loads(succeeds("score", model, file, "--json").stdout)
+    trained = HGADModel.load(model)
+    expected = trained.score(file)
+    assert row == {
+        "file": str(file),
+        "class": trained.class_names[expected.class_id],
+        "score": pytest.approx(float(expected.image_score)),
+        "threshold": pytest.approx(float(expected.threshold)),
+        "p_value": pytest.approx(float(expected.p_value)),
+        "anomalous": bool(expected.is_anomalous),
+    }
+
+
+@pytest.mark.parametrize("name", ["leaning", "0"])
+def test_score_takes_the_class_by_name_or_number(model, data, name):
+    file = data / "upright" / "test" / "good" / "000.png"
+    (row,) = json.loads(succeeds("score", model, file, "--json", "--class", name).stdout)
+    assert row["class"] == "leaning"
+    assert row["score"] == pytest.approx(float(HGADModel.load(model).score(file, "leaning").image_score))
+
+
+def test_score_writes_table_overlays_and_maps(model, data, tmp_path):
+    pictures = [data / "upright" / "test" / "patch", data / "leaning" / "test" / "patch" / "000.png"]
+    output = tmp_path / "new" / "scored"
+    succeeds("score", model, *pictures, "--output", output, "--maps")
+    names = ["upright-test-patch-000", "001", "002", "leaning-test-patch-000"]
+    assert {path.name for path in (output / "overlays").iterdir()} == {f"{name}.png" for name in names}
+    for name in names:
+        assert read_image(output / "overlays" / f"{name}.png").shape[2] > 600
+    found = np.load(output / "maps" / "leaning-test-patch-000.npy")
+    expected = HGADModel.load(model).score(pictures[1]).anomaly_map[0]
+    assert found.dtype == np.float32 and found.shape == (48, 64)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+    with open(output / "scores.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [str(pictures[0] / f"{i:03}.png") for i in range(3)] + [str(pictures[1])]
+    assert float(rows[3]["score"]) == pytest.approx(float(expected.max()), rel=0.2)
+    assert {row["anomalous"] for row in rows} <= {"True", "False"}
+
+
+def test_one_picture_of_many_names_never_overwrites_another(model, data, tmp_path):
+    source = data / "upright" / "test" / "good" / "000.png"
+    files = [tmp_path / name for name in ("a/x.png", "a/x.bmp", "b/x.png", "a-x.png", "y.png")]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        Image.open(source).save(file)
+    succeeds("score", model, *files, files[-1], "--output", tmp_path / "out")
+    names = {path.stem for path in (tmp_path / "out" / "overlays").iterdir()}
+    assert names == {"a-x", "a-x-2", "b-x", "a-x-3", "y", "y-2"}
+
+
+def test_a_bad_picture_among_good_ones_is_named_and_the_others_scored(model, data, tmp_path):
+    good = data / "upright" / "test" / "good" / "000.png"
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(good.read_bytes()[:200])
+    result = hgad("score", model, bad, good, tmp_path / "none.png", "--json", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert [row["file"] for row in json.loads(result.stdout)] == [str(good)]
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(f"hgad-fast: {bad}: ")
+    assert lines[1] == f"hgad-fast: {tmp_path / 'none.png'}: No such file or directory"
+    assert lines[2] == "hgad-fast: 2 of 3 pictures could not be read; the others are scored"
+    assert (tmp_path / "out" / "scores.csv").read_text().count("\n") == 2
+
+
+def test_eval_prints_a_table_or_json_and_writes_it(model, data, tmp_path):
+    figures = json.loads(succeeds("eval", model, data, "--json").stdout)
+    result = succeeds("eval", model, data, "--output", tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    for protocol in ("official", "calibrated"):
+        assert protocol in result.stdout
+        rows = figures["figures"][protocol]
+        assert set(rows) == {"leaning", "upright", "mean"}
+        for figure in ("image_auroc", "pixel_auroc"):
+            mean = (rows["leaning"][figure] + rows["upright"][figure]) / 2
+            assert rows["mean"][figure] == pytest.approx(mean)
+            assert f"{100 * mean:.1f}" in result.stdout
+    assert (figures["n_normal"], figures["n_anomalous"]) == (4, 6)
+
+
+def test_another_false_alarm_rate_changes_the_verdict(model, data):
+    # 10 calibration pictures, 5 of each class, are pooled: p-values are multiples of 1/11
+    file = data / "upright" / "test" / "good" / "000.png"
+    p_value, thresholds = None, []
+    for rate in (0.1, 0.999):
+        (row,) = json.loads(succeeds("score", model, file, "--json", "--false-alarm-rate", rate).stdout)
+        p_value = row["p_value"]
+        thresholds.append(row["threshold"])
+        assert row["anomalous"] == (p_value <= rate + 1e-9)
+    assert thresholds[1] is None or thresholds[1] < thresholds[0]
+
+
+def test_info_describes_machine_and_model(model):
+    found = json.loads(succeeds("info", model, "--json").stdout)
+    assert found["hgad_fast"] == hgad_fast.__version__ and found["torch"] == torch.__version__
+    assert found["backend"] in ("torch", "triton")
+    assert found["model"]["classes"] == "leaning, upright"
+    assert found["model"]["backbone"] == "test_efficientnet"
+    assert found["model"]["calibration"].startswith("10 pictures, false-alarm rate 1.0%")
+    text = succeeds("info", model).stdout
+    for word in (hgad_fast.__version__, torch.__version__, "leaning, upright", str(model)):
+        assert word in text
+
+
+def test_info_without_triton(monkeypatch):
+    import importlib.metadata
+    import importlib.util
+
+    find_spec, version = importlib.util.find_spec, importlib.metadata.version
+
+    def no_version(name: str) -> str:
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find_spec(name, *a))
+    monkeypatch.setattr(importlib.metadata, "version", no_version)
+    found = json.loads(succeeds("info", "--json").stdout)
+    assert found["triton"] is None and found["backend"] == "torch"
+
+
+# ---------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "img_sizes=3"), "HGADConfig has no field 'img_sizes'; it has n_classes, "),
+        (("--set", "img_size=big"), "HGADConfig.img_size is 'big'; allowed: a whole number from 1"),
+        (("--set", "lr=NaN"), "HGADConfig.lr is nan; allowed: a finite number above 0"),
+        (("--set", "img_size"), "--set 'img_size' is no assignment; write --set FIELD=VALUE"),
+        (("--set", 'class_names=["a","b"]', "--weights", "random"), "has the classes leaning, upright"),
+        (("--backbone", "resnet5O"), "'resnet5O', which this timm"),
+        (("--weights", "none.pth"), "backbone_weights: there is no file none.pth"),
+        (("--config", "none.json"), "'none.json'"),
+        (("--false-alarm-rate", "0"), "--false-alarm-rate is 0.0; allowed: above 0 and below 1"),
+        (("--device", "cuda:99", "--weights", "random"), "device 'cuda:99' cannot be used"),
+        (("--device", "gpu", "--weights", "random"), "device 'gpu' cannot be used"),
+    ],
+)
+def test_a_bad_argument_of_train_is_named(arguments, message, data, tmp_path):
+    small = ("--backbone", "test_efficientnet", *(("--weights", "random") if "--weights" not in arguments else ()))
+    assert message in fails("train", data, "--output", tmp_path / "run", *small, *arguments)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "c.json is no JSON: "),
+        (b"\xff\xfe\x00", "c.json is no JSON: "),
+        (b"[1]", "c.json holds a list; it must hold an object of HGADConfig fields"),
+        (b'{"img": 3}', "HGADConfig has no field 'img'"),
+        (b'{"n_classes": 7}', "HGADConfig.class_names is ('leaning', 'upright'); allowed: 7 different names"),
+    ],
+)
+def test_a_bad_configuration_file_is_named(content, message, data, tmp_path):
+    (tmp_path / "c.json").write_bytes(content)
+    assert message in fails("train", data, "--config", tmp_path / "c.json")
+
+
+def test_every_bad_training_picture_is_listed(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    bad = [tmp_path / "data" / name for name in ("leaning/train/good/003.png", "upright/train/good/000.png")]
+    for file in bad:
+        file.write_bytes(b"no picture")
+    result = hgad(*train_arguments(tmp_path / "data", tmp_path / "run"))
+    assert result.exit_code == 1 and not list((tmp_path / "run").iterdir())
+    assert "2 of 20 images cannot be used" in result.stderr and "--skip-bad" in result.stderr
+    assert all(str(file) in result.stderr for file in bad)
+    skipped = succeeds(*train_arguments(tmp_path / "data", tmp_path / "run"), "--skip-bad", "--set", "meta_epochs=1")
+    assert all(f"skipped {file}" in skipped.stderr for file in bad)
+
+
+@pytest.mark.parametrize("command", ["score", "eval", "info"])
+def test_a_bad_model_file_is_named(command, data, tmp_path):
+    rest = [] if command == "info" else [data]
+    assert f"there is no model file {tmp_path / 'm'}" in fails(command, tmp_path / "m", *rest)
+    (tmp_path / "m").write_bytes(b"no model")
+    assert f"{tmp_path / 'm'} is no whole safetensors file" in fails(command, tmp_path / "m", *rest)
+
+
+def test_bad_arguments_of_score_and_eval_are_named(model, data, tmp_path):
+    file = data / "upright" / "test" / "good" / "000.png"
+    assert "--maps needs --output" in fails("score", model, file, "--maps")
+    assert "class 'upside' is unknown; the model knows leaning, upright" in fails(
+        "score", model, file, "--class", "upside"
+    )
+    assert "class 2 is unknown; the model knows leaning, upright" in fails("score", model, file, "--class", "2")
+    assert "--false-alarm-rate is 1.5" in fails("score", model, file, "--false-alarm-rate", "1.5")
+    assert f"there are no pictures in {tmp_path}" in fails("score", model, tmp_path)
+    assert f"{tmp_path / 'none'}: no such folder" in fails("eval", model, tmp_path / "none")
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in fails("score", model, file, "--output", tmp_path / "file" / "out").replace("'", "")
+    for name in ("leaning", "bent"):
+        shutil.copytree(data / "upright", tmp_path / "other" / name)
+    assert "classes the model does not know: bent" in fails("eval", model, tmp_path / "other")
+
+
+def test_overlays_without_matplotlib_are_refused_before_anything_is_scored(model, data, tmp_path, monkeypatch):
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find_spec(name, *a)
+    )
+    monkeypatch.setattr(HGADModel, "score", lambda *_: pytest.fail("scores"))
+    assert "pip install 'hgad-fast[plot]'" in fails("score", model, data, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backend_that_cannot_run_is_named(model, data, monkeypatch):
+    monkeypatch.setenv("HGAD_FAST_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "backend 'triton' cannot run" in fails("score", model, data, "--device", "cpu")
+    monkeypatch.setenv("HGAD_FAST_BACKEND", "cuda")
+    assert "backend is 'cuda'; allowed are auto, triton, torch" in fails("info")
+
+
+def test_an_interrupt_ends_with_its_own_code(data, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HGADModel, "fit", interrupted)
+    result = hgad(*train_arguments(data, tmp_path / "run"))
+    assert result.exit_code == 130
+    assert result.stderr == "hgad-fast: interrupted; every file written so far is whole\n"
+
+
+def test_an_error_of_ours_is_not_hidden(data, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(HGADModel, "fit", broken)
+    result = hgad(*train_arguments(data, tmp_path / "run"))
+    assert result.exit_code == 1 and isinstance(result.exception, ZeroDivisionError)
+
+
+# ---------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command):
+    text = click.unstyle(succeeds(command, "--help").stdout)
+    assert f"Usage: hgad-fast {command}" in text.replace("root", "hgad-fast")
+    assert ("--json" in text) == (command in ("score", "eval", "info"))
+
+
+def test_alone_it_lists_its_commands():
+    result = hgad()
+    assert result.exit_code == 2  # nothing was done
+    assert all(f" {command} " in click.unstyle(result.output) for command in COMMANDS)
+
+
+def run(*args: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hgad_fast", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_as_a_module_it_is_the_same_command(model, data):
+    file = data / "upright" / "test" / "good" / "000.png"
+    scored = run("score", model, file, "--json")
+    assert scored.returncode == 0 and scored.stderr == ""
+    assert json.loads(scored.stdout)[0]["file"] == str(file)
+    wrong = run("info", data / "none.safetensors")
+    assert wrong.returncode == 1 and wrong.stdout == ""
+    assert wrong.stderr == f"hgad-fast: there is no model file {data / 'none.safetensors'}\n"
