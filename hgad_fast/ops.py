@@ -68,8 +68,10 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
-def fused(file: str) -> Callable[[Callable[..., Any]], Any]:
+def fused(file: str, make: Callable[[Any], Any] | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Give a definition its kernel, the function of the same name and signature in ``kernels/<file>.py``.
+
+    Kernels return plain tuples; `make` turns one into the definition's named tuple.
 
     A kernel knows nothing of autograd: where a gradient is wanted, `op.differentiable` (the operator that pairs the
     kernel with its backward, same arguments by position) runs it.
@@ -85,7 +87,8 @@ def fused(file: str) -> Callable[[Callable[..., Any]], Any]:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 return public.differentiable(*bound.args, *bound.kwargs.values())
-            return getattr(_kernels(file), reference.__name__)(*args, **kwargs)
+            found = getattr(_kernels(file), reference.__name__)(*args, **kwargs)
+            return make(found) if make else found
 
         signature = inspect.signature(reference)
         public: Any = op
@@ -872,7 +875,7 @@ class MixtureScores(NamedTuple):
     class_log_density: Tensor | None  # (N, K)
 
 
-@fused("mixture")
+@fused("mixture", MixtureScores._make)
 def mixture_scores(
     z: Tensor,
     log_det: Tensor,

@@ -200,3 +200,40 @@ def test_official_checkpoint_of_another_size_is_refused():
     with pytest.raises(ValueError, match="there is no file"):
         model.load_official_checkpoint(DATA / "none.pt")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_the_kernels_are_what_runs(interpreted, monkeypatch: pytest.MonkeyPatch):
+    """Golden losses, gradients and scores through the kernels, on Triton's interpreter, with their launches counted."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launches: dict[str, int] = {}
+    launch = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        launches[self.fn.__name__] = launches.get(self.fn.__name__, 0) + 1
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    golden = Golden("hgad_small")
+    layers, level = golden.config["coupling_layers"], 1
+    x = golden[f"level{level}.features"].requires_grad_()
+    losses = golden.model(x, (golden.labels(level), None), golden.dense(level), scale=level, epoch=3)
+    assert launches == {"_forward_kernel": layers, "_terms_kernel": 1}
+    for name, value in losses.items():
+        assert error(value, golden[f"level{level}.full.{name}"]) < 1e-5, name
+    total(losses).backward()
+    assert launches["_backward_kernel"] == layers and launches["_terms_backward_kernel"] >= 1
+    assert error(x.grad, golden[f"level{level}.full.grad.features"]) < 1e-4
+    assert error(golden.model.mus[level].grad, golden[f"level{level}.full.grad.mus"]) < 1e-4
+    assert error(golden.model.mu_deltas[level].grad, golden[f"level{level}.full.grad.mu_deltas"]) < 1e-4
+
+    launches.clear()
+    features = [
+        golden[f"score.level{level}.features"].view(5, *golden.size(level), -1).permute(0, 3, 1, 2)[:2]
+        for level in golden.levels
+    ]
+    result = golden.model.score_features(features, int(golden["score.class_id"]), normalization="official")
+    assert launches == {"_forward_kernel": 2 * 2 * layers, "_scores_kernel": 2 * 2}  # two images, two levels
+    for level in golden.levels:
+        assert error(result.logps[level], golden[f"score.level{level}.logps"][:2]) < 1e-5
+        assert error(result.neg_entropy[level], golden[f"score.level{level}.neg_entropy"][:2]) < 1e-5

@@ -450,3 +450,15 @@ def test_kernels_pass_gradients_on(interpreted):
     )
     for g, w in zip(found, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_the_kernel_are_the_same_named_tuple(interpreted):
+    z, log_det, labels = torch.randn(9, 5), torch.randn(9), torch.randint(0, 3, (9,))
+    mixture = [p.detach().float() for p in make_mixture(3, 2, 5)]
+    kernel, definition = (
+        ops.mixture_scores(z, log_det, *mixture, labels, per_class=True, backend=backend)
+        for backend in ("triton", "torch")
+    )
+    assert isinstance(kernel, ops.MixtureScores)
+    for found, wanted in zip(kernel, definition, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
