@@ -8,7 +8,7 @@ READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: demo test bench check setup
+.PHONY: demo test bench gpu check setup
 
 demo:
 	@start=$$SECONDS; \
@@ -17,11 +17,16 @@ demo:
 	$(BIN)/hgad-fast demo; \
 	echo "set-up, downloads included: $$((ready - start)) s; demo: $$((SECONDS - ready)) s"
 
+# One process and one thread a core: small products gain nothing from more.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
+
+# For a machine with a GPU, whose python has torch and Triton: nothing is installed, and the checkout is what runs.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "demo": DEMO,
         "bench": BENCH,
-        "test": [*DEMO, *BENCH, "hypothesis>=6", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"],
+        "test": [*DEMO, *BENCH, "hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"],
     },
     # kernels/ stands beside hgad_fast/ in the repository and is installed inside it; hgad_fast/kernels is a link.
     packages=["hgad_fast", "hgad_fast.kernels"],

@@ -1,4 +1,4 @@
-"""The command line: `hgad-fast train | score | eval | info | demo`.
+"""The command line: `hgad-fast train | score | eval | bench | info | demo`.
 
 Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
 end in one line on stderr and exit code 1.
@@ -193,6 +193,56 @@ def evaluate(
     if output is not None:
         with replacing(output) as file:
             file.write_text(text + "\n")
+
+
+@app.command()
+@_plain_errors
+def bench(
+    cases: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CASES]...",
+            help="coupling, flow, mixture, scores, scoring, training, official-loop; default: all.",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes, to try the machinery; its figures mean nothing.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file, or folder for <device>-<date>.json.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Roofline picture (PNG).")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time the official formulation under torch.compile too.")
+    ] = False,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Time the fused operations, scoring and a training step against the official formulation.
+
+    Results are compared first, and a wrong one gets no figures. Needs the packages of: pip install 'hgad-fast[bench]'
+    """
+    import torch
+
+    from . import bench as benchmarks
+
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'hgad-fast[plot]'")
+    where = torch.device(_device(device))
+    outcomes = benchmarks.run(
+        cases or (),
+        quick,
+        device=where,
+        compiled=compiled,
+        output=output,
+        progress=functools.partial(print, file=sys.stderr),
+    )
+    if as_json:
+        print(json.dumps(benchmarks.document(outcomes, benchmarks.environment(where)), indent=2))
+    else:
+        print(benchmarks.table(outcomes))
+    if plot is not None:
+        benchmarks.plot(outcomes, plot)
+    if wrong := benchmarks.wrong_results(outcomes):
+        raise ValueError("; ".join(wrong))
 
 
 @app.command()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CHUNK_PIXELS = 8192  # feature pixels that go through the flow together
 BLUR_SIGMA = 4.0  # of the anomaly map, in pixels of the msk_size map (official)
-MAX_SEEN_PIXELS = 2**24  # of one picture that the backbone sees, unless four squares of img_size are more
+MAX_SEEN_PIXELS = 2**23  # of a picture at the size of the backbone (about 0.5 GB of memory a million in a small one)
 
 
 @dataclass
@@ -405,7 +405,8 @@ def prepare(picture: Tensor, config: HGADConfig) -> Tensor:
     """A picture (3, H, W) at the size that the backbone sees: all of it, or the official centre crop.
 
     Raises:
-        ValueError: the picture is so long and thin that it would have more than `MAX_SEEN_PIXELS` at this size.
+        ValueError: the picture is so long and thin that it would have more than `MAX_SEEN_PIXELS`, and more than four
+            squares of img_size.
     """
     height, width = picture.shape[1:]
     h, w = data.whole_picture_size(height, width, config.img_size)

@@ -589,8 +589,8 @@ def _sum_by_class(part: Tensor, tiles: Tensor, out: Tensor) -> None:
     if out.numel() == 0:
         return
     width = out.shape[1]
-    _sum_by_class_kernel[(out.shape[0], triton.cdiv(width, 128))](
-        part, tiles[2], out, part.shape[0], width, part.stride(0), out.stride(0), BLOCK_T=32, BLOCK_W=128,
+    _sum_by_class_kernel[(out.shape[0], triton.cdiv(width, 64))](
+        part, tiles[2], out, part.shape[0], width, part.stride(0), out.stride(0), BLOCK_T=128, BLOCK_W=64,
     )  # fmt: skip
 
 

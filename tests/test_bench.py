@@ -1,0 +1,495 @@
+"""The official formulation against the golden files, and the measuring itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from hgad_fast import bench
+from hgad_fast.cli import app
+
+DATA = Path(__file__).parent / "data"
+
+
+class Golden:
+    """A golden file: sizes, arrays as tensors, parameters as the official formulation takes them."""
+
+    def __init__(self, name: str) -> None:
+        self.arrays = np.load(DATA / f"hgad_{name}.npz")
+        self.config = json.loads(str(self.arrays["config_json"]))
+        self.conditional = self.config["flow_arch"] == "conditional_flow_model"
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[name])
+
+    def flow(self, level: int) -> torch.nn.Module:
+        sizes = self.config
+        position_dim = sizes["pos_embed_dim"] if self.conditional else 0
+        flow = bench.official_flow(sizes["C"], position_dim, sizes["coupling_layers"], sizes["clamp_alpha"])
+        prefix = f"nfs.{level}."
+        names = [name for name in self.arrays.files if name.startswith(prefix)]
+        flow.load_state_dict({name.removeprefix(prefix): self[name] for name in names})
+        return flow
+
+    def position(self, level: int) -> torch.Tensor:
+        code = self[f"level{level}.pos_embed"]
+        return code.expand(self.config["B"], -1, -1, -1).permute(0, 2, 3, 1).reshape(-1, len(code))
+
+    def prior(self, level: int) -> dict[str, torch.Tensor]:
+        names = {"mu": "mus", "delta": "mu_deltas", "phi_inter": "phi_inters", "phi_intra": "phi_intras"}
+        return {ours: self[f"{theirs}.{level}"] for ours, theirs in names.items()}
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("name", ["small", "odd", "unconditional"])
+def test_official_flow_is_golden(name: str, level: int) -> None:
+    golden = Golden(name)
+    condition = [golden.position(level)] if golden.conditional else []
+    with torch.no_grad():
+        z, log_det = golden.flow(level)(golden[f"level{level}.features"], condition)
+    assert error(z, golden[f"level{level}.z"]) < 1e-6
+    assert error(log_det, golden[f"level{level}.log_jac_det"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["small", "odd"])
+def test_official_position_is_golden(name: str) -> None:
+    golden = Golden(name)
+    for level in range(2):
+        expected = golden[f"level{level}.pos_embed"]
+        assert error(bench.official_position(*expected.shape), expected) < 1e-6
+    images = golden.config["B"]
+    assert torch.equal(
+        bench.dense_position(len(expected), images, *expected.shape[1:]),
+        bench.official_position(*expected.shape).flatten(1).t().repeat(images, 1),
+    )
+
+
+@pytest.mark.parametrize(("stage", "key"), [(1, "inter"), (2, "full")])
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("name", ["small", "odd"])
+def test_official_losses_and_gradients_are_golden(name: str, level: int, stage: int, key: str) -> None:
+    golden = Golden(name)
+    prior = {part: tensor.requires_grad_() for part, tensor in golden.prior(level).items()}
+    x = golden[f"level{level}.features"].requires_grad_()
+    flow = golden.flow(level)
+    labels = golden["labels"].repeat_interleave(len(x) // golden.config["B"])
+    onehot = bench.smoothed_onehot(labels, golden.config["K"], golden.config["label_smoothing"])
+
+    terms = bench.official_losses(*flow(x, [golden.position(level)]), labels, onehot, **prior, stage=stage)
+    loss = bench.official_loss(terms)
+    loss.backward()
+
+    expected = f"level{level}.{key}."
+    for term, value in {**terms, "loss": loss}.items():
+        assert value.item() == pytest.approx(golden[expected + term].item(), rel=1e-5), term
+    gradients = {"features": x.grad, "mus": prior["mu"].grad, "mu_deltas": prior["delta"].grad}
+    gradients |= {"phi_inters": prior["phi_inter"].grad, "phi_intras": prior["phi_intra"].grad}
+    gradients |= {f"nfs.{part}": tensor.grad for part, tensor in flow.named_parameters()}
+    recorded = [part for part in golden.arrays.files if part.startswith(expected + "grad.")]
+    assert {part for part, grad in gradients.items() if grad is not None} == {
+        part.removeprefix(expected + "grad.") for part in recorded
+    }
+    for part in recorded:
+        assert error(gradients[part.removeprefix(expected + "grad.")], golden[part]) < 1e-5, part
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("name", ["small", "odd"])
+def test_official_scores_are_golden(name: str, level: int) -> None:
+    golden = Golden(name)
+    prior = golden.prior(level)
+    features = golden[f"score.level{level}.features"]
+    log_density, negative_entropy = (golden[f"score.level{level}.{kind}"] for kind in ("logps", "neg_entropy"))
+    position = bench.dense_position(golden.config["pos_embed_dim"], *log_density.shape)
+    with torch.no_grad():
+        z, log_det = golden.flow(level)(features, [position])
+        mixture = (prior["mu"], prior["delta"], prior["phi_intra"])
+        class_id = int(golden["score.class_id"])
+        of_class, minus_entropy = bench.official_scores(z, log_det, *mixture, classes=[class_id])
+        of_every_class, _ = bench.official_scores(z, log_det, *mixture)
+    assert torch.equal(of_every_class[:, class_id], of_class[:, 0])
+    assert error(of_class[:, 0], log_density.flatten()) < 1e-6
+    assert (minus_entropy - negative_entropy.flatten()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["small", "odd"])
+def test_official_maps_are_golden(name: str) -> None:
+    golden = Golden(name)
+    size = int(golden["score.msk_size"])
+    maps = {
+        kind: bench.official_map([golden[f"score.level{level}.{kind}"] for level in range(2)], size)
+        for kind in ("logps", "neg_entropy")
+    }
+    assert error(maps["logps"], golden["score.map_logp"]) < 1e-6
+    assert error(maps["neg_entropy"], golden["score.map_entropy"]) < 1e-6
+    product = maps["logps"] * maps["neg_entropy"]
+    assert error(product, golden["score.map"]) < 1e-6
+    assert error(product.flatten(1).amax(1), golden["score.image"]) < 1e-6
+
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+TINY = bench.Size(images=2, height=3, width=4, channels=9, classes=3, centres=4, blocks=3, position_dim=8)
+CEILING = bench.Ceiling(1e5, {"fp32": 1e6, "tf32": 2e6, "bf16": 4e6})
+
+
+def counted(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def test_flop_are_those_of_the_matrix_products() -> None:
+    flow = bench.official_flow(TINY.channels, TINY.position_dim, TINY.blocks)
+    x = torch.randn(TINY.pixels, TINY.channels)
+    position = bench.dense_position(TINY.position_dim, TINY.images, TINY.height, TINY.width)
+
+    def step() -> None:
+        z, log_det = flow(x, [position])
+        (z.sum() + log_det.sum()).backward()
+
+    assert counted(lambda: flow(x, [position])) == bench.flow_flop(TINY, dense=True)
+    assert counted(step) == bench.flow_flop(TINY, dense=True, backward=True)
+
+    z, centres = torch.randn(TINY.pixels, TINY.channels).requires_grad_(), torch.randn(5, TINY.channels)
+    centres.requires_grad_()
+    distances = bench.negative_half_squared_distances
+    assert counted(lambda: distances(z, centres)) == bench.mixture_flop(TINY, 5)
+    assert counted(lambda: distances(z, centres).sum().backward()) == bench.mixture_flop(TINY, 5, backward=True)
+
+
+def test_peak_memory_is_what_is_alive_at_once() -> None:
+    def work() -> None:
+        first = torch.zeros(1000)
+        second = torch.zeros(2000)
+        del first
+        third = torch.zeros(500)
+        del second, third
+
+    assert bench.peak_memory(work, CPU) == 4 * 3000
+
+
+def contender(name: str, forward: Callable[[], dict[str, torch.Tensor]], **more: Any) -> bench.Contender:
+    return bench.Contender(name, "torch", forward, flop=1, bytes=1, is_peer=name.startswith("official"), **more)
+
+
+def returns(value: float, name: str = "z") -> Callable[[], dict[str, torch.Tensor]]:
+    return lambda: {name: torch.tensor([1.0, value])}
+
+
+def out_of_memory() -> dict[str, torch.Tensor]:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB.")
+
+
+def compared(*contenders: bench.Contender, **options: Any) -> dict[str, bench.Outcome]:
+    found = bench.compare("a case", TINY, list(contenders), CPU, CEILING, rounds=2, **options)
+    assert [outcome.contender for outcome in found] == [each.name for each in contenders]
+    return {outcome.contender: outcome for outcome in found}
+
+
+def test_contenders_take_turns_and_none_always_goes_first() -> None:
+    turns: list[str] = []
+
+    def forward(name: str) -> dict[str, torch.Tensor]:
+        turns.append(name)
+        return {}
+
+    contenders = [contender(name, partial(forward, name)) for name in "abc"]
+    times = bench.alternate(contenders, 3, CPU)
+    assert turns == list("abc") + list("bca") + list("cab")
+    assert times.shape == (3, 3) and (times > 0).all()
+
+
+def test_a_wrong_result_has_no_figures() -> None:
+    runs: list[str] = []
+
+    def wrong() -> dict[str, torch.Tensor]:
+        runs.append("ours")
+        return {"z": torch.tensor([1.0, 2.001])}
+
+    outcomes = compared(contender("ours", wrong), contender("official", returns(2.0)))
+    ours, official = outcomes.values()
+    assert runs == ["ours"]
+    assert isinstance(ours, bench.Failure) and ours.is_wrong
+    assert ours.reason == "wrong: z deviates by 4.5e-04 (allowed: 1e-04)"
+    assert isinstance(official, bench.Row) and official.speedups.keys() == {"official"}
+    assert bench.wrong_results(outcomes.values()) == [f"a case, ours ({TINY}): z deviates by 4.5e-04 (allowed: 1e-04)"]
+    assert "wrong: z deviates by 4.5e-04" in bench.table(outcomes.values())
+
+
+def test_what_is_allowed_depends_on_precision_quantity_and_side() -> None:
+    def verdict(value: float, name: str = "z", **more: Any) -> Any:
+        official = contender("official", returns(1.0, name))
+        return bench.check([contender(more.pop("who", "ours"), returns(value, name), **more), official])
+
+    assert isinstance(verdict(1.001)["ours"], str)
+    assert verdict(1.001, precision="tf32")["ours"] == pytest.approx(0.001 / 2**0.5, rel=1e-3)
+    assert isinstance(verdict(1.02, precision="tf32")["ours"], str)
+    assert isinstance(verdict(1.02, precision="bf16")["ours"], float)
+    assert isinstance(verdict(1.001, "gradient of z")["ours"], float)
+    assert isinstance(verdict(math.nan, precision="bf16")["ours"], str)
+    reference, peer = contender("official", returns(1.0)), contender("official, tf32", returns(2.0), precision="tf32")
+    assert bench.check([reference, peer])["official, tf32"] == pytest.approx(0.5**0.5)  # stated, not judged
+    peer = contender("official, tf32", returns(math.nan), precision="tf32")
+    assert isinstance(bench.check([reference, peer])["official, tf32"], str)
+
+
+def test_who_runs_out_of_memory_is_reported_and_the_others_are_timed() -> None:
+    calls = []
+
+    def at_last() -> dict[str, torch.Tensor]:  # the second run holds the optimizer's state
+        calls.append(1)
+        return out_of_memory() if len(calls) > 1 else returns(1.0)()
+
+    outcomes = compared(
+        contender("ours", returns(1.0)), contender("official", returns(1.0)), contender("official, tf32", at_last)
+    )
+    assert outcomes["official, tf32"].reason == "out of memory" and not outcomes["official, tf32"].is_wrong
+    assert outcomes["ours"].speedups.keys() == {"official"}
+
+
+def test_where_the_official_one_runs_out_of_memory_a_smaller_batch_says_what_is_right() -> None:
+    def smaller(value: float) -> list[bench.Contender]:
+        return [contender("ours", returns(value)), contender("official", returns(1.0))]
+
+    big = contender("ours", returns(1.0)), contender("official", out_of_memory)
+    outcomes = compared(*big, smaller=lambda: smaller(1.0))
+    assert outcomes["official"].reason == "out of memory"
+    assert isinstance(outcomes["ours"], bench.Row) and outcomes["ours"].speedups == {}
+    assert compared(*big, smaller=lambda: smaller(1.1))["ours"].is_wrong
+    with pytest.raises(torch.OutOfMemoryError):
+        compared(*big)
+
+
+def test_a_peer_that_does_not_compile_is_reported() -> None:
+    def refused() -> dict[str, torch.Tensor]:
+        raise RuntimeError("backend='inductor' raised:\nand much more")
+
+    ours, official = contender("ours", returns(1.0)), contender("official", returns(1.0))
+    outcomes = compared(ours, official, contender("official, compiled", refused))
+    assert outcomes["official, compiled"].reason == "does not run: backend='inductor' raised:"
+    with pytest.raises(RuntimeError, match="inductor"):
+        compared(contender("ours", refused), official)
+
+
+def test_a_peer_s_precision_is_the_process_wide_one_while_it_runs() -> None:
+    seen = []
+
+    def forward() -> dict[str, torch.Tensor]:
+        seen.append(torch.get_float32_matmul_precision())
+        return {}
+
+    contender("official, tf32", forward, precision="tf32")()
+    contender("official", forward)()
+    contender("ours", forward, precision="tf32")()
+    assert seen == ["high", "highest", "highest"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_rates_follow_from_the_stated_work() -> None:
+    def forward(value: float) -> dict[str, torch.Tensor]:
+        time.sleep(value)
+        return {"z": torch.ones(3)}
+
+    slow, fast = partial(forward, 0.03), partial(forward, 0.01)
+    contenders = [
+        bench.Contender("ours", "torch", fast, flop=4000, bytes=100),
+        bench.Contender("ours, tf32", "torch", fast, flop=4000, bytes=100, precision="tf32"),
+        bench.Contender("official", "FrEIA", slow, flop=8000, bytes=100, is_peer=True),
+    ]
+    ours, in_tf32, official = bench.compare("a case", TINY, contenders, CPU, CEILING, rounds=5)
+    median, low, high = ours.speedups["official"]
+    assert median > 1.2 and low <= median <= high and official.speedups["official"] == (1, 1, 1)
+    assert ours.images_per_second == pytest.approx(2 / ours.seconds)
+    assert ours.pixels_per_second == pytest.approx(24 / ours.seconds)
+    assert ours.flop_per_second == pytest.approx(4000 / ours.seconds)
+    assert ours.ceiling_share == pytest.approx(0.004 / ours.seconds)  # 4 ms for the products, 1 ms for the bytes
+    assert in_tf32.ceiling_share == pytest.approx(0.002 / in_tf32.seconds)
+    assert ours.seconds_quartiles[0] <= ours.seconds <= ours.seconds_quartiles[1]
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_every_case_agrees_with_the_official_formulation(case: str) -> None:
+    rows = bench.run([case], quick=True, device="cpu")
+    assert rows[-1].contender == "official" and rows[-1].error == 0
+    for row in rows[:-1]:
+        assert row.path == "torch" and 0 < row.error < 1e-4
+        assert row.peak_bytes > 0 and row.rounds == 3
+
+
+@pytest.mark.parametrize("case", ["flow", "training", "official-loop"])
+def test_without_freia_the_definition_is_the_peer(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "FrEIA", None)
+    notes: list[str] = []
+    rows = bench.run([case], quick=True, device="cpu", progress=notes.append)
+    assert rows[-1].contender == "definition" and rows[-1].path == "torch"
+    assert all(0 < row.error < 1e-4 for row in rows[:-1])
+    assert "FrEIA is not installed" in notes[0] and "pip install 'hgad-fast[bench]'" in notes[0]
+
+
+@pytest.mark.parametrize("case", bench.CASES)
+def test_on_cuda_every_precision_is_right_too(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU will run, with the products' operands rounded by the definitions."""
+
+    class LikeCuda(bench.Problem):
+        def __init__(self, size: bench.Size, device: torch.device) -> None:
+            super().__init__(size, device)
+            self.precisions, self.peer_precisions = ("fp32", "tf32", "bf16"), ("fp32", "tf32")
+
+    contenders = bench.CASES[case](LikeCuda(bench.QUICK, CPU))
+    assert {each.precision for each in contenders if each.is_peer} <= {"fp32", "tf32"}
+    if case in ("flow", "scoring", "training", "official-loop"):
+        assert {each.precision for each in contenders if not each.is_peer} == {"fp32", "tf32", "bf16"}
+        assert {each.precision for each in contenders if each.is_peer} == {"fp32", "tf32"}
+    verdicts = bench.check(contenders)
+    assert len(verdicts) == len(contenders)
+    assert all(isinstance(verdict, float) for verdict in verdicts.values()), verdicts
+
+
+def test_peers_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    rows = bench.run(["coupling"], quick=True, device="cpu", compiled=True)
+    assert [row.contender for row in rows] == ["hgad_fast", "official", "official, compiled"]
+    assert rows[0].speedups.keys() == {"official", "official, compiled"}
+
+
+def test_table_and_file_say_the_same(tmp_path: Path) -> None:
+    rows = bench.run(["mixture"], quick=True, device="cpu", output=tmp_path / "named.json")
+    text = bench.table(rows)
+    assert f"{1e3 * rows[0].seconds:.2f} (" in text and f"{rows[0].speedups['official'][0]:.2f} (" in text
+
+    about = bench.environment(CPU)
+    path = bench.save(rows, tmp_path / "results", about)
+    written = json.loads(path.read_text())
+    assert path.parent == tmp_path / "results" and path.stem.endswith(written["date"][:10])
+    assert written["versions"]["torch"] == torch.__version__ and written["device"] == rows[0].device
+    assert written == json.loads(json.dumps(bench.document(rows, about)))
+    assert [row["seconds"] for row in written["rows"]] == [row.seconds for row in rows]
+    assert written["rows"][0]["size"]["channels"] == bench.QUICK.channels
+    assert json.loads((tmp_path / "named.json").read_text())["rows"] == written["rows"]
+
+
+def test_a_run_that_is_cut_leaves_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(problem: bench.Problem) -> list[bench.Contender]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.CASES, "flow", cut)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(["coupling", "flow"], quick=True, device="cpu", output=tmp_path / "results.json")
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert {row["case"] for row in written["rows"]} == {"coupling"}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_sizes_shrink_on_a_cpu() -> None:
+    headline = bench.Size(images=8, height=16, width=16, channels=200, classes=15, centres=10, blocks=12)
+    for case in bench.CASES:
+        on_cpu, on_cuda = bench.sizes(case, CPU), bench.sizes(case, CUDA)
+        assert [size.pixels for size in on_cpu] == [2048]
+        assert on_cuda[0] == headline and {size.pixels for size in on_cuda} >= {2048, 8192, 32768}
+        assert {size.channels for size in on_cuda} == {112, 200} and len(set(on_cuda)) == len(on_cuda)
+    assert bench.sizes("training", CPU) == (headline,)
+    assert {size.classes for size in bench.sizes("training", CUDA)} == {15, 40, 200}
+    assert [size.classes for size in bench.sizes("scores", CUDA) if size.pixels == 1_000_000] == [15, 40]
+
+
+def row(case: str, size: bench.Size, contender: str, seconds: float, flop: int, **more: Any) -> bench.Row:
+    """A row made up; the moved bytes are those of the pixels."""
+    fields: dict[str, Any] = {name: 0 for name in bench.Row.__dataclass_fields__} | {
+        "case": case,
+        "size": size,
+        "device": "a device",
+        "contender": contender,
+        "precision": "fp32",
+        "is_peer": contender.startswith("official"),
+        "seconds": seconds,
+        "flop": flop,
+        "bytes": 4 * size.pixels,
+        "ceiling": CEILING,
+    }
+    return bench.Row(**fields | more)
+
+
+def test_roofline_draws_every_contender_at_the_work_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    big = replace(TINY, images=20)
+    rows = [
+        row("flow", TINY, "hgad_fast", 0.5, 1000),
+        row("flow", TINY, "official", 2.0, 4000),
+        row("flow", big, "hgad_fast", 4.0, 10_000, precision="bf16"),
+        bench.Failure("flow", big, "a device", "official", "FrEIA", "fp32", "out of memory"),
+    ]
+    path = bench.plot(rows, tmp_path / "roof.png")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    small_panel, big_panel = figures[0].axes
+    assert small_panel.get_title("left") == "24 pixels" and big_panel.get_title("left") == "240 pixels"
+
+    def points(panel: Any) -> list[tuple[float, float]]:
+        return [(*line.get_xdata(), *line.get_ydata()) for line in panel.lines if len(line.get_xdata()) == 1]
+
+    assert points(small_panel) == [(1000 / 96, 2000.0), (1000 / 96, 500.0)]  # four times as fast, four times as high
+    assert points(big_panel) == [(10_000 / 960, 2500.0)]
+    roofs = [line.get_ydata().max() for line in small_panel.lines if len(line.get_xdata()) > 2]
+    assert roofs == [1e6, 2e6, 4e6]
+    with pytest.raises(ValueError, match="no measured rows"):
+        bench.plot(rows[-1:], tmp_path / "nothing.png")
+
+
+def test_errors_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no benchmark 'speed'; allowed are coupling, flow, mixture"):
+        bench.run(["speed"])
+    monkeypatch.setitem(sys.modules, "FrEIA", None)
+    with pytest.raises(ImportError, match=r"pip install 'hgad_fast\[bench\]'"):
+        bench.official_flow(4, 0, 1)
+
+
+def hgad(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments), "--device", "cpu"])
+
+
+def test_command_prints_a_table_and_writes_results_and_picture(tmp_path: Path) -> None:
+    result = hgad("coupling", "mixture", "--quick", "--output", tmp_path / "r.json", "--plot", tmp_path / "r.png")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("coupling on ") and "official / this" in result.stdout
+    assert result.stderr.splitlines() == [f"{case}: {bench.QUICK}" for case in ("coupling", "mixture")]
+    assert {row["case"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]} == {"coupling", "mixture"}
+    assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+    result = hgad("coupling", "--quick", "--json")
+    written = json.loads(result.stdout)
+    assert [row["contender"] for row in written["rows"]] == ["hgad_fast", "official"] and "commit" in written
+
+
+def test_command_fails_on_a_wrong_result_and_an_unknown_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    contenders = [contender("ours", returns(2.0)), contender("official", returns(1.0))]
+    monkeypatch.setitem(bench.CASES, "coupling", lambda problem: contenders)
+    result = hgad("coupling", "--quick")
+    assert result.exit_code == 1 and "wrong: z deviates by 7.1e-01" in result.stdout
+    assert "hgad-fast: coupling, ours" in result.stderr
+    result = hgad("speed")
+    assert result.exit_code == 1 and "there is no benchmark 'speed'" in result.stderr
+    assert all(case in hgad("--help").stdout for case in bench.CASES)
