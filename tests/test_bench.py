@@ -415,7 +415,7 @@ def test_sizes_shrink_on_a_cpu() -> None:
 
 def row(case: str, size: bench.Size, contender: str, seconds: float, flop: int, **more: Any) -> bench.Row:
     """A row made up; the moved bytes are those of the pixels."""
-    fields: dict[str, Any] = {name: 0 for name in bench.Row.__dataclass_fields__} | {
+    fields: dict[str, Any] = dict.fromkeys(bench.Row.__dataclass_fields__, 0) | {
         "case": case,
         "size": size,
         "device": "a device",

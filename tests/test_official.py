@@ -158,7 +158,9 @@ def test_terms_and_gradients_are_the_official_ones(model: HGAD, level: int, epoc
 
 def test_without_onehot_and_pos_embed_they_are_built(model: HGAD):
     x, labels, onehot, pos_embed = batch_of(model, 0)
-    assert_same(our_terms(model, 0, x, labels, None, None, 2), official_terms(model, 0, x, labels, onehot, pos_embed, 2))
+    assert_same(
+        our_terms(model, 0, x, labels, None, None, 2), official_terms(model, 0, x, labels, onehot, pos_embed, 2)
+    )
     flat = our_terms(model, 0, x, labels.flatten(), None, pos_embed, 2)
     assert_same(flat, official_terms(model, 0, x, labels, onehot, pos_embed, 2))
     with pytest.raises(ValueError, match=r"pass labels of shape \(B, h, w\)"):

@@ -344,7 +344,12 @@ def test_mixture_scores_are_the_densities():
 def test_ties_go_to_the_lowest_class():
     mu = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
     scores = ops.mixture_scores(
-        torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.zeros(2), mu, mu.new_zeros(3, 0, 2), mu.new_zeros(3), mu.new_zeros(3, 1)
+        torch.tensor([[1.0, 0.0], [0.0, 3.0]]),
+        torch.zeros(2),
+        mu,
+        mu.new_zeros(3, 0, 2),
+        mu.new_zeros(3),
+        mu.new_zeros(3, 1),
     )
     assert scores.best_class.tolist() == [0, 0]
 

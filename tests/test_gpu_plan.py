@@ -1,0 +1,232 @@
+"""`make gpu` without a GPU: its order, its budget, its file, and its checks as a dry run on the definitions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from benchmarks import gpu, tf32
+from hgad_fast import bench, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SMALL = gpu.SIZES[1]
+
+
+def report() -> gpu.Report:
+    return gpu.Report(bench.environment(CPU))
+
+
+def read(path: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+class Clock:
+    """Moves only when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_correctness_comes_first_then_ceilings_then_what_matters_most() -> None:
+    names = [job.name for job in gpu.plan(CUDA)]
+    assert len(set(names)) == len(names)
+    ceilings = names.index("ceilings")
+    checks, benchmarks = names[:ceilings], names[ceilings + 1 :]
+    for kind in ("coupling", "mixture", "scores", "flow"):
+        assert sum(name.startswith(f"{kind} against float64") for name in checks) == len(gpu.SIZES)
+    assert checks[-3:] == ["bitwise determinism", "torch.compile of a training step", "operands of a tf32 product"]
+
+    assert benchmarks[:2] == [f"training: {bench.LARGE}", f"mixture: {bench.MILLION_PIXELS}"]
+    everything = {f"{case}: {size}" for case in bench.CASES for size in bench.sizes(case, CUDA)}
+    assert set(benchmarks[: len(everything)]) == everything
+    assert all("with compiled peers" in name for name in benchmarks[len(everything) :])
+
+
+def test_no_job_begins_after_the_time_is_up_and_the_file_says_which(tmp_path: Path) -> None:
+    clock, seen = Clock(), []
+
+    def taking(seconds: float, name: str) -> gpu.Job:
+        def run() -> list[gpu.Check]:
+            seen.append((name, read(tmp_path / "r.json")["checks"]))
+            clock.now += seconds
+            return [gpu.Check(name, 0, 0)]
+
+        return gpu.Job(name, run)
+
+    found = report()
+    gpu.carry_out([taking(200, "a"), taking(200, "b"), taking(1, "c")], found, tmp_path / "r.json", 400, clock)
+    assert [name for name, _ in seen] == ["a", "b"]
+    assert [[check["name"] for check in checks] for _, checks in seen] == [[], ["a"]]  # written after each job
+    written = read(tmp_path / "r.json")
+    assert [check["name"] for check in written["checks"]] == ["a", "b"] and written["left_out"] == ["c"]
+    assert found.passed and "no time was left for 1: c" in gpu.summary(found)
+
+
+def test_a_job_in_progress_is_cut(tmp_path: Path) -> None:
+    def endless() -> list[gpu.Check]:
+        while True:
+            try:
+                time.sleep(0.01)
+            except Exception:  # what a library might do
+                pass
+
+    start = time.monotonic()
+    found, before = report(), signal.getsignal(signal.SIGALRM)
+    gpu.carry_out([gpu.Job("endless", endless), gpu.Job("next", list)], found, tmp_path / "r.json", 0.3)
+    assert time.monotonic() - start < 5
+    assert read(tmp_path / "r.json")["left_out"] == ["endless", "next"]
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_crash_fails_the_run_and_spares_the_other_jobs(tmp_path: Path) -> None:
+    def crash() -> list[gpu.Check]:
+        raise RuntimeError("illegal memory access\nand so on")
+
+    found = report()
+    jobs = [gpu.Job("bad", crash), gpu.Job("good", lambda: [gpu.Check("good", 1e-7, 1e-6)])]
+    gpu.carry_out(jobs, found, tmp_path / "r.json", 60)
+    bad, good = read(tmp_path / "r.json")["checks"]
+    assert not bad["passed"] and bad["note"] == "RuntimeError: illegal memory access" and good["passed"]
+    assert not found.passed and "FAILED bad runs" in gpu.summary(found)
+
+
+def test_an_error_that_is_no_number_fails_and_is_written(tmp_path: Path) -> None:
+    check = gpu.worst("x", 1e-3, [torch.tensor([math.nan])], [torch.ones(1, dtype=torch.float64)])
+    assert not check.passed
+    found = report()
+    found.add([check])
+    assert read(found.save(tmp_path / "r.json"))["checks"][0]["error"] is None
+
+
+def test_a_wrong_benchmark_fails_the_run_and_a_repeated_one_is_replaced() -> None:
+    found = report()
+    wrong = bench.Failure("flow", SMALL, "a device", "hgad_fast", "triton", "fp32", "wrong: z deviates", is_wrong=True)
+    found.add([wrong])
+    assert not found.passed and "flow, hgad_fast" in gpu.summary(found)
+    found.add([replace(wrong, reason="out of memory", is_wrong=False)])
+    assert found.passed and len(found.outcomes) == 1 and "out of memory" in gpu.summary(found)
+
+
+def test_dry_run_of_the_whole_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every check passes on the definitions, and every benchmark leaves its rows."""
+    found = report()
+    gpu.carry_out(gpu.plan(CPU, quick=True), found, tmp_path / "results", 300)
+    assert not found.left_out
+    assert [str(check) for check in found.checks if not check.passed] == []
+    (path,) = (tmp_path / "results").iterdir()
+    written = read(path)
+    assert {row["case"] for row in written["rows"]} == set(bench.CASES) and written["failures"] == []
+    assert {"device", "versions", "commit", "date"} <= written.keys()
+    text = gpu.summary(found)
+    assert f"{len(found.checks)} of {len(found.checks)} checks passed" in text and "x, " in text
+    assert str(path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("operation", "check"),
+    [
+        ("affine_coupling", gpu.check_coupling),
+        ("affine_coupling_backward", gpu.check_coupling),
+        ("mixture_terms", gpu.check_mixture),
+        ("mixture_terms_backward", gpu.check_mixture),
+        ("mixture_scores", gpu.check_scores),
+    ],
+)
+def test_checks_find_a_small_error_in_every_result(operation: str, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = getattr(ops, operation)
+
+    def off(which: int) -> Any:
+        def wrong(*args: Any, **kwargs: Any) -> Any:
+            results = list(real(*args, **kwargs))
+            if torch.is_tensor(results[which]) and results[which].is_floating_point():
+                results[which] = results[which] * (1 + 1e-2)
+            return ops.MixtureScores(*results) if operation == "mixture_scores" else tuple(results)
+
+        wrong.reference = real.reference  # type: ignore[attr-defined]
+        return wrong
+
+    size = replace(SMALL, height=3, width=3)
+    assert all(each.passed for each in check(size, CPU))
+    names = {"affine_coupling": 2, "affine_coupling_backward": 4, "mixture_terms": 4, "mixture_terms_backward": 5}
+    for which in range(names.get(operation, 6)):
+        if operation == "mixture_scores" and which == 1:
+            continue  # best_class, below
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, operation, off(which))
+            assert not all(each.passed for each in check(size, CPU)), which
+
+
+def test_a_wrong_best_class_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ops.mixture_scores
+
+    def wrong(*args: Any, **kwargs: Any) -> ops.MixtureScores:
+        scores = real(*args, **kwargs)
+        return scores._replace(best_class=(scores.best_class + 1) % SMALL.classes)
+
+    wrong.reference = real.reference  # type: ignore[attr-defined]
+    monkeypatch.setattr(ops, "mixture_scores", wrong)
+    assert not all(check.passed for check in gpu.check_scores(SMALL, CPU))
+
+
+def test_runs_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = ops.mixture_losses, []
+
+    def unsteady(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        losses = real(*args, **kwargs)
+        return losses | {"L_e": torch.nextafter(losses["L_e"], torch.tensor(1e9))} if len(calls) == 3 else losses
+
+    monkeypatch.setattr(ops, "mixture_losses", unsteady)
+    first, second = gpu.check_determinism(bench.QUICK, CPU)
+    assert first.error == 1 and not first.passed and second.passed
+
+
+def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
+    ulp = 2.0**-10
+    x = torch.tensor([1 + 0.49 * ulp, 1 + 0.5 * ulp, 1 + 0.99 * ulp, -1 - 0.75 * ulp, 1 + ulp])
+    assert tf32.truncated(x).tolist() == [1, 1, 1, -1, 1 + ulp]
+    assert tf32.rounded(x).tolist() == [1, 1 + ulp, 1 + ulp, -1 - ulp, 1 + ulp]
+    assert torch.equal(tf32.rounded(x), ops._operand(x, "tf32"))
+    a, b = torch.randn(2, tf32.SIDE, tf32.SIDE)
+    for kind, prepare in (("truncated", tf32.truncated), ("rounded", tf32.rounded), ("exact", torch.clone)):
+        found = tf32.deviations(prepare(a) @ prepare(b), a, b)
+        assert min(found, key=found.__getitem__) == kind and found[kind] < 1e-6
+        assert all(error > 1e-4 for other, error in found.items() if other != kind)
+
+
+def test_tf32_kernel_compiles_for_a_tensor_core() -> None:
+    signature = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), "*fp32") | {"SIDE": "constexpr"}
+    source = ASTSource(
+        tf32._dot_kernel, signature, {"SIDE": tf32.SIDE}, {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    )
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert "tf32" in ptx
+
+
+def test_without_a_gpu_it_says_so_at_once() -> None:
+    command = ["make", "--no-print-directory", "-s", "gpu", f"PYTHON={sys.executable}"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    said = [line for line in result.stderr.splitlines() if not line.startswith("make:")]
+    assert result.returncode != 0 and result.stdout == ""
+    assert said == ["benchmarks.gpu needs a CUDA GPU, and torch sees none here; `make bench` measures a CPU"]
