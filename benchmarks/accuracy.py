@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hgad_fast import HGADConfig, HGADModel, bench, data, demo
 from hgad_fast.evaluate import evaluate
 from hgad_fast.features import FeatureSet, feature_set
@@ -34,7 +36,8 @@ def main() -> None:
 def run(root: Path, seeds: list[int], meta_epochs: int, output: Path | None, folder: Path) -> None:
     dataset = data.discover(root)
     weights = demo.write_weights(folder / "lite0.safetensors")
-    found: dict[str, Any] = {"dataset": root.name, "meta_epochs": meta_epochs, **bench.environment([]), "seeds": {}}
+    found: dict[str, Any] = {"dataset": root.name, "meta_epochs": meta_epochs, "seeds": {}}
+    found |= bench.environment(torch.device("cpu"))
     features: FeatureSet | None = None
     for seed in seeds:
         config = HGADConfig(

@@ -297,11 +297,13 @@ def _sum_by_class_kernel(
     w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     w_mask = w < WIDTH
     total = tl.full((BLOCK_W,), 0.0, tl.float32)
-    for t0 in range(0, T, BLOCK_T):
+    t0 = 0
+    while t0 < T:  # a range that ends at run time stops Triton 3.6's interpreter
         t = t0 + tl.arange(0, BLOCK_T)
         in_class = tl.load(class_ptr + t, mask=t < T, other=-1) == k
         at = t.to(tl.int64)[:, None] * PART_STRIDE + w[None, :]
         total += tl.sum(tl.load(part_ptr + at, mask=in_class[:, None] & w_mask[None, :], other=0.0), axis=0)
+        t0 += BLOCK_T
     tl.store(out_ptr + k * OUT_STRIDE + w, total, mask=w_mask)
 
 

@@ -1,0 +1,9 @@
+"""From features to anomaly maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def test_scoring(measure: Callable) -> None:
+    measure("scoring")

@@ -1,0 +1,13 @@
+"""A training step, as `fit` takes it and as the official script drives the class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def test_training(measure: Callable) -> None:
+    measure("training")
+
+
+def test_official_loop(measure: Callable) -> None:
+    measure("official-loop")

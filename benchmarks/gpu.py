@@ -1,0 +1,451 @@
+"""Everything that needs a CUDA GPU, in one command: `make gpu`, or `python -m benchmarks.gpu`.
+
+Correctness of every kernel and gradient against the float64 definitions first, then bitwise determinism, torch.compile
+and what the tensor cores do to tf32 operands, then the benchmarks of `hgad_fast.bench`, those that matter most in
+front. The result file is written anew after each step, and the last step is cut when the time is up: at any moment it
+holds all that is known. Needs the checkout, torch and Triton, nothing else; with FrEIA the official flow is a peer too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hgad_fast import bench, ops
+from hgad_fast.bench import HEADLINE, LARGE, MILLION_PIXELS, Size, relative_error
+
+# Frobenius-relative, against float64. Products of float32 accuracy (tf32x3, or float32 itself) are bound more loosely
+# than in tests/test_kernels.py: tensor cores sum in an order and with a rounding of their own.
+FORWARD, BACKWARD = 5e-6, 2e-5
+BFLOAT16 = 4e-3  # of a result that is returned in bfloat16
+
+SIZES = (
+    Size(images=1, height=1, width=1, channels=2, classes=1, centres=1, blocks=1, position_dim=4),
+    Size(images=2, height=5, width=7, channels=37, classes=5, centres=4, blocks=2, position_dim=8),
+    Size(images=3, height=9, width=11, channels=24, classes=70, centres=3, blocks=2, position_dim=16),
+    Size(images=2, height=12, width=12, channels=112, classes=15, centres=10, blocks=2, position_dim=16),
+    Size(images=2, height=12, width=12, channels=200, classes=40, centres=10, blocks=2, position_dim=16),
+)
+FIRST = (
+    ("training", LARGE),
+    ("mixture", MILLION_PIXELS),
+    ("coupling", MILLION_PIXELS),
+    ("scores", MILLION_PIXELS),
+    ("flow", LARGE),
+    ("scoring", LARGE),
+    ("training", HEADLINE),
+    ("official-loop", LARGE),
+)
+COMPILED = (("training", LARGE), ("mixture", LARGE), ("flow", LARGE), ("training", HEADLINE))
+
+
+@dataclass(frozen=True)
+class Check:
+    """An error that must not exceed what is allowed."""
+
+    name: str
+    error: float
+    allowed: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+    def __str__(self) -> str:
+        verdict = "ok    " if self.passed else "FAILED"
+        return f"{verdict} {self.name}: {self.error:.1e} (allowed: {self.allowed:.0e}) {self.note}".rstrip()
+
+
+class Job(NamedTuple):
+    """A step of the run, and what it finds."""
+
+    name: str
+    run: Callable[[], list[Check | bench.Outcome]]
+
+
+@dataclass
+class Report:
+    """What is known so far."""
+
+    about: dict[str, Any]
+    checks: list[Check] = field(default_factory=list)
+    outcomes: list[bench.Outcome] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks) and not bench.wrong_results(self.outcomes)
+
+    def add(self, found: list[Check | bench.Outcome]) -> None:
+        """Take in what a job found; a case and size that was measured before is replaced."""
+        self.checks += [each for each in found if isinstance(each, Check)]
+        outcomes = [each for each in found if not isinstance(each, Check)]
+        known = bench.grouped(self.outcomes) | bench.grouped(outcomes)
+        self.outcomes = [outcome for block in known.values() for outcome in block]
+
+    def save(self, path: Path) -> Path:
+        checks: list[dict[str, Any]] = [asdict(check) | {"passed": check.passed} for check in self.checks]
+        for check in checks:
+            check["error"] = check["error"] if math.isfinite(check["error"]) else None  # JSON has no infinity
+        return bench.save(self.outcomes, path, self.about, checks=checks, left_out=self.left_out)
+
+
+class TimeIsUp(BaseException):
+    """No Exception, so that nobody who handles those takes it for an error of his own."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=9, help="time for everything (default: 9)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="JSON file, or a folder for <device>-<date>.json (default: benchmarks/results)",
+    )
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu needs a CUDA GPU, and torch sees none here; `make bench` measures a CPU", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    report = Report(bench.environment(device))
+    carry_out(plan(device), report, options.output, 60 * options.minutes)
+    print(summary(report))
+    return 0 if report.passed else 1
+
+
+def carry_out(
+    jobs: list[Job], report: Report, output: Path, seconds: float, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """Run the jobs until the seconds are over, and write the report after each. What is missing is named in it."""
+    deadline = clock() + seconds
+    path = report.save(output)
+    print(f"{report.about['device']}: results go to {path}", *report.about["notes"], sep="\n", flush=True)
+    for job in jobs:
+        if (left := deadline - clock()) <= 0:
+            report.left_out.append(job.name)
+            continue
+        print(f"-- {job.name}", flush=True)
+        try:
+            with cut_after(left):
+                found = job.run()
+        except TimeIsUp:
+            report.left_out.append(job.name)
+            continue
+        except Exception as error:  # a crash is a finding, and no reason to lose the other jobs
+            note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            found = [Check(f"{job.name} runs", 1, 0, note)]
+        report.add(found)
+        for each in found:
+            if isinstance(each, Check):
+                print(each, flush=True)
+        report.save(path)
+    report.save(path)
+
+
+@contextmanager
+def cut_after(seconds: float) -> Iterator[None]:
+    """Raise `TimeIsUp` in the block once the seconds are over."""
+
+    def stop(*_: Any) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def plan(device: torch.device, quick: bool = False) -> list[Job]:
+    """Every job, in order. `quick` has tiny sizes throughout, to try the machinery."""
+    jobs = []
+    for size in SIZES[1:2] if quick else SIZES:
+        label = f"{size.pixels} pixels, C={size.channels}, K={size.classes}, M={size.centres}"
+        for check in (check_coupling, check_mixture, check_scores, check_flow):
+            name = check.__name__.removeprefix("check_")
+            jobs.append(Job(f"{name} against float64, {label}", lambda check=check, size=size: check(size, device)))
+    alike = bench.QUICK if quick else replace(LARGE, blocks=4)
+    jobs += [
+        Job("bitwise determinism", lambda: check_determinism(alike, device)),
+        Job("torch.compile of a training step", lambda: check_compile(bench.QUICK, device)),
+    ]
+    if device.type == "cuda":
+        jobs.append(Job("operands of a tf32 product", lambda: check_tf32(device)))
+    jobs.append(Job("ceilings", lambda: [ceiling_check(device)]))
+    return jobs + benchmark_jobs(device, quick)
+
+
+def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
+    """What matters most in front; `torch.compile` of the peers, which takes its time, in the end."""
+    everything = [(case, size) for case in bench.CASES for size in bench.sizes(case, device, quick)]
+    first = [] if quick else list(FIRST)
+    measured = [(*each, False) for each in dict.fromkeys(first + everything)]
+    compiled = [] if quick else [(*each, True) for each in COMPILED]
+
+    def job(case: str, size: Size, compile_peers: bool) -> Job:
+        def run() -> list[Check | bench.Outcome]:
+            rounds = 3 if quick else None
+            return [*bench.measure(case, size, device, compiled=compile_peers, rounds=rounds, seconds_in_all=2)]
+
+        return Job(f"{case}{' with compiled peers' if compile_peers else ''}: {size}", run)
+
+    return [job(*each) for each in measured + compiled]
+
+
+def ceiling_check(device: torch.device) -> Check:
+    """The ceilings, measured before anything heats the device."""
+    ceiling = bench.measure_ceiling(device)
+    rates = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in ceiling.flop_per_second.items())
+    return Check("ceilings", 0, 0, f"copy {ceiling.bytes_per_second / 1e9:.0f} GB/s, {rates}")
+
+
+def summary(report: Report) -> str:
+    """The short table: failed checks, then a line a case and size."""
+    lines = ["", *(str(check) for check in report.checks if not check.passed), *bench.wrong_results(report.outcomes)]
+    for (case, size, _), block in bench.grouped(report.outcomes).items():
+        parts = []
+        for outcome in block:
+            if isinstance(outcome, bench.Failure):
+                parts.append(f"{outcome.contender}: {outcome.reason[:40]}")
+                continue
+            ratio = next(iter(outcome.speedups.values()), (math.nan,))[0]
+            gain = "" if outcome.is_peer else f" ({ratio:.1f}x, {outcome.ceiling_share:.0%} of ceiling)"
+            parts.append(f"{outcome.contender} {1e3 * outcome.seconds:.2f} ms{gain}")
+        lines.append(f"{case} {size.pixels} pixels C={size.channels} K={size.classes}: {'; '.join(parts)}")
+    passed = sum(check.passed for check in report.checks)
+    lines.append(f"{passed} of {len(report.checks)} checks passed")
+    if report.left_out:
+        lines.append(f"no time was left for {len(report.left_out)}: {'; '.join(report.left_out)}")
+    return "\n".join(lines)
+
+
+# What follows takes the kernels on CUDA (a check says so if not) and the definitions on a CPU, for a dry run.
+
+
+class Draw:
+    """Seeded normal tensors on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def labels(self, n: int, classes: int) -> Tensor:
+        return torch.randint(classes, (n,), generator=self.generator).to(self.device)
+
+    def mixture(self, size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """mu, delta, phi_inter, phi_intra; distances of a few units, so that every class and centre has weight."""
+        shape = size.classes, size.centres - 1, size.channels
+        mu = self.normal(size.classes, size.channels) * size.channels**-0.5
+        delta = self.normal(*shape) * size.channels**-0.5
+        return mu, delta, self.normal(size.classes), self.normal(size.classes, size.centres)
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().double() if t.is_floating_point() else t for t in tensors]
+
+
+def worst(name: str, allowed: float, actual: Any, expected: Any) -> Check:
+    """The largest of the relative errors."""
+    errors = [relative_error(a.double(), e) for a, e in zip(actual, expected, strict=True)]
+    return Check(name, max(error if math.isfinite(error) else math.inf for error in errors), allowed)
+
+
+def check_coupling(size: Size, device: torch.device) -> list[Check]:
+    draw, half = Draw(device), size.channels // 2
+    x2, gy2, glog_det = draw.normal(size.pixels, half), draw.normal(size.pixels, half), draw.normal(size.pixels)
+    checks = [kernels_run(x2)]
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"coupling, {str(dtype).removeprefix('torch.')} subnet"
+        a = (5 * draw.normal(size.pixels, 2 * half)).to(dtype)
+        leaves = [t.requires_grad_() for t in double(x2, a)]
+        expected = ops.affine_coupling.reference(*leaves)
+        y2, log_det = ops.affine_coupling(x2, a)
+        checks.append(worst(name, FORWARD, (y2, log_det), expected))
+        back, _ = ops.affine_coupling(y2, a, inverse=True)
+        checks.append(worst(f"{name}, inverse", BACKWARD, [back], double(x2)))
+        expected_gx2, expected_ga = torch.autograd.grad(expected, leaves, double(gy2, glog_det))
+        gx2, ga, gb, rebuilt = ops.affine_coupling_backward(gy2, glog_det, y2, a)
+        expected_gradients = expected_gx2, expected_ga.sum(0), x2.double()
+        checks.append(worst(f"{name}, backward", BACKWARD, (gx2, gb, rebuilt), expected_gradients))
+        allowed = BACKWARD if dtype == torch.float32 else BFLOAT16
+        checks.append(worst(f"{name}, gradient of a", allowed, [ga], [expected_ga]))
+    return checks
+
+
+def check_mixture(size: Size, device: torch.device) -> list[Check]:
+    draw = Draw(device)
+    z, mixture = draw.normal(size.pixels, size.channels), draw.mixture(size)
+    checks = [kernels_run(z)]
+    for per, labels in (("image", size.images), ("pixel", size.pixels)):
+        y = draw.labels(labels, size.classes)
+        for stage in (1, 2):
+            name = f"mixture terms, stage {stage}, a label {per}"
+            options = {"label_smoothing": 0.02, "stage": stage}
+            leaves = [t.requires_grad_() for t in double(z, *mixture)]
+            expected = ops.mixture_terms.reference(leaves[0], y, *leaves[1:], **options)
+            terms = ops.mixture_terms(z, y, *mixture, **options)
+            used = 4 if stage == 2 else 3
+            checks.append(worst(name, FORWARD, terms[:used], expected[:used]))
+            upstream = [draw.normal(len(term)) for term in terms]
+            expected_gradients = torch.autograd.grad(
+                expected[:used], leaves, double(*upstream[:used]), materialize_grads=True, allow_unused=True
+            )
+            gradients = ops.mixture_terms_backward(*upstream, z, y, *mixture, **options)
+            checks.append(worst(f"{name}, backward", BACKWARD, gradients, expected_gradients))
+    return checks
+
+
+def check_scores(size: Size, device: torch.device) -> list[Check]:
+    draw = Draw(device)
+    z, log_det, mixture = draw.normal(size.pixels, size.channels), draw.normal(size.pixels), draw.mixture(size)
+    y = draw.labels(size.images, size.classes)
+    found = ops.mixture_scores(z, log_det, *mixture, y, per_class=True)
+    expected = ops.mixture_scores.reference(*double(z, log_det, *mixture), y, per_class=True)
+    ours, right = found._asdict(), expected._asdict()
+    best_class = ours.pop("best_class")
+    del right["best_class"]
+    chosen = expected.class_log_density.gather(1, best_class[:, None]).squeeze(1)  # equal classes may change places
+    return [
+        kernels_run(z),
+        worst("mixture scores", FORWARD, ours.values(), right.values()),
+        worst("mixture scores, density of the best class", FORWARD, [chosen], [expected.best_log_density]),
+    ]
+
+
+def check_flow(size: Size, device: torch.device) -> list[Check]:
+    """In float32 against float64; with tf32 and bf16 operands against the same rounding on a CPU."""
+    flow, draw = bench.Problem(size, device).model.nfs[0], Draw(device)
+    with torch.no_grad():  # as if trained: a fresh log-determinant is nearly zero, and its error all there is of it
+        for block in flow.module_list:
+            block.global_scale.add_(draw.normal(1, size.channels))
+            block.global_offset.copy_(draw.normal(1, size.channels))
+            block.subnet[2].weight.mul_(5)
+    x, gz, glog_det = (
+        draw.normal(size.pixels, size.channels),
+        draw.normal(size.pixels, size.channels),
+        draw.normal(size.pixels),
+    )
+
+    def results(device: torch.device, dtype: torch.dtype, **options: str) -> tuple[list[Tensor], list[Tensor]]:
+        """z and log_det, and the gradients of x and the parameters."""
+        model = copy.deepcopy(flow).to(device, dtype)
+        blocks = [block.parameters_for_ops() for block in model.module_list]
+        grid = ops.SeparablePosition(*(t.to(dtype) for t in flow.grid(size.height, size.width, device)))
+        leaf = x.detach().to(device, dtype).requires_grad_()
+        found = ops.flow(leaf, blocks, grid, **options) if options else ops.flow_definition(leaf, blocks, grid)
+        upstream = gz.to(device, dtype), glog_det.to(device, dtype)
+        return [t.detach() for t in found], list(torch.autograd.grad(found, [leaf, *model.parameters()], upstream))
+
+    exact = results(device, torch.float64)
+    checks = [kernels_run(x)]
+    for precision in ops.PRECISIONS:
+        for memory in ops.MEMORY_MODES:
+            options = {"precision": precision, "memory": memory}
+            expected, forward, backward = exact, FORWARD, BACKWARD
+            if precision != "fp32":
+                expected = results(torch.device("cpu"), torch.float32, backend="torch", **options)
+                forward, backward = bench.TOLERANCE["fp32"], bench.GRADIENT_TOLERANCE["fp32"]
+            found = results(device, torch.float32, **options)
+            name = f"flow, {precision}, {memory} memory"
+            for part, allowed, ours, theirs in zip(
+                ("", ", backward"), (forward, backward), found, expected, strict=True
+            ):
+                checks.append(worst(f"{name}{part}", allowed, ours, [t.to(device, torch.float64) for t in theirs]))
+    return checks
+
+
+def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[Check]:
+    """Losses, all gradients and all scores of several runs must agree to the bit, whatever the labels' kind."""
+    problem = bench.Problem(size, device)
+    flow, mixture = problem.model.nfs[0], problem.model.mixture
+    grid = flow.grid(size.height, size.width, device)
+    parameters = [*flow.parameters(), *mixture.level(0)]
+
+    def once(labels: Tensor, precision: str) -> list[Tensor]:
+        flow.precision = precision
+        z, log_det = flow(problem.x, grid)
+        terms = mixture.losses(z, log_det, labels, 0, stage=2, label_smoothing=problem.smoothing)
+        loss = bench.official_loss({name: term.mean() for name, term in terms.items()})
+        scores = mixture.scores(z.detach(), log_det.detach(), 0, labels, per_class=True)
+        return [z, log_det, *terms.values(), *torch.autograd.grad(loss, parameters), *scores]
+
+    checks = []
+    for precision in problem.precisions:
+        for per, labels in (("image", problem.image_labels), ("pixel", problem.labels.flip(0).contiguous())):
+            first = once(labels, precision)
+            differing = sum(
+                not torch.equal(a, b)
+                for _ in range(runs - 1)
+                for a, b in zip(first, once(labels, precision), strict=True)
+            )
+            checks.append(Check(f"{runs} runs alike, {precision}, a label {per}", differing, 0, "tensors that differ"))
+    return checks
+
+
+def check_compile(size: Size, device: torch.device) -> list[Check]:
+    """A training step under `torch.compile(fullgraph=True)` gives the eager one's losses and gradients."""
+    problem = bench.Problem(size, device)
+    flow, mixture = problem.model.nfs[0], problem.model.mixture
+    grid = flow.grid(size.height, size.width, device)
+    parameters = [*flow.parameters(), *mixture.level(0)]
+
+    def forward() -> Tensor:
+        z, log_det = flow(problem.x, grid)
+        terms = mixture.losses(z, log_det, problem.image_labels, 0, stage=2, label_smoothing=problem.smoothing)
+        return bench.official_loss({name: term.mean() for name, term in terms.items()})
+
+    backend = "inductor" if device.type == "cuda" else "aot_eager"  # inductor would need a C++ compiler on a CPU
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
+    eager_loss, loss = forward(), compiled()
+    eager_gradients, gradients = (torch.autograd.grad(each, parameters) for each in (eager_loss, loss))
+    return [
+        worst("compiled loss equals eager", FORWARD, [loss], [eager_loss.double()]),
+        worst("compiled gradients equal eager", BACKWARD, gradients, double(*eager_gradients)),
+    ]
+
+
+def check_tf32(device: torch.device) -> list[Check]:
+    """Whether the tensor cores truncate float32 operands to tf32, and that our rounding beforehand prevents it."""
+    from benchmarks import tf32
+
+    draw = Draw(device)
+    a, b = draw.normal(tf32.SIDE, tf32.SIDE), draw.normal(tf32.SIDE, tf32.SIDE)
+    bare = tf32.deviations(tf32.dot(a, b), a, b)
+    kind = min(bare, key=lambda name: bare[name])
+    note = f"operands as they are come out {kind} (" + ", ".join(f"{k} {v:.1e}" for k, v in bare.items()) + ")"
+    prepared = tf32.deviations(tf32.dot(tf32.rounded(a), tf32.rounded(b)), a, b)["rounded"]
+    in_flow = tf32.deviations(ops._product(a, b, "tf32"), a, b)["rounded"]
+    return [
+        Check("a tf32 product is one of truncated, rounded, exact operands", bare[kind], FORWARD, note),
+        Check("rounded operands stay rounded in Triton's tf32 product", prepared, FORWARD),
+        Check("the flow's tf32 product has rounded operands", in_flow, FORWARD),
+    ]
+
+
+def kernels_run(x: Tensor) -> Check:
+    """On CUDA it must be the kernels that are checked."""
+    path = ops.path(x)
+    return Check("the kernels run", float(x.is_cuda and path != "triton"), 0, f"path: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
