@@ -108,7 +108,7 @@ def feature_set(
     """Features of normal pictures, in whatever form they come.
 
     Args:
-        model: gives the backbone, the preprocessing and the classes.
+        model: gives the backbone, the preprocessing and the classes; takes the dataset's class names if it has none.
         data: a `FeatureSet`, a `data.Dataset` or the root of one (its training pictures), or a pair (one (n, C, h, w)
             tensor a level, n class ids).
         cache: ``"ram"`` keeps the features, None computes those of a picture each time they are needed.
@@ -136,6 +136,7 @@ def feature_set(
             f"{dataset.root} has {len(dataset.class_names)} classes ({', '.join(dataset.class_names)}), the model has "
             f"n_classes={model.config.n_classes}"
         )
+    model.config = model.config.replace(class_names=dataset.class_names)  # made-up ones give way
     samples, errors = pictures.check_images(dataset.train, skip_bad=skip_bad)
     for error in errors if on_bad else ():
         assert on_bad is not None

@@ -41,25 +41,25 @@ class Budget(NamedTuple):
     """Upper bounds on `Figures`; spills in matrix loops are never allowed."""
 
     shared: int  # bytes
-    spills: dict[str, int] = {}  # by target; 0 elsewhere
     registers: int = 255
     matrix: bool = True  # a matrix instruction must appear
+    concessions: dict[str, dict[str, int]] = {}  # bounds of single targets; without one, no spill is allowed
 
 
 BUDGETS = {  # of each kernel that a call launches
     "coupling": {
-        "_forward_kernel": Budget(4 << 10, registers=56, matrix=False),
-        "_backward_kernel": Budget(4 << 10, registers=96, matrix=False),
+        "_forward_kernel": Budget(4 << 10, 56, matrix=False, concessions={"sm_100": {"registers": 60}}),  # 3.6: 59
+        "_backward_kernel": Budget(4 << 10, 96, matrix=False),
     },
     "coupling, bfloat16": {
-        "_forward_kernel": Budget(8 << 10, registers=64, matrix=False),
-        "_backward_kernel": Budget(8 << 10, registers=128, matrix=False),
+        "_forward_kernel": Budget(8 << 10, 64, matrix=False),
+        "_backward_kernel": Budget(8 << 10, 128, matrix=False),
     },
     "mixture, 15 classes": {
         "_terms_kernel": Budget(40 << 10),
         "_terms_backward_kernel": Budget(64 << 10),
         "_sum_by_class_kernel": Budget(4 << 10, matrix=False),
-        "_scores_kernel": Budget(64 << 10, spills={"sm_80": 8, "sm_100": 4}),
+        "_scores_kernel": Budget(64 << 10, concessions={"sm_80": {"spills": 8}, "sm_100": {"spills": 4}}),
     },
     "mixture, 40 classes": {
         "_terms_kernel": Budget(64 << 10),
@@ -105,12 +105,13 @@ def test_budget(compiled, compiled_for_amd, call, kernel, target):
     figures = compile_for(target, launches[kernel])
     bounds = {
         "registers": budget.registers,
-        "spills": budget.spills.get(target, 0),
+        "spills": 0,
         "loop_spills": 0,
         "shared": min(budget.shared, SHARED_LIMIT[target]),
     }
     if target != "gfx942":
         bounds["narrow_loads"] = 0
+    bounds |= budget.concessions.get(target, {})
     for name, bound in bounds.items():
         figure = getattr(figures, name)
         assert figure <= bound, f"{kernel} ({call}) on {target}: {name} {figure} > {bound}"

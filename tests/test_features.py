@@ -206,3 +206,14 @@ def test_pictures_of_another_type_are_refused():
     images = [[level[0] for level in levels()], [level[1].double() for level in levels()]]
     with pytest.raises(ValueError, match="picture 1 has features .*float64.* float32"):
         feature_set(featureless(), FeatureSet(images, torch.tensor([0, 1])))
+
+
+def test_a_model_without_class_names_takes_those_of_the_dataset(tmp_path: Path):
+    for name in ("bolt", "nut"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(tmp_path / name / "0.png")
+    model = HGADModel(
+        HGADConfig(n_classes=2, backbone_arch="resnet10t", backbone_weights=None, out_indices=(2,), img_size=32)
+    )
+    feature_set(model, tmp_path)
+    assert model.class_names == ("bolt", "nut")
