@@ -46,8 +46,6 @@ FALSE_ALARM_RATE = 0.05  # what a hundred calibration crops can bear out
 DEFECTS_EACH = 5  # test crops a photograph and a kind of defect
 
 
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a run of the demonstration found, and where it lies.
@@ -67,9 +65,7 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def run(
-    output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = print, **settings: object
-) -> Outcome:
+def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = print, **settings: object) -> Outcome:
     """Write the data, train, evaluate, draw; everything lands in `output_dir`.
 
     Args:
@@ -203,9 +199,7 @@ def random_crop(texture: Grey, region: Region, rng: np.random.Generator) -> Grey
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
-def draw_defect(
-    kind: str, crop: Grey, other: Grey, rng: np.random.Generator
-) -> tuple[Grey, NDArray[np.bool_]]:
+def draw_defect(kind: str, crop: Grey, other: Grey, rng: np.random.Generator) -> tuple[Grey, NDArray[np.bool_]]:
     """Draw a defect of `kind` (a key of DEFECTS) on `crop`; `other` is the crop a foreign texture is taken from.
 
     Returns the picture (CROP, CROP) in [0, 1] and the mask (CROP, CROP) of the pixels that the defect covers at

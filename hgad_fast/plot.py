@@ -128,9 +128,7 @@ def overlay(
     return sheet.save(path)
 
 
-def contact_sheet(
-    cases: Sequence[Case], path: str | os.PathLike[str], *, title: str = "", columns: int = 1
-) -> Path:
+def contact_sheet(cases: Sequence[Case], path: str | os.PathLike[str], *, title: str = "", columns: int = 1) -> Path:
     """Write one PNG of many cases: of each the label, the verdict, picture, true defect, heat map and what was found.
 
     The cases run downwards, in `columns` blocks side by side. Returns the path.
@@ -238,9 +236,7 @@ def _draw_found(panel: Axes, case: Case) -> None:
         _outline(panel, case, case.heat, 1, _FOUND, width=1.8)
 
 
-def _outline(
-    panel: Axes, case: Case, values: NDArray[Any], level: float, colour: str, width: float
-) -> None:
+def _outline(panel: Axes, case: Case, values: NDArray[Any], level: float, colour: str, width: float) -> None:
     """Draw where `values` (h, w), spread over the whole picture, pass `level`; closed at the picture's border."""
     if not values.min() < level <= values.max():
         return
