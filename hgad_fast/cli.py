@@ -283,11 +283,18 @@ def info(
 @_plain_errors
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, model and pictures.")] = Path("demo"),
+    as_json: AsJson = False,
 ) -> None:
     """Train on pictures that come with the packages of the extra "demo", and show what the model finds."""
     from .demo import run
 
-    run(output)
+    outcome = run(output, say=_to_stderr if as_json else print)
+    if as_json:
+        print(json.dumps({**outcome.evaluation.to_dict(), "seconds": outcome.seconds}, indent=2))
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
