@@ -416,7 +416,7 @@ def test_an_error_of_ours_is_not_hidden(data, tmp_path, monkeypatch):
 def test_every_command_has_help(command):
     text = click.unstyle(succeeds(command, "--help").stdout)
     assert f"Usage: hgad-fast {command}" in text.replace("root", "hgad-fast")
-    assert ("--json" in text) == (command in ("score", "eval", "bench", "info"))
+    assert ("--json" in text) == (command in ("score", "eval", "bench", "info", "demo"))
 
 
 def test_alone_it_lists_its_commands():
