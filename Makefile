@@ -1,6 +1,7 @@
 # Every target makes the environment it needs; nothing has to be installed by hand.
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
+OLDEST_TORCH ?= torch==2.11.0 torchvision==0.26.0
 VENV := .venv
 BIN := $(VENV)/bin
 # The name of the stamp says what was installed, so a change of the requirements installs again.
@@ -8,7 +9,7 @@ READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: demo test bench gpu check setup
+.PHONY: demo test test-matrix bench gpu check setup
 
 demo:
 	@start=$$SECONDS; \
@@ -20,6 +21,11 @@ demo:
 # One process and one thread a core: small products gain nothing from more.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+
+# The oldest supported torch (it brings Triton 3.6) in an environment of its own, and the newest (Triton 3.8).
+test-matrix:
+	$(MAKE) test VENV=.venv-oldest TORCH='$(OLDEST_TORCH)'
+	$(MAKE) test
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
