@@ -284,6 +284,47 @@ def test_it_is_ten_times_faster_than_800_thresholds_and_agrees_with_them() -> No
     assert customary > 10 * ours
 
 
+def trapezoids(line: np.ndarray, limit: float = 1.0) -> float:
+    """The area under a polyline up to `limit`, as `naive_aupro` takes it."""
+    area = 0.0
+    for (x0, y0), (x1, y1) in pairwise(line.T):
+        if x0 < limit and x1 > x0:
+            cut = min(x1, limit)
+            area += (cut - x0) * (y0 + y0 + (y1 - y0) * (cut - x0) / (x1 - x0)) / 2
+    return area
+
+
+def steps(line: np.ndarray) -> float:
+    recall, precision = line
+    return float(np.diff(recall, prepend=0.0) @ precision)
+
+
+@pytest.mark.parametrize(
+    ("levels", "points", "tolerance"), [(3, 10**9, 1e-12), (10**6, 10**9, 1e-12), (10**6, 500, 2e-3)]
+)
+@pytest.mark.parametrize("piece", [150, 1 << 21])
+def test_curves_have_the_areas_that_the_metrics_say(
+    levels: int, points: int, tolerance: float, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_PIECE", piece)
+    maps, masks = defects(8, 48)
+    maps = [np.round(m * levels) / levels for m in maps]
+    figures, curves = metrics.pixel_metrics(maps, masks), metrics.pixel_curves(maps, masks, points)
+    assert trapezoids(curves["roc"]) == pytest.approx(figures["auroc"], abs=tolerance)
+    assert steps(curves["pr"]) == pytest.approx(figures["average_precision"], abs=tolerance)
+    assert trapezoids(curves["pro"], 0.3) / 0.3 == pytest.approx(figures["aupro_0.3"], abs=tolerance)
+    assert trapezoids(curves["pro"], 0.05) / 0.05 == pytest.approx(figures["aupro_0.05"], abs=4 * tolerance)
+    scores, labels = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
+    images = metrics.image_curves(scores, labels, points)
+    assert images.keys() == {"roc", "pr"}
+    for name, line in images.items():
+        assert line.shape[0] == 2 and line.shape[1] <= points
+        assert curves[name].shape[1] <= points and curves[name][:, [0, -1]] == pytest.approx(line[:, [0, -1]])
+        assert (np.diff(line[0]) >= 0).all()
+    assert trapezoids(images["roc"]) == pytest.approx(figures["auroc"], abs=tolerance)
+    assert steps(images["pr"]) == pytest.approx(figures["average_precision"], abs=tolerance)
+
+
 def test_by_class_gives_each_class_the_mean_and_the_pool() -> None:
     rng = np.random.default_rng(0)
     classes = np.array(["nut", "bolt", "bolt", "nut"] * 10)
