@@ -23,6 +23,7 @@ _COUNTS = (
     "sub_epochs",
     "batch_size",
 )
+LOSS_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")  # the last two are those of stage 2
 
 
 @dataclass
@@ -51,6 +52,7 @@ class HGADConfig:
     lambda1: float = 1.0  # weight of the inter-class likelihood (paper, equation 10)
     lambda2: float = 100.0  # weight of the mutual information
     label_smoothing: float = 0.02
+    loss_terms: tuple[str, ...] = LOSS_TERMS  # those trained; an ablation leaves some out
     img_size: int = 1024  # short side of the picture that the backbone sees, pixels
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
     center_crop: bool = False  # True: the official protocol, which does not see the picture's ends
@@ -90,6 +92,12 @@ class HGADConfig:
         )
         for name in ("lambda1", "lambda2", "clamp_alpha", "lr", "label_smoothing", "calibration_fraction"):
             setattr(self, name, float(getattr(self, name)))  # 1 and 1.0 are one setting, also in JSON
+        terms = self.loss_terms
+        self._require(
+            "loss_terms",
+            isinstance(terms, tuple) and "L_g" in terms and terms == tuple(t for t in LOSS_TERMS if t in terms),
+            f"some of {LOSS_TERMS}, in this order, L_g among them",
+        )
         self._require_choice("feature_mode", "image_pyramid", "stages")
         self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
         self._require_choice("precision", "fp32", "tf32", "bf16")

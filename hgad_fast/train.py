@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .calibrate import calibrate_on, split
-from .config import HGADConfig
+from .config import LOSS_TERMS, HGADConfig
 from .features import FeatureSet, feature_set
 from .files import replacing
 from .model import HGADModel, state_hash
@@ -200,7 +200,7 @@ class _Run:
 
     def _sub_epoch(self, meta_epoch: int, sub_epoch: int) -> dict[str, Any]:
         start = time.perf_counter()
-        stage = 1 if meta_epoch < WARM_UP_EPOCHS else 2
+        stage = 2 if meta_epoch >= WARM_UP_EPOCHS and set(_STAGE_2) & set(self.config.loss_terms) else 1
         passes = meta_epoch * self.config.sub_epochs + sub_epoch
         pending: list[Tensor] = []  # losses that still lie on the device
         fetched: list[Tensor] = []
@@ -226,7 +226,9 @@ class _Run:
             "lr": rate,
             "images_per_second": round(self.batches * self.batch_size / seconds, 2),
             "seconds": round(seconds, 3),
-            "losses": [dict(zip(_TERMS, map(float, level), strict=False)) for level in mean[:, : len(_terms(stage))]],
+            "losses": [
+                dict(zip(LOSS_TERMS, map(float, level), strict=False)) for level in mean[:, : len(_terms(stage))]
+            ],
         }
 
     def _batches(self, passes: int) -> Iterator[list[int]]:
@@ -242,15 +244,14 @@ class _Run:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         config = self.config
+        weights = dict.fromkeys(LOSS_TERMS, 1.0) | {"L_g": config.lambda1, "L_mi": -config.lambda2}
         images, labels = [self.features.images[i] for i in indices], self.features.class_ids[indices]
         total: Tensor | float = 0.0
         reported = []
         for level in range(config.feature_levels):
             terms = self._level_losses(level, [image[level] for image in images], labels, stage)
-            loss = config.lambda1 * terms["L_g"] - config.lambda2 * terms["L_mi"] + terms["L_e"]
-            if stage == 2:
-                loss = loss + terms["L_g_intra"] + terms["L_z"]
-            total = total + loss
+            trained = [weights[name] * terms[name] for name in _terms(stage) if name in config.loss_terms]
+            total = total + sum(trained)
             reported.append(torch.stack([terms[name].detach() for name in _terms(stage)]))
         assert isinstance(total, Tensor)
         total.backward()
@@ -396,11 +397,11 @@ def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
     return tuple(state[key].shape) if key in state else None
 
 
-_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")
+_STAGE_2 = LOSS_TERMS[3:]
 
 
 def _terms(stage: int) -> tuple[str, ...]:
-    return _TERMS if stage == 2 else _TERMS[:3]
+    return LOSS_TERMS if stage == 2 else LOSS_TERMS[:3]
 
 
 class _Display:
@@ -459,7 +460,7 @@ class _Display:
         """Show the loss terms of the last step, mean over the levels."""
         if self.bar is None:
             return
-        terms = zip(_TERMS, losses.mean(0).tolist(), strict=False)
+        terms = zip(LOSS_TERMS, losses.mean(0).tolist(), strict=False)
         self.losses.plain = "  ".join(f"{name} {value:.3f}" for name, value in terms)
         detail = f"lr {rate:.1e}  {images_per_second:.0f} images/s"
         self.bar.update(self.training, advance=steps, detail=detail, description=f"meta-epoch {meta_epoch}")

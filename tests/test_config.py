@@ -49,6 +49,7 @@ BAD = {
     "backbone_arch": ("", 3, ("tf_efficientnet_b6",)),
     "backbone_weights": ("", 3, ("w.pth",)),
     "feature_dims": (3, "8", (), (8, 8), (8, 8, 1), (8, 8, 8.0), (8, 8, "8"), (8, 8, True), (8, 8, -8)),
+    "loss_terms": (None, "L_g", (), ("L_mi",), ("L_mi", "L_g"), ("L_g", "L_g"), ("L_g", "loss")),
     "out_indices": (None, 3, "3", (), ("3",), (3.0,), (True,), ((3,),), (2, 3)),
 }
 BAD["pos_embed_dim"] += (2, 6)

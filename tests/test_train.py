@@ -112,7 +112,8 @@ def test_learning_rate_is_official():
     np.testing.assert_allclose(ours, golden[:, 3], rtol=1e-12)
 
 
-def test_trajectory_across_the_stage_switch_equals_plain_autograd(monkeypatch):
+@pytest.mark.parametrize("trained", [TERMS, TERMS[:3], TERMS[:1], ("L_g", "L_z")])
+def test_trajectory_across_the_stage_switch_equals_plain_autograd(monkeypatch, trained):
     """Meta-epochs 0 to 3 (stage 2 from the third on) against one Adam over float64 autograd of the equations."""
     order: list[list[int]] = []
     batches = train._Run._batches
@@ -123,7 +124,7 @@ def test_trajectory_across_the_stage_switch_equals_plain_autograd(monkeypatch):
             yield indices
 
     monkeypatch.setattr(train._Run, "_batches", recorded)
-    model = small_model(calibration_fraction=0.0)
+    model = small_model(calibration_fraction=0.0, loss_terms=trained)
     reference = copy.deepcopy(model).double()
     levels, ids = pictures(10)
     history = model.fit((levels, ids))
@@ -139,14 +140,15 @@ def test_trajectory_across_the_stage_switch_equals_plain_autograd(monkeypatch):
     config, steps = reference.config, 2 * 2  # sub-epochs, batches a sub-epoch
     previous: list[list[float]] = []
     for step, indices in enumerate(order):
-        meta_epoch, stage = step // steps, 1 if step < 2 * steps else 2
+        meta_epoch, stage = step // steps, 2 if step >= 2 * steps and "L_z" in trained else 1
         for group in optimizer.param_groups:
             group["lr"] = reference_rate(config, meta_epoch, step / (2 * steps))
         optimizer.zero_grad()
         found = []
         for level in range(2):
             terms = reference_terms(reference, level, [levels[level][i] for i in indices], ids[indices].tolist(), stage)
-            weights = (config.lambda1, -config.lambda2, 1, 1, 1)
+            weights = dict.fromkeys(TERMS, 1) | {"L_g": config.lambda1, "L_mi": -config.lambda2}
+            weights = [weights[name] * (name in trained) for name in TERMS]
             sum(weight * term for weight, term in zip(weights, terms, strict=False)).backward()
             found.append([term.item() for term in terms])
         optimizer.step()
@@ -158,7 +160,7 @@ def test_trajectory_across_the_stage_switch_equals_plain_autograd(monkeypatch):
         previous = found
     assert len(order) == 16
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-        assert (ours.double() - theirs).norm() < 1e-4 * theirs.norm(), name
+        assert (ours.double() - theirs).norm() <= 1e-4 * theirs.norm(), name
 
 
 @pytest.mark.parametrize(
