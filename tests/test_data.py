@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from hgad_fast import data
+from hgad_fast import images
 from hgad_fast.data import (
     DatasetError,
     ImageError,
@@ -403,7 +403,7 @@ def test_large_images_pass_pillows_limit(tmp_path: Path, monkeypatch: pytest.Mon
         for image in pool.map(read_image, [path] * 40):
             assert_colour(image, NOISE)
     assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr(data, "MAX_IMAGE_PIXELS", 2399)
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 2399)
     with pytest.raises(ImageError, match="60 x 40 pixels"):
         read_image(path)
     assert Image.MAX_IMAGE_PIXELS == 100
