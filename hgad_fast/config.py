@@ -64,6 +64,7 @@ class HGADConfig:
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16
     memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
+    checkpoint_every: int = 0  # blocks from one kept input to the next when memory is reversible; 0: none
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -71,6 +72,11 @@ class HGADConfig:
         for name in _COUNTS:
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
         self._require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
+        self._require(
+            "checkpoint_every",
+            _is_int(self.checkpoint_every) and self.checkpoint_every >= 0,
+            "a whole number from 0, where 0 keeps no input of a block",
+        )
         self._require(
             "pos_embed_dim",
             _is_int(self.pos_embed_dim) and self.pos_embed_dim >= 4 and self.pos_embed_dim % 4 == 0,

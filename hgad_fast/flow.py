@@ -66,7 +66,7 @@ class ConditionalFlow(nn.Module):
         clamp: bound of the log-scales.
 
     Attributes:
-        memory, precision: see `ops.flow`; may be set at any time.
+        memory, checkpoint_every, precision: see `ops.flow`; may be set at any time.
     """
 
     def __init__(self, channels: int, coupling_layers: int, position_dim: int, clamp: float = 1.9) -> None:
@@ -75,6 +75,7 @@ class ConditionalFlow(nn.Module):
         self.position_dim = position_dim
         self.clamp = clamp
         self.memory = "auto"
+        self.checkpoint_every = 0
         self.precision = "fp32"
         self.module_list = nn.ModuleList(CouplingBlock(channels, position_dim) for _ in range(coupling_layers))
 
@@ -97,6 +98,7 @@ class ConditionalFlow(nn.Module):
             clamp=self.clamp,
             inverse=rev,
             memory=self._resolve_memory(x),
+            checkpoint_every=self.checkpoint_every,
             precision=self.precision,
         )
 

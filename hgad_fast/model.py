@@ -75,6 +75,7 @@ class HGADModel(OfficialSurface):
         self.config = config
         self.calibration: Calibration | None = None
         self.memory = config.memory
+        self.checkpoint_every = config.checkpoint_every
         self.precision = config.precision
         if device is not None:
             self.to(device)
@@ -97,6 +98,17 @@ class HGADModel(OfficialSurface):
         self.config = self.config.replace(memory=memory)
         for flow in self.nfs:
             flow.memory = memory
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Blocks from one kept input to the next when memory is reversible; 0: none. May be set at any time."""
+        return self.nfs[0].checkpoint_every
+
+    @checkpoint_every.setter
+    def checkpoint_every(self, blocks: int) -> None:
+        self.config = self.config.replace(checkpoint_every=blocks)
+        for flow in self.nfs:
+            flow.checkpoint_every = self.config.checkpoint_every
 
     @property
     def precision(self) -> str:

@@ -248,6 +248,7 @@ def flow(
     clamp: float = 1.9,
     inverse: bool = False,
     memory: str = "standard",
+    checkpoint_every: int = 0,
     precision: str = "fp32",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -261,6 +262,8 @@ def flow(
         inverse: map z to x instead (differentiable through plain autograd).
         memory: ``"standard"`` keeps the activations of every block for the backward pass, ``"reversible"`` only z,
             and rebuilds them block by block.
+        checkpoint_every: with reversible memory, the input of every so many blocks is kept too (4 C bytes a pixel each
+            in float32), so that rounding errors of the rebuilt ones grow from there only; 0 keeps none.
         precision: operands of the subnets' products: ``"fp32"``, ``"tf32"`` (rounded to nearest) or ``"bf16"``, all
             with float32 accumulation. The rotation stays in float32.
         backend: who computes the affine coupling, ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -271,19 +274,25 @@ def flow(
     Raises:
         ValueError: a shape or a named choice does not fit; the message says which.
     """
-    _check_flow(x, blocks, position, memory, precision)
+    _check_flow(x, blocks, position, memory, checkpoint_every, precision)
     if inverse:
         return flow_definition(x, blocks, position, clamp=clamp, inverse=True)
     parameters = [list(column) for column in zip(*blocks, strict=True)]
     keep = memory == "standard" and torch.is_grad_enabled()
-    z, log_det, _ = _flow_forward(x, _conditions(position), *parameters, clamp, keep, precision, backend or "")
+    every = 1 if keep else checkpoint_every if torch.is_grad_enabled() else 0
+    conditions = _conditions(position)
+    z, log_det, _ = _flow_forward(x, conditions, *parameters, clamp, keep, every, precision, backend or "")
     return z, log_det
 
 
-def _check_flow(x: Tensor, blocks: Sequence[Block], position: Position, memory: str, precision: str) -> None:
+def _check_flow(
+    x: Tensor, blocks: Sequence[Block], position: Position, memory: str, checkpoint_every: int, precision: str
+) -> None:
     for name, value, allowed in (("memory", memory, MEMORY_MODES), ("precision", precision, PRECISIONS)):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    if not isinstance(checkpoint_every, int) or checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every is {checkpoint_every!r}; allowed is a whole number from 0")
     channels = blocks[0].w_perm.shape[0]
     if x.dim() != 2 or x.shape[1] != channels:
         raise ValueError(f"x has shape {tuple(x.shape)}; this flow takes (N, {channels})")
@@ -377,15 +386,18 @@ def _flow_forward(
     w_perm: list[Tensor],
     clamp: float,
     keep: bool,
+    every: int,
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """z, log-determinant and, with `keep`, the inputs of blocks 2..L, then (y2, h, a) of every block."""
+    """z, log-determinant, and what is kept: inputs of blocks every, 2 every, ...; with `keep` each (y2, h, a), too."""
     c1 = x.shape[1] - x.shape[1] // 2
     x = x.contiguous()
     log_det = x.new_zeros(x.shape[0])
     inputs, activations = [], []
-    for block in map(Block._make, zip(w1, b1, w2, b2, global_scale, global_offset, w_perm, strict=True)):
+    for k, block in enumerate(map(Block._make, zip(w1, b1, w2, b2, global_scale, global_offset, w_perm, strict=True))):
+        if every and k and k % every == 0:
+            inputs.append(x)
         x1, x2 = x[:, :c1], x[:, c1:]
         h, a = _subnet(x1, block, conditions, precision)
         y2, s = affine_coupling(x2, a, clamp, backend=backend)
@@ -395,27 +407,25 @@ def _flow_forward(
         x = _product(x1, rotation[:c1], "fp32", add=(block.global_offset @ block.w_perm.T).repeat(x.shape[0], 1))
         x = _product(y2, rotation[c1:], "fp32", add=x)
         if keep:
-            inputs.append(x)
             activations += [y2, h, a]
-    return x, log_det, inputs[:-1] + activations
+    return x, log_det, inputs + activations
 
 
 @_flow_forward.register_fake
-def _(x, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, clamp, keep, precision, backend):  # type: ignore[no-untyped-def]
-    n, c2, levels = x.shape[0], x.shape[1] // 2, len(w1)
+def _(x, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, clamp, keep, every, precision, backend):  # type: ignore[no-untyped-def]
+    n, c2 = x.shape[0], x.shape[1] // 2
     hidden = torch.bfloat16 if precision == "bf16" and x.is_cuda else x.dtype
-    inputs = [torch.empty_like(x) for _ in range(levels - 1)]
+    inputs = [torch.empty_like(x) for _ in range((len(w1) - 1) // every if every else 0)]
     activations = [
         t for w in w1 for t in (x.new_empty(n, c2), x.new_empty(n, w.shape[0], dtype=hidden), x.new_empty(n, 2 * c2))
     ]
-    return torch.empty_like(x), x.new_empty(n), inputs + activations if keep else []
+    return torch.empty_like(x), x.new_empty(n), inputs + (activations if keep else [])
 
 
 @torch.library.custom_op("hgad_fast::flow_backward", mutates_args=())
 def _flow_backward(
     gz: Tensor,
     glog_det: Tensor,
-    x: Tensor,
     z: Tensor,
     saved: list[Tensor],
     conditions: list[Tensor],
@@ -427,6 +437,8 @@ def _flow_backward(
     global_offset: list[Tensor],
     w_perm: list[Tensor],
     clamp: float,
+    keep: bool,
+    every: int,
     wants_gx: bool,
     wants_gposition: bool,
     precision: str,
@@ -434,17 +446,20 @@ def _flow_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Gradients of x, of a dense position, and of (w1, b1, w2, b2, global_scale, global_offset) block by block.
 
-    Without saved activations the input of each block is rebuilt from its output, with the forward pass's operands.
+    `saved` is what the forward pass kept, after x itself with `keep`. Without it the input of each block is rebuilt
+    from its output, with the forward pass's operands.
     """
-    c1 = x.shape[1] - x.shape[1] // 2
+    c1 = z.shape[1] - z.shape[1] // 2
     blocks = [Block._make(block) for block in zip(w1, b1, w2, b2, global_scale, global_offset, w_perm, strict=True)]
-    inputs, activations = [x, *saved[: len(blocks) - 1]], saved[len(blocks) - 1 :]
+    first = 0 if keep else every
+    inputs = dict(zip(range(first, len(blocks), max(every, 1)), saved, strict=False))
+    activations = saved[len(inputs) :]
     glog_det = glog_det.contiguous()
     gposition = [torch.zeros_like(dense) for dense in conditions] if wants_gposition else []
     gradients: list[list[Tensor]] = []
     for k in reversed(range(len(blocks))):
         block, g = blocks[k], _gain(blocks[k])
-        if saved:
+        if keep:
             x1 = inputs[k][:, :c1]
             y2, h, a = activations[3 * k : 3 * k + 3]
         else:
@@ -461,7 +476,7 @@ def _flow_backward(
         gx2, ga, gb2, x2 = affine_coupling_backward(gu[:, c1:], glog_det, y2, a, clamp, backend=backend)
         gh = torch.ops.aten.threshold_backward(_product(ga, block.w2, precision), h, 0)
         gw1, gb1 = _first_layer_gradients(gh, x1, conditions, precision)
-        gradients.append([gw1, gb1, _product(ga.T, h, precision), gb2.to(x.dtype), gscale, goffset])
+        gradients.append([gw1, gb1, _product(ga.T, h, precision), gb2.to(z.dtype), gscale, goffset])
         for gdense in gposition:
             _product(gh, block.w1[:, c1:], precision, add=gdense)
 
@@ -469,8 +484,11 @@ def _flow_backward(
         if k or wants_gx:
             _product(gh, block.w1[:, :c1], precision, add=gz[:, :c1])
             gz[:, c1:] = gx2
-        if not saved:
-            z = torch.cat([x1, x2], 1)
+        if k in inputs:
+            z = inputs[k]
+        elif k:
+            u[:, c1:] = x2
+            z = u
     return gz, gposition, [gradient for block in reversed(gradients) for gradient in block]
 
 
@@ -487,31 +505,32 @@ def _first_layer_gradients(gh: Tensor, x1: Tensor, conditions: list[Tensor], pre
 
 
 @_flow_backward.register_fake
-def _(gz, glog_det, x, z, saved, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, *options):  # type: ignore[no-untyped-def]
-    _, _, wants_gposition, _, _ = options
+def _(gz, glog_det, z, saved, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, *options):  # type: ignore[no-untyped-def]
+    wants_gposition = options[4]
     blocks = zip(w1, b1, w2, b2, global_scale, global_offset, strict=True)
     gposition = [torch.empty_like(dense) for dense in conditions] if wants_gposition else []
-    return torch.empty_like(x), gposition, [torch.empty_like(t) for block in blocks for t in block]
+    return torch.empty_like(z), gposition, [torch.empty_like(t) for block in blocks for t in block]
 
 
 def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    x, conditions, *parameters, clamp, _, precision, backend = inputs
+    x, conditions, *parameters, clamp, keep, every, precision, backend = inputs
     z, _, saved = output
+    saved = [x, *saved] if keep else saved
     ctx.set_materialize_grads(False)  # zeros for every saved activation would cost what keeping them costs
     ctx.counts = [len(saved), len(conditions), *map(len, parameters)]
-    ctx.options = (clamp, precision, backend)
-    ctx.save_for_backward(x, z, *saved, *conditions, *(p for group in parameters for p in group))
+    ctx.options = (clamp, keep, every, precision, backend)
+    ctx.save_for_backward(z, *saved, *conditions, *(p for group in parameters for p in group))
 
 
 def _flow_gradients(ctx: Any, gz: Tensor | None, glog_det: Tensor | None, _: Any) -> tuple[Any, ...]:
-    x, z, *rest = ctx.saved_tensors
+    z, *rest = ctx.saved_tensors
     groups = list(_split(rest, ctx.counts))
-    clamp, precision, backend = ctx.options
+    clamp, keep, every, precision, backend = ctx.options
     gz = torch.zeros_like(z) if gz is None else gz.contiguous()
     glog_det = z.new_zeros(z.shape[0]) if glog_det is None else glog_det
     wants_gposition = len(groups[1]) == 1 and groups[1][0].requires_grad
     gx, gposition, gradients = _flow_backward(
-        gz, glog_det, x, z, *groups, clamp, ctx.needs_input_grad[0], wants_gposition, precision, backend
+        gz, glog_det, z, *groups, clamp, keep, every, ctx.needs_input_grad[0], wants_gposition, precision, backend
     )
     by_kind = [gradients[i::6] for i in range(6)]
     gconditions = gposition or [None] * len(groups[1])
@@ -520,10 +539,7 @@ def _flow_gradients(ctx: Any, gz: Tensor | None, glog_det: Tensor | None, _: Any
         gconditions,
         *by_kind,
         [None] * len(groups[-1]),
-        None,
-        None,
-        None,
-        None,
+        *[None] * 5,
     )
 
 

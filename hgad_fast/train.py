@@ -329,12 +329,15 @@ class _Run:
                 file.write(json.dumps(record) + "\n")
 
     def _identity(self) -> dict[str, str]:
-        """What a checkpoint must share with the run that goes on from it; weights count by value, not by path."""
+        """What a checkpoint must share with the run that goes on from it; weights count by value, not by path.
+
+        What only decides how much memory a step takes may change: the mathematics is the same, the last bits are not.
+        """
         encoder = self.model.encoder
         return {
             "data": self.features.fingerprint,
             "backbone": "" if encoder is None else state_hash(encoder),
-            "config": self.config.replace(memory="auto", backbone_weights=None).to_json(),
+            "config": self.config.replace(memory="auto", checkpoint_every=0, backbone_weights=None).to_json(),
         }
 
     def _trained(self) -> dict[str, Tensor]:

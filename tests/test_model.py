@@ -143,7 +143,10 @@ def test_the_official_namespace_with_fields_of_its_own():
         HGADModel(args)
 
 
-@pytest.mark.parametrize(("name", "values"), [("memory", ("standard", "reversible")), ("precision", ("tf32", "bf16"))])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("memory", ("standard", "reversible")), ("precision", ("tf32", "bf16")), ("checkpoint_every", (3, 4))],
+)
 def test_memory_and_precision_may_be_set_at_any_time(name, values, tmp_path):
     model = HGADModel(config())
     for value in values:

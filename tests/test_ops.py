@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hgad_fast import ops
-from hgad_fast.flow import dense_position, sinusoidal_position
+from hgad_fast.flow import ConditionalFlow, dense_position, sinusoidal_position
 
 F64 = torch.float64
 CLAMP = 1.9
@@ -153,16 +153,18 @@ def test_flow_matches_loops(channels, layers, h, w, images, conditional, spread,
         assert float(log_det[n]) == pytest.approx(expected_log_det, rel=1e-10, abs=1e-10)
 
 
-@pytest.mark.parametrize("memory", ops.MEMORY_MODES)
+@pytest.mark.parametrize(
+    ("memory", "every"), [("standard", 0), ("reversible", 0), ("reversible", 1), ("reversible", 2)]
+)
 @pytest.mark.parametrize("kind", POSITIONS)
 @pytest.mark.parametrize("channels", [2, 7, 10])
-def test_flow_and_every_gradient_equal_the_definition(channels: int, kind: str, memory: str):
+def test_flow_and_every_gradient_equal_the_definition(channels: int, kind: str, memory: str, every: int):
     images, h, w, dim = 3, 2, 5, 8 if kind != "none" else 0
-    blocks = make_blocks(channels, dim, layers=3)
+    blocks = make_blocks(channels, dim, layers=5)
     position = make_position(kind, images, h, w, dim)
     x = torch.randn(images * h * w, channels, dtype=F64, requires_grad=True)
     leaves = [x, *leaves_of(blocks), *([position] if kind == "dense" else [])]
-    result = ops.flow(x, blocks, position, clamp=CLAMP, memory=memory)
+    result = ops.flow(x, blocks, position, clamp=CLAMP, memory=memory, checkpoint_every=every)
     expected = ops.flow_definition(x, blocks, position, clamp=CLAMP)
     upstream = [torch.randn_like(t) for t in expected]
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
@@ -182,6 +184,43 @@ def test_flow_gradcheck(memory: str):
         return ops.flow(x, rebuilt, position, clamp=CLAMP, memory=memory)
 
     assert torch.autograd.gradcheck(run, (x, position, *leaves_of(blocks)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "every", "inputs"), [(7, 0, 0), (7, 1, 6), (7, 3, 2), (7, 6, 1), (7, 7, 0), (1, 1, 0)]
+)
+def test_reversible_memory_keeps_the_output_and_every_kth_input(layers: int, every: int, inputs: int):
+    """They are all that grows with the pixels; x is the caller's, and let go."""
+    blocks, kept = make_blocks(6, 8, layers), {}
+    x, position = torch.randn(2 * 35, 6, dtype=F64), sinusoidal_position(5, 7, 8, dtype=F64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        z, _ = ops.flow(x, blocks, position, memory="reversible", checkpoint_every=every)
+    grown = [t for t in kept.values() if len(t) == len(x)]
+    assert len(grown) == 1 + inputs and z.data_ptr() in kept and x.data_ptr() not in kept
+
+
+@pytest.mark.parametrize(("every", "bound"), [(0, 4e-6), (12, 2e-6), (1, 6e-7)])
+def test_drift_of_rebuilt_inputs_is_bounded(every: int, bound: float, monkeypatch):
+    """48 blocks in float32, with the official sizes' channels: what the backward pass takes for x against x itself."""
+    flow = ConditionalFlow(200, 48, 0)
+    flow.memory, flow.checkpoint_every = "reversible", every
+    x, rebuilt = torch.randn(16, 200), {}
+    subnet, backward = ops._subnet, ops.affine_coupling_backward
+
+    def seen_subnet(x1, *rest):
+        rebuilt["x1"] = x1.clone()
+        return subnet(x1, *rest)
+
+    def seen_backward(*args, **options):
+        found = backward(*args, **options)
+        rebuilt["x2"] = found[3].clone()
+        return found
+
+    z, log_det = flow(x)
+    monkeypatch.setattr(ops, "_subnet", seen_subnet)
+    monkeypatch.setattr(ops, "affine_coupling_backward", seen_backward)
+    (0.5 * z.square().sum() - log_det.sum()).backward()  # ends with the first block
+    assert 0 < (torch.cat([rebuilt["x1"], rebuilt["x2"]], 1) - x).norm() < bound * x.norm()
 
 
 def test_flow_gradients_of_one_output_or_of_parameters_alone():
@@ -272,6 +311,9 @@ def test_flow_names_what_does_not_fit():
         ops.flow(x, blocks, sinusoidal_position(5, 5, 8, dtype=F64))
     with pytest.raises(ValueError, match="memory is 'small'"):
         ops.flow(x, blocks, memory="small")
+    for blocks_apart in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"checkpoint_every is {blocks_apart}; allowed is a whole number from 0"):
+            ops.flow(x, blocks, memory="reversible", checkpoint_every=blocks_apart)
     with pytest.raises(ValueError, match="precision is 'fp8'"):
         ops.flow(x, blocks, precision="fp8")
 
@@ -426,8 +468,8 @@ def test_operators_keep_their_contract():
     conditions = list(sinusoidal_position(2, 3, 4))
     parameters = [list(column) for column in zip(*blocks, strict=True)]
     x = torch.randn(6, 5, requires_grad=True)
-    for keep in (True, False):
-        torch.library.opcheck(ops._flow_forward, (x, conditions, *parameters, CLAMP, keep, "fp32", ""))
+    for keep, every in ((True, 1), (False, 0), (False, 1)):
+        torch.library.opcheck(ops._flow_forward, (x, conditions, *parameters, CLAMP, keep, every, "fp32", ""))
     z, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 0])
     mixture = [p.detach().float().requires_grad_() for p in make_mixture(3, 2, 4)]
     for stage in (1, 2):
