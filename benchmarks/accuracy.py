@@ -58,9 +58,9 @@ def run(root: Path, seeds: list[int], meta_epochs: int, output: Path | None, fol
         start = time.perf_counter()
         model.fit(features, output_dir=folder / f"seed{seed}")
         seconds = time.perf_counter() - start
-        evaluation = evaluate(model, dataset)
+        evaluation = evaluate(model, dataset, details=False)
         print(f"seed {seed}, trained in {seconds:.0f} s\n{evaluation.table()}\n", flush=True)
-        found["seeds"][seed] = {"training_seconds": round(seconds), **evaluation.to_dict()}
+        found["seeds"][seed] = {"training_seconds": round(seconds), **evaluation.to_dict(details=False)}
         if output is not None:
             with replacing(output) as file:
                 file.write_text(json.dumps(found, indent=2) + "\n")

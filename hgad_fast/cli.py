@@ -178,21 +178,28 @@ def score(
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Dataset with <class>/test and <class>/ground_truth.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the figures as JSON here.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write figures, curves and every picture's score here.")
+    ] = None,
+    official: Annotated[
+        Path | None,
+        typer.Option(help="Model file for the official protocol, e.g. the best.safetensors of train --keep-best."),
+    ] = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Judge at another rate than the model's own.")] = None,
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """Image and pixel AUROC, per class and mean, official and calibrated protocol side by side."""
+    """AUROC, AP, F1max and AUPRO, per class, mean and pooled, official and honest protocol side by side."""
     from .evaluate import evaluate as run
     from .files import replacing
 
-    result = run(_load(model, device, false_alarm_rate), data)
-    text = json.dumps(result.to_dict(), indent=2)
-    print(text if as_json else result.table())
+    detector = _load(model, device, false_alarm_rate)
+    best = None if official is None else _load(official, device, None)
+    result = run(detector, data, official=best, details=output is not None)
+    print(json.dumps(result.to_dict(details=False), indent=2) if as_json else result.table())
     if output is not None:
         with replacing(output) as file:
-            file.write_text(text + "\n")
+            file.write_text(json.dumps(result.to_dict()) + "\n")
 
 
 @app.command()
@@ -290,7 +297,7 @@ def demo(
 
     outcome = run(output, say=_to_stderr if as_json else print)
     if as_json:
-        print(json.dumps({**outcome.evaluation.to_dict(), "seconds": outcome.seconds}, indent=2))
+        print(json.dumps({**outcome.evaluation.to_dict(details=False), "seconds": outcome.seconds}, indent=2))
 
 
 def _to_stderr(text: str) -> None:

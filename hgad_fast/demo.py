@@ -92,7 +92,7 @@ def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = prin
     model.fit(dataset_root, calibration=calibration_root, output_dir=output, false_alarm_rate=FALSE_ALARM_RATE)
     lap("training")
     dataset = pictures.discover(dataset_root)
-    evaluation = evaluate(model, dataset)
+    evaluation = evaluate(model, dataset, details=False)
     lap("evaluation")
     sheet, overlays = _draw(model, dataset, output)
     lap("pictures")

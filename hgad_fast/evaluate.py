@@ -1,18 +1,23 @@
-"""AUROC tables of a trained model on a labelled test set, under two protocols side by side.
+"""Figures of a trained model on a labelled test set, under two protocols side by side.
 
 ``official``: the class of each picture is given, and maps are normalised by maxima over the test set of the class, as
-in the paper. ``calibrated``: the class is inferred and every score depends on its picture alone, as in use.
+published; the published checkpoint is moreover the best one on the test set (`BestCheckpoint` keeps it).
+``honest``: the class is inferred and every score depends on its picture alone, with the last checkpoint and thresholds
+from held-out normal pictures, as in use.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,15 +27,56 @@ from . import metrics, score
 if TYPE_CHECKING:
     from .model import HGADModel
 
-PROTOCOLS = ("official", "calibrated")
+PROTOCOLS = ("official", "honest")
+Features = Callable[[pictures.Sample], Sequence[Tensor]]  # of a picture: one (1, C, h, w) a level
+Curve = tuple[list[float], list[float]]  # x and y of a line to draw
 
 
 @dataclass
-class ClassFigures:
-    """AUROCs of one class under one protocol, in [0, 1]; NaN where its test set cannot tell (no defects, no masks)."""
+class Figures:
+    """Figures of one class, of all pictures together or a mean, in [0, 1]; NaN where the test set cannot tell.
 
-    image_auroc: float
-    pixel_auroc: float
+    Attributes:
+        pixel_aupro_30, pixel_aupro_5: per-region overlap up to the false-positive rates 0.3 and 0.05.
+        intervals: 95% bootstrap intervals of the image figures, by their names.
+        curves: "image_roc", "image_pr", "pixel_roc", "pixel_pr" and "pixel_pro", see `metrics.pixel_curves`.
+    """
+
+    image_auroc: float = math.nan
+    image_average_precision: float = math.nan
+    image_f1_max: float = math.nan
+    pixel_auroc: float = math.nan
+    pixel_average_precision: float = math.nan
+    pixel_f1_max: float = math.nan
+    pixel_aupro_30: float = math.nan
+    pixel_aupro_5: float = math.nan
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+
+
+FIGURES = tuple(f.name for f in fields(Figures) if f.name not in ("intervals", "curves"))
+
+
+@dataclass
+class Picture:
+    """What one protocol says of a test picture.
+
+    Attributes:
+        path: below the dataset's root where it lies there.
+        class_name, inferred_class: its own, and the one that the model takes it for.
+        score: the class's own unit; compare it within a class.
+        p_value, threshold, is_flagged: None without a threshold, as always under the official protocol.
+    """
+
+    path: str
+    class_name: str
+    inferred_class: str
+    defect: str
+    is_anomalous: bool
+    score: float
+    p_value: float | None = None
+    threshold: float | None = None
+    is_flagged: bool | None = None
 
 
 @dataclass
@@ -39,48 +85,105 @@ class Evaluation:
 
     Attributes:
         figures: protocol -> class name -> figures.
-        inferred_class_accuracy: share of pictures whose inferred class is their own.
-        false_alarm_rate: share of normal test pictures called anomalous; NaN without thresholds.
-        recall: share of anomalous test pictures called anomalous; NaN without thresholds.
-        n_normal, n_anomalous: how many pictures there are. Those of a class without threshold count in neither share.
+        pooled: protocol -> figures of all pictures together, one threshold for all classes.
+        pictures: protocol -> every test picture.
+        checkpoints: protocol -> which state of the training was tested: "last", or how it was chosen.
     """
 
-    figures: dict[str, dict[str, ClassFigures]]
-    inferred_class_accuracy: float
-    false_alarm_rate: float
-    recall: float
-    n_normal: int
-    n_anomalous: int
+    figures: dict[str, dict[str, Figures]]
+    pooled: dict[str, Figures]
+    pictures: dict[str, list[Picture]]
+    checkpoints: dict[str, str]
 
-    def mean(self, protocol: str) -> ClassFigures:
+    def mean(self, protocol: str) -> Figures:
         """Unweighted mean over the classes that have the figure."""
-        rows = self.figures[protocol].values()
-        return ClassFigures(_mean(row.image_auroc for row in rows), _mean(row.pixel_auroc for row in rows))
+        mean = Figures()
+        for name in FIGURES:
+            setattr(mean, name, _mean(getattr(row, name) for row in self.figures[protocol].values()))
+        return mean
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON takes it; NaN becomes None."""
-        figures = {
+    @property
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """Class -> inferred class -> number of pictures."""
+        counts: dict[str, Counter[str]] = {}
+        for picture in self._any():
+            counts.setdefault(picture.class_name, Counter())[picture.inferred_class] += 1
+        return {name: dict(row) for name, row in counts.items()}
+
+    @property
+    def inferred_class_accuracy(self) -> float:
+        """Share of pictures whose inferred class is their own."""
+        return _mean(picture.inferred_class == picture.class_name for picture in self._any())
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """Share of normal test pictures called anomalous, of those with a threshold; NaN without any."""
+        return self._flagged(False)
+
+    @property
+    def recall(self) -> float:
+        """Share of anomalous test pictures called anomalous, of those with a threshold; NaN without any."""
+        return self._flagged(True)
+
+    @property
+    def n_normal(self) -> int:
+        return sum(not picture.is_anomalous for picture in self._any())
+
+    @property
+    def n_anomalous(self) -> int:
+        return sum(picture.is_anomalous for picture in self._any())
+
+    def _any(self) -> list[Picture]:
+        return next(iter(self.pictures.values()))
+
+    def _flagged(self, is_anomalous: bool) -> float:
+        judged = (p for p in self.pictures.get("honest", ()) if p.is_anomalous == is_anomalous)
+        return _mean(picture.is_flagged for picture in judged if picture.is_flagged is not None)
+
+    def to_dict(self, details: bool = True) -> dict[str, Any]:
+        """Everything as JSON takes it, NaN as None; without `details` no curves and no single pictures."""
+
+        def plain(row: Figures) -> dict[str, Any]:
+            return {k: v for k, v in asdict(row).items() if details or k != "curves"}
+
+        protocols = {
             protocol: {
-                **{name: asdict(row) for name, row in rows.items()},
-                "mean": asdict(self.mean(protocol)),
+                "checkpoint": self.checkpoints[protocol],
+                "classes": {name: plain(row) for name, row in rows.items()},
+                "mean": {name: getattr(self.mean(protocol), name) for name in FIGURES},
+                "pooled": plain(self.pooled[protocol]),
             }
             for protocol, rows in self.figures.items()
         }
-        return _without_nan({**asdict(self), "figures": figures})
+        summary = ("inferred_class_accuracy", "confusion", "false_alarm_rate", "recall", "n_normal", "n_anomalous")
+        whole: dict[str, Any] = {"protocols": protocols, **{name: getattr(self, name) for name in summary}}
+        if details:
+            whole["pictures"] = {p: [asdict(picture) for picture in found] for p, found in self.pictures.items()}
+        return _without_nan(whole)
+
+    @classmethod
+    def from_dict(cls, read: dict[str, Any]) -> Evaluation:
+        """What `to_dict` gave with its details, perhaps through JSON."""
+        protocols = read["protocols"]
+        return cls(
+            figures={p: {name: _figures_from(row) for name, row in protocols[p]["classes"].items()} for p in protocols},
+            pooled={p: _figures_from(protocols[p]["pooled"]) for p in protocols},
+            pictures={p: [Picture(**picture) for picture in found] for p, found in read["pictures"].items()},
+            checkpoints={p: protocols[p]["checkpoint"] for p in protocols},
+        )
 
     def table(self) -> str:
-        """A text table, image / pixel AUROC in percent."""
-        lines = [f"{'AUROC in %, image / pixel':<26}" + "".join(f"{protocol:>16}" for protocol in self.figures)]
-        names = list(next(iter(self.figures.values())))
-        for name in [*names, "mean"]:
-            rows = [self.mean(p) if name == "mean" else self.figures[p][name] for p in self.figures]
-            lines.append(
-                f"{name:<26}"
-                + "".join(f"{_percent(r.image_auroc)} / {_percent(r.pixel_auroc)}".rjust(16) for r in rows)
-            )
-        lines.append(
-            f"inferred class right in {self.inferred_class_accuracy:.1%} of {self.n_normal + self.n_anomalous} pictures"
-        )
+        """Text tables in percent: AUROC, average precision and F1max of pictures and pixels, and AUPRO."""
+        lines = []
+        for protocol, rows in self.figures.items():
+            lines.append(f"{protocol} protocol: {_DESCRIPTIONS[protocol]}, checkpoint: {self.checkpoints[protocol]}")
+            lines.append(f"{'':<22}" + "".join(f"{head:>9}" for head in _HEADS))
+            last = {"mean": self.mean(protocol), "pooled": self.pooled[protocol]}
+            for name, row in (*rows.items(), *last.items()):
+                lines.append(f"{name:<22}" + "".join(f"{_percent(getattr(row, figure)):>9}" for figure in FIGURES))
+            lines.append("")
+        total = self.n_normal + self.n_anomalous
+        lines.append(f"inferred class right in {self.inferred_class_accuracy:.1%} of {total} pictures")
         if not (math.isnan(self.recall) and math.isnan(self.false_alarm_rate)):
             lines.append(
                 f"at the thresholds, in %: {_percent(self.recall)} of {self.n_anomalous} defects found, "
@@ -89,21 +192,75 @@ class Evaluation:
         return "\n".join(lines)
 
 
+_DESCRIPTIONS = {
+    "official": "class given, maps normalised over the test set of the class",
+    "honest": "class inferred, each score from its picture alone",
+}
+# i: of pictures, p: of pixels
+_HEADS = ("i-AUROC", "i-AP", "i-F1max", "p-AUROC", "p-AP", "p-F1max", "AUPRO.3", "AUPRO.05")
+
+
 @torch.no_grad()
 def evaluate(
     model: HGADModel,
     data: pictures.Dataset | str | os.PathLike[str],
     *,
+    official: HGADModel | None = None,
+    features_of: Features | None = None,
+    details: bool = True,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> Evaluation:
     """Score the test pictures of a dataset and compare with their labels and masks.
 
     Maps and masks are compared at the size that scores are computed on (`msk_size`), after the model's own
     preprocessing. Without calibration only the official protocol is reported. A picture of a defect without a mask
-    counts for the image AUROC alone.
+    counts for the image figures alone.
+
+    Args:
+        model: the detector.
+        data: a dataset with test pictures, or its root.
+        official: another checkpoint of the same training, for the official protocol (see `BestCheckpoint`).
+        features_of: gives the features of a test picture where they are at hand already.
+        details: also bootstrap intervals and curves.
+        progress: wraps the loop over the pictures, e.g. in a progress bar with the given title.
 
     Raises:
         ValueError: the dataset's classes are not the model's, or it has no test pictures.
+    """
+    dataset = test_set(model, data)
+    official = official or model
+    features_of = features_of or (lambda sample: score.picture_features(model, pictures.read_image(sample.path)))
+    tallies = {"official": _Tally(official, dataset, False, details)}
+    if model.calibration is not None:
+        tallies["honest"] = _Tally(model, dataset, True, details)
+    in_order = sorted(dataset.test, key=lambda sample: sample.class_id)
+    for k, samples in groupby(progress(in_order, "scoring") if progress else in_order, lambda sample: sample.class_id):
+        class_id = torch.tensor([model.class_names.index(dataset.class_names[k])])
+        members, given, inferred = [], [], []
+        for sample in samples:
+            features = list(features_of(sample))
+            members.append(sample)
+            inferred += score.densities(model, features, None)
+            own = official is model and bool(inferred[-1].class_id == class_id)
+            given += inferred[-1:] if own else score.densities(official, features, class_id)
+        names = [model.class_names[int(guess.class_id)] for guess in inferred]
+        tallies["official"].add(members, list(score.official_maps(given, model.config.msk_size)), names)
+        if model.calibration is not None:
+            maps = [score.calibrated_maps(g, model.calibration.level_max, model.config.msk_size)[0] for g in inferred]
+            tallies["honest"].add(members, maps, names)
+    return Evaluation(
+        figures={protocol: tally.figures for protocol, tally in tallies.items()},
+        pooled={protocol: tally.pooled() for protocol, tally in tallies.items()},
+        pictures={protocol: tally.pictures for protocol, tally in tallies.items()},
+        checkpoints={protocol: tally.model.checkpoint for protocol, tally in tallies.items()},
+    )
+
+
+def test_set(model: HGADModel, data: pictures.Dataset | str | os.PathLike[str]) -> pictures.Dataset:
+    """A dataset with test pictures, of classes that the model knows.
+
+    Raises:
+        ValueError: it is none.
     """
     dataset = data if isinstance(data, pictures.Dataset) else pictures.discover(data)
     unknown = set(dataset.class_names) - set(model.class_names)
@@ -113,54 +270,104 @@ def evaluate(
         raise ValueError(
             f"{dataset.root} has no test pictures; put them into <class>/test/good and <class>/test/<defect>"
         )
-    figures: dict[str, dict[str, ClassFigures]] = {"official": {}}
-    if model.calibration is not None:
-        figures["calibrated"] = {}
-    right: list[bool] = []
-    flagged: dict[bool, list[bool]] = {False: [], True: []}
-    in_order = sorted(dataset.test, key=lambda sample: sample.class_id)
-    for k, samples in groupby(progress(in_order, "scoring") if progress else in_order, lambda sample: sample.class_id):
-        name = dataset.class_names[k]
-        class_id = torch.tensor([model.class_names.index(name)])
-        members, given, inferred = [], [], []
-        for sample in samples:
-            features = score.picture_features(model, pictures.read_image(sample.path))
-            (guess,) = score.densities(model, features, None)
-            right.append(bool(guess.class_id == class_id))
-            members.append(sample)
-            inferred.append(guess)
-            given += [guess] if right[-1] else score.densities(model, features, class_id)
-        official = score.official_maps(given, model.config.msk_size)
-        figures["official"][name] = _figures(model, members, list(official), official.amax((1, 2)))
-        if model.calibration is not None:
-            maps = [score.calibrated_maps(g, model.calibration.level_max, model.config.msk_size)[0] for g in inferred]
-            scores = torch.stack([m.max() for m in maps])
-            figures["calibrated"][name] = _figures(model, members, maps, scores)
-            _, verdicts, thresholds, _ = model.calibration.judge(scores, torch.cat([g.class_id for g in inferred]))
-            for sample, verdict, threshold in zip(members, verdicts.tolist(), thresholds.tolist(), strict=True):
-                if not math.isnan(threshold):
-                    flagged[sample.is_anomalous].append(verdict)
-    anomalous = sum(sample.is_anomalous for sample in dataset.test)
-    return Evaluation(
-        figures=figures,
-        inferred_class_accuracy=_mean(right),
-        false_alarm_rate=_mean(flagged[False]),
-        recall=_mean(flagged[True]),
-        n_normal=len(dataset.test) - anomalous,
-        n_anomalous=anomalous,
-    )
+    return dataset
 
 
-def _figures(model: HGADModel, samples: list[pictures.Sample], maps: list[Tensor], scores: Tensor) -> ClassFigures:
-    labels = torch.tensor([sample.is_anomalous for sample in samples])
-    seen = [
-        (sample, m.cpu()) for sample, m in zip(samples, maps, strict=True) if sample.mask or not sample.is_anomalous
-    ]
-    masks = [_mask(model, sample, m) for sample, m in seen]
-    image = metrics.auroc(scores.cpu(), labels) if 0 < labels.sum() < len(labels) else math.nan
-    told = any(mask.any() for mask in masks) and any(not mask.all() for mask in masks)
-    pixel = metrics.pixel_metrics([m for _, m in seen], masks)["auroc"] if told else math.nan
-    return ClassFigures(image, pixel)
+class _Tally:
+    """What one protocol gives, class by class; the maps wait in a file for the figures of all classes together."""
+
+    def __init__(self, model: HGADModel, dataset: pictures.Dataset, judged: bool, details: bool) -> None:
+        self.model, self.dataset, self.judged, self.details = model, dataset, judged, details
+        self.figures: dict[str, Figures] = {}
+        self.pictures: list[Picture] = []
+        self.maps, self.masks = _Shelf(np.float32), _Shelf(np.bool_)
+
+    def add(self, samples: list[pictures.Sample], maps: list[Tensor], inferred: list[str]) -> None:
+        """All test pictures of one class."""
+        start, maps = len(self.maps), [m.cpu() for m in maps]
+        scores = torch.stack([m.max() for m in maps])
+        name = self.dataset.class_names[samples[0].class_id]
+        found = []
+        for sample, m, value, guess in zip(samples, maps, scores.tolist(), inferred, strict=True):
+            if sample.mask or not sample.is_anomalous:
+                self.maps.append(m.numpy())
+                self.masks.append(_mask(self.model, sample, m).numpy())
+            path = sample.path
+            if path.is_relative_to(self.dataset.root):
+                path = path.relative_to(self.dataset.root)
+            found.append(Picture(path.as_posix(), name, guess, sample.defect, sample.is_anomalous, value))
+        if self.judged:
+            self._judge(found, scores)
+        self.pictures += found
+        self.figures[name] = self._figures(found, self.maps[start:], self.masks[start:])
+
+    def pooled(self) -> Figures:
+        return self._figures(self.pictures, self.maps, self.masks)
+
+    def _judge(self, found: list[Picture], scores: Tensor) -> None:
+        calibration = self.model.calibration
+        assert calibration is not None
+        class_ids = torch.tensor([self.model.class_names.index(picture.inferred_class) for picture in found])
+        p_values, verdicts, thresholds, _ = calibration.judge(scores, class_ids)
+        for i, picture in enumerate(found):
+            if not thresholds[i].isnan():
+                picture.p_value, picture.threshold = float(p_values[i]), float(thresholds[i])
+                picture.is_flagged = bool(verdicts[i])
+
+    def _figures(self, found: list[Picture], maps: Sequence[Any], masks: Sequence[Any]) -> Figures:
+        figures = Figures()
+        scores, labels = np.array([p.score for p in found]), np.array([p.is_anomalous for p in found])
+        if labels.any() and not labels.all():
+            for name, value in metrics.image_metrics(scores, labels).items():
+                setattr(figures, f"image_{name}", value)
+            if self.details:
+                for name in ("auroc", "average_precision", "f1_max"):
+                    interval = metrics.bootstrap_interval(scores, labels, getattr(metrics, name))
+                    figures.intervals[f"image_{name}"] = interval
+                figures.curves |= _lines("image", metrics.image_curves(scores, labels))
+        if any(mask.any() for mask in masks) and any(not mask.all() for mask in masks):
+            values = metrics.pixel_metrics(maps, masks)
+            figures.pixel_aupro_30, figures.pixel_aupro_5 = values.pop("aupro_0.3"), values.pop("aupro_0.05")
+            for name, value in values.items():
+                setattr(figures, f"pixel_{name}", value)
+            if self.details:
+                figures.curves |= _lines("pixel", metrics.pixel_curves(maps, masks))
+        return figures
+
+
+def _figures_from(read: dict[str, Any]) -> Figures:
+    known = {name: math.nan if read[name] is None else read[name] for name in FIGURES}
+    intervals = {name: (low, high) for name, (low, high) in read["intervals"].items()}
+    curves = {name: (x, y) for name, (x, y) in read.get("curves", {}).items()}
+    return Figures(**known, intervals=intervals, curves=curves)
+
+
+def _lines(kind: str, curves: dict[str, np.ndarray]) -> dict[str, Curve]:
+    """Curves (2, n) as JSON takes them."""
+    return {f"{kind}_{name}": (x.round(5).tolist(), y.round(5).tolist()) for name, (x, y) in curves.items()}
+
+
+class _Shelf(Sequence[np.ndarray]):
+    """Arrays of one type in a temporary file, each read when asked for."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self.dtype = dtype
+        self.file = tempfile.TemporaryFile()
+        self.places: list[tuple[int, tuple[int, ...]]] = []  # offset and shape
+
+    def append(self, array: np.ndarray) -> None:
+        self.places.append((self.file.seek(0, os.SEEK_END), array.shape))
+        self.file.write(array.astype(self.dtype, order="C").tobytes())
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        self.file.flush()
+        offset, shape = self.places[i]
+        return np.memmap(self.file, self.dtype, "r", offset, shape)
 
 
 def _mask(model: HGADModel, sample: pictures.Sample, anomaly_map: Tensor) -> Tensor:

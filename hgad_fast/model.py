@@ -42,6 +42,7 @@ class HGADModel(OfficialSurface):
         nfs: the flow of each level.
         mixture: the centres and weights of all levels.
         calibration: what `score` knows of normal pictures, or None before `fit` or `calibrate`.
+        checkpoint: which state of the training this is: "last", or how it was chosen.
 
     Weights are initialised from ``config.seed`` alone; the global random state is left as it was.
     """
@@ -74,6 +75,7 @@ class HGADModel(OfficialSurface):
             self.mixture = HierarchicalMixture(dims, config.n_classes, config.n_intra_centers)
         self.config = config
         self.calibration: Calibration | None = None
+        self.checkpoint = "last"
         self.memory = config.memory
         self.checkpoint_every = config.checkpoint_every
         self.precision = config.precision
@@ -164,6 +166,7 @@ class HGADModel(OfficialSurface):
             "format": FORMAT,
             "config": self.config.to_json(),
             "class_names": json.dumps(self.class_names),
+            "checkpoint": self.checkpoint,
         }
         if self.encoder is not None:
             metadata["backbone_sha256"] = state_hash(self.encoder)
@@ -194,6 +197,7 @@ class HGADModel(OfficialSurface):
                 f"{path} cannot be loaded{', as it was saved without its backbone' if left_out else ''}: {error}"
             ) from error
         model.config = model.config.replace(backbone_weights=config.backbone_weights)
+        model.checkpoint = metadata.get("checkpoint", model.checkpoint)
         prefix = "calibration."
         calibration = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         weights = {k: v for k, v in state.items() if not k.startswith(prefix)}

@@ -22,6 +22,7 @@ import hgad_fast
 from hgad_fast import HGADModel
 from hgad_fast.cli import app
 from hgad_fast.data import read_image
+from hgad_fast.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "score", "eval", "bench", "info", "demo")
@@ -239,16 +240,16 @@ def test_a_bad_picture_among_good_ones_is_named_and_the_others_scored(model, dat
 def test_eval_prints_a_table_or_json_and_writes_it(model, data, tmp_path):
     figures = json.loads(succeeds("eval", model, data, "--json").stdout)
     result = succeeds("eval", model, data, "--output", tmp_path / "figures.json")
-    assert json.loads((tmp_path / "figures.json").read_text()) == figures
-    for protocol in ("official", "calibrated"):
-        assert protocol in result.stdout
-        rows = figures["figures"][protocol]
-        assert set(rows) == {"leaning", "upright", "mean"}
+    written = Evaluation.from_dict(json.loads((tmp_path / "figures.json").read_text()))
+    for protocol in ("official", "honest"):
+        assert f"{protocol} protocol" in result.stdout
+        rows = figures["protocols"][protocol]
+        assert set(rows["classes"]) == {"leaning", "upright"}
         for figure in ("image_auroc", "pixel_auroc"):
-            mean = (rows["leaning"][figure] + rows["upright"][figure]) / 2
-            assert rows["mean"][figure] == pytest.approx(mean)
+            mean = (rows["classes"]["leaning"][figure] + rows["classes"]["upright"][figure]) / 2
+            assert rows["mean"][figure] == pytest.approx(mean) == getattr(written.mean(protocol), figure)
             assert f"{100 * mean:.1f}" in result.stdout
-    assert (figures["n_normal"], figures["n_anomalous"]) == (4, 6)
+    assert (figures["n_normal"], figures["n_anomalous"]) == (4, 6) == (written.n_normal, written.n_anomalous)
 
 
 def test_another_false_alarm_rate_changes_the_verdict(model, data):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -8,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import auc, roc_auc_score
 
-from hgad_fast import HGADConfig, HGADModel, data, score
-from hgad_fast.evaluate import evaluate
+from hgad_fast import HGADConfig, HGADModel, data, metrics, score
+from hgad_fast.evaluate import FIGURES, Evaluation, evaluate
 
 NAMES = ("washer", "bolt", "nut", "screw")  # of the model; the dataset has three of them, in another order
 SIZES = [(48, 48), (40, 60), (70, 48)]  # height and width of the pictures of each class
@@ -94,7 +95,7 @@ def model(root):
 
 def by_hand(model, root, center_crop=False):
     """Both protocols, class by class, from densities, with NumPy, SciPy, Pillow and scikit-learn."""
-    figures, right, flagged = {"official": {}, "calibrated": {}}, [], {False: [], True: []}
+    figures, right, flagged = {"official": {}, "honest": {}}, [], {False: [], True: []}
     samples = data.discover(root).test
     for k, name in enumerate(data.discover(root).class_names):
         mine = [sample for sample in samples if sample.class_id == k]
@@ -120,7 +121,7 @@ def by_hand(model, root, center_crop=False):
             flagged[sample.is_anomalous].append(bool(result.is_anomalous))
         protocols = {
             "official": list(factors[0] * factors[1]),
-            "calibrated": [result.anomaly_map[0].numpy() for result in free],
+            "honest": [result.anomaly_map[0].numpy() for result in free],
         }
         labels = [sample.is_anomalous for sample in mine]
         for protocol, maps in protocols.items():
@@ -165,7 +166,7 @@ def test_both_protocols_equal_an_independent_computation(model, root, monkeypatc
     result = evaluate(model, root, progress=progress)
     figures, right, flagged = by_hand(model, root, center_crop)
     assert len(seen) == 15
-    assert list(result.figures) == ["official", "calibrated"]
+    assert list(result.figures) == ["official", "honest"]
     for protocol, expected in figures.items():
         found = result.figures[protocol]
         assert list(found) == ["bolt", "nut", "washer"]
@@ -182,31 +183,107 @@ def test_both_protocols_equal_an_independent_computation(model, root, monkeypatc
     assert (result.n_normal, result.n_anomalous) == (9, 6)
 
 
-def test_json_and_table_have_no_nan(model, root):
-    result = evaluate(model, root)
-    read = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert read["figures"]["official"]["washer"] == {"image_auroc": None, "pixel_auroc": None}
-    assert read["figures"]["calibrated"]["bolt"]["image_auroc"] == result.figures["calibrated"]["bolt"].image_auroc
-    assert read["figures"]["official"]["mean"]["pixel_auroc"] == result.mean("official").pixel_auroc
-    table = result.table().splitlines()
-    assert "nan" not in result.table().lower()
-    assert table[0].split()[-2:] == ["official", "calibrated"]
-    bolt = next(line for line in table if line.startswith("bolt")).replace("/", "").split()
-    expected = [
-        f"{100 * figure:.1f}"
-        for protocol in ("official", "calibrated")
-        for figure in (result.figures[protocol]["bolt"].image_auroc, result.figures[protocol]["bolt"].pixel_auroc)
-    ]
-    assert bolt[1:] == expected
-    assert next(line for line in table if line.startswith("washer")).replace("/", "").split()[1:] == ["-"] * 4
+@pytest.fixture(scope="module")
+def whole(model, root):
+    return evaluate(model, root)
 
 
-def test_without_calibration_there_is_the_official_protocol_alone(model, root, monkeypatch):
-    with_both = evaluate(model, root)
+def test_each_figure_is_that_of_metrics(whole, model, root):
+    """Per class and pooled, from the maps that `score` gives under the honest protocol."""
+    scores, labels, maps, masks = {}, {}, {}, {}
+    dataset = data.discover(root)
+    for sample in dataset.test:
+        found = model.score_features(score.picture_features(model, data.read_image(sample.path)))
+        name = dataset.class_names[sample.class_id]
+        scores.setdefault(name, []).append(float(found.image_score))
+        labels.setdefault(name, []).append(sample.is_anomalous)
+        if sample.mask or not sample.is_anomalous:
+            maps.setdefault(name, []).append(found.anomaly_map[0])
+            mask = torch.zeros(maps[name][-1].shape, dtype=torch.bool)
+            if sample.mask:
+                seen = data.whole_picture(data.read_mask(sample.mask), model.config.img_size)
+                mask = data.resize_mask(seen, tuple(mask.shape))
+            masks.setdefault(name, []).append(mask)
+    for name in (None, *dataset.class_names):
+        row = whole.pooled["honest"] if name is None else whole.figures["honest"][name]
+        mine = [sum(by.values(), []) if name is None else by[name] for by in (scores, labels, maps, masks)]
+        if name == "washer":
+            assert all(math.isnan(getattr(row, figure)) for figure in FIGURES)
+            assert not row.intervals and not row.curves
+            continue
+        image, pixel = metrics.image_metrics(*mine[:2]), metrics.pixel_metrics(*mine[2:])
+        expected = [*image.values(), *pixel.values()]
+        np.testing.assert_allclose([getattr(row, figure) for figure in FIGURES], expected, rtol=1e-6)
+        low, high = row.intervals["image_auroc"]
+        assert 0 <= low <= row.image_auroc <= high <= 1
+        assert set(row.curves) == {"image_roc", "image_pr", "pixel_roc", "pixel_pr", "pixel_pro"}
+        x, y = row.curves["pixel_roc"]
+        assert auc(x, y) == pytest.approx(row.pixel_auroc, abs=1e-3)
+
+
+def test_every_picture_is_on_record(whole, model, root):
+    samples = {sample.path.relative_to(root).as_posix(): sample for sample in data.discover(root).test}
+    for protocol in ("official", "honest"):
+        assert {picture.path for picture in whole.pictures[protocol]} == samples.keys()
+    for picture in whole.pictures["honest"]:
+        sample, found = samples[picture.path], model.score(root / picture.path)
+        assert (picture.defect, picture.is_anomalous) == (sample.defect, sample.is_anomalous)
+        assert picture.inferred_class == NAMES[int(found.class_id)]
+        assert picture.score == float(found.image_score)
+        assert (picture.p_value, picture.threshold) == (float(found.p_value), float(found.threshold))
+        assert picture.is_flagged == bool(found.is_anomalous)
+    assert all(picture.is_flagged is picture.threshold is None for picture in whole.pictures["official"])
+    counted = sum(n for row in whole.confusion.values() for n in row.values())
+    assert counted == len(samples)
+    assert sum(row.get(name, 0) for name, row in whole.confusion.items()) / counted == whole.inferred_class_accuracy
+
+
+def test_json_gives_back_everything(whole):
+    text = json.dumps(whole.to_dict(), allow_nan=False)
+    read = Evaluation.from_dict(json.loads(text))
+    assert json.dumps(read.to_dict(), allow_nan=False) == text
+    assert read.pictures == whole.pictures and read.checkpoints == {"official": "last", "honest": "last"}
+    brief = whole.to_dict(details=False)
+    assert "pictures" not in brief and "curves" not in brief["protocols"]["honest"]["classes"]["bolt"]
+    assert brief["protocols"]["official"]["classes"]["washer"]["image_auroc"] is None
+    assert brief["recall"] == whole.recall
+
+
+def test_table_says_protocol_checkpoint_and_all_figures(whole):
+    table = whole.table()
+    assert "nan" not in table.lower()
+    for protocol, block in zip(("official", "honest"), table.split("\n\n"), strict=False):
+        head, names, *rows = block.splitlines()
+        assert head.startswith(f"{protocol} protocol: class ") and head.endswith("checkpoint: last")
+        assert len(names.split()) == len(FIGURES)
+        found = {row.split()[0]: row.split()[1:] for row in rows}
+        assert list(found) == ["bolt", "nut", "washer", "mean", "pooled"]
+        expected = {**whole.figures[protocol], "mean": whole.mean(protocol), "pooled": whole.pooled[protocol]}
+        for name, row in expected.items():
+            figures = [getattr(row, figure) for figure in FIGURES]
+            assert found[name] == ["-" if math.isnan(figure) else f"{100 * figure:.1f}" for figure in figures]
+
+
+def test_another_checkpoint_may_give_the_official_figures(whole, model, root):
+    other = copy.deepcopy(model)
+    other.calibration, other.checkpoint = None, "best of 3"
+    with torch.no_grad():
+        for mu in other.mixture.mus:
+            mu.neg_()
+    both, alone = evaluate(model, root, official=other), evaluate(other, root)
+    assert both.checkpoints == {"official": "best of 3", "honest": "last"}
+    assert both.figures["official"] == alone.figures["official"] != whole.figures["official"]
+    assert json.dumps(both.to_dict()["protocols"]["honest"]) == json.dumps(whole.to_dict()["protocols"]["honest"])
+
+
+def test_without_calibration_there_is_the_official_protocol_alone(whole, model, root, monkeypatch):
+    with_both = whole
     monkeypatch.setattr(model, "calibration", None)
     result = evaluate(model, root)
     assert list(result.figures) == ["official"]
-    assert json.dumps(result.to_dict()["figures"]["official"]) == json.dumps(with_both.to_dict()["figures"]["official"])
+    assert json.dumps(result.to_dict()["protocols"]) == json.dumps(
+        {"official": with_both.to_dict()["protocols"]["official"]}
+    )
     assert math.isnan(result.recall) and math.isnan(result.false_alarm_rate)
     assert result.inferred_class_accuracy == with_both.inferred_class_accuracy
     assert "thresholds" not in result.table() and "nan" not in result.table()
