@@ -81,11 +81,15 @@ def train(
     false_alarm_rate: Annotated[float, typer.Option(help="Share of normal pictures that may raise an alarm.")] = 0.01,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT, if there is one.")] = False,
     skip_bad: Annotated[bool, typer.Option(help="Leave out pictures that cannot be decoded, and report them.")] = False,
+    keep_best: Annotated[
+        bool, typer.Option(help="Also keep best.safetensors: of all meta-epochs the best on DATA's test pictures.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal pictures."""
     from . import data as pictures
     from .config import HGADConfig
+    from .evaluate import BestCheckpoint
     from .model import HGADModel
 
     _require_rate(false_alarm_rate)
@@ -99,9 +103,11 @@ def train(
     if weights is not None:
         fields["backbone_weights"] = None if weights == "random" else weights
     model = HGADModel(HGADConfig.from_fields(fields)).to(_device(device))
+    callbacks = [BestCheckpoint(model, dataset, output / "best.safetensors", resume=resume)] if keep_best else []
     model.fit(
         dataset,
         output_dir=output,
+        callbacks=callbacks,
         calibration=calibration,
         resume=resume,
         skip_bad=skip_bad,

@@ -8,13 +8,15 @@ from held-out normal pictures, as in use.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -229,31 +231,97 @@ def evaluate(
     """
     dataset = test_set(model, data)
     official = official or model
-    features_of = features_of or (lambda sample: score.picture_features(model, pictures.read_image(sample.path)))
+    features_of = features_of or functools.partial(_features, model)
     tallies = {"official": _Tally(official, dataset, False, details)}
     if model.calibration is not None:
         tallies["honest"] = _Tally(model, dataset, True, details)
-    in_order = sorted(dataset.test, key=lambda sample: sample.class_id)
-    for k, samples in groupby(progress(in_order, "scoring") if progress else in_order, lambda sample: sample.class_id):
-        class_id = torch.tensor([model.class_names.index(dataset.class_names[k])])
-        members, given, inferred = [], [], []
-        for sample in samples:
+    for class_id, samples in _classes(model, dataset):
+        given, inferred = [], []
+        for sample in progress(samples, f"scoring {model.class_names[int(class_id)]}") if progress else samples:
             features = list(features_of(sample))
-            members.append(sample)
             inferred += score.densities(model, features, None)
             own = official is model and bool(inferred[-1].class_id == class_id)
             given += inferred[-1:] if own else score.densities(official, features, class_id)
         names = [model.class_names[int(guess.class_id)] for guess in inferred]
-        tallies["official"].add(members, list(score.official_maps(given, model.config.msk_size)), names)
+        tallies["official"].add(samples, list(score.official_maps(given, model.config.msk_size)), names)
         if model.calibration is not None:
             maps = [score.calibrated_maps(g, model.calibration.level_max, model.config.msk_size)[0] for g in inferred]
-            tallies["honest"].add(members, maps, names)
+            tallies["honest"].add(samples, maps, names)
     return Evaluation(
         figures={protocol: tally.figures for protocol, tally in tallies.items()},
         pooled={protocol: tally.pooled() for protocol, tally in tallies.items()},
         pictures={protocol: tally.pictures for protocol, tally in tallies.items()},
         checkpoints={protocol: tally.model.checkpoint for protocol, tally in tallies.items()},
     )
+
+
+class BestCheckpoint:
+    """A callback of `fit` that keeps the checkpoint with the best official mean image AUROC on a test set.
+
+    That is what the published figures are of. The model is tested after every meta-epoch, and the best so far is
+    written to `path`, to be given as ``evaluate(..., official=)``. Its figures flatter, as it is chosen by the very
+    pictures that it is then measured on: `HGADModel.checkpoint` says so, and it has no thresholds.
+
+    Args:
+        model: the detector that is trained.
+        data: a dataset with test pictures, or its root.
+        path: the file.
+        resume: go on from the checkpoint that lies there, if one does, instead of replacing it.
+        features_of: see `evaluate`; by default the features are computed anew each time.
+
+    Raises:
+        ValueError: no class has normal and anomalous test pictures, or the classes are not the model's.
+    """
+
+    def __init__(
+        self,
+        model: HGADModel,
+        data: pictures.Dataset | str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        features_of: Features | None = None,
+    ) -> None:
+        self.model, self.dataset, self.path = model, test_set(model, data), Path(path)
+        self.features_of = features_of or functools.partial(_features, model)
+        if not any(len({s.is_anomalous for s in samples}) == 2 for _, samples in _classes(model, self.dataset)):
+            raise ValueError(
+                f"{self.dataset.root} has no class with both normal and anomalous test pictures: no checkpoint is best"
+            )
+        self.best = -math.inf
+        if resume and self.path.is_file():
+            self.best = self._auroc(type(model).load(self.path, model.device))
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if record["sub_epoch"] < self.model.config.sub_epochs - 1:
+            return
+        auroc = self._auroc(self.model)
+        if auroc > self.best:
+            self.best, checkpoint = auroc, self.model.checkpoint
+            self.model.checkpoint = f"best on the test set (mean image AUROC), meta-epoch {record['meta_epoch']}"
+            self.model.save(self.path)
+            self.model.checkpoint = checkpoint
+
+    @torch.no_grad()
+    def _auroc(self, model: HGADModel) -> float:
+        found = []
+        for class_id, samples in _classes(model, self.dataset):
+            labels = [sample.is_anomalous for sample in samples]
+            if 0 < sum(labels) < len(labels):
+                given = [part for s in samples for part in score.densities(model, list(self.features_of(s)), class_id)]
+                found.append(metrics.auroc(score.official_maps(given, model.config.msk_size).amax((1, 2)), labels))
+        return _mean(found)
+
+
+def _classes(model: HGADModel, dataset: pictures.Dataset) -> Iterator[tuple[Tensor, list[pictures.Sample]]]:
+    """The class, as the model counts (1,), and its test pictures."""
+    in_order = sorted(dataset.test, key=lambda sample: sample.class_id)
+    for k, samples in groupby(in_order, lambda sample: sample.class_id):
+        yield torch.tensor([model.class_names.index(dataset.class_names[k])]), list(samples)
+
+
+def _features(model: HGADModel, sample: pictures.Sample) -> list[Tensor]:
+    return score.picture_features(model, pictures.read_image(sample.path))
 
 
 def test_set(model: HGADModel, data: pictures.Dataset | str | os.PathLike[str]) -> pictures.Dataset:

@@ -101,7 +101,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def training(data, tmp_path_factory) -> tuple[Path, Result]:
     output = tmp_path_factory.mktemp("out") / "run"
-    return output, succeeds(*train_arguments(data, output))
+    return output, succeeds(*train_arguments(data, output), "--keep-best")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,8 @@ def model(training) -> Path:
 
 def test_train_writes_a_calibrated_model_and_says_where(training):
     output, result = training
-    assert {path.name for path in output.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "model.safetensors"}
+    written = {"best.safetensors", "checkpoint.pt", "metrics.jsonl", "model.safetensors"}
+    assert {path.name for path in output.iterdir()} == written
     assert result.stdout == f"model: {output / 'model.safetensors'}\n"
     assert result.stderr.startswith("hgad-fast: too few calibration pictures for a false-alarm rate of 1.0%")
     assert len(result.stderr.splitlines()) == 1
@@ -239,7 +240,7 @@ def test_a_bad_picture_among_good_ones_is_named_and_the_others_scored(model, dat
 
 def test_eval_prints_a_table_or_json_and_writes_it(model, data, tmp_path):
     figures = json.loads(succeeds("eval", model, data, "--json").stdout)
-    result = succeeds("eval", model, data, "--output", tmp_path / "figures.json")
+    result = succeeds("eval", model, data, "--output", tmp_path / "figures.json", "--official", model)
     written = Evaluation.from_dict(json.loads((tmp_path / "figures.json").read_text()))
     for protocol in ("official", "honest"):
         assert f"{protocol} protocol" in result.stdout
@@ -249,6 +250,8 @@ def test_eval_prints_a_table_or_json_and_writes_it(model, data, tmp_path):
             mean = (rows["classes"]["leaning"][figure] + rows["classes"]["upright"][figure]) / 2
             assert rows["mean"][figure] == pytest.approx(mean) == getattr(written.mean(protocol), figure)
             assert f"{100 * mean:.1f}" in result.stdout
+    best = succeeds("eval", model, data, "--official", model.parent / "best.safetensors")
+    assert "checkpoint: best on the test set" in best.stdout and "checkpoint: last" in best.stdout
     assert (figures["n_normal"], figures["n_anomalous"]) == (4, 6) == (written.n_normal, written.n_anomalous)
 
 

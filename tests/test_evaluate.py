@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -12,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import auc, roc_auc_score
 
 from hgad_fast import HGADConfig, HGADModel, data, metrics, score
-from hgad_fast.evaluate import FIGURES, Evaluation, evaluate
+from hgad_fast.evaluate import FIGURES, BestCheckpoint, Evaluation, evaluate
 
 NAMES = ("washer", "bolt", "nut", "screw")  # of the model; the dataset has three of them, in another order
 SIZES = [(48, 48), (40, 60), (70, 48)]  # height and width of the pictures of each class
@@ -163,7 +164,7 @@ def test_both_protocols_equal_an_independent_computation(model, root, monkeypatc
             seen.append(sample)
             yield sample
 
-    result = evaluate(model, root, progress=progress)
+    result = evaluate(model, root, details=False, progress=progress)
     figures, right, flagged = by_hand(model, root, center_crop)
     assert len(seen) == 15
     assert list(result.figures) == ["official", "honest"]
@@ -270,22 +271,22 @@ def test_another_checkpoint_may_give_the_official_figures(whole, model, root):
     with torch.no_grad():
         for mu in other.mixture.mus:
             mu.neg_()
-    both, alone = evaluate(model, root, official=other), evaluate(other, root)
+    both, alone = (evaluate(m, root, official=other, details=False) for m in (model, other))
     assert both.checkpoints == {"official": "best of 3", "honest": "last"}
     assert both.figures["official"] == alone.figures["official"] != whole.figures["official"]
-    assert json.dumps(both.to_dict()["protocols"]["honest"]) == json.dumps(whole.to_dict()["protocols"]["honest"])
+    assert both.pictures["honest"] == whole.pictures["honest"]
+    assert both.mean("honest") == whole.mean("honest")
 
 
 def test_without_calibration_there_is_the_official_protocol_alone(whole, model, root, monkeypatch):
-    with_both = whole
     monkeypatch.setattr(model, "calibration", None)
     result = evaluate(model, root)
     assert list(result.figures) == ["official"]
     assert json.dumps(result.to_dict()["protocols"]) == json.dumps(
-        {"official": with_both.to_dict()["protocols"]["official"]}
+        {"official": whole.to_dict()["protocols"]["official"]}
     )
     assert math.isnan(result.recall) and math.isnan(result.false_alarm_rate)
-    assert result.inferred_class_accuracy == with_both.inferred_class_accuracy
+    assert result.inferred_class_accuracy == whole.inferred_class_accuracy
     assert "thresholds" not in result.table() and "nan" not in result.table()
 
 
@@ -299,11 +300,42 @@ def test_a_class_without_threshold_counts_in_neither_share(model, root, monkeypa
         found = model.score(sample.path)
         if not found.threshold.isnan():
             flagged[sample.is_anomalous].append(bool(found.is_anomalous))
-    result = evaluate(model, root)
+    result = evaluate(model, root, details=False)
     assert 0 < len(flagged[False]) < 9
     assert result.false_alarm_rate == pytest.approx(np.mean(flagged[False]))
     if flagged[True]:
         assert result.recall == pytest.approx(np.mean(flagged[True]))
+
+
+def test_the_best_checkpoint_on_the_test_set_is_kept(model, root, tmp_path):
+    dataset, path = data.discover(root), tmp_path / "best.safetensors"
+    names = dataset.class_names
+    trained = HGADModel(model.config.replace(n_classes=3, class_names=names, lr=0.02, meta_epochs=4, sub_epochs=2))
+    best, seen = BestCheckpoint(trained, dataset, path), []
+
+    def follow(record):
+        if record["sub_epoch"] == 1:
+            found = evaluate(trained, dataset, details=False)
+            seen.append((found.mean("official").image_auroc, found.checkpoints["official"]))
+
+    trained.fit(dataset, callbacks=[best, follow], cache="ram")
+    values = [auroc for auroc, _ in seen]
+    assert len(set(values)) > 1 and {name for _, name in seen} == {"last"}  # it says which state only in its own file
+    kept = HGADModel.load(path)
+    assert kept.checkpoint == f"best on the test set (mean image AUROC), meta-epoch {int(np.argmax(values))}"
+    assert kept.calibration is None
+    found = evaluate(trained, root, official=kept, details=False)
+    assert found.mean("official").image_auroc == best.best == max(values)
+    assert kept.checkpoint in found.table()
+    assert BestCheckpoint(trained, root, path, resume=True).best == max(values)
+    assert BestCheckpoint(trained, root, path).best == -math.inf
+
+
+def test_no_checkpoint_is_best_without_defects(model, root, tmp_path):
+    dataset = data.discover(root)
+    normal = dataclasses.replace(dataset, test=[sample for sample in dataset.test if not sample.is_anomalous])
+    with pytest.raises(ValueError, match="no class with both normal and anomalous test pictures"):
+        BestCheckpoint(model, normal, tmp_path / "best.safetensors")
 
 
 def test_datasets_that_do_not_fit(model, root, tmp_path):
