@@ -60,6 +60,10 @@ class HierarchicalMixture(nn.Module):
         """Densities of every pixel; see `ops.mixture_scores`."""
         return ops.mixture_scores(z, log_det, *self.level(level), labels, per_class=per_class)
 
+    def own_scores(self, z: Tensor, log_det: Tensor, level: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density under the own class, and entropy, of every pixel; see `ops.own_class_scores`."""
+        return ops.own_class_scores(z, log_det, *self.level(level), labels)
+
 
 def initial_centres(n_classes: int, channels: int) -> Tensor:
     """Well separated main centres (K, C).

@@ -28,6 +28,7 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("fp32", "tf32", "bf16")
 MEMORY_MODES = ("standard", "reversible")
+SCORE_ROWS = 8192  # pixels whose densities are worked out together by the definitions of scoring
 
 
 # ------------------------------------------------------------------------------------------------ dispatch
@@ -918,46 +919,106 @@ def mixture_scores(
         `MixtureScores`; not differentiable. `best_class` maximises log p_k, the lowest index on ties; `log_density` is
         log sum_k pi_k p_k.
     """
+    labels = None if labels is None else labels.repeat_interleave(len(z) // max(labels.numel(), 1))
     with torch.no_grad():
-        return _mixture_scores(z, log_det, mu, delta, phi_inter, phi_intra, labels, per_class)
+        prior = _prior(mu, delta, phi_inter, phi_intra)
+        parts = []
+        for start in range(0, max(len(z), 1), SCORE_ROWS):
+            rows = slice(start, start + SCORE_ROWS)
+            own = None if labels is None else labels[rows]
+            parts.append(_mixture_scores(z[rows], log_det[rows], prior, own, per_class))
+        fields = zip(*parts, strict=True)
+        return MixtureScores._make(None if field[0] is None else torch.cat(field) for field in fields)
+
+
+class _Prior(NamedTuple):
+    """The mixture, its centres taken from their mean: no large squared norms cancel."""
+
+    mean: Tensor  # (C,)
+    centres: Tensor  # (K, M, C), less the mean
+    half_norms: Tensor  # (K, M), half their squares
+    log_pi: Tensor  # (K,)
+    log_w: Tensor  # (K, M)
+
+    def centred(self, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+        """z less the mean (N, C), and the part of a log-density that no centre changes (N,)."""
+        z = z - self.mean
+        return z, log_det - 0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+
+    def of_class(self, k: int, z: Tensor) -> Tensor:
+        """The rest of the log-density of class k (N,), of a centred z."""
+        return torch.addmm(-self.half_norms[k], z, self.centres[k].T).add_(self.log_w[k]).logsumexp(1)
+
+    def entropy(self, z: Tensor) -> Tensor:
+        log_p = torch.addmm(-self.half_norms[:, 0], z, self.centres[:, 0].T).log_softmax(1)
+        return -(log_p.exp() * log_p).sum(1)
+
+
+def _prior(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> _Prior:
+    centres = torch.cat([mu[:, None], mu[:, None] + delta], 1)
+    mean = centres.mean((0, 1))
+    centres = centres - mean
+    half_norms = 0.5 * centres.double().square().sum(-1).to(mu.dtype)
+    return _Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra))
 
 
 def _mixture_scores(
+    z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | None, per_class: bool
+) -> MixtureScores:
+    z, base = prior.centred(z, log_det)
+    density = z.new_empty(len(z), len(prior.log_pi))
+    for k in range(density.shape[1]):
+        density[:, k] = prior.of_class(k, z)
+    best, best_class = density.max(1)
+    return MixtureScores(
+        log_density=(density + prior.log_pi).logsumexp(1) + base,
+        best_class=best_class,
+        best_log_density=best + base,
+        own_log_density=None if labels is None else density.gather(1, labels[:, None]).squeeze(1) + base,
+        entropy=prior.entropy(z),
+        class_log_density=density.add_(base[:, None]) if per_class else None,
+    )
+
+
+@torch.no_grad()
+def own_class_scores(
     z: Tensor,
     log_det: Tensor,
     mu: Tensor,
     delta: Tensor,
     phi_inter: Tensor,
     phi_intra: Tensor,
-    labels: Tensor | None,
-    per_class: bool,
-) -> MixtureScores:
-    n, channels = z.shape
-    classes = mu.shape[0]
-    centres = torch.cat([mu[:, None], mu[:, None] + delta], 1)  # (K, M, C)
-    mean = centres.mean((0, 1))
-    centres = centres - mean
-    half_norms = 0.5 * centres.double().square().sum(-1).to(z.dtype)
-    log_pi, log_w = log_weights(phi_inter), log_weights(phi_intra)
-    z = z - mean
-    base = log_det - 0.5 * z.square().sum(1) - 0.5 * channels * math.log(2 * math.pi)
+    labels: Tensor,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-density under each pixel's own class, and entropy of its class posterior: all that a map needs.
 
-    density = z.new_empty(n, classes)
-    main = z.new_empty(n, classes)
-    for k in range(classes):
-        e = torch.addmm(-half_norms[k], z, centres[k].T)
-        main[:, k] = e[:, 0]
-        torch.logsumexp(e.add_(log_w[k]), 1, out=density[:, k])
-    best, best_class = density.max(1)
-    log_p = main.log_softmax(1)
-    own = None
-    if labels is not None:
-        own = density.gather(1, labels.repeat_interleave(n // max(labels.numel(), 1))[:, None]).squeeze(1) + base
-    return MixtureScores(
-        log_density=(density + log_pi).logsumexp(1) + base,
-        best_class=best_class,
-        best_log_density=best + base,
-        own_log_density=own,
-        entropy=-(log_p.exp() * log_p).sum(1),
-        class_log_density=density.add_(base[:, None]) if per_class else None,
-    )
+    They are those of `mixture_scores`, at K + M distances a pixel instead of K M. On a CPU, rows of one class that come
+    without others have the same bits from both.
+
+    Args:
+        z, log_det, mu, delta, phi_inter, phi_intra: as in `mixture_scores`.
+        labels: own class, int64, (N,) or (B,) one an image.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    Returns:
+        log p_y and the entropy, (N,) each; not differentiable.
+    """
+    if path(z, backend) == "triton":
+        parameters = (z, labels, mu, delta, phi_inter, phi_intra)
+        _, entropy, _, own = mixture_terms(*parameters, label_smoothing=0.0, stage=2, backend=backend)
+        return own + log_det - 0.5 * z.shape[1] * math.log(2 * math.pi), entropy
+    prior = _prior(mu, delta, phi_inter, phi_intra)
+    order, groups = _by_class(labels, z, log_det)
+    densities, entropies = [z.new_empty(0)], [z.new_empty(0)]
+    for k, rows in groups:
+        for part in zip(*(t.split(SCORE_ROWS) for t in rows), strict=True):
+            centred, base = prior.centred(*part)
+            densities.append(prior.of_class(k, centred) + base)
+            entropies.append(prior.entropy(centred))
+    density, entropy = torch.cat(densities), torch.cat(entropies)
+    if order is not None:
+        back = torch.argsort(order)
+        density, entropy = density[back], entropy[back]
+    return density, entropy
