@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import HGADConfig
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Features (B, C, h, w) of one level, whole or piece by piece.
+
+    Attributes:
+        batch, size: B and (h, w).
+        pieces: gives top, left and features (B, C, rows, columns) of each piece; may be called again.
+    """
+
+    batch: int
+    size: tuple[int, int]
+    pieces: Callable[[], Iterable[tuple[int, int, Tensor]]]
+
+    @classmethod
+    def of(cls, features: Tensor) -> FeatureMap:
+        batch, _, h, w = features.shape
+        return cls(batch, (h, w), lambda: [(0, 0, features)])
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.size)
 
 
 class Backbone(nn.Module):

@@ -962,9 +962,7 @@ def _prior(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> _
     return _Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra))
 
 
-def _mixture_scores(
-    z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | None, per_class: bool
-) -> MixtureScores:
+def _mixture_scores(z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | None, per_class: bool) -> MixtureScores:
     z, base = prior.centred(z, log_det)
     density = z.new_empty(len(z), len(prior.log_pi))
     for k in range(density.shape[1]):

@@ -7,10 +7,11 @@ agrees to 1e-5.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import data
+from .backbone import FeatureMap
+from .interpolate import between, bilinear
+from .ops import SeparablePosition
 
 if TYPE_CHECKING:
     from .config import HGADConfig
     from .model import HGADModel
 
 CHUNK_PIXELS = 8192  # feature pixels that go through the flow together
+BAND_PIXELS = 2**20  # of a map that are computed together
+MAX_KEPT = 2**28  # bytes of densities that are kept until the class is known; beyond, the pixels are scored twice
 BLUR_SIGMA = 4.0  # of the anomaly map, in pixels of the msk_size map (official)
 MAX_SEEN_PIXELS = 2**23  # of a picture at the size of the backbone (about 0.5 GB of memory a million in a small one)
 
@@ -217,51 +223,83 @@ def densities(
     return [
         _densities(
             model,
-            [x[i : i + together] for x in features],
+            [FeatureMap.of(x[i : i + together]) for x in features],
             None if class_ids is None else class_ids[i : i + together],
         )
         for i in range(0, len(features[0]), together)
     ]
 
 
-def _densities(model: HGADModel, features: list[Tensor], class_ids: Tensor | None) -> Densities:
-    batch = features[0].shape[0]
-    per_class, neg_entropy = [], []
-    for level, x in enumerate(features):
-        density, entropy = _level_densities(model, level, x)
-        per_class.append(density / x.shape[1])
-        neg_entropy.append(-entropy)
+def _densities(model: HGADModel, features: list[FeatureMap], class_ids: Tensor | None) -> Densities:
+    """Of the pixels of a batch; only z of one chunk, and what is said of the pixels, exist at any time."""
+    batch, classes = features[0].batch, model.config.n_classes
+    neg_entropy = [torch.empty(batch, *level.size, device=model.device) for level in features]
+    per_class = []
     if class_ids is None:
-        evidence = sum(density.double().mean((1, 2)) for density in per_class)
-        assert isinstance(evidence, Tensor)
+        evidence = torch.zeros(batch, classes, dtype=torch.float64, device=model.device)
+        kept = 4 * batch * classes * sum(level.pixels for level in features) <= MAX_KEPT
+        for level, x in enumerate(features):
+            every = torch.empty(batch, *x.size, classes, device=model.device) if kept else None
+            total = torch.zeros_like(evidence)
+            for at, density, entropy in _chunks(model, level, x, None):
+                density = density / model.feat_dims[level]
+                total += density.sum((1, 2), dtype=torch.float64)
+                neg_entropy[level][at] = -entropy
+                if every is not None:
+                    every[at] = density
+            evidence += total / x.pixels
+            if every is not None:
+                per_class.append(every)
         class_ids = evidence.argmax(1).cpu()
-    rows = torch.arange(batch)
-    logps = [density[rows, ..., class_ids] for density in per_class]
-    return Densities(logps, neg_entropy, class_ids, model.config.n_classes)
+    if per_class:
+        rows = torch.arange(batch)
+        return Densities([every[rows, ..., class_ids] for every in per_class], neg_entropy, class_ids, classes)
+    logps = [torch.empty_like(level) for level in neg_entropy]
+    for level, x in enumerate(features):
+        for at, density, entropy in _chunks(model, level, x, class_ids):
+            logps[level][at] = density / model.feat_dims[level]
+            neg_entropy[level][at] = -entropy
+    return Densities(logps, neg_entropy, class_ids, classes)
 
 
-def _level_densities(model: HGADModel, level: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-density of every class (B, h, w, K) and entropy (B, h, w); a map of many pixels goes in chunks of rows.
+def _chunks(
+    model: HGADModel, level: int, features: FeatureMap, class_ids: Tensor | None
+) -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor]]:
+    """Where a chunk of pixels lies in the map, its log-densities (B, r, c), of every class (B, r, c, K) without
+    `class_ids`, and its entropies (B, r, c).
 
-    The last chunk is padded with zeros to the size of the others: products of another size round differently.
+    All chunks of a piece have one size, rows of pixels padded with zeros: products of another size round differently.
     """
-    flow = model.nfs[level]
-    batch, channels, h, w = x.shape
-    rows = max(1, CHUNK_PIXELS // (w * batch))
-    rows = min(rows, h)
-    padded = math.ceil(h / rows) * rows
-    position = flow.grid(padded, w, x.device)
-    densities, entropies = [], []
-    for top in range(0, h, rows):
-        chunk = F.pad(x[:, :, top : top + rows], (0, 0, 0, max(0, top + rows - h)))
-        pixels = chunk.permute(0, 2, 3, 1).reshape(-1, channels)
-        chunk_position = position and position._replace(row=position.row[top : top + rows])
-        z, log_det = flow(pixels, chunk_position)
-        scores = model.mixture.scores(z, log_det, level, per_class=True)
-        assert scores.class_log_density is not None
-        densities.append(scores.class_log_density.view(batch, rows, w, -1))
-        entropies.append(scores.entropy.view(batch, rows, w))
-    return torch.cat(densities, 1)[:, :h], torch.cat(entropies, 1)[:, :h]
+    flow, mixture = model.nfs[level], model.mixture
+    position = flow.grid(*features.size, model.device)  # of the whole map, whatever the pieces
+    for top, left, x in features.pieces():
+        batch, channels, height, width = x.shape
+        columns = min(width, max(64, CHUNK_PIXELS // batch))  # products of fewer rows waste time
+        rows = min(height, max(1, CHUNK_PIXELS // (batch * columns)))
+        for i, j in itertools.product(range(0, height, rows), range(0, width, columns)):
+            chunk = x[:, :, i : i + rows, j : j + columns]
+            r, c = chunk.shape[2:]
+            pixels = F.pad(chunk, (0, columns - c, 0, rows - r)).permute(0, 2, 3, 1).reshape(-1, channels)
+            z, log_det = flow(pixels, position and _window(position, top + i, left + j, rows, columns))
+            if class_ids is None:
+                scores = mixture.scores(z, log_det, level, per_class=True)
+                density, entropy = scores.class_log_density, scores.entropy
+                assert density is not None
+            else:
+                density, entropy = mixture.own_scores(z, log_det, level, class_ids.to(z.device))
+            at = slice(None), slice(top + i, top + i + r), slice(left + j, left + j + c)
+            shape = batch, rows, columns
+            yield at, density.view(*shape, *density.shape[1:])[:, :r, :c], entropy.view(shape)[:, :r, :c]
+
+
+def _window(position: SeparablePosition, top: int, left: int, rows: int, columns: int) -> SeparablePosition:
+    """The positions of a part of a map; what lies over the map's ends is padding, its position any."""
+
+    def part(code: Tensor, start: int, length: int) -> Tensor:
+        found = code[start : start + length]
+        return F.pad(found, (0, 0, 0, length - len(found)))
+
+    return SeparablePosition(part(position.column, left, columns), part(position.row, top, rows))
 
 
 # ------------------------------------------------------------------------------------------------ maps
@@ -297,16 +335,70 @@ def calibrated_maps(found: Densities, level_max: Tensor, msk_size: int) -> Tenso
     log-density that normal pictures of the class reach at level l. Differences from 1 are taken by expm1: a posterior
     that is almost certain leaves entropies far below the rounding of 1.
     """
+    size = map_grid(found, msk_size)
+    maps = found.logps[0].new_empty(len(found.class_id), *size)
+    write_calibrated(maps, found, level_max, size)
+    return maps
+
+
+def map_grid(found: Densities, msk_size: int) -> tuple[int, int]:
+    """Height and width of the map that scores are computed on, in the proportions of the feature map."""
     h, w = found.logps[0].shape[1:]
     scale = msk_size / min(h, w)
-    size = round(h * scale), round(w * scale)
-    constants = level_max.to(found.logps[0].device)[found.class_id]
-    likelihood = entropy = torch.zeros((), device=constants.device)
-    for level, (logp, neg_entropy) in enumerate(zip(found.logps, found.neg_entropy, strict=True)):
-        excess = (logp - constants[:, level, None, None]).clamp(max=0)
-        likelihood = likelihood - upsample(torch.expm1(excess), size)
-        entropy = entropy - upsample(torch.expm1(neg_entropy), size)
-    return blur(likelihood) if found.n_classes == 1 else blur(likelihood) * blur(entropy)
+    return round(h * scale), round(w * scale)
+
+
+def write_calibrated(out: Tensor, found: Densities, level_max: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Fill `out` (B, H, W) with the maps of `calibrated_maps` on a grid, resampled, in bands along their long side.
+
+    Whatever the map's size, little memory is needed beyond `out`, which may be a file mapped into memory. Bands are
+    computed with what the blur takes from their neighbours: a pixel has the same bits in any band.
+
+    Returns:
+        the largest value of each map before resampling, (B,).
+    """
+    constants = level_max.to(found.logps[0].device)[found.class_id, :, None, None]
+    factors = [[-torch.expm1((x - constants[:, i]).clamp(max=0)) for i, x in enumerate(found.logps)]]
+    if found.n_classes > 1:
+        factors.append([-torch.expm1(x) for x in found.neg_entropy])
+    if grid[0] < grid[1]:
+        factors, out, grid = [[x.mT for x in levels] for levels in factors], out.mT, grid[::-1]
+    rows, columns = (
+        between(torch.arange(n), of, n, align_corners=False) for n, of in zip(out.shape[1:], grid, strict=True)
+    )
+    band_rows, out_rows = max(1, BAND_PIXELS // grid[1]), max(1, BAND_PIXELS // out.shape[2])
+    maxima, done = out.new_full((len(out),), -math.inf), 0
+    kept = out.new_empty(len(out), 0, grid[1], device=constants.device)
+    for top in range(0, grid[0], band_rows):
+        bottom = min(top + band_rows, grid[0])
+        band = math.prod(_band(levels, grid, top, bottom) for levels in factors)
+        assert isinstance(band, Tensor)
+        maxima = torch.maximum(maxima, band.amax((1, 2)).to(maxima))
+        if out.shape[1:] == grid:
+            out[:, top:bottom] = band
+            continue
+        band, top = torch.cat([kept, band], 1), top - kept.shape[1]
+        ready = int((rows.second < bottom).sum())
+        for start in range(done, ready, out_rows):
+            stop = min(start + out_rows, ready)
+            out[:, start:stop] = bilinear(band, rows.part(start, stop, top), columns)
+        kept, done = band[:, -1:], ready
+    return maxima
+
+
+def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) -> Tensor:
+    """Rows top to bottom of a grid to which the levels (B, h, w) are enlarged, summed and blurred."""
+    rows, columns = _mirrored(top, bottom, grid[0]), _mirrored(0, grid[1], grid[1])
+    total = sum(
+        bilinear(
+            level,
+            between(rows, level.shape[1], grid[0], align_corners=True),
+            between(columns, level.shape[2], grid[1], align_corners=True),
+        )
+        for level in levels
+    )
+    assert isinstance(total, Tensor)
+    return _smooth(total, BLUR_SIGMA)
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -323,17 +415,34 @@ def resample(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 def blur(maps: Tensor, sigma: float = BLUR_SIGMA) -> Tensor:
     """Gaussian blur of (B, h, w), cut at 4 sigma, edges mirrored: scipy.ndimage.gaussian_filter on any device."""
-    radius = int(4 * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(maps)
+    rows, columns = (_mirrored(0, n, n, sigma).to(maps.device) for n in maps.shape[1:])
+    return _smooth(maps[:, rows[:, None], columns], sigma)
+
+
+def _mirrored(start: int, stop: int, n: int, sigma: float = BLUR_SIGMA) -> Tensor:
+    """Positions of an axis of n that a blur of positions start to stop takes, mirrored at its ends."""
+    radius = _radius(sigma)
+    reach = torch.arange(start - radius, stop + radius) % (2 * n)
+    return torch.where(reach < n, reach, 2 * n - 1 - reach)
+
+
+def _smooth(maps: Tensor, sigma: float) -> Tensor:
+    """Weighted sums over the neighbourhoods that lie whole in (B, h, w); their order is the same in any part."""
+    radius = _radius(sigma)
+    kernel = torch.exp(-0.5 * (torch.arange(radius + 1, dtype=torch.float64) / sigma) ** 2)
+    centre, *sides = (kernel / (2 * kernel.sum() - 1)).tolist()
     for axis in (1, 2):
-        n = maps.shape[axis]
-        reach = torch.arange(-radius, n + radius, device=maps.device) % (2 * n)
-        padded = maps.index_select(axis, torch.where(reach < n, reach, 2 * n - 1 - reach))
-        shape = (1, 1, -1, 1) if axis == 1 else (1, 1, 1, -1)
-        maps = F.conv2d(padded[:, None], kernel.view(shape))[:, 0]
+        n = maps.shape[axis] - 2 * radius
+        smooth = centre * maps.narrow(axis, radius, n)
+        for distance, weight in enumerate(sides, 1):
+            pair = maps.narrow(axis, radius - distance, n) + maps.narrow(axis, radius + distance, n)
+            smooth.add_(pair, alpha=weight)
+        maps = smooth
     return maps
+
+
+def _radius(sigma: float) -> int:
+    return int(4 * sigma + 0.5)
 
 
 # ------------------------------------------------------------------------------------------------ pictures -> result

@@ -433,6 +433,29 @@ def test_mixture_scores_are_the_densities():
     torch.testing.assert_close(per_image.own_log_density[10:], per_class[10:, 1])
 
 
+@pytest.mark.parametrize("n", [0, 5, 40])
+def test_own_class_scores_are_those_of_all_classes(n, monkeypatch):
+    """In chunks too; with the bits of the other way where the rows are of one class."""
+    z, log_det = torch.randn(n, 6), torch.randn(n)
+    mixture = [p.detach().float() for p in make_mixture(5, 4, 6)]
+    labels = torch.randint(0, 5, (n,))
+    whole = ops.mixture_scores(z, log_det, *mixture, labels)
+    monkeypatch.setattr(ops, "SCORE_ROWS", 16)
+    for rows in (labels, torch.full((min(n, 1),), 2)):
+        every = ops.mixture_scores(z, log_det, *mixture, rows)
+        density, entropy = ops.own_class_scores(z, log_det, *mixture, rows)
+        torch.testing.assert_close(density, every.own_log_density)
+        torch.testing.assert_close(entropy, whole.entropy)
+    assert torch.equal(density, every.own_log_density) and torch.equal(entropy, every.entropy)
+
+
+def test_own_class_scores_of_the_kernel(interpreted):
+    z, log_det, labels = torch.randn(20, 6), torch.randn(20), torch.tensor([3, 1])
+    mixture = [p.detach().float() for p in make_mixture(5, 4, 6)]
+    found = ops.own_class_scores(z, log_det, *mixture, labels, backend="triton")
+    torch.testing.assert_close(found, ops.own_class_scores(z, log_det, *mixture, labels, backend="torch"))
+
+
 def test_ties_go_to_the_lowest_class():
     mu = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
     scores = ops.mixture_scores(

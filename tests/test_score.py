@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter, zoom
 from scipy.special import logsumexp, softmax
 
 from hgad_fast import HGADConfig, HGADModel, data, ops, score
+from hgad_fast.backbone import FeatureMap
 from hgad_fast.flow import dense_position
 
 SIZES = [(9, 13), (5, 7)]  # height and width of the feature maps of the two levels
@@ -257,6 +258,70 @@ def test_map_size_only_resamples(calibrated):
         assert_close(result.anomaly_map, np.stack(expected))
         for name in VERDICTS:
             assert torch.equal(getattr(result, name), getattr(plain, name))
+
+
+# ------------------------------------------------------------------------------------------------ in bounded memory
+
+
+@pytest.mark.parametrize("chunk", [64, 100, 8192])
+def test_chunks_have_one_size_and_fit_together(monkeypatch, chunk):
+    """Also where a row of pixels is longer than a chunk."""
+    model, features = detector(dims=(6,)), random_features(1, (6,), [(5, 333)])
+    whole = model.score_features(features, normalization="official")
+    monkeypatch.setattr(score, "CHUNK_PIXELS", chunk)
+    rows = []
+    flow = type(model.nfs[0]).forward
+    monkeypatch.setattr(type(model.nfs[0]), "forward", lambda self, x, *a: (rows.append(len(x)), flow(self, x, *a))[1])
+    chunks = model.score_features(features, normalization="official")
+    assert len(set(rows)) == 1 and rows[0] <= max(chunk, 64)
+    for name in ("logps", "neg_entropy"):
+        assert frobenius(getattr(chunks, name)[0], getattr(whole, name)[0]) < 1e-6
+
+
+def frobenius(found, expected) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_a_piece_of_a_map_has_the_position_that_it_has_in_the_whole(calibrated):
+    features = random_features(1)
+    (whole,) = score.densities(calibrated, features, None)
+
+    def in_pieces(x):
+        cuts = [(0, 3, 0, 5), (0, 3, 5, x.shape[3]), (3, x.shape[2], 0, x.shape[3])]
+        return FeatureMap(1, x.shape[2:], lambda: ((a, c, x[:, :, a:b, c:d]) for a, b, c, d in cuts))
+
+    pieces = score._densities(calibrated, [in_pieces(x) for x in features], None)
+    assert torch.equal(pieces.class_id, whole.class_id)
+    for name in ("logps", "neg_entropy"):
+        for found, expected in zip(getattr(pieces, name), getattr(whole, name), strict=True):
+            assert frobenius(found, expected) < 1e-6
+
+
+def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
+    """Whether the densities of all classes are kept until it is known, or the pixels are scored again."""
+    features = random_features(3)
+    kept = calibrated.score_features(features)
+    assert_same_bits(kept, calibrated.score_features(features, kept.class_id), slice(None))
+    monkeypatch.setattr(score, "MAX_KEPT", 0)
+    assert_same_bits(kept, calibrated.score_features(features), slice(None))
+
+
+@pytest.mark.parametrize("size", [(24, 35), (7, 90), (61, 24), (24, 24)])
+def test_bands_of_a_map_fit_together(calibrated, monkeypatch, size):
+    (found,) = score.densities(calibrated, random_features(1), None)
+    level_max = calibrated.calibration.level_max
+    for grid in [(24, 35), (35, 24), (24, 24)]:
+        whole, bands = torch.empty(2, 1, *size)
+        monkeypatch.setattr(score, "BAND_PIXELS", 2**20)
+        expected = score.write_calibrated(whole, found, level_max, grid)
+        for pixels in (1, 50, 100):
+            monkeypatch.setattr(score, "BAND_PIXELS", pixels)
+            maxima = score.write_calibrated(bands.fill_(math.nan), found, level_max, grid)
+            assert torch.equal(maxima, expected) and torch.equal(bands, whole)
+        on_grid = torch.empty(1, *grid)
+        score.write_calibrated(on_grid, found, level_max, grid)
+        assert torch.equal(maxima, on_grid.amax((1, 2)))
+        assert frobenius(whole, score.resample(on_grid, size)) < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ pictures

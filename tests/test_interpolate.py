@@ -1,0 +1,26 @@
+"""Parts of a resized map against `torch.nn.functional.interpolate` of the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hgad_fast.interpolate import between, bilinear
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [((5, 7), (24, 35)), ((500, 497), (250, 248)), ((1, 9), (30, 1)), ((9, 9), (9, 9)), ((64, 3), (4000, 30))],
+)
+def test_it_is_torchs_interpolation(size, resized, align_corners):
+    x = torch.randn(2, 3, *size)
+    whole = torch.nn.functional.interpolate(x, resized, mode="bilinear", align_corners=align_corners)
+    rows, columns = (
+        between(torch.arange(m), n, m, align_corners=align_corners) for n, m in zip(size, resized, strict=True)
+    )
+    found = bilinear(x, rows, columns)
+    torch.testing.assert_close(found, whole, rtol=0, atol=2e-6 * max(size))  # coordinates are float32
+    origin = int(rows.first[resized[0] // 2])
+    part = bilinear(x[..., origin:, :], rows.part(resized[0] // 2, resized[0], origin), columns)
+    assert torch.equal(part, found[..., resized[0] // 2 :, :])
