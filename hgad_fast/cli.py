@@ -1,4 +1,4 @@
-"""The command line: `hgad-fast train | score | eval | bench | info | demo`.
+"""The command line: `hgad-fast train | score | eval | data | bench | info | demo`.
 
 Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
 end in one line on stderr and exit code 1.
@@ -63,7 +63,9 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 def train(
     data: Annotated[
         Path,
-        typer.Argument(metavar="DATA", help="Dataset: <class>/train/good/* (MVTec AD layout), or <class>/* (normal)."),
+        typer.Argument(
+            metavar="DATA", help="Dataset, or several: a+b; see hgad-fast data --help. Or <class>/* (normal)."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model, checkpoint and metrics.")] = Path(
         "run"
@@ -206,6 +208,31 @@ def evaluate(
     if output is not None:
         with replacing(output) as file:
             file.write_text(json.dumps(result.to_dict()) + "\n")
+
+
+@app.command()
+@_plain_errors
+def data(
+    roots: Annotated[
+        list[Path],
+        typer.Argument(metavar="ROOT...", help="Folders of datasets, or CSV files; several are one dataset."),
+    ],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too: finds truncated files.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count the pictures of a dataset by class and split, and say what looks wrong with them.
+
+    MVTec AD, MVTec AD 2, BTAD, VisA, MVTec 3D-AD, Real-IAD and MPDD are recognised as they are published. The exit code
+    is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same picture in
+    training and test.
+    """
+    from .data import discover
+    from .survey import survey
+
+    found = survey(discover(roots), decode=decode)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
+    if found.errors:
+        raise ValueError(f"{len(found.errors)} errors in {found.root}: figures of it are wrong until they are fixed")
 
 
 @app.command()

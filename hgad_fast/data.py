@@ -1,21 +1,34 @@
-"""Folders of images: what is there, of which class, and whether it is normal.
+"""Datasets by their published layouts: which images they hold, of which class, normal or not, with which masks.
 
-Two layouts are read, with any class names. The first is that of MVTec AD, for a dataset or one class of it:
+What lies on disk tells the layout. Class names are free, and classes in several of the folder layouts may lie side
+by side. Images and masks may be of any of the `IMAGE_SUFFIXES`, and a mask's need not be its image's.
 
-    root/<class>/train/good/*                            normal images for training
-    root/<class>/test/good/*, root/<class>/test/<defect>/*
-    root/<class>/ground_truth/<defect>/<stem>_mask.png   or <stem>.png, one mask an anomalous image
+    MVTec AD      <class>/train/good/*  test/good/*  test/<defect>/*  ground_truth/<defect>/*
+                  also MPDD, VisA prepared for one class (VisA_pytorch/1cls), and a dataset of your own
+    MVTec AD 2    <class>/train/good/*  validation/good/*  test_public/{good,bad}/*  test_public/ground_truth/bad/*
+    BTAD          <class>/train/ok/*  test/{ok,ko}/*  ground_truth/ko/*
+    MVTec 3D-AD   <class>/{train,validation}/good/rgb/*  test/{good,<defect>}/rgb/*  test/<defect>/gt/*
+    VisA          split_csv/1cls.csv, and the files that it names: <class>/Data/Images/*, <class>/Data/Masks/*
+    Real-IAD      realiad_jsons/<class>.json, and the files that it names, below realiad_<size>/<class>
+    CSV           a file with the columns path, class, split, label and, where there are masks, mask
+    normals       <class>/*, normal images only
 
-The second holds normal images only: `root/<class>/*`.
+A mask of the folder layouts has the name of its image, with or without `_mask`: `000.png` has `000_mask.png` or
+`000.bmp`. The masks of normal images, and test images without published labels (MVTec AD 2's `test_private`), are
+passed over.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .images import (
@@ -52,11 +65,13 @@ __all__ = [
     "read_mask",
     "resize_image",
     "resize_mask",
+    "union",
     "whole_picture",
     "whole_picture_size",
 ]
 
 GOOD = "good"
+_NORMAL_LABELS = ("good", "normal", "ok", "0")
 _NOT_A_CLASS = ("ground_truth", "__MACOSX", "@eaDir")
 
 
@@ -80,49 +95,174 @@ class Sample:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The images under `root`, by class and path; `class_id` indexes `class_names`; `train` is all normal."""
+    """The images under `root`, by class and path; `class_id` indexes `class_names`.
+
+    `train` and `validation` are all normal; `validation` is empty where a dataset publishes none. `layout` names the
+    layouts that were read, and `stray_masks` are mask files that belong to none of the images.
+    """
 
     root: Path
     class_names: tuple[str, ...]
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
+    validation: tuple[Sample, ...] = ()
+    layout: str = "MVTec AD"
+    stray_masks: tuple[Path, ...] = ()
 
 
-def discover(root: str | os.PathLike[str]) -> Dataset:
-    """The dataset at `root`, in one of the two layouts of this module.
+Root = str | os.PathLike[str] | Dataset
 
-    Classes and images come sorted by name. Below `train/good`, `test/<defect>` and `ground_truth/<defect>`
-    files may lie in folders, the same for an image and its mask. Only the name `good` stands for normal
-    images. Hidden files, and files with none of the `IMAGE_SUFFIXES`, are passed over. Files are listed, not
-    opened: that they can be decoded is for `check_images` to find out.
 
-    Raises DatasetError for a missing folder, a class without training images, images of which their place
+def discover(root: Root | Sequence[Root]) -> Dataset:
+    """The dataset at `root`, in one of the layouts of this module; of several roots, their `union`.
+
+    Args:
+        root: the folder of a dataset or of one class of it, or a CSV file; several of them in a list, or in a string
+            or path with `+` between them. Of Real-IAD the largest pictures are taken, and its multi-view lists; name
+            `realiad_256`, or another folder of lists such as `realiad_jsons_sv`, to have others.
+
+    Classes come sorted by name, images by class and path. Below the folders that a layout names, files may lie in
+    folders, the same for an image and its mask. In CSV files a relative path starts at the file, `split` is train,
+    validation or test, and the labels good, normal, ok and 0 stand for normal images, any other for a defect. Hidden
+    files, and files with none of the `IMAGE_SUFFIXES`, are passed over. Files are listed, not opened: that they can
+    be decoded is for `check_images` and `hgad_fast.survey` to find out.
+
+    Raises DatasetError for a missing folder or file, a class without training images, images of which their place
     does not say whether they are normal, and masks of a defect that fit none of its images.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DatasetError(f"{root}: no such folder; give the folder that holds one folder a class")
-    if (root / "train").is_dir() or (root / "test").is_dir():
-        return _mvtec_dataset(root, [root])
-    folders = [entry for entry in visible(root) if entry.is_dir() and entry.name not in _NOT_A_CLASS]
-    classes = [folder for folder in folders if (folder / "train").is_dir()]
-    if not classes:
-        return _normals_dataset(root, folders)
-    for folder in folders:
-        if folder not in classes and list_images(folder):
-            raise DatasetError(f"{folder}: images, but no train/{GOOD}; add it, or move the folder away")
-    return _mvtec_dataset(root, classes)
+    if isinstance(root, Dataset):
+        return root
+    if isinstance(root, Sequence) and not isinstance(root, str):
+        return union([discover(one) for one in root])
+    path = Path(root)
+    if "+" in os.fspath(path) and not path.exists():
+        return discover(os.fspath(path).split("+"))
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return _csv_dataset(path)
+    if not path.is_dir():
+        raise DatasetError(f"{path}: no such folder; give the folder that holds one folder a class, or a CSV file")
+    if (path / "split_csv").is_dir() or any((folder / "Data" / "Images").is_dir() for folder in _folders(path)):
+        return _visa_dataset(path)
+    if parts := _realiad_parts(path):
+        return _realiad_dataset(*parts)
+    if (path / "1cls").is_dir():
+        return discover(path / "1cls")  # what VisA's own preparation makes, beside its splits for other tasks
+    return _folder_dataset(path)
 
 
-def _mvtec_dataset(root: Path, classes: list[Path]) -> Dataset:
+def union(datasets: Sequence[Dataset]) -> Dataset:
+    """One dataset of several, with the classes of each in turn.
+
+    A class name that more than one of them has is put behind the name of its dataset's folder: `mvtec-bottle`. The
+    root is the folder that all of them share.
+
+    Raises ValueError for no dataset at all, and where class names cannot be told apart even so.
+    """
+    if len(datasets) < 2:
+        if not datasets:
+            raise ValueError("a union of no datasets: give at least one")
+        return datasets[0]
+    counts = Counter(name for dataset in datasets for name in dataset.class_names)
+    names: list[str] = []
+    splits: dict[str, list[Sample]] = {"train": [], "test": [], "validation": []}
+    for dataset in datasets:
+        for split, samples in splits.items():
+            samples += (
+                # abspath makes them relative to one root, wherever the datasets were looked up from
+                replace(
+                    sample,
+                    path=Path(os.path.abspath(sample.path)),
+                    class_id=sample.class_id + len(names),
+                    mask=sample.mask and Path(os.path.abspath(sample.mask)),
+                )
+                for sample in getattr(dataset, split)
+            )
+        folder = os.path.basename(os.path.abspath(dataset.root))
+        names += (f"{folder}-{name}" if counts[name] > 1 else name for name in dataset.class_names)
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"two of the datasets have a class {repeated[0]!r}: rename the folder of one of them")
+    root = Path(os.path.commonpath([os.path.abspath(dataset.root) for dataset in datasets]))
+    layouts = " + ".join(dict.fromkeys(dataset.layout for dataset in datasets))
+    stray = tuple(mask for dataset in datasets for mask in dataset.stray_masks)
+    train, test, validation = map(tuple, splits.values())
+    return Dataset(root, tuple(names), train, test, validation, layouts, stray)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the parts of a class lie below its folder; `marks` are folders that only this layout has."""
+
+    name: str
+    marks: tuple[str, ...]
+    normal: str = GOOD  # the name of the folders of normal images
+    test: str = "test"
+    masks: str = "ground_truth"
+    pictures: str = ""  # below the folder of each kind, in `test` and beside it
+    masks_of_kind: str = ""  # below the folder of each kind, in `masks`
+
+
+_LAYOUTS = (  # the first whose mark is there is the one
+    _Layout("MVTec 3D-AD", ("train/good/rgb", "train/good/xyz"), masks="test", pictures="rgb", masks_of_kind="gt"),
+    _Layout("MVTec AD 2", ("test_public",), test="test_public", masks="test_public/ground_truth"),
+    _Layout("BTAD", ("train/ok",), normal="ok"),
+    _Layout("MVTec AD", ("train", "test")),
+)
+
+
+def _layout(folder: Path) -> _Layout | None:
+    """How the class in `folder` is laid out; None if it is in none of the folder layouts."""
+    return next((layout for layout in _LAYOUTS if any((folder / mark).is_dir() for mark in layout.marks)), None)
+
+
+def _folder_dataset(root: Path) -> Dataset:
+    if layout := _layout(root):
+        return _classes_dataset(root, {root: layout})
+    folders = _folders(root)
+    classes = {folder: layout for folder in folders if (layout := _layout(folder))}
+    if classes:
+        for folder in folders:
+            if folder not in classes and list_images(folder):
+                raise DatasetError(f"{folder}: images, but no train/{GOOD}; add it, or move the folder away")
+        return _classes_dataset(root, classes)
+    if datasets := [folder for folder in folders if _holds_classes(folder)]:
+        together = f", or all of them: {'+'.join(map(str, datasets))}" if len(datasets) > 1 else ""
+        raise DatasetError(f"{root}: no classes, but folders of classes; give {datasets[0]}{together}")
+    return _normals_dataset(root, folders)
+
+
+def _holds_classes(folder: Path) -> bool:
+    lists = ("split_csv", "realiad_jsons", "1cls")
+    return any((folder / name).is_dir() for name in lists) or any(map(_layout, _folders(folder)))
+
+
+def _folders(root: Path) -> list[Path]:
+    return [entry for entry in visible(root) if entry.is_dir() and entry.name not in _NOT_A_CLASS]
+
+
+def _classes_dataset(root: Path, classes: dict[Path, _Layout]) -> Dataset:
     train: list[Sample] = []
+    validation: list[Sample] = []
     test: list[Sample] = []
-    for class_id, folder in enumerate(classes):
-        train += _normals(folder / "train" / GOOD, class_id)
-        test += _test_samples(folder, class_id)
+    stray: list[Path] = []
+    for class_id, (folder, layout) in enumerate(classes.items()):
+        normal = Path(layout.normal) / layout.pictures
+        train += _normals(folder / "train" / normal, class_id)
+        if (folder / "validation").is_dir():
+            validation += _normals(folder / "validation" / normal, class_id, "validation")
+        for entry in visible(folder / layout.test) if (folder / layout.test).is_dir() else []:
+            if not entry.is_dir():
+                _require_no_image(entry, layout)
+            elif entry.name not in _NOT_A_CLASS:
+                samples, unused = _test_samples(folder, entry, layout, class_id)
+                test += samples
+                stray += unused
+        for entry in _folders(folder / layout.masks) if (folder / layout.masks).is_dir() else []:
+            if not (folder / layout.test / entry.name).is_dir():
+                stray += list_images(entry)
     # abspath names the class of `discover(".")`, and leaves the names of linked folders as they are
     names = tuple(os.path.basename(os.path.abspath(folder)) for folder in classes)
-    return Dataset(root, names, tuple(train), tuple(test))
+    layouts = " + ".join(dict.fromkeys(layout.name for layout in classes.values()))
+    return Dataset(root, names, tuple(train), tuple(test), tuple(validation), layouts, tuple(stray))
 
 
 def _normals_dataset(root: Path, classes: list[Path]) -> Dataset:
@@ -140,41 +280,40 @@ def _normals_dataset(root: Path, classes: list[Path]) -> Dataset:
                     f"put normal ones directly into {folder}, or into {folder / 'train' / GOOD}"
                 )
         train += samples
-    return Dataset(root, tuple(folder.name for folder in classes), tuple(train), ())
+    return Dataset(root, tuple(folder.name for folder in classes), tuple(train), (), layout="normals")
 
 
-def _normals(folder: Path, class_id: int) -> list[Sample]:
+def _normals(folder: Path, class_id: int, kind: str = "training") -> list[Sample]:
     images = list_images(folder) if folder.is_dir() else []
     if not images:
-        raise DatasetError(f"{folder}: no training images; put normal ones here ({' '.join(IMAGE_SUFFIXES)})")
+        raise DatasetError(f"{folder}: no {kind} images; put normal ones here ({' '.join(IMAGE_SUFFIXES)})")
     return [Sample(path, class_id) for path in images]
 
 
-def _test_samples(folder: Path, class_id: int) -> list[Sample]:
-    samples: list[Sample] = []
-    for entry in visible(folder / "test") if (folder / "test").is_dir() else []:
-        if entry.is_dir():
-            samples += _defect_samples(entry, folder / "ground_truth" / entry.name, class_id)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES:
-            raise DatasetError(
-                f"{entry}: nothing says whether this image is normal; "
-                f"move it to {entry.parent / GOOD} or {entry.parent / '<defect>'}"
-            )
-    return samples
+def _require_no_image(entry: Path, layout: _Layout) -> None:
+    if entry.suffix.lower() in IMAGE_SUFFIXES:
+        normal, defect = (entry.parent / kind / layout.pictures for kind in (layout.normal, "<defect>"))
+        raise DatasetError(f"{entry}: nothing says whether this image is normal; move it to {normal} or {defect}")
 
 
-def _defect_samples(folder: Path, mask_folder: Path, class_id: int) -> list[Sample]:
-    masks = _masks(mask_folder) if folder.name != GOOD and mask_folder.is_dir() else {}
-    samples = [
-        Sample(path, class_id, folder.name, masks.get(path.relative_to(folder).with_suffix("")))
-        for path in list_images(folder)
-    ]
-    if masks and samples and not any(sample.mask for sample in samples):
-        image = samples[0].path
+def _test_samples(class_folder: Path, folder: Path, layout: _Layout, class_id: int) -> tuple[list[Sample], list[Path]]:
+    """The test images of one kind, normal or a defect, and the masks that fit none of them."""
+    defect = GOOD if folder.name == layout.normal else folder.name
+    if defect != GOOD and defect.lower() in _NORMAL_LABELS:
+        raise DatasetError(f"{folder}: is this a defect? Normal images belong into {folder.with_name(layout.normal)}")
+    if layout.pictures and not (folder / layout.pictures).is_dir():
+        raise DatasetError(f"{folder / layout.pictures}: no such folder; put the pictures of {folder.name!r} here")
+    images = list_images(folder / layout.pictures)
+    mask_folder = class_folder / layout.masks / folder.name / layout.masks_of_kind
+    masks = _masks(mask_folder) if defect != GOOD and mask_folder.is_dir() else {}
+    keys = [image.relative_to(folder / layout.pictures).with_suffix("") for image in images]
+    samples = [Sample(image, class_id, defect, masks.get(key)) for image, key in zip(images, keys, strict=True)]
+    used = {sample.mask for sample in samples}
+    if masks and samples and used == {None}:
         raise DatasetError(
-            f"{mask_folder}: no mask fits an image of {folder}; that of {image.name} is {image.stem}_mask.png"
+            f"{mask_folder}: no mask fits an image of {folder}; that of {images[0].name} is {images[0].stem}_mask.png"
         )
-    return samples
+    return samples, [mask for mask in dict.fromkeys(masks.values()) if mask not in used]
 
 
 def _masks(folder: Path) -> dict[Path, Path]:
@@ -186,6 +325,129 @@ def _masks(folder: Path) -> dict[Path, Path]:
         if key.name.endswith("_mask"):
             masks[key.with_name(key.name.removesuffix("_mask"))] = path
     return masks
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An image as a list names it; `line` says where, for error messages."""
+
+    line: str
+    path: Path
+    class_name: str
+    split: str
+    label: str
+    mask: Path | None
+
+
+def _listed_dataset(source: Path, root: Path, layout: str, rows: Iterable[_Row]) -> Dataset:
+    """The images that the rows of `source` name."""
+    rows = sorted(rows, key=lambda row: (row.class_name, row.path))
+    if not rows:
+        raise DatasetError(f"{source}: names no images")
+    names = tuple(dict.fromkeys(row.class_name for row in rows))
+    splits: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
+    for row in rows:
+        if row.split not in splits:
+            raise DatasetError(f"{row.line}: the split is {row.split!r}; allowed are {', '.join(splits)}")
+        if not row.class_name or not row.label:
+            raise DatasetError(f"{row.line}: {'label' if row.class_name else 'class'} is empty; say what {row.path} is")
+        defect = GOOD if row.label.lower() in _NORMAL_LABELS else row.label
+        if defect != GOOD and row.split != "test":
+            raise DatasetError(
+                f"{row.line}: {row.path} is labelled {defect!r}, and {row.split} holds normal images only"
+            )
+        mask = None if defect == GOOD else row.mask
+        splits[row.split].append(Sample(row.path, names.index(row.class_name), defect, mask))
+    files = [file for row in rows for file in (row.path, row.mask) if file is not None]
+    if missing := [file for file in dict.fromkeys(files) if not file.is_file()]:
+        raise DatasetError(
+            f"{source}: {len(missing)} of the {len(files)} files that it names do not exist; "
+            f"add them, or take them off the list. The first: {missing[0]}"
+        )
+    trained = {sample.class_id for sample in splits["train"]}
+    if untrained := [name for k, name in enumerate(names) if k not in trained]:
+        raise DatasetError(f"{source}: no training images of {', '.join(untrained)}; name some normal ones")
+    train, validation, test = map(tuple, splits.values())
+    return Dataset(root, names, train, test, validation, layout)
+
+
+def _csv_dataset(path: Path) -> Dataset:
+    def file(name: str) -> Path:
+        return path.parent / name  # an absolute name stays as it is
+
+    rows = [
+        _Row(line, file(row["path"]), row["class"], row["split"], row["label"], file(mask) if mask else None)
+        for line, row in _table(path, ("path", "class", "split", "label"))
+        for mask in [row.get("mask")]
+    ]
+    return _listed_dataset(path, path.parent, "CSV", rows)
+
+
+def _visa_dataset(root: Path) -> Dataset:
+    path = root / "split_csv" / "1cls.csv"
+    if not path.is_file():
+        raise DatasetError(f"{path}: no such file; it comes with VisA and says which images are for training")
+    rows = [
+        _Row(line, root / row["image"], row["object"], row["split"], row["label"], root / mask if mask else None)
+        for line, row in _table(path, ("object", "split", "label", "image", "mask"))
+        for mask in [row["mask"]]
+    ]
+    dataset = _listed_dataset(path, root, "VisA", rows)
+    folders = [root / name / "Data" / "Masks" for name in dataset.class_names]
+    used = {sample.mask for sample in dataset.test}
+    stray = [mask for folder in folders if folder.is_dir() for mask in list_images(folder) if mask not in used]
+    return replace(dataset, stray_masks=tuple(stray))
+
+
+def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file, in UTF-8 and with commas or semicolons, each with the name of its line."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = file.readline()
+            delimiter = ";" if header.count(";") > header.count(",") else ","
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=delimiter, restval="", skipinitialspace=True)
+            if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+                raise DatasetError(
+                    f"{path}: no column {', '.join(missing)}; the first line must name {','.join(columns)}"
+                )
+            for row in reader:
+                yield f"{path}:{reader.line_num}", {name: value.strip() for name, value in row.items() if name}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: no CSV file in UTF-8: {error}") from error
+
+
+def _realiad_parts(root: Path) -> tuple[Path, Path, Path] | None:
+    """Real-IAD's folder, that of its lists and that of its pictures; None if `root` is none of the three."""
+    around = [*reversed(root.parents[:2]), root] if root.name.startswith("realiad_") else [root]
+    base = next((folder for folder in around if (folder / "realiad_jsons").is_dir()), None)
+    if base is None:
+        return None
+    lists = root if root.name.startswith("realiad_jsons") else base / "realiad_jsons"
+    lists = lists / "realiad_jsons" if (lists / "realiad_jsons").is_dir() else lists  # the variants' folder
+    sizes = {folder: size[1] for folder in _folders(base) if (size := re.fullmatch(r"realiad_(\d+|raw)", folder.name))}
+    if not sizes:
+        raise DatasetError(f"{base / 'realiad_1024'}: no such folder; put Real-IAD's pictures here, or those of a size")
+    largest = max(sizes, key=lambda folder: float(sizes[folder].replace("raw", "inf")))
+    return base, lists, root if root in sizes else largest
+
+
+def _realiad_dataset(root: Path, lists: Path, pictures: Path) -> Dataset:
+    rows: list[_Row] = []
+    for path in sorted(lists.glob("*.json")):
+        try:
+            listed = json.loads(path.read_text(encoding="utf-8"))
+            first, prefix = listed["train"][0]["image_path"], listed.get("meta", {}).get("prefix", "")
+            bases = [pictures / path.stem, pictures / prefix, root / prefix]
+            base = next((folder for folder in bases if (folder / first).is_file()), bases[0])
+            for split in ("train", "test"):
+                for i, item in enumerate(listed[split]):
+                    line, image = f"{path}: {split}[{i}]", base / item["image_path"]
+                    mask = base / item["mask_path"] if item.get("mask_path") else None
+                    rows.append(_Row(line, image, path.stem, split, str(item["anomaly_class"]), mask))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise DatasetError(f"{path}: no list as Real-IAD has them ({type(error).__name__}: {error})") from error
+    return _listed_dataset(lists, root, "Real-IAD", rows)
 
 
 def check_images(
@@ -233,7 +495,7 @@ def fingerprint(samples: Iterable[Sample], root: str | os.PathLike[str]) -> str:
     """
     digest = hashlib.sha256()
     for sample in samples:
-        path = sample.path.relative_to(root).as_posix()
+        path = Path(os.path.relpath(sample.path, root)).as_posix()
         content = sample.path.read_bytes()
         # no path holds a NUL, and the content's length stands before it: other samples hash other bytes
         digest.update(f"{sample.class_id} {path}\0{len(content)} ".encode(errors="surrogateescape"))

@@ -66,13 +66,13 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:
     """Height, width and Pillow's mode of an image file, without decoding its pixels.
 
-    Upright too, save that a PNG may say behind its pixels that it is to be turned: that is not looked for.
-    Raises ImageError as `read_image` does, but for damage within the pixels.
+    Upright too, save where a file says only behind its pixels, or only in XMP, that it is to be turned.
+    Raises ImageError as `read_image` does, but not for damage within the pixels.
     """
     with _opened(Path(path)) as image:
         width, height = image.size
-        if (image.format != "PNG" or "exif" in image.info) and image.getexif().get(0x0112, 1) >= 5:
-            width, height = height, width  # the EXIF orientations that lie on their side
+        if "exif" in image.info and image.getexif().get(0x0112, 1) >= 5:  # TIFFs have none: Pillow turns their size
+            width, height = height, width
         return height, width, image.mode
 
 

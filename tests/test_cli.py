@@ -25,7 +25,7 @@ from hgad_fast.data import read_image
 from hgad_fast.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "score", "eval", "bench", "info", "demo")
+COMMANDS = ("train", "score", "eval", "data", "bench", "info", "demo")
 TINY = {
     "backbone_arch": "test_efficientnet",
     "out_indices": [1],
@@ -238,6 +238,22 @@ def test_a_bad_picture_among_good_ones_is_named_and_the_others_scored(model, dat
     assert (tmp_path / "out" / "scores.csv").read_text().count("\n") == 2
 
 
+def test_data_counts_and_names_what_must_be_fixed(data, tmp_path):
+    lines = succeeds("data", data).stdout.splitlines()
+    assert lines[0] == f"MVTec AD: {data}"
+    assert lines[2].split() == ["leaning", "10", "0", "2", "3", "3"]
+    copy = shutil.copytree(data, tmp_path / "copy")
+    (copy / "upright/test/good/000.png").write_bytes(b"")
+    found = hgad("data", data, copy, "--json")
+    told = json.loads(found.stdout)
+    assert found.exit_code == 1 and found.stderr.startswith(
+        f"hgad-fast: {sum(f['is_error'] for f in told['findings'])} "
+    )
+    assert list(told["counts"]) == [f"{root.name}-{name}" for root in (data, copy) for name in ("leaning", "upright")]
+    assert {f["kind"] for f in told["findings"] if f["is_error"]} == {"unreadable file", "same picture in two places"}
+    assert "no such folder" in fails("data", tmp_path / "absent")
+
+
 def test_eval_prints_a_table_or_json_and_writes_it(model, data, tmp_path):
     figures = json.loads(succeeds("eval", model, data, "--json").stdout)
     result = succeeds("eval", model, data, "--output", tmp_path / "figures.json", "--official", model)
@@ -420,7 +436,7 @@ def test_an_error_of_ours_is_not_hidden(data, tmp_path, monkeypatch):
 def test_every_command_has_help(command):
     text = click.unstyle(succeeds(command, "--help").stdout)
     assert f"Usage: hgad-fast {command}" in text.replace("root", "hgad-fast")
-    assert ("--json" in text) == (command in ("score", "eval", "bench", "info", "demo"))
+    assert ("--json" in text) == (command in ("score", "eval", "data", "bench", "info", "demo"))
 
 
 def test_alone_it_lists_its_commands():

@@ -1,85 +1,219 @@
-"""data.py: every picture here is drawn by the test, so that what must be read is known to the value."""
+"""data.py: datasets in miniature, laid out as the published ones are, and what is said of broken ones."""
 
 from __future__ import annotations
 
 import hashlib
-import pickle
+import json
 import shutil
-import struct
-import zlib
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import Tensor
-from torchvision import transforms
 
-from hgad_fast import images
-from hgad_fast.data import (
-    DatasetError,
-    ImageError,
-    Sample,
-    centre_crop,
-    check_images,
-    discover,
-    fingerprint,
-    from_pil,
-    list_images,
-    read_image,
-    read_mask,
-    resize_image,
-    resize_mask,
-    whole_picture,
-    whole_picture_size,
-)
+from hgad_fast.data import Dataset, DatasetError, Sample, check_images, discover, fingerprint, list_images, union
 
-GREY8 = np.array([[0, 1, 127], [128, 254, 255]], np.uint8)
-GREY16 = np.array([[0, 1, 255], [256, 40000, 65535]], np.uint16)
-COLOUR = np.arange(18, dtype=np.uint8).reshape(2, 3, 3) * 14
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
-def draw(path: Path, pixels: np.ndarray = GREY8, **options) -> Path:
+def draw(path: Path, pixels: np.ndarray = NOISE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
+    Image.fromarray(pixels).save(path)
     return path
 
 
-def write(path: Path, content: bytes = b"") -> Path:
+def write(path: Path, content: bytes | str = b"") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 
-def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> bytes:
-    """A PNG by its specification, for what Pillow does not write."""
+# published layouts: every file of a dataset, and every sample that is to be found in it as
+# split, class, defect, image and mask
 
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+REALIAD = {
+    "meta": {"prefix": "usb/", "normal_class": "OK", "pre_transform": None},
+    "train": [{"category": "usb", "anomaly_class": "OK", "image_path": "OK/S1/usb_1.jpg", "mask_path": None}],
+    "test": [
+        {"category": "usb", "anomaly_class": "OK", "image_path": "OK/S2/usb_2.jpg", "mask_path": None},
+        {
+            "category": "usb",
+            "anomaly_class": "HS",
+            "image_path": "NG/HS/S3/usb_3.jpg",
+            "mask_path": "NG/HS/S3/usb_3.png",
+        },
+    ],
+}
+REALIAD_FILES = """realiad_1024/usb/OK/S1/usb_1.jpg realiad_1024/usb/OK/S2/usb_2.jpg realiad_1024/usb/NG/HS/S3/usb_3.jpg
+    realiad_1024/usb/NG/HS/S3/usb_3.png"""
+REALIAD_SAMPLES = """
+    train usb good realiad_1024/usb/OK/S1/usb_1.jpg -
+    test usb HS realiad_1024/usb/NG/HS/S3/usb_3.jpg realiad_1024/usb/NG/HS/S3/usb_3.png
+    test usb good realiad_1024/usb/OK/S2/usb_2.jpg -"""
+VISA = """object,split,label,image,mask
+pcb1,train,normal,pcb1/Data/Images/Normal/0000.JPG,
+pcb1,test,normal,pcb1/Data/Images/Normal/0001.JPG,
+pcb1,test,anomaly,pcb1/Data/Images/Anomaly/000.JPG,pcb1/Data/Masks/Anomaly/000.png
+"""
+PUBLISHED = {
+    "MVTec AD": (
+        """bolt/train/good/0.png bolt/train/good/1.png bolt/test/good/0.png bolt/test/bent/0.png
+        bolt/ground_truth/bent/0_mask.png wood/train/good/0.png wood/test/hole/0.png
+        wood/ground_truth/hole/0_mask.png""",
+        {"license.txt": "", "readme.txt": ""},
+        """train bolt good bolt/train/good/0.png -
+        train bolt good bolt/train/good/1.png -
+        train wood good wood/train/good/0.png -
+        test bolt bent bolt/test/bent/0.png bolt/ground_truth/bent/0_mask.png
+        test bolt good bolt/test/good/0.png -
+        test wood hole wood/test/hole/0.png wood/ground_truth/hole/0_mask.png""",
+    ),
+    "MVTec AD 2": (
+        """can/train/good/000_regular.png can/validation/good/001_regular.png can/test_public/good/002_regular.png
+        can/test_public/bad/003_shift_1.png can/test_public/ground_truth/bad/003_shift_1_mask.png
+        can/test_private/004_regular.png can/test_private_mixed/005_mixed.png""",
+        {},
+        """train can good can/train/good/000_regular.png -
+        validation can good can/validation/good/001_regular.png -
+        test can bad can/test_public/bad/003_shift_1.png can/test_public/ground_truth/bad/003_shift_1_mask.png
+        test can good can/test_public/good/002_regular.png -""",
+    ),
+    "BTAD": (
+        """01/train/ok/0000.bmp 01/test/ok/0001.bmp 01/test/ko/0000.bmp 01/ground_truth/ko/0000.png 02/train/ok/0.png
+        02/test/ko/1.png 02/ground_truth/ko/1.png 03/train/ok/0.bmp 03/test/ko/0.bmp 03/ground_truth/ko/0.bmp""",
+        {},
+        """train 01 good 01/train/ok/0000.bmp -
+        train 02 good 02/train/ok/0.png -
+        train 03 good 03/train/ok/0.bmp -
+        test 01 ko 01/test/ko/0000.bmp 01/ground_truth/ko/0000.png
+        test 01 good 01/test/ok/0001.bmp -
+        test 02 ko 02/test/ko/1.png 02/ground_truth/ko/1.png
+        test 03 ko 03/test/ko/0.bmp 03/ground_truth/ko/0.bmp""",
+    ),
+    "MVTec 3D-AD": (
+        """tire/train/good/rgb/000.png tire/train/good/xyz/000.tiff tire/validation/good/rgb/000.png
+        tire/validation/good/xyz/000.tiff tire/test/good/rgb/000.png tire/test/good/gt/000.png
+        tire/test/good/xyz/000.tiff tire/test/cut/rgb/000.png tire/test/cut/gt/000.png tire/test/cut/xyz/000.tiff""",
+        {"tire/calibration/camera_parameters.json": "{}"},
+        """train tire good tire/train/good/rgb/000.png -
+        validation tire good tire/validation/good/rgb/000.png -
+        test tire cut tire/test/cut/rgb/000.png tire/test/cut/gt/000.png
+        test tire good tire/test/good/rgb/000.png -""",
+    ),
+    "VisA": (
+        """pcb1/Data/Images/Normal/0000.JPG pcb1/Data/Images/Normal/0001.JPG pcb1/Data/Images/Anomaly/000.JPG
+        pcb1/Data/Masks/Anomaly/000.png""",
+        {"split_csv/1cls.csv": VISA, "split_csv/2cls_highshot.csv": "", "pcb1/image_anno.csv": ""},
+        """train pcb1 good pcb1/Data/Images/Normal/0000.JPG -
+        test pcb1 anomaly pcb1/Data/Images/Anomaly/000.JPG pcb1/Data/Masks/Anomaly/000.png
+        test pcb1 good pcb1/Data/Images/Normal/0001.JPG -""",
+    ),
+    "VisA for one class": (
+        """1cls/pcb1/train/good/0000.JPG 1cls/pcb1/test/good/0001.JPG 1cls/pcb1/test/bad/000.JPG
+        1cls/pcb1/ground_truth/bad/000.png 2cls_fewshot/pcb1/train/good/0000.JPG""",
+        {},
+        """train pcb1 good 1cls/pcb1/train/good/0000.JPG -
+        test pcb1 bad 1cls/pcb1/test/bad/000.JPG 1cls/pcb1/ground_truth/bad/000.png
+        test pcb1 good 1cls/pcb1/test/good/0001.JPG -""",
+    ),
+    "Real-IAD": (REALIAD_FILES, {"realiad_jsons/usb.json": json.dumps(REALIAD)}, REALIAD_SAMPLES),
+    "MPDD": (
+        """tubes/train/good/0.png tubes/test/good/0.png tubes/test/anomalous/0.png
+        tubes/ground_truth/anomalous/0_mask.png""",
+        {},
+        """train tubes good tubes/train/good/0.png -
+        test tubes anomalous tubes/test/anomalous/0.png tubes/ground_truth/anomalous/0_mask.png
+        test tubes good tubes/test/good/0.png -""",
+    ),
+}
+SAME_FOLDERS = {"MPDD": "MVTec AD", "VisA for one class": "MVTec AD"}
 
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+
+def build(root: Path, name: str) -> Path:
+    """The dataset in miniature: 12 x 8 pixels each, pictures of distinct content, masks with a spot of ones."""
+    files, texts, _ = PUBLISHED[name]
+    for i, file in enumerate(files.split()):
+        is_mask = any(part in file for part in ("ground_truth", "/Masks/", "/gt/", "usb_3.png"))
+        pixels = np.zeros((8, 12), np.uint8) if is_mask else np.full((8, 12, 3), 20 * i, np.uint8)
+        pixels[2:4, 3:5] = 1
+        draw(root / file, pixels)
+    for file, text in texts.items():
+        write(root / file, text)
+    return root
 
 
-def assert_grey(image: Tensor, expected: np.ndarray) -> None:
-    assert image.dtype == torch.float32 and image.is_contiguous()
-    np.testing.assert_array_equal(image.numpy(), np.stack([expected.astype(np.float32)] * 3))
+def described(dataset: Dataset) -> list[str]:
+    root = dataset.root
+    return [
+        f"{split} {dataset.class_names[sample.class_id]} {sample.defect} {sample.path.relative_to(root).as_posix()} "
+        f"{sample.mask.relative_to(root).as_posix() if sample.mask else '-'}"
+        for split in ("train", "validation", "test")
+        for sample in getattr(dataset, split)
+    ]
 
 
-def assert_colour(image: Tensor, expected: np.ndarray) -> None:
-    assert image.dtype == torch.float32 and image.is_contiguous()
-    channels = np.stack([expected[..., c] for c in range(3)])
-    np.testing.assert_array_equal(image.numpy(), channels.astype(np.float32) / np.float32(255))
+def lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().splitlines()]
 
 
-# discovery
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layout(tmp_path: Path, name: str) -> None:
+    found = discover(build(tmp_path, name))
+    prefix = "1cls/" if name == "VisA for one class" else ""
+    assert found.layout == SAME_FOLDERS.get(name, name)
+    assert found.root == tmp_path / prefix
+    assert described(found) == [line.replace(prefix, "") for line in lines(PUBLISHED[name][2])]
+    assert found.stray_masks == ()
+    assert check_images(found.train + found.validation + found.test)[1] == ()
 
 
-def test_mvtec_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["MVTec AD", "MVTec AD 2", "BTAD", "MVTec 3D-AD"])
+def test_one_class_of_a_published_layout(tmp_path: Path, name: str) -> None:
+    whole = discover(build(tmp_path, name))
+    first = discover(tmp_path / whole.class_names[0])
+    assert first.class_names == whole.class_names[:1] and first.layout == name
+    for split in ("train", "validation", "test"):
+        assert getattr(first, split) == tuple(s for s in getattr(whole, split) if s.class_id == 0)
+
+
+def test_classes_of_several_layouts_side_by_side(tmp_path: Path) -> None:
+    build(tmp_path, "BTAD")
+    build(tmp_path, "MVTec 3D-AD")
+    found = discover(tmp_path)
+    assert found.class_names == ("01", "02", "03", "tire") and found.layout == "BTAD + MVTec 3D-AD"
+    assert described(found)[4:6] == lines(PUBLISHED["MVTec 3D-AD"][2])[1:2] + lines(PUBLISHED["BTAD"][2])[3:4]
+
+
+def test_real_iad_in_its_sizes_and_lists(tmp_path: Path) -> None:
+    build(tmp_path, "Real-IAD")
+    (tmp_path / "realiad_jsons/usb.json").unlink()
+    write(tmp_path / "realiad_jsons/realiad_jsons/usb.json", json.dumps(REALIAD))
+    single_view = {**REALIAD, "test": REALIAD["test"][1:]}
+    write(tmp_path / "realiad_jsons/realiad_jsons_sv/usb.json", json.dumps(single_view))
+    shutil.copytree(tmp_path / "realiad_1024", tmp_path / "realiad_256")
+    samples = lines(REALIAD_SAMPLES)
+    assert described(discover(tmp_path)) == samples
+    assert described(discover(tmp_path / "realiad_jsons")) == samples
+    assert described(discover(tmp_path / "realiad_256")) == [line.replace("_1024", "_256") for line in samples]
+    assert described(discover(tmp_path / "realiad_jsons/realiad_jsons_sv")) == samples[:2]
+    (tmp_path / "realiad_1024").rename(tmp_path / "realiad_raw")
+    assert described(discover(tmp_path)) == [line.replace("_1024", "_raw") for line in samples]
+
+
+def test_real_iad_with_the_class_in_its_prefix(tmp_path: Path) -> None:
+    build(tmp_path, "Real-IAD")
+    listed = {**REALIAD, "meta": {"prefix": "realiad_1024/usb/"}}
+    write(tmp_path / "realiad_jsons/stick.json", json.dumps(listed))
+    (tmp_path / "realiad_jsons/usb.json").unlink()
+    found = discover(tmp_path)
+    assert described(found) == [line.replace(" usb ", " stick ") for line in lines(REALIAD_SAMPLES)]
+
+
+# a dataset of one's own: MVTec AD's layout, a CSV file, or normal images only
+
+
+def test_mvtec_layout_of_ones_own(tmp_path: Path) -> None:
     for name in (
         "b.png",
         "B.PNG",
@@ -156,6 +290,60 @@ def test_folder_of_class_folders(tmp_path: Path) -> None:
     assert found.test == ()
 
 
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_csv(tmp_path: Path, separator: str) -> None:
+    rows = """path,class,split,label,mask,camera
+        b.png,nut,train,good,,1
+        lot/a.png,nut,train,OK,,1
+        c.png,bolt,train,normal,,1
+        d.png,bolt,validation,0,,1
+        e.png,nut,test,scratch,masks/e.png,1
+        f.png,nut,test,1,,2
+        {elsewhere},bolt,test,good,,2"""
+    for name in ("b.png", "lot/a.png", "c.png", "d.png", "e.png", "f.png", "masks/e.png"):
+        write(tmp_path / "set" / name)
+    elsewhere = write(tmp_path / "other/é.png")
+    text = "\n".join(lines(rows.format(elsewhere=elsewhere))).replace(",", separator)
+    found = discover(write(tmp_path / "set/list.csv", "\ufeff" + text))  # as spreadsheets write UTF-8
+    root = tmp_path / "set"
+    assert found.layout == "CSV" and found.root == root and found.class_names == ("bolt", "nut")
+    assert found.train == (Sample(root / "c.png", 0), Sample(root / "b.png", 1), Sample(root / "lot/a.png", 1))
+    assert found.validation == (Sample(root / "d.png", 0),)
+    assert found.test == (
+        Sample(elsewhere, 0),
+        Sample(root / "e.png", 1, "scratch", root / "masks/e.png"),
+        Sample(root / "f.png", 1, "1"),
+    )
+    assert fingerprint(found.train, root) == fingerprint(discover(root / "list.csv").train, root)
+    assert len(fingerprint(found.test, root)) == 64  # of files beyond the root, too
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column path, class, split, label; the first line must name path,class,split,label"),
+        ("path,class,split\na.png,nut,train\n", "no column label"),
+        ("path,class,split,label\n", "names no images"),
+        ("path,class,split,label\na.png,nut,training,good\n", "csv:2: the split is 'training'; allowed are train, val"),
+        ("path,class,split,label\na.png,nut,train,\n", "csv:2: label is empty; say what .*a.png is"),
+        ("path,class,split,label\na.png,,train,good\n", "csv:2: class is empty"),
+        ("path,class,split,label\na.png,nut,train,good\n\na.png,nut,train,hole\n", "csv:4: .*a.png is labelled 'hole'"),
+        ("path,class,split,label\na.png,nut,test,good\n", "no training images of nut"),
+        ("path,class,split,label\na.png,nut,train,good\nb.png,nut,test,good\n", "1 of the 2 files .* not exist.*b.png"),
+        ("path,class,split,label,mask\na.png,nut,train,good,\na.png,nut,test,hole,m.png\n", "1 of the 3 files.*m.png"),
+        ("path,class,split,label\na.png,n\xfct,train,good\n".encode("latin-1"), "no CSV file in UTF-8"),
+    ],
+)
+def test_csv_that_cannot_be_used(tmp_path: Path, text: str | bytes, message: str) -> None:
+    write(tmp_path / "a.png")
+    with pytest.raises(DatasetError, match=message) as error:
+        discover(write(tmp_path / "list.csv", text))
+    assert str(error.value).startswith(str(tmp_path / "list.csv"))
+
+
+# what is wrong is named
+
+
 @pytest.mark.parametrize(
     ("files", "place", "remedy"),
     [
@@ -173,6 +361,12 @@ def test_folder_of_class_folders(tmp_path: Path) -> None:
             "nut/test/1.png",
             "move it to .*test/good or .*test/<defect>",
         ),
+        (
+            ["nut/train/good/1.png", "nut/test/OK/1.png"],
+            "nut/test/OK",
+            "is this a defect?.* belong into .*nut/test/good",
+        ),
+        (["nut/train/ok/1.png", "nut/test/ko.png"], "nut/test/ko.png", "move it to .*test/ok or .*test/<defect>"),
         (
             ["train/good/1.png", "test/hole/1.png", "ground_truth/hole/1/000.png"],
             "ground_truth/hole",
@@ -201,243 +395,101 @@ def test_images_below_linked_folders_are_listed(tmp_path: Path) -> None:
     assert list_images(tmp_path / "set") == [tmp_path / "set" / "lot" / "1.png"]
 
 
-# decoding
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.PGM"])
-def test_grey_of_8_bits(tmp_path: Path, name: str) -> None:
-    assert_grey(read_image(draw(tmp_path / name)), GREY8.astype(np.float32) / np.float32(255))
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.ppm", "a.webp"])
-def test_colour(tmp_path: Path, name: str) -> None:
-    options = {"lossless": True} if name.endswith("webp") else {}
-    assert_colour(read_image(draw(tmp_path / name, COLOUR, **options)), COLOUR)
-
-
-def test_jpeg(tmp_path: Path) -> None:
-    flat = np.broadcast_to(np.array([200, 30, 90], np.uint8), (16, 24, 3))
-    image = read_image(draw(tmp_path / "a.jpg", flat, quality=100))
-    assert image.shape == (3, 16, 24)
-    np.testing.assert_allclose(image[:, 8, 8].numpy() * 255, [200, 30, 90], atol=2)
-
-
 @pytest.mark.parametrize(
-    ("name", "pixels", "options"),
+    ("name", "removed", "place", "message"),
     [
-        ("a.png", GREY16, {}),
-        ("a.tif", GREY16, {}),
-        ("a.tif", GREY16, {"compression": "tiff_lzw"}),
-        ("a.tif", GREY16.astype(">u2"), {}),
-        ("a.tif", GREY16.astype(np.int32), {}),
+        ("MVTec AD 2", "can/train/good", "can/train/good", "no training images"),
+        ("MVTec AD 2", "can/validation/good", "can/validation/good", "no validation images"),
+        ("BTAD", "02/train/ok/0.png", "02/train/ok", "no training images"),
+        ("MVTec 3D-AD", "tire/train/good/rgb", "tire/train/good/rgb", "no training images"),
+        ("MVTec 3D-AD", "tire/test/cut/rgb", "tire/test/cut/rgb", "no such folder; put the pictures of 'cut' here"),
+        ("VisA", "split_csv", "split_csv/1cls.csv", "no such file; it comes with VisA"),
+        ("VisA", "pcb1/Data/Masks", "split_csv/1cls.csv", "1 of the 4 files .* not exist.*Masks/Anomaly/000.png"),
+        ("Real-IAD", "realiad_1024", "realiad_1024", "no such folder; put Real-IAD's pictures here"),
+        ("Real-IAD", "realiad_1024/usb/OK/S2", "realiad_jsons", "1 of the 4 files .* not exist.*OK/S2/usb_2.jpg"),
     ],
-    ids=["png", "tiff", "lzw", "big-endian", "int32"],
 )
-def test_grey_of_16_bits_is_scaled(tmp_path: Path, name: str, pixels: np.ndarray, options: dict) -> None:
-    image = read_image(draw(tmp_path / name, pixels, **options))
-    assert_grey(image, GREY16.astype(np.float32) / np.float32(65535))
-
-
-def test_grey_of_12_bits_in_a_pgm_is_scaled_by_its_own_maximum(tmp_path: Path) -> None:
-    levels = np.array([[0, 1024, 4095]], ">u2")
-    image = read_image(write(tmp_path / "a.pgm", b"P5 3 1 4095\n" + levels.tobytes()))
-    np.testing.assert_allclose(image[0].numpy(), levels / 4095.0, atol=1 / 65535)
-
-
-def test_16_bit_colour_keeps_the_upper_byte(tmp_path: Path) -> None:
-    pixels = np.array([[[0, 255, 256], [511, 40000, 65535]]], ">u2")
-    path = write(tmp_path / "a.png", png(2, 1, 16, 2, b"\0" + pixels.tobytes()))
-    assert_colour(read_image(path), pixels >> 8)
-
-
-def test_floats_in_the_unit_interval_are_kept(tmp_path: Path) -> None:
-    values = np.array([[0.0, 1e-4, 0.5], [0.25, 0.999, 1.0]], np.float32)
-    assert_grey(read_image(draw(tmp_path / "a.tif", values)), values)
-
-
-def test_one_bit(tmp_path: Path) -> None:
-    bits = np.array([[True, False, True], [False, False, True]])
-    assert_grey(read_image(draw(tmp_path / "a.png", bits)), bits)
-
-
-@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
-@pytest.mark.filterwarnings("error")
-def test_palette(tmp_path: Path, transparency: int | bytes | None) -> None:
-    colours = np.array([[10, 20, 30], [250, 0, 99], [1, 2, 3]], np.uint8)
-    indices = np.array([[2, 1, 0], [0, 0, 1]], np.uint8)
-    image = Image.new("P", (3, 2))
-    image.putpalette(colours.tobytes())
-    image.putdata(indices.ravel().tolist())
-    image.save(tmp_path / "a.png", **({} if transparency is None else {"transparency": transparency}))
-    assert_colour(read_image(tmp_path / "a.png"), colours[indices])
-
-
-def test_alpha_is_dropped(tmp_path: Path) -> None:
-    alpha = np.array([[0, 128, 255], [0, 0, 1]], np.uint8)[..., None]
-    assert_colour(read_image(draw(tmp_path / "a.png", np.concatenate([COLOUR, alpha], -1))), COLOUR)
-    grey = read_image(draw(tmp_path / "b.png", np.concatenate([GREY8[..., None], alpha], -1)))
-    assert_grey(grey, GREY8.astype(np.float32) / np.float32(255))
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])  # Pillow writes CMYK JPEGs as Adobe does, inverted
-def test_cmyk(tmp_path: Path, name: str) -> None:
-    Image.new("CMYK", (16, 16), (255, 51, 0, 0)).save(tmp_path / name)
-    image = read_image(tmp_path / name)
-    np.testing.assert_allclose(image[:, 5, 5].numpy() * 255, [0, 204, 255], atol=3)
-
-
-UPRIGHT = {  # what a viewer shows for each EXIF orientation of the stored pixels
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a[::-1].swapaxes(0, 1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: a[:, ::-1].swapaxes(0, 1),
-}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
-def test_exif_orientation(tmp_path: Path, orientation: int, name: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    options = {"exif": exif} | ({"lossless": True} if name.endswith("webp") else {})
-    assert_colour(read_image(draw(tmp_path / name, COLOUR, **options)), UPRIGHT[orientation](COLOUR))
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("options", [{}, {"compression": "tiff_lzw"}], ids=["raw", "lzw"])
-@pytest.mark.parametrize(("pixels", "full"), [(GREY8, 255), (GREY16, 65535)], ids=["8", "16"])
-def test_exif_orientation_of_grey_tiff(
-    tmp_path: Path, orientation: int, options: dict, pixels: np.ndarray, full: int
+def test_what_a_published_layout_lacks_is_named(
+    tmp_path: Path, name: str, removed: str, place: str, message: str
 ) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image = read_image(draw(tmp_path / "a.tif", pixels, exif=exif, **options))
-    assert_grey(image, UPRIGHT[orientation](pixels).astype(np.float32) / np.float32(full))
-
-
-def test_from_pil_leaves_the_image_as_it_is() -> None:
-    image = Image.fromarray(COLOUR)
-    image.info["transparency"] = (0, 14, 28)
-    image.getexif()[0x0112] = 6
-    assert_colour(from_pil(image), UPRIGHT[6](COLOUR))
-    assert image.size == (3, 2) and image.info["transparency"] == (0, 14, 28)
+    root = build(tmp_path, name)
+    shutil.rmtree(root / removed) if (root / removed).is_dir() else (root / removed).unlink()
+    with pytest.raises(DatasetError, match=message) as error:
+        discover(root)
+    assert str(error.value).startswith(f"{root / place}: ")
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("a.png", {}),
-        ("a.jpg", {}),
-        ("a.bmp", {}),
-        ("a.tif", {}),
-        ("a.tif", {"compression": "tiff_lzw"}),
-        ("a.webp", {}),
-        ("a.ppm", {}),
-    ],
+    "content", ["", "[]", "{}", '{"train": [{"image_path": "a.png"}], "test": []}', '{"train": []}']
 )
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.97])
-@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF data")
-def test_truncated_file(tmp_path: Path, name: str, options: dict, kept: float) -> None:
-    path = draw(tmp_path / name, NOISE, **options)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ImageError) as error:
-        read_image(path)
-    assert error.value.path == path and str(error.value) == f"{path}: {error.value.reason}"
-    assert len(error.value.reason) > 10
+def test_real_iad_list_that_is_none(tmp_path: Path, content: str) -> None:
+    build(tmp_path, "Real-IAD")
+    path = write(tmp_path / "realiad_jsons/usb.json", content)
+    with pytest.raises(DatasetError, match="no list as Real-IAD has them") as error:
+        discover(tmp_path)
+    assert str(error.value).startswith(f"{path}: ")
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "the file is empty"),
-        (b"not an image at all", "no image, or a truncated or damaged one; read are PNG, JPEG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "no image"),
-        (b"GIF89a\1\0\1\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;", "no image"),
-        (png(0, 0, 8, 0, b""), "no image"),
-        (png(60000, 60000, 8, 0, b"\0"), "60000 x 60000 pixels, more than .*MAX_IMAGE_PIXELS = 536870912"),
-    ],
-    ids=["empty", "text", "postscript", "gif", "zero size", "bomb"],
-)
-def test_file_that_is_no_image(tmp_path: Path, content: bytes, reason: str) -> None:
-    with pytest.raises(ImageError, match=reason) as error:
-        read_image(write(tmp_path / "a.png", content))
-    assert error.value.path == tmp_path / "a.png"
+def test_masks_that_belong_to_no_picture_are_kept_in_mind(tmp_path: Path) -> None:
+    build(tmp_path, "MVTec AD")
+    stray = [
+        write(tmp_path / "bolt/ground_truth/bent/7_mask.png"),
+        write(tmp_path / "bolt/ground_truth/cracked/0_mask.png"),
+    ]
+    found = discover(tmp_path)
+    assert found.stray_masks == tuple(stray)
+    assert union([found, discover(build(tmp_path / "btad", "BTAD"))]).stray_masks == tuple(stray)
+    build(tmp_path / "visa", "VisA")
+    stray = write(tmp_path / "visa/pcb1/Data/Masks/Anomaly/001.png")
+    assert discover(tmp_path / "visa").stray_masks == (stray,)
 
 
-def test_file_that_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="No such file"):
-        read_image(tmp_path / "absent.png")
-    with pytest.raises(ImageError, match="directory"):
-        read_image(tmp_path)
+# several datasets as one
 
 
-@pytest.mark.parametrize(
-    ("pixels", "options", "reason"),
-    [
-        (np.array([[0.0, 1.5]], np.float32), {}, r"float32 grey values from 0 to 1.5 are not in \[0, 1\]"),
-        (np.array([[-0.1, 1.0]], np.float32), {}, r"from -0.1 to 1 are not in \[0, 1\]"),
-        (np.array([[0.0, np.nan]], np.float32), {}, "from nan to nan"),
-        (np.array([[0, 65536]], np.int32), {}, r"int32 grey values from 0 to 65536 are not in \[0, 65535\]"),
-        (np.array([[-1, 5]], np.int32), {}, "from -1 to 5"),
-        (GREY16, {"tiffinfo": {262: 0}}, "white is zero"),
-    ],
-)
-def test_values_without_a_scale_are_refused(
-    tmp_path: Path, pixels: np.ndarray, options: dict, reason: str
-) -> None:
-    with pytest.raises(ImageError, match=reason):
-        read_image(draw(tmp_path / "a.tif", pixels, **options))
+def test_union_of_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = [build(tmp_path / "a", "MVTec AD"), build(tmp_path / "b/x", "MVTec AD 2"), build(tmp_path / "b/y", "MPDD")]
+    parts = [discover(root) for root in roots]
+    found = discover(roots)
+    assert found.root == tmp_path and found.layout == "MVTec AD + MVTec AD 2"
+    assert found.class_names == ("bolt", "wood", "can", "tubes")
+    expected = [
+        [line.replace(str(root), "") for line in described(replace(part, root=tmp_path))]
+        for root, part in zip(roots, parts, strict=True)
+    ]
+    assert sorted(described(found)) == sorted(line for part in expected for line in part)
+    assert discover(parts) == discover("+".join(map(str, roots))) == discover(Path("+".join(map(str, roots)))) == found
+    monkeypatch.chdir(tmp_path)
+    assert discover("a+b/x+b/y") == found
+    assert discover(["a"]) == discover("a")
 
 
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])  # Pillow looks at its limit again as it loads a TIFF
-def test_large_images_pass_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    path = draw(tmp_path / name, NOISE)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with ThreadPoolExecutor(4) as pool:
-        for image in pool.map(read_image, [path] * 40):
-            assert_colour(image, NOISE)
-    assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 2399)
-    with pytest.raises(ImageError, match="60 x 40 pixels"):
-        read_image(path)
-    assert Image.MAX_IMAGE_PIXELS == 100
+def test_names_that_collide_in_a_union_get_the_folder(tmp_path: Path) -> None:
+    first, second = build(tmp_path / "first", "MVTec AD"), build(tmp_path / "second", "MVTec AD")
+    shutil.rmtree(second / "wood")
+    found = discover([first, second])
+    assert found.class_names == ("first-bolt", "wood", "second-bolt")
+    assert [found.class_names[s.class_id] for s in found.train] == ["first-bolt"] * 2 + ["wood"] + ["second-bolt"] * 2
+    with pytest.raises(ValueError, match="two of the datasets have a class 'first-bolt': rename the folder"):
+        discover([first, first])
+    with pytest.raises(ValueError, match="no datasets"):
+        discover([])
 
 
-def test_image_error_survives_another_process() -> None:
-    error = pickle.loads(pickle.dumps(ImageError(Path("a.png"), "it is broken")))
-    assert (error.path, error.reason, str(error)) == (Path("a.png"), "it is broken", "a.png: it is broken")
+def test_a_folder_with_a_plus_in_its_name_is_no_union(tmp_path: Path) -> None:
+    build(tmp_path / "c++", "MPDD")
+    assert discover(str(tmp_path / "c++")).class_names == ("tubes",)
+    with pytest.raises(DatasetError, match="d: no such folder"):
+        discover([tmp_path / "c++", tmp_path / "d"])
 
 
-# masks
-
-
-@pytest.mark.parametrize("on", [1, 3, 255])
-def test_mask_is_true_above_zero(tmp_path: Path, on: int) -> None:
-    expected = np.array([[False, True, False], [True, True, False]])
-    mask = read_mask(draw(tmp_path / "a_mask.png", expected.astype(np.uint8) * np.uint8(on)))
-    assert mask.dtype == torch.bool
-    np.testing.assert_array_equal(mask.numpy(), expected)
-
-
-def test_mask_of_one_colour_of_16_bits_and_of_one_bit(tmp_path: Path) -> None:
-    expected = np.array([[False, True, False], [True, True, False]])
-    blue = np.zeros((2, 3, 3), np.uint8)
-    blue[expected, 2] = 200
-    for name, pixels in (("c.png", blue), ("d.png", expected.astype(np.uint16)), ("e.png", expected)):
-        np.testing.assert_array_equal(read_mask(draw(tmp_path / name, pixels)).numpy(), expected)
-
-
-def test_mask_in_a_jpeg_does_not_ring(tmp_path: Path) -> None:
-    disc = np.hypot(*np.mgrid[-20:20, -30:30]) < 14.5
-    path = draw(tmp_path / "a.jpg", disc.astype(np.uint8) * np.uint8(255), quality=90)
-    assert (np.asarray(Image.open(path)) > 0).sum() > disc.sum()  # there is something to suppress
-    np.testing.assert_array_equal(read_mask(path).numpy(), disc)
+def test_folders_of_datasets_are_told_from_classes(tmp_path: Path) -> None:
+    build(tmp_path / "mvtec", "MVTec AD")
+    with pytest.raises(DatasetError, match=r"no classes, but folders of classes; give .*mvtec$"):
+        discover(tmp_path)
+    build(tmp_path / "visa", "VisA")
+    with pytest.raises(DatasetError, match=r"give .*mvtec, or all of them: .*mvtec\+.*visa$"):
+        discover(tmp_path)
 
 
 # checking and fingerprints
@@ -515,110 +567,3 @@ def test_fingerprint_is_of_the_data_and_not_of_the_place(samples: tuple[Sample, 
     draw(samples[0].path, NOISE ^ 1)
     seen.add(fingerprint(samples, tmp_path))
     assert len(seen) == 6
-
-
-# geometry
-
-
-def lanczos(n: int, m: int) -> np.ndarray:
-    """(m, n) weights that resample n values to m: Lanczos with three lobes, widened when it shrinks."""
-    scale = n / m
-    centres = (np.arange(m)[:, None] + 0.5) * scale
-    distance = (np.arange(n) + 0.5 - centres) / max(scale, 1)
-    weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
-    return weights / weights.sum(1, keepdims=True)
-
-
-@pytest.mark.parametrize("size", [(20, 17), (40, 61), (93, 120), (1, 1)])
-def test_resize_image_is_lanczos_in_float(size: tuple[int, int]) -> None:
-    image = torch.rand(3, 40, 60)
-    exact = lanczos(40, size[0]) @ image.double().numpy() @ lanczos(60, size[1]).T
-    resized = resize_image(image, size)
-    assert resized.dtype == torch.float32
-    np.testing.assert_allclose(resized.numpy(), exact.clip(0, 1), atol=1e-6)
-
-
-def test_overshoot_is_clipped() -> None:
-    step = (torch.arange(16) < 8).float().expand(3, 16, 16)
-    exact = lanczos(16, 24) @ step[0, 0].double().numpy()
-    assert exact.max() > 1.05 and exact.min() < -0.05
-    resized = resize_image(step, (16, 24))[0, 0]
-    assert resized.max() == 1 and resized.min() == 0
-
-
-def test_resize_image_keeps_more_than_8_bits() -> None:
-    ramp = torch.linspace(0.4, 0.4 + 1 / 255, 64).expand(3, 8, 64)
-    resized = resize_image(ramp, (4, 32))
-    assert resized[0, 0].unique().numel() == 32
-    np.testing.assert_allclose(
-        resized[0, 0, 3:-3].numpy(), ramp[0, 0].reshape(32, 2).mean(1)[3:-3].numpy(), atol=1e-6
-    )
-
-
-def test_resizing_to_the_same_size_is_the_identity() -> None:
-    image = torch.rand(3, 5, 9)
-    assert resize_image(image, (5, 9)) is image
-    assert whole_picture(image, 5) is image
-
-
-def test_resize_mask_is_nearest() -> None:
-    mask = torch.rand(40, 60) > 0.5
-    for h, w in ((24, 20), (96, 120), (40, 60)):  # none of which puts a sample on the edge of two pixels
-        rows = ((np.arange(h) + 0.5) * 40 / h).astype(int)
-        columns = ((np.arange(w) + 0.5) * 60 / w).astype(int)
-        resized = resize_mask(mask, (h, w))
-        assert resized.dtype == torch.bool
-        np.testing.assert_array_equal(resized.numpy(), mask.numpy()[rows][:, columns])
-
-
-@pytest.mark.parametrize(
-    ("size", "img_size", "expected"),
-    [
-        ((320, 427), 256, (256, 342)),
-        ((600, 800), 256, (256, 341)),
-        ((1240, 500), 256, (635, 256)),
-        ((257, 999), 256, (256, 995)),
-        ((100, 100), 1024, (1024, 1024)),
-        ((1, 100), 8, (8, 800)),
-        ((3, 4), 1, (1, 1)),
-    ],
-)
-def test_whole_picture_keeps_the_aspect(
-    size: tuple[int, int], img_size: int, expected: tuple[int, int]
-) -> None:
-    assert whole_picture_size(*size, img_size) == expected
-    image = torch.rand(3, *size)
-    torch.testing.assert_close(whole_picture(image, img_size), resize_image(image, expected), rtol=0, atol=0)
-    mask = image[0] > 0.5
-    assert torch.equal(whole_picture(mask, img_size), resize_mask(mask, expected))
-
-
-@pytest.mark.parametrize("size", [(320, 427), (600, 800), (1240, 500), (257, 999), (64, 64), (999, 257)])
-@pytest.mark.parametrize("img_size", [256, 255, 77])
-def test_centre_crop_is_that_of_torchvision(size: tuple[int, int], img_size: int) -> None:
-    def official(picture: Image.Image, filter: transforms.InterpolationMode) -> np.ndarray:
-        steps = [transforms.Resize(img_size, filter), transforms.CenterCrop(img_size)]
-        return np.asarray(transforms.Compose(steps)(picture))
-
-    image = torch.rand(3, *size)
-    cropped = centre_crop(image, img_size)
-    assert cropped.is_contiguous()
-    for channel, plane in zip(cropped.numpy(), image.numpy(), strict=True):
-        expected = official(Image.fromarray(plane), transforms.InterpolationMode.LANCZOS)
-        np.testing.assert_array_equal(channel, expected.clip(0, 1))
-
-    mask = image[0] > 0.5
-    expected = official(Image.fromarray(mask.numpy().astype(np.uint8)), transforms.InterpolationMode.NEAREST)
-    np.testing.assert_array_equal(centre_crop(mask, img_size).numpy(), expected.astype(bool))
-
-
-def test_centre_crop_of_8_bits_is_the_official_one_to_its_rounding() -> None:
-    rows, columns = np.mgrid[:320, :427]
-    waves = [127 + 90 * np.sin(rows / 40 + c) * np.cos(columns / 50) for c in range(3)]
-    pixels = np.stack(waves, -1).astype(np.uint8)
-    steps = [transforms.Resize(256, transforms.InterpolationMode.LANCZOS), transforms.CenterCrop(256)]
-    official = transforms.ToTensor()(transforms.Compose(steps)(Image.fromarray(pixels)))
-    cropped = centre_crop(from_pil(Image.fromarray(pixels)), 256)
-    # each of Pillow's two passes rounds by half a level, and the second spreads the error of the first
-    spread = np.abs(lanczos(320, 256)).sum(1).max()
-    assert (cropped - official).abs().max() * 255 <= 0.5 * spread + 0.5 + 0.01

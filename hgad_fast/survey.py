@@ -1,0 +1,199 @@
+"""What a dataset holds and what looks wrong with it, before a training or an evaluation spends hours on it.
+
+A finding is an error where figures or a training would be wrong, or a file is of no use:
+
+- a picture or a mask that cannot be opened (with `decode`: decoded to its last pixel);
+- a mask of another size than its picture, or without a single pixel on;
+- the same file content in training and test pictures, or in two classes, or once as normal and once as a defect.
+
+It is a warning where less is measured than could be: a picture of a defect without a mask, a mask without a picture,
+a class of too few pictures or with nothing to test, the same content twice in one place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .data import Dataset, Sample
+from .images import ImageError, read_header, read_image, read_mask
+
+FEW_TRAINING_IMAGES = 16
+"""With fewer, the eight pictures that calibration holds out would be more than half of a class."""
+_SHOWN = 5  # sizes, and findings of each kind
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pictures of one class; `with_mask` counts the anomalous test pictures that have one."""
+
+    train: int
+    validation: int
+    test_normal: int
+    test_anomalous: int
+    with_mask: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that looks wrong: `kind` is the same for all of its sort, `detail` says where and what to do."""
+
+    kind: str
+    detail: str
+    is_error: bool
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Counts by class name, how many pictures there are of each "width x height mode", and the findings."""
+
+    root: Path
+    layout: str
+    counts: dict[str, Counts]
+    pictures: dict[str, int]
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.is_error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON takes it."""
+        return {**asdict(self), "root": str(self.root), "findings": [asdict(finding) for finding in self.findings]}
+
+    def table(self) -> str:
+        """The counts, the sizes and the findings as text; of many findings of one kind, the first few."""
+        titles = ("train", "validation", "test normal", "anomalous", "with mask")
+        rows = {name: tuple(vars(counts).values()) for name, counts in self.counts.items()}
+        rows["all"] = tuple(map(sum, zip(*rows.values(), strict=True)))
+        width = max(map(len, rows)) + 2
+        lines = [f"{self.layout}: {self.root}", " " * width + "".join(f"{title:>13}" for title in titles)]
+        lines += [f"{name:<{width}}" + "".join(f"{count:>13}" for count in row) for name, row in rows.items()]
+        sizes = [f"{count} of {size}" for size, count in self.pictures.items()]
+        rarer = f", and {len(sizes) - _SHOWN} rarer sizes" if len(sizes) > _SHOWN else ""
+        lines.append(f"pictures: {', '.join(sizes[:_SHOWN])}{rarer}")
+        for kind, group in groupby(self.findings, lambda finding: finding.kind):
+            found = list(group)
+            lines.append(f"{'error' if found[0].is_error else 'warning'}: {kind} ({len(found)})")
+            lines += [f"  {finding.detail}" for finding in found[:_SHOWN]]
+            if len(found) > _SHOWN:
+                lines.append(f"  ... and {len(found) - _SHOWN} more; --json lists them all")
+        return "\n".join(lines)
+
+
+def survey(dataset: Dataset, *, decode: bool = False) -> Survey:
+    """Count the pictures of `dataset` and look for what is wrong with its files.
+
+    Headers of all pictures are read, all masks are decoded, and files of equal size are compared by content. `decode`
+    decodes every picture too, which takes as long as reading them for a training does, and finds truncated files.
+    """
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    samples = [sample for split in splits.values() for sample in split]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
+        looked = list(pool.map(lambda sample: _look(sample, decode), samples))
+    sizes = Counter(size for size, _ in looked if size)
+    findings = [finding for _, found in looked for finding in found]
+    findings += _duplicates(dataset, splits)
+    findings += [
+        Finding("defect without mask", f"{sample.path}: counts for image metrics only", False)
+        for sample in dataset.test
+        if sample.is_anomalous and sample.mask is None
+    ]
+    findings += [Finding("mask without picture", str(mask), False) for mask in dataset.stray_masks]
+    counts = {name: _counts(k, splits) for k, name in enumerate(dataset.class_names)}
+    findings += [finding for name, of_class in counts.items() for finding in _thin(name, of_class)]
+    findings.sort(key=lambda finding: (not finding.is_error, finding.kind))  # in each kind the order stays
+    return Survey(dataset.root, dataset.layout, counts, dict(sizes.most_common()), tuple(findings))
+
+
+def _look(sample: Sample, decode: bool) -> tuple[str | None, list[Finding]]:
+    """Size and mode of a picture, None if it cannot be opened, and what is wrong with it and its mask."""
+    try:
+        height, width, mode = read_header(sample.path)
+        if decode:
+            height, width = read_image(sample.path).shape[1:]
+    except ImageError as error:
+        return None, [Finding("unreadable file", str(error), True)]
+    findings = []
+    if sample.mask is not None:
+        try:
+            mask = read_mask(sample.mask)
+            if tuple(mask.shape) != (height, width) and tuple(mask.shape) != tuple(read_image(sample.path).shape[1:]):
+                sizes = f"{mask.shape[1]} x {mask.shape[0]}, its picture {width} x {height}"
+                findings.append(Finding("mask of another size", f"{sample.mask} is {sizes}: {sample.path}", True))
+            if not mask.any():
+                findings.append(Finding("empty mask", f"{sample.mask}: draw the defect, or remove the mask", True))
+        except ImageError as error:
+            findings.append(Finding("unreadable file", str(error), True))
+    return f"{width} x {height} {mode}", findings
+
+
+def _duplicates(dataset: Dataset, splits: dict[str, tuple[Sample, ...]]) -> Iterator[Finding]:
+    """Pictures of the same content, told by their bytes; only files of equal size are read."""
+    places = [(split, sample) for split, samples in splits.items() for sample in samples]
+    for same_size in _grouped(places, lambda place: _size(place[1].path)):
+        for same_start in _grouped(same_size, lambda place: _digest(place[1].path, 1 << 16)):
+            for (first_split, first), *others in _grouped(same_start, lambda place: _digest(place[1].path)):
+                for split, sample in others:
+                    pairs = [
+                        (first_split, split),
+                        (dataset.class_names[first.class_id], dataset.class_names[sample.class_id]),
+                        ("normal", "defect") if first.is_anomalous != sample.is_anomalous else ("", ""),
+                    ]
+                    differing = ", ".join(f"{one} and {other}" for one, other in pairs if one != other)
+                    detail = f"{first.path} and {sample.path}"
+                    if differing:
+                        yield Finding("same picture in two places", f"{detail} ({differing}): remove one", True)
+                    else:
+                        yield Finding("same picture twice", detail, False)
+
+
+def _grouped(places: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[list[Any]]:
+    """Groups of two or more with the same key; what has none (None) belongs to no group."""
+    groups = defaultdict(list)
+    for place in places:
+        groups[key(place)].append(place)
+    groups.pop(None, None)
+    return (group for group in groups.values() if len(group) > 1)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size or None  # empty ones are no copies of each other
+    except OSError:
+        return None  # reported as unreadable
+
+
+def _digest(path: Path, size: int = -1) -> bytes | None:
+    """Of the first `size` bytes, or of all."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.blake2b(file.read(size)).digest()
+    except OSError:
+        return None
+
+
+def _counts(class_id: int, splits: dict[str, tuple[Sample, ...]]) -> Counts:
+    train, validation, test = (
+        [sample for sample in samples if sample.class_id == class_id] for samples in splits.values()
+    )
+    anomalous = [sample for sample in test if sample.is_anomalous]
+    with_mask = sum(sample.mask is not None for sample in anomalous)
+    return Counts(len(train), len(validation), len(test) - len(anomalous), len(anomalous), with_mask)
+
+
+def _thin(name: str, counts: Counts) -> Iterator[Finding]:
+    if counts.train < FEW_TRAINING_IMAGES:
+        yield Finding(
+            "few training pictures", f"{name}: {counts.train}; calibration would hold half of them out", False
+        )
+    missing = [kind for kind, n in (("normal", counts.test_normal), ("anomalous", counts.test_anomalous)) if not n]
+    if missing:
+        yield Finding("nothing to evaluate on", f"{name}: no {' and no '.join(missing)} test pictures", False)

@@ -1,0 +1,170 @@
+"""survey.py: every fault that is planted is found, with its kind, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hgad_fast.data import Dataset, discover
+from hgad_fast.survey import Counts, Survey, survey
+
+
+def draw(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes in order: enough pictures, all of them distinct, each with its mask."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("bolt", (8, 12)), ("nut", (8, 12, 3))):
+        for folder, count in (("train/good", 16), ("test/good", 2), ("test/dent", 3)):
+            for i in range(count):
+                draw(tmp_path / "set" / name / folder / f"{i}.png", rng.integers(0, 256, shape, dtype=np.uint8))
+        for i in range(3):
+            mask = np.zeros((8, 12), np.uint8)
+            mask[2:4, i : i + 3] = 1
+            draw(tmp_path / "set" / name / "ground_truth/dent" / f"{i}_mask.png", mask)
+    return tmp_path / "set"
+
+
+def kinds(found: Survey) -> list[str]:
+    return [finding.kind for finding in found.findings]
+
+
+def test_a_dataset_in_order(root: Path) -> None:
+    found = survey(discover(root), decode=True)
+    assert found.counts == {"bolt": Counts(16, 0, 2, 3, 3), "nut": Counts(16, 0, 2, 3, 3)}
+    assert found.pictures == {"12 x 8 L": 21, "12 x 8 RGB": 21}
+    assert found.findings == () and found.layout == "MVTec AD"
+    text = found.table().splitlines()
+    assert text[0] == f"MVTec AD: {root}"
+    assert text[-2].split() == ["all", "32", "0", "4", "6", "6"]
+    assert text[-1] == "pictures: 21 of 12 x 8 L, 21 of 12 x 8 RGB"
+
+
+def truncated(root: Path) -> None:
+    path = root / "bolt/test/good/1.png"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def emptied(root: Path) -> None:
+    for i in (0, 1):
+        (root / f"bolt/test/good/{i}.png").write_bytes(b"")
+
+
+def broken_mask(root: Path) -> None:
+    (root / "nut/ground_truth/dent/1_mask.png").write_bytes(b"GIF89a")
+
+
+def wide_mask(root: Path) -> None:
+    draw(root / "nut/ground_truth/dent/1_mask.png", np.ones((8, 13), np.uint8))
+
+
+def blank_mask(root: Path) -> None:
+    draw(root / "nut/ground_truth/dent/1_mask.png", np.zeros((8, 12), np.uint8))
+
+
+def leak(root: Path) -> None:
+    shutil.copy(root / "nut/train/good/3.png", root / "nut/test/good/3.png")
+
+
+def two_classes(root: Path) -> None:
+    shutil.copy(root / "bolt/train/good/3.png", root / "nut/train/good/x.png")
+
+
+def two_labels(root: Path) -> None:
+    shutil.copy(root / "nut/test/good/1.png", root / "nut/test/dent/2.png")
+
+
+def twice(root: Path) -> None:
+    shutil.copy(root / "nut/train/good/3.png", root / "nut/train/good/x.png")
+
+
+def no_mask(root: Path) -> None:
+    (root / "nut/ground_truth/dent/1_mask.png").unlink()
+
+
+def no_picture(root: Path) -> None:
+    (root / "nut/test/dent/1.png").unlink()
+
+
+def few(root: Path) -> None:
+    (root / "bolt/train/good/0.png").unlink()
+
+
+def untested(root: Path) -> None:
+    shutil.rmtree(root / "bolt/test/good")
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "detail", "is_error"),
+    [
+        (emptied, "unreadable file", "bolt/test/good/0.png: the file is empty", True),
+        (broken_mask, "unreadable file", "nut/ground_truth/dent/1_mask.png: no image", True),
+        (
+            wide_mask,
+            "mask of another size",
+            "1_mask.png is 13 x 8, its picture 12 x 8: {root}/nut/test/dent/1.png",
+            True,
+        ),
+        (blank_mask, "empty mask", "nut/ground_truth/dent/1_mask.png: draw the defect", True),
+        (leak, "same picture in two places", "nut/test/good/3.png (train and test): remove one", True),
+        (two_classes, "same picture in two places", "nut/train/good/x.png (bolt and nut): remove one", True),
+        (two_labels, "same picture in two places", "(normal and defect): remove one", True),
+        (twice, "same picture twice", "nut/train/good/3.png and {root}/nut/train/good/x.png", False),
+        (no_mask, "defect without mask", "nut/test/dent/1.png: counts for image metrics only", False),
+        (no_picture, "mask without picture", "nut/ground_truth/dent/1_mask.png", False),
+        (few, "few training pictures", "bolt: 15; calibration would hold half of them out", False),
+        (untested, "nothing to evaluate on", "bolt: no normal test pictures", False),
+    ],
+)
+def test_what_is_wrong_is_found(root: Path, fault: Callable, kind: str, detail: str, is_error: bool) -> None:
+    fault(root)
+    found = survey(discover(root))
+    assert set(kinds(found)) == {kind} and len(found.findings) == (2 if fault is emptied else 1)
+    assert detail.format(root=root) in found.findings[0].detail
+    assert found.errors == (found.findings if is_error else ())
+    assert f"{'error' if is_error else 'warning'}: {kind} ({len(found.findings)})" in found.table().splitlines()
+
+
+def test_a_truncated_picture_is_found_by_decoding(root: Path) -> None:
+    truncated(root)
+    assert survey(discover(root)).findings == ()
+    assert kinds(survey(discover(root), decode=True)) == ["unreadable file"]
+
+
+def test_a_picture_that_lies_on_its_side_has_a_mask_that_stands(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(12, 8))
+    lying.save(root / "bolt/test/dent/1.png", exif=exif)
+    assert survey(discover(root)).findings == ()
+
+
+def test_errors_come_first_and_only_a_few_of_a_kind_are_shown(root: Path) -> None:
+    for i in range(8):
+        draw(root / f"nut/ground_truth/dent/stray{i}.png", np.ones((8, 12), np.uint8))
+    leak(root)
+    found = survey(discover(root))
+    assert kinds(found) == ["same picture in two places"] + ["mask without picture"] * 8
+    text = found.table()
+    assert "... and 3 more; --json lists them all" in text and text.count("stray") == 5
+    told = json.loads(json.dumps(found.to_dict()))
+    assert len(told["findings"]) == 9 and told["counts"]["nut"]["with_mask"] == 3 and told["root"] == str(root)
+
+
+def test_a_leak_between_datasets_is_found(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "nut", tmp_path / "other/nut")
+    dataset: Dataset = discover([root, tmp_path / "other"])
+    found = survey(dataset)
+    assert set(found.counts) == {"bolt", "set-nut", "other-nut"}
+    assert kinds(found) == ["same picture in two places"] * 21
+    assert "(set-nut and other-nut)" in found.findings[0].detail
