@@ -99,6 +99,16 @@ class Backbone(nn.Module):
             features += self._stages(resized)
         return features
 
+    def feature_values(self, height: int, width: int) -> int:
+        """How many numbers the features of a picture are, about: its sides over timm's strides, rounded up."""
+        about = self.net.feature_info
+        stages = list(zip(about.channels(), about.reduction(), strict=True))
+        return sum(
+            channels * math.ceil((height >> level) / stride) * math.ceil((width >> level) / stride)
+            for level in range(self.levels if self.mode == "image_pyramid" else 1)
+            for channels, stride in stages
+        )
+
     def _stages(self, images: Tensor) -> list[Tensor]:
         try:
             features = self.net(images)

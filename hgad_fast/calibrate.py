@@ -160,7 +160,8 @@ def _level_max(found: score.Densities) -> Tensor:
 
 
 def _image_densities(model: HGADModel, features: FeatureSet, i: int) -> score.Densities:
-    maps = [level[None].to(model.device) for level in features.images[i]]
+    images = features.images if features.exact is None else features.exact
+    maps = [level[None].to(model.device) for level in images[i]]
     (found,) = score.densities(model, maps, features.class_ids[i : i + 1].cpu())
     return found
 

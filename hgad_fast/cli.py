@@ -86,6 +86,19 @@ def train(
     keep_best: Annotated[
         bool, typer.Option(help="Also keep best.safetensors: of all meta-epochs the best on DATA's test pictures.")
     ] = False,
+    cache: Annotated[
+        str, typer.Option(help="Where features are kept between passes: ram, disk, or none (the backbone runs again).")
+    ] = "ram",
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of --cache disk, to share between runs.", show_default="OUTPUT/features"),
+    ] = None,
+    cache_dtype: Annotated[
+        str, typer.Option(help="Precision of the features: float32, float16 or bfloat16 (half the room).")
+    ] = "float32",
+    cache_limit: Annotated[
+        str | None, typer.Option(help="Room that features may take, e.g. 20GB; more is computed anew in every pass.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal pictures."""
@@ -114,6 +127,10 @@ def train(
         resume=resume,
         skip_bad=skip_bad,
         false_alarm_rate=false_alarm_rate,
+        cache=None if cache == "none" else cache,
+        cache_dir=cache_dir,
+        cache_dtype=cache_dtype,
+        cache_limit=cache_limit,
     )
     print(f"model: {output / 'model.safetensors'}")
 

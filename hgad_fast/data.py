@@ -57,6 +57,8 @@ __all__ = [
     "centre_crop",
     "centre_crop_geometry",
     "check_images",
+    "content_hash",
+    "content_hashes",
     "discover",
     "fingerprint",
     "from_pil",
@@ -488,16 +490,29 @@ def _fault(sample: Sample) -> ImageError | None:
     return None
 
 
-def fingerprint(samples: Iterable[Sample], root: str | os.PathLike[str]) -> str:
+def content_hashes(samples: Sequence[Sample]) -> list[str]:
+    """SHA-256 in hexadecimal of each image file's content; "" for one that cannot be read."""
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
+        return list(pool.map(lambda sample: content_hash(sample.path), samples))
+
+
+def content_hash(path: Path) -> str:
+    """One of `content_hashes`."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def fingerprint(samples: Sequence[Sample], root: str | os.PathLike[str], contents: Sequence[str] | None = None) -> str:
     """SHA-256 in hexadecimal of each sample's class, path relative to `root` and file content, in this order.
 
-    It is the same for a copy of the dataset elsewhere, and differs for the same samples in another order.
+    It is the same for a copy of the dataset elsewhere, and differs for the same samples in another order. `contents`
+    are the samples' `content_hashes`, where they are known.
     """
     digest = hashlib.sha256()
-    for sample in samples:
+    for sample, content in zip(samples, contents or content_hashes(samples), strict=True):
         path = Path(os.path.relpath(sample.path, root)).as_posix()
-        content = sample.path.read_bytes()
-        # no path holds a NUL, and the content's length stands before it: other samples hash other bytes
-        digest.update(f"{sample.class_id} {path}\0{len(content)} ".encode(errors="surrogateescape"))
-        digest.update(content)
+        # no path holds a NUL, and a content has 64 digits: other samples hash other bytes
+        digest.update(f"{sample.class_id} {path}\0{content}".encode(errors="surrogateescape"))
     return digest.hexdigest()

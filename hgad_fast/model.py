@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,9 +241,14 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def state_hash(module: nn.Module) -> str:
-    """sha256 of names, shapes and values of a module's parameters and buffers."""
+    """`tensor_hash` of a module's parameters and buffers."""
+    return tensor_hash(module.state_dict())
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes, types and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

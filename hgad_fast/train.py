@@ -26,10 +26,11 @@ from .model import HGADModel, state_hash
 from .official import make_optimizer
 
 WARM_UP_EPOCHS = 2  # meta-epochs of rising learning rate; also those of stage 1
-FORMAT = "hgad_fast training 1"
+FORMAT = "hgad_fast training 2"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
+FEATURES = "features"
 FETCH_EVERY = 20  # steps between looks at the losses on a GPU: a look waits for the device
 
 
@@ -69,6 +70,9 @@ def fit(
     resume: str | os.PathLike[str] | bool | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     cache: str | None = "ram",
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dtype: str = "float32",
+    cache_limit: int | str | None = None,
     callbacks: Sequence[Callable[[dict[str, Any]], None]] = (),
     false_alarm_rate: float = 0.01,
     skip_bad: bool = False,
@@ -89,7 +93,14 @@ def fit(
             of callbacks, torch's global random state becomes that of the checkpoint too.
         output_dir: where ``checkpoint.pt`` (at the start and after every meta-epoch), ``metrics.jsonl`` and in the end
             ``model.safetensors`` are written; None writes nothing.
-        cache: where features are kept between passes: ``"ram"``, or None to compute them anew in every pass.
+        cache: where features are kept between passes: ``"ram"``; ``"disk"``, from where later runs and other processes
+            take them too; or None to compute them anew in every pass. The result is the same bit for bit.
+        cache_dir: folder of the cache on disk, ``output_dir/features`` by default. Give one to share it between runs:
+            it may serve any models and datasets.
+        cache_dtype: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for features in half the room, wherever they are
+            kept. What is rounded are the features trained on; the calibration sees exact ones, as scoring does.
+        cache_limit: bytes, or a size such as ``"20GB"``, that features in memory, or all of `cache_dir`, may take; see
+            `features.feature_set`. Those beyond it are computed anew in every pass.
         callbacks: called with each record of the history.
         false_alarm_rate: share of normal pictures that the thresholds may call anomalous.
         skip_bad: go on without pictures that cannot be decoded, and report them, instead of stopping.
@@ -103,24 +114,31 @@ def fit(
         OSError: a file cannot be written; the one that it would have replaced is left as it was.
         NonFiniteLossError: a loss became NaN or infinite; the last checkpoint is left as it was.
     """
-    if cache not in ("ram", None):
-        raise ValueError(f"cache is {cache!r}; allowed are 'ram' and None")
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate is {false_alarm_rate}; allowed: above 0 and below 1")
     folder = None if output_dir is None else _writable(Path(output_dir).absolute())
     with _Display(progress) as display:
 
-        def features_of(pictures: Any) -> FeatureSet:
+        def features_of(pictures: Any, dtype: str) -> FeatureSet:
             return feature_set(
-                model, pictures, cache=cache, skip_bad=skip_bad, on_bad=display.report_bad, progress=display.track
+                model,
+                pictures,
+                cache=cache,
+                cache_dir=cache_dir or (folder and folder / FEATURES),
+                cache_dtype=dtype,
+                cache_limit=cache_limit,
+                skip_bad=skip_bad,
+                on_bad=display.report_bad,
+                progress=display.track,
+                say=display.tell if cache == "disk" else display.say,
             )
 
-        features = features_of(data)
+        features = features_of(data, cache_dtype)
         if len(features) == 0:
             raise ValueError("there are no training pictures")
         fraction = model.config.calibration_fraction if calibration is None else 0.0
         rows, held_out_rows = split(features.class_ids, fraction, model.config.seed)
-        held_out = features.subset(held_out_rows) if calibration is None else features_of(calibration)
+        held_out = features.subset(held_out_rows) if calibration is None else features_of(calibration, "float32")
         _require_every_class(model, features, held_out)
         run = _Run(model, features.subset(rows), folder, callbacks, display)
         run.resume(resume)
@@ -380,7 +398,8 @@ class _Run:
             raise ValueError(f"{path} was trained with other backbone weights; start anew, or give it the same")
         if theirs["data"] != self.identity["data"]:
             raise ValueError(
-                f"{path} was trained on other pictures than these, or held out others; start anew, or give it the same"
+                f"{path} was trained on other pictures than these, or held out others, or with features of another "
+                "precision (cache_dtype); start anew, or give it the same"
             )
         mine = self._trained()
         misfits = [k for k in mine.keys() | state["model"].keys() if _shape(mine, k) != _shape(state["model"], k)]
@@ -453,6 +472,12 @@ class _Display:
     def say(self, text: str) -> None:
         if self.bar is not None:
             self.live.console.print(text)
+
+    def tell(self, text: str) -> None:
+        """`say` it where there is no terminal, too."""
+        if self.bar is None:
+            print(text, file=sys.stderr)
+        self.say(text)
 
     def start(self, steps: int, meta_epoch: int, run: _Run) -> None:
         if self.bar is not None:

@@ -92,6 +92,15 @@ def test_stages_are_those_of_one_pass():
     torch.testing.assert_close(features, expected)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("mode", ["image_pyramid", "stages"])
+def test_the_number_of_feature_values_is_known_beforehand(arch, mode):
+    indices = (1,) if mode == "image_pyramid" else (0, 1)
+    backbone = Backbone(config(arch, feature_mode=mode, feature_levels=2, out_indices=indices))
+    features = backbone(torch.zeros(1, 3, 160, 160))
+    assert backbone.feature_values(160, 160) == sum(level.numel() for level in features)
+
+
 def test_an_architecture_that_keeps_channels_last_gives_channels_first():
     backbone = Backbone(config("test_mambaout", feature_levels=1))
     images = torch.randn(1, 3, 64, 96)

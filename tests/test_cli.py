@@ -137,6 +137,18 @@ def test_train_resumes_where_it_stood(training, data, tmp_path):
     assert "checkpoint.pt was trained with another configuration: lr 0.0002 -> 0.1" in message
 
 
+def test_train_keeps_features_on_disk_for_the_next_run(data, tmp_path):
+    options = ["--cache", "disk", "--cache-dir", tmp_path / "kept", "--cache-dtype", "float16", "--cache-limit", "1GB"]
+    first, second = (succeeds(*train_arguments(data, tmp_path / name), *options) for name in ("a", "b"))
+    (folder,) = (tmp_path / "kept").iterdir()
+    assert folder.name.startswith("test_efficientnet-48-float16-")
+    assert first.stderr.startswith(f"features of 20 pictures, about 230 kB, go to {folder} (")
+    assert "features of" not in second.stderr
+    a, b = (HGADModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("a", "b"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+    assert "'many' is no size" in fails(*train_arguments(data, tmp_path / "c"), "--cache-limit", "many")
+
+
 def test_settings_come_from_a_file_and_from_options_that_go_before(data, tmp_path, monkeypatch):
     made = []
 

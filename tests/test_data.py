@@ -549,8 +549,9 @@ def test_fingerprint_hashes_class_path_and_content(tmp_path: Path) -> None:
         Sample(write(tmp_path / "nut/1.png", b"one"), 3),
         Sample(write(tmp_path / "nut/2.png", b""), 0),
     ]
-    expected = hashlib.sha256(b"3 nut/1.png\0" + b"3 one" + b"0 nut/2.png\0" + b"0 ").hexdigest()
-    assert fingerprint(samples, tmp_path) == expected
+    contents = [hashlib.sha256(content).hexdigest() for content in (b"one", b"")]
+    expected = hashlib.sha256(f"3 nut/1.png\0{contents[0]}0 nut/2.png\0{contents[1]}".encode()).hexdigest()
+    assert fingerprint(samples, tmp_path) == fingerprint(samples, tmp_path, contents) == expected
 
 
 def test_fingerprint_is_of_the_data_and_not_of_the_place(samples: tuple[Sample, ...], tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hgad_fast import HGADConfig, HGADModel, data
+from hgad_fast import HGADConfig, HGADModel, data, score
+from hgad_fast import features as features_module
+from hgad_fast.cache import readable
 from hgad_fast.features import FeatureSet, feature_set
 
 
@@ -71,9 +77,9 @@ def expected_features(model: HGADModel, file: Path) -> list[Tensor]:
         return [model.encoder.net(x[None])[0][0], model.encoder.net(half)[0][0]]
 
 
-@pytest.mark.parametrize("cache", ["ram", None])
-def test_features_of_pictures(model, woods, cache):
-    features = feature_set(model, woods, cache=cache)
+@pytest.mark.parametrize("cache", ["ram", "disk", None])
+def test_features_of_pictures(model, woods, cache, tmp_path_factory):
+    features = feature_set(model, woods, cache=cache, cache_dir=tmp_path_factory.mktemp("cache"))
     files = [woods / name / f"{i}.png" for name in ("ash", "oak") for i in range(2)]
     assert features.class_ids.tolist() == [0, 0, 1, 1]
     for image, file in zip(features.images, files, strict=True):
@@ -117,15 +123,21 @@ def test_progress_advances_with_the_features(model, woods):
     assert events == ["computed", "shown"] * 4
 
 
-def test_pictures_that_cannot_be_decoded(model, woods):
+@pytest.mark.parametrize("cache", ["ram", "disk", None])
+def test_pictures_that_cannot_be_decoded(model, woods, cache, tmp_path_factory):
+    options = {"cache": cache, "cache_dir": tmp_path_factory.mktemp("cache")}
     (woods / "ash" / "1.png").write_bytes(b"no picture")
     (woods / "oak" / "0.png").write_bytes((woods / "oak" / "1.png").read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"(?s)2 of 4 images.*ash/1\.png.*oak/0\.png"):
-        feature_set(model, woods)
+        feature_set(model, woods, **options)
+    (woods / "oak" / "2.png").symlink_to(woods / "nowhere.png")
+    with pytest.raises(ValueError, match=r"(?s)3 of 5 images.*ash/1\.png.*oak/0\.png.*oak/2\.png: No such file"):
+        feature_set(model, woods, **options)
     reported = []
-    features = feature_set(model, woods, skip_bad=True, on_bad=reported.append)
+    features = feature_set(model, woods, skip_bad=True, on_bad=reported.append, **options)
     assert features.class_ids.tolist() == [0, 1]
-    assert [error.path for error in reported] == [woods / "ash" / "1.png", woods / "oak" / "0.png"]
+    names = [error.path.relative_to(woods).as_posix() for error in reported]
+    assert names == ["ash/1.png", "oak/0.png", "oak/2.png"]
     expected = expected_features(model, woods / "oak" / "1.png")
     torch.testing.assert_close(features.images[1], expected, rtol=1e-4, atol=1e-5)
 
@@ -142,6 +154,213 @@ def test_classes_of_the_folder_must_be_those_of_the_model(model, woods):
 def test_pictures_need_a_backbone(woods):
     with pytest.raises(ValueError, match="no backbone"):
         feature_set(featureless(), woods, cache=None)
+
+
+def test_a_picture_that_the_backbone_cannot_take_is_named(model, woods, monkeypatch):
+    monkeypatch.setattr(score, "MAX_SEEN_PIXELS", 64 * 64)
+    Image.fromarray(np.zeros((10, 50, 3), np.uint8)).save(woods / "ash" / "2.png")
+    with pytest.raises(ValueError, match=r"ash/2\.png: a picture of 10 x 50 pixels .* cut it into tiles"):
+        feature_set(model, woods)
+    assert len(feature_set(model, woods, skip_bad=True)) == 4
+
+
+# ---- the cache
+
+
+@pytest.fixture
+def computed(model, monkeypatch) -> list[Path]:
+    """The files whose features are computed, in this order."""
+    files, extractor = [], features_module._Extractor
+    original = extractor._seen_or_error
+    monkeypatch.setattr(
+        extractor, "_seen_or_error", lambda self, content, path: files.append(path) or original(self, content, path)
+    )
+    return files
+
+
+@pytest.fixture
+def on_disk(tmp_path_factory) -> dict:
+    return {"cache": "disk", "cache_dir": tmp_path_factory.mktemp("cache")}
+
+
+def assert_same_bits(found: FeatureSet, expected: FeatureSet) -> None:
+    assert found.fingerprint == expected.fingerprint and torch.equal(found.class_ids, expected.class_ids)
+    for ours, theirs in zip(found.images, expected.images, strict=True):
+        for level, other in zip(ours, theirs, strict=True):
+            assert level.dtype == torch.float32 and torch.equal(level, other)
+
+
+def test_a_warm_cache_decodes_nothing(model, woods, on_disk, computed, monkeypatch):
+    feature_set(model, woods, **on_disk)
+    assert len(computed) == 4
+    fresh = feature_set(model, woods)
+    monkeypatch.setattr(data, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    assert_same_bits(feature_set(model, woods, **on_disk), fresh)
+
+
+def test_only_what_changed_is_computed(model, woods, on_disk, computed):
+    feature_set(model, woods, **on_disk)
+    computed.clear()
+    (woods / "ash" / "0.png").rename(woods / "ash" / "first.png")
+    (woods / "ash" / "1.png").unlink()
+    Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(woods / "oak" / "1.png")
+    Image.fromarray(np.full((48, 32, 3), 8, np.uint8)).save(woods / "oak" / "2.png")
+    found = feature_set(model, woods, **on_disk)
+    assert sorted(computed) == [woods / "oak" / "1.png", woods / "oak" / "2.png"]
+    assert_same_bits(found, feature_set(model, woods))
+
+
+def test_equal_pictures_are_computed_once(model, woods, on_disk, computed):
+    (woods / "oak" / "0.png").write_bytes((woods / "ash" / "0.png").read_bytes())
+    found = feature_set(model, woods, **on_disk)
+    assert len(computed) == 3 and len(found) == 4
+    assert torch.equal(found.images[0][1], found.images[2][1])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"img_size": 32}, {"center_crop": True}, {"out_indices": (1,)}, {"feature_levels": 1}, {"seed": 3}]
+)
+def test_other_features_are_not_taken(model, woods, on_disk, changes):
+    """The seed gives the random backbone other weights."""
+    feature_set(model, woods, **on_disk)
+    other = HGADModel(model.config.replace(feature_dims=None, **changes))
+    assert_same_bits(feature_set(other, woods, **on_disk), feature_set(other, woods))
+
+
+def test_settings_that_features_do_not_depend_on_share_them(model, woods, on_disk, computed):
+    feature_set(model, woods, **on_disk)
+    other = HGADModel(model.config.replace(coupling_layers=2, lr=1.0, n_intra_centers=3))
+    feature_set(other, woods, **on_disk)
+    assert len(computed) == 4
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk", None])
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision(model, woods, cache, name, tmp_path_factory):
+    """Rounded wherever they are kept, beside what scoring sees."""
+    whole = feature_set(model, woods)
+    half = feature_set(model, woods, cache=cache, cache_dir=tmp_path_factory.mktemp("cache"), cache_dtype=name)
+    assert half.fingerprint != whole.fingerprint
+    subset = half.subset(torch.tensor([3, 1]))
+    for i, rounded, exact in zip([3, 1], subset.images, subset.exact, strict=True):
+        for level in (0, 1):
+            assert torch.equal(exact[level], whole.images[i][level])
+            assert rounded[level].dtype == torch.float32 and rounded[level].permute(1, 2, 0).is_contiguous()
+            assert torch.equal(rounded[level], whole.images[i][level].to(getattr(torch, name)).float())
+
+
+def test_features_beyond_float16_are_told(model, woods):
+    wild = copy.deepcopy(model)
+    wild.encoder.register_forward_hook(lambda _, inputs, levels: [1e5 * level for level in levels])
+    with pytest.raises(ValueError, match="beyond the range of float16; use cache_dtype='bfloat16'"):
+        feature_set(wild, woods, cache_dtype="float16")
+    feature_set(wild, woods, cache_dtype="bfloat16")
+
+
+def test_the_size_is_told_before_anything_is_written(model, woods, on_disk):
+    told = []
+
+    def say(text):
+        told.append(text)
+        assert not list(on_disk["cache_dir"].glob("*/*"))
+
+    feature_set(model, woods, say=say, **on_disk)
+    (folder,) = on_disk["cache_dir"].iterdir()
+    size = sum(level.nbytes for image in feature_set(model, woods).images for level in image)
+    assert told[0].startswith(f"features of 4 pictures, about {readable(size)}, go to {folder} (") and len(told) == 1
+    feature_set(model, woods, say=told.append, **on_disk)
+    assert len(told) == 1
+    feature_set(model, woods, say=told.append)
+    assert told[1].endswith("go to memory")
+
+
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_what_passes_the_limit_is_computed_anew(model, woods, where, on_disk, computed, monkeypatch):
+    monkeypatch.setattr(features_module, "SHARD_PICTURES", 2)
+    whole = feature_set(model, woods)
+    size = sum(level.nbytes for image in list(whole.images)[:2] for level in image) + 2000  # a shard has a header
+    with pytest.warns(UserWarning, match=r"limit of .* is reached; the features of 2 pictures are computed anew"):
+        some = feature_set(model, woods, **on_disk | {"cache": where}, cache_limit=size)
+    assert_same_bits(some, whole)
+
+
+def test_a_damaged_picture_beyond_the_limit_is_found_too(model, woods, monkeypatch):
+    monkeypatch.setattr(features_module, "SHARD_PICTURES", 2)
+    (woods / "oak" / "1.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="limit"), pytest.raises(ValueError, match=r"oak/1\.png"):
+        feature_set(model, woods, cache_limit=10)
+
+
+def test_a_picture_that_changes_under_our_hands_is_not_cached(model, woods, on_disk, monkeypatch):
+    read = data.read_image
+
+    def read_old(path):
+        image = read(path)
+        if path.name == "1.png":
+            Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(path)
+        return image
+
+    monkeypatch.setattr(data, "read_image", read_old)
+    with pytest.raises(ValueError, match=r"ash/1\.png: the file was changed while it was read"):
+        feature_set(model, woods, **on_disk)
+
+
+FILL = """
+import os, pathlib, signal, sys, time
+from hgad_fast import HGADConfig, HGADModel, features
+
+role, root, cache_dir, config, computed = sys.argv[1], *map(pathlib.Path, sys.argv[2:4]), *sys.argv[4:]
+features.SHARD_PICTURES = 2
+model = HGADModel(HGADConfig.from_json(config))
+original = features._Extractor.features
+
+def slow(self, seen):
+    with open(computed, "a") as file:
+        print(role, file=file)
+    time.sleep(0.1)
+    if role == "victim" and open(computed).read().count(role) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)  # in the middle of its second shard
+    return original(self, seen)
+
+features._Extractor.features = slow
+while role == "other" and not os.path.exists(computed):
+    time.sleep(0.01)
+features.feature_set(model, root, cache="disk", cache_dir=cache_dir)
+"""
+
+
+def test_processes_share_the_work_and_one_that_is_killed_harms_none(model, tmp_path, monkeypatch):
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "woods" / ("ash", "oak")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = generator.integers(0, 256, (32 + 8 * (i % 3), 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+    log, kept = tmp_path / "computed", tmp_path / "cache"
+    processes = {}
+    for role in ("other", "victim"):
+        arguments = [role, tmp_path / "woods", kept, model.config.to_json(), log]
+        processes[role] = subprocess.Popen([sys.executable, "-c", FILL, *map(str, arguments)])
+    assert processes["victim"].wait(60) == -signal.SIGKILL
+    assert processes["other"].wait(60) == 0
+    assert log.read_text().split().count("other") == 10  # all but the victim's first shard
+    expected = feature_set(model, tmp_path / "woods")
+    monkeypatch.setattr(data, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    assert_same_bits(feature_set(model, tmp_path / "woods", cache="disk", cache_dir=kept), expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"cache": "disc"}, "cache is 'disc'; allowed are 'ram', 'disk' and None"),
+        ({"cache": "disk"}, "cache='disk' needs a folder"),
+        ({"cache_dtype": "half"}, "cache_dtype is 'half'; allowed are 'float32', 'float16', 'bfloat16'"),
+        ({"cache_limit": "lots"}, "'lots' is no size"),
+    ],
+)
+def test_options_that_cannot_be_meant(options, message):
+    with pytest.raises(ValueError, match=message):
+        feature_set(featureless(), (levels(), [0, 1, 1]), **options)
 
 
 # ---- features that the user brings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import math
@@ -22,6 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from hgad_fast import HGADConfig, HGADModel, ops, train
+from hgad_fast import cache as cache_module
+from hgad_fast import features as features_module
+from hgad_fast.calibrate import calibrate_on, split
 from hgad_fast.features import FeatureSet, feature_set
 from hgad_fast.train import CHECKPOINT, METRICS, MODEL, NonFiniteLossError, learning_rate
 
@@ -323,6 +327,62 @@ def test_computing_features_anew_changes_no_bit(photographs):
     kept.fit(photographs)
     anew.fit(photographs, cache=None)
     assert_equal(kept.state_dict(), anew.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:too few calibration pictures")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_where_features_are_kept_changes_no_bit_also_of_a_resumed_run(photographs, tmp_path, dtype):
+    """Killed with one cache, gone on with the next; the calibration pictures are on disk, too."""
+    whole = picture_model()
+    whole.fit(photographs, calibration=photographs, cache_dtype=dtype)
+    options = {"calibration": photographs, "cache_dtype": dtype, "data": photographs, "resume": True}
+    for kept, stop in (("disk", (1, 0)), (None, (2, 0))):
+        with pytest.raises(Killed):
+            fit_to(tmp_path / "run", stop=stop, model=picture_model(), cache=kept, **options)
+    seen = []
+    resumed = picture_model()
+    resumed.encoder.register_forward_hook(lambda *_: seen.append(1))
+    fit_to(tmp_path / "run", model=resumed, cache="disk", **options)
+    assert not seen and (tmp_path / "run" / "features").is_dir()
+    assert_equal(resumed.state_dict(), whole.state_dict())
+    assert_equal(resumed.calibration.tensors(), whole.calibration.tensors())
+    other = {"float32": "float16", "float16": "float32"}[dtype]
+    with pytest.raises(ValueError, match="features of another precision"):
+        fit_to(tmp_path / "run", model=picture_model(), **options | {"cache_dtype": other})
+
+
+@pytest.mark.filterwarnings("ignore:too few calibration pictures")
+def test_features_trained_on_are_rounded_and_those_calibrated_on_are_not(photographs):
+    whole, half = picture_model(), picture_model()
+    whole.fit(photographs)
+    half.fit(photographs, cache_dtype="bfloat16")
+    assert not torch.equal(half.mixture.mus[0], whole.mixture.mus[0])
+    exact = feature_set(half, photographs)
+    _, held_out = split(exact.class_ids, half.config.calibration_fraction, half.config.seed)
+    found = half.calibration.tensors()
+    calibrate_on(half, exact.subset(held_out))
+    assert_equal(half.calibration.tensors(), found)
+
+
+@pytest.mark.filterwarnings("ignore:too few calibration pictures")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_training_goes_on_when_the_disk_of_the_cache_is_full(photographs, tmp_path, monkeypatch, code):
+    monkeypatch.setattr(features_module, "SHARD_PICTURES", 4)
+    write, shards = cache_module._write_shard, []
+
+    def fill(path, *arguments):
+        if len(shards) == 2:
+            raise OSError(code, os.strerror(code))
+        shards.append(path)
+        write(path, *arguments)
+
+    monkeypatch.setattr(cache_module, "_write_shard", fill)
+    model, expected = picture_model(), picture_model()
+    message = rf"{os.strerror(code)}\); the features of 3 pictures are computed anew each time they are needed"
+    with pytest.warns(UserWarning, match=message):
+        model.fit(photographs, cache="disk", output_dir=tmp_path / "run")
+    expected.fit(photographs)
+    assert_equal(model.state_dict(), expected.state_dict())
 
 
 # ---- files, resume
