@@ -40,6 +40,7 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        from .processes import LostProcessError
         from .train import NonFiniteLossError
 
         try:
@@ -48,7 +49,7 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, **kwargs)
         except BrokenPipeError:
             raise  # `hgad-fast ... | head`: typer ends quietly
-        except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
+        except (ValueError, OSError, ImportError, NonFiniteLossError, LostProcessError) as error:
             print(f"hgad-fast: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:

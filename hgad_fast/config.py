@@ -59,7 +59,9 @@ class HGADConfig:
     lr: float = 2e-4
     meta_epochs: int = 25
     sub_epochs: int = 8
-    batch_size: int = 8
+    batch_size: int = 8  # pictures a step, of all processes together
+    accumulate: int = 1  # parts that a batch is worked off in: the same step in less memory
+    clip_grad_norm: float | None = None  # longest gradient of a level; None: as it comes
     calibration_fraction: float = 0.1  # normal training images held out for thresholds; 0: none
     seed: int = 0
     precision: str = "fp32"  # fp32 | tf32 | bf16
@@ -72,6 +74,11 @@ class HGADConfig:
         for name in _COUNTS:
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
         self._require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
+        self._require(
+            "accumulate",
+            _is_int(self.accumulate) and 1 <= self.accumulate <= self.batch_size,
+            f"a whole number from 1 to {self.batch_size} (batch_size)",
+        )
         self._require(
             "checkpoint_every",
             _is_int(self.checkpoint_every) and self.checkpoint_every >= 0,
@@ -96,6 +103,10 @@ class HGADConfig:
             _is_number(self.calibration_fraction) and 0 <= self.calibration_fraction < 1,
             "a number in [0, 1), where 0 trains on every image and leaves the scores without p-values",
         )
+        if self.clip_grad_norm is not None:
+            holds = _is_number(self.clip_grad_norm) and self.clip_grad_norm > 0
+            self._require("clip_grad_norm", holds, "a finite number above 0, or None")
+            self.clip_grad_norm = float(self.clip_grad_norm)
         for name in ("lambda1", "lambda2", "clamp_alpha", "lr", "label_smoothing", "calibration_fraction"):
             setattr(self, name, float(getattr(self, name)))  # 1 and 1.0 are one setting, also in JSON
         terms = self.loss_terms

@@ -23,7 +23,8 @@ from .config import LOSS_TERMS, HGADConfig
 from .features import FeatureSet, feature_set
 from .files import replacing
 from .model import HGADModel, state_hash
-from .official import make_optimizer
+from .processes import joined
+from .step import STAGE_2, Step, stage_terms
 
 WARM_UP_EPOCHS = 2  # meta-epochs of rising learning rate; also those of stage 1
 FORMAT = "hgad_fast training 2"
@@ -77,11 +78,17 @@ def fit(
     false_alarm_rate: float = 0.01,
     skip_bad: bool = False,
     progress: bool | None = None,
+    cuda_graphs: bool = False,
 ) -> History:
     """Train a model on normal pictures, then calibrate it on those held out.
 
     Batches of `batch_size` (or of all pictures, where there are fewer) are drawn from the configuration's seed alone:
     the global random state is neither used nor changed.
+
+    Processes that torchrun started, or that have initialised `torch.distributed`, train one model together if each
+    calls this with a model of the same configuration, on a device of its own, and the same data. They share out each
+    batch, so that the steps are those of one process, up to rounding. The first one shows progress, calls the
+    callbacks, calibrates and writes; in the end all have the same model and history.
 
     Args:
         model: the detector; trained in place. Its backbone is not changed.
@@ -105,6 +112,8 @@ def fit(
         false_alarm_rate: share of normal pictures that the thresholds may call anomalous.
         skip_bad: go on without pictures that cannot be decoded, and report them, instead of stopping.
         progress: show a progress bar; None: if stderr is a terminal.
+        cuda_graphs: record steps as CUDA graphs, which saves a launch for each kernel; for one process, and pictures of
+            few sizes. What it gains has not been measured.
 
     Returns:
         The history, one record a sub-epoch.
@@ -113,11 +122,12 @@ def fit(
         ValueError: the data or the checkpoint do not fit the model, or a class has no pictures.
         OSError: a file cannot be written; the one that it would have replaced is left as it was.
         NonFiniteLossError: a loss became NaN or infinite; the last checkpoint is left as it was.
+        LostProcessError: another of several processes ended, or does not answer.
     """
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate is {false_alarm_rate}; allowed: above 0 and below 1")
-    folder = None if output_dir is None else _writable(Path(output_dir).absolute())
-    with _Display(progress) as display:
+    with joined(model.device) as processes, _Display(progress if processes.is_first else False) as display:
+        folder = None if output_dir is None or not processes.is_first else _writable(Path(output_dir).absolute())
 
         def features_of(pictures: Any, dtype: str) -> FeatureSet:
             return feature_set(
@@ -140,14 +150,16 @@ def fit(
         rows, held_out_rows = split(features.class_ids, fraction, model.config.seed)
         held_out = features.subset(held_out_rows) if calibration is None else features_of(calibration, "float32")
         _require_every_class(model, features, held_out)
-        run = _Run(model, features.subset(rows), folder, callbacks, display)
+        run = _Run(model, features.subset(rows), folder, callbacks, display, Step(model, processes, cuda_graphs))
         run.resume(resume)
         run.train()
-        display.say("calibrating")
-        calibrate_on(model, held_out, false_alarm_rate, stand_in=run.features)
-    if folder is not None:
-        with _writing(folder / MODEL):
-            model.save(folder / MODEL)
+        if processes.is_first:
+            display.say("calibrating")
+            calibrate_on(model, held_out, false_alarm_rate, stand_in=run.features)
+        model.calibration = processes.from_first(model.calibration)
+        if folder is not None:
+            with _writing(folder / MODEL):
+                model.save(folder / MODEL)
     return run.history
 
 
@@ -187,6 +199,7 @@ class _Run:
         output_dir: Path | None,
         callbacks: Sequence[Callable[[dict[str, Any]], None]],
         display: _Display,
+        step: Step,
     ) -> None:
         self.model = model
         self.config = model.config
@@ -194,22 +207,33 @@ class _Run:
         self.output_dir = output_dir
         self.callbacks = callbacks
         self.display = display
-        self.optimizer = make_optimizer(model)
+        self.step, self.optimizer, self.processes = step, step.optimizer, step.processes
         self.batch_size = min(self.config.batch_size, len(features))
+        if self.batch_size < self.processes.count:
+            raise ValueError(
+                f"{self.processes.count} processes share batches of {self.batch_size} pictures, and some get none; "
+                f"start fewer, or raise batch_size (it is {self.config.batch_size})"
+            )
         self.batches = len(features) // self.batch_size  # the last, incomplete one is dropped
         self.meta_epoch = 0
         self.history = History()
         self.identity = self._identity()
+        if self.processes.from_first(self.identity) != self.identity:
+            raise ValueError(
+                f"process {self.processes.rank} has other data, settings or backbone weights than process 0; give all "
+                "the same"
+            )
 
     def train(self) -> None:
         self.model.train()
         self.display.start(self.config.meta_epochs * self.config.sub_epochs * self.batches, self.meta_epoch, self)
         for meta_epoch in range(self.meta_epoch, self.config.meta_epochs):
             for sub_epoch in range(self.config.sub_epochs):
+                self.processes.wait()  # for what the first one does between passes
                 record = self._sub_epoch(meta_epoch, sub_epoch)
                 self.history.records.append(record)
                 self._log(record)
-                for callback in self.callbacks:
+                for callback in self.callbacks if self.processes.is_first else ():
                     callback(record)
             self._require_finite_parameters(meta_epoch)
             self.meta_epoch = meta_epoch + 1
@@ -218,7 +242,7 @@ class _Run:
 
     def _sub_epoch(self, meta_epoch: int, sub_epoch: int) -> dict[str, Any]:
         start = time.perf_counter()
-        stage = 2 if meta_epoch >= WARM_UP_EPOCHS and set(_STAGE_2) & set(self.config.loss_terms) else 1
+        stage = self._stage(meta_epoch)
         passes = meta_epoch * self.config.sub_epochs + sub_epoch
         pending: list[Tensor] = []  # losses that still lie on the device
         fetched: list[Tensor] = []
@@ -226,9 +250,11 @@ class _Run:
         rate = 0.0
         for batch, indices in enumerate(self._batches(passes)):
             rate = learning_rate(self.config, meta_epoch, sub_epoch, batch, self.batches)
-            pending.append(self._step(indices, stage, rate))
+            share = indices[self.processes.rank :: self.processes.count]
+            images, labels = [self.features.images[i] for i in share], self.features.class_ids[share]
+            pending.append(self.step(images, labels, stage, rate))
             if len(pending) == fetch_every or batch == self.batches - 1:
-                losses = torch.stack(pending).cpu()
+                losses = self.processes.sum(torch.stack(pending)).cpu()
                 first = passes * self.batches + batch + 1 - len(pending)
                 self._require_finite(losses, first, stage)
                 fetched.append(losses)
@@ -244,10 +270,11 @@ class _Run:
             "lr": rate,
             "images_per_second": round(self.batches * self.batch_size / seconds, 2),
             "seconds": round(seconds, 3),
-            "losses": [
-                dict(zip(LOSS_TERMS, map(float, level), strict=False)) for level in mean[:, : len(_terms(stage))]
-            ],
+            "losses": [dict(zip(stage_terms(stage), map(float, level), strict=True)) for level in mean],
         }
+
+    def _stage(self, meta_epoch: int) -> int:
+        return 2 if meta_epoch >= WARM_UP_EPOCHS and set(STAGE_2) & set(self.config.loss_terms) else 1
 
     def _batches(self, passes: int) -> Iterator[list[int]]:
         """Batches of the given pass over the data; the order depends on the seed and the pass alone."""
@@ -256,57 +283,13 @@ class _Run:
         for batch in range(self.batches):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def _step(self, indices: list[int], stage: int, rate: float) -> Tensor:
-        """One step of all levels, which share no parameter; returns their loss terms (S, terms), not fetched."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        config = self.config
-        weights = dict.fromkeys(LOSS_TERMS, 1.0) | {"L_g": config.lambda1, "L_mi": -config.lambda2}
-        images, labels = [self.features.images[i] for i in indices], self.features.class_ids[indices]
-        total: Tensor | float = 0.0
-        reported = []
-        for level in range(config.feature_levels):
-            terms = self._level_losses(level, [image[level] for image in images], labels, stage)
-            trained = [weights[name] * terms[name] for name in _terms(stage) if name in config.loss_terms]
-            total = total + sum(trained)
-            reported.append(torch.stack([terms[name].detach() for name in _terms(stage)]))
-        assert isinstance(total, Tensor)
-        total.backward()
-        self.optimizer.step()
-        return torch.stack(reported)
-
-    def _level_losses(self, level: int, maps: list[Tensor], labels: Tensor, stage: int) -> dict[str, Tensor]:
-        """Mean of each loss term over the pixels of maps (C, h, w); maps of one size go through the flow together."""
-        flow, device = self.model.nfs[level], self.model.device
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for i, features in enumerate(maps):
-            by_size.setdefault(tuple(features.shape[1:]), []).append(i)
-        sums: dict[str, Tensor] = {}
-        count = 0
-        for (h, w), members in by_size.items():
-            x = torch.cat([maps[i].permute(1, 2, 0).flatten(0, 1) for i in members]).to(device, non_blocking=True)
-            z, log_det = flow(x, flow.grid(h, w, device))
-            losses = self.model.mixture.losses(
-                z,
-                log_det,
-                labels[members].to(device, non_blocking=True),
-                level,
-                stage=stage,
-                label_smoothing=self.config.label_smoothing,
-            )
-            for name, term in losses.items():
-                sums[name] = sums[name] + term.sum() if name in sums else term.sum()
-            count += len(x)
-        return {name: term / count for name, term in sums.items()}
-
     def _require_finite(self, losses: Tensor, first_step: int, stage: int) -> None:
         """Losses (steps, S, terms) must be finite."""
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step, level, term = bad[0].tolist()
             value = float(losses[step, level, term])
-            raise self._diverged(f"{_terms(stage)[term]} of level {level} is {value} at step {first_step + step}")
+            raise self._diverged(f"{stage_terms(stage)[term]} of level {level} is {value} at step {first_step + step}")
 
     def _require_finite_parameters(self, meta_epoch: int) -> None:
         """The last step may break what its loss, taken before it, does not show; such a state is not worth keeping."""
@@ -324,14 +307,13 @@ class _Run:
     # ---- files
 
     def resume(self, resume: str | os.PathLike[str] | bool | None) -> None:
-        """Take the state of a checkpoint, or start the metrics anew."""
-        path = Path(resume) if resume and not isinstance(resume, bool) else None
-        if resume is True:
-            if self.output_dir is None:
-                raise ValueError("resume=True needs output_dir, where the checkpoint is")
-            path = self.output_dir / CHECKPOINT if (self.output_dir / CHECKPOINT).is_file() else None
-        if path is not None:
-            self._load_checkpoint(path)
+        """Take the state of a checkpoint, or start the metrics anew. The first process reads and writes for all."""
+        state = None
+        if resume and self.processes.is_first:
+            state = self._read_checkpoint(resume)
+        state = self.processes.from_first(state)
+        if state is not None:
+            self._restore(state)
         if self.output_dir is None:
             return
         for name in (CHECKPOINT, METRICS, MODEL):  # what a killed run left half-written
@@ -349,13 +331,15 @@ class _Run:
     def _identity(self) -> dict[str, str]:
         """What a checkpoint must share with the run that goes on from it; weights count by value, not by path.
 
-        What only decides how much memory a step takes may change: the mathematics is the same, the last bits are not.
+        How much memory a step takes, and how many processes share it, may change: only the last bits depend on that.
         """
         encoder = self.model.encoder
         return {
             "data": self.features.fingerprint,
             "backbone": "" if encoder is None else state_hash(encoder),
-            "config": self.config.replace(memory="auto", checkpoint_every=0, backbone_weights=None).to_json(),
+            "config": self.config.replace(
+                memory="auto", checkpoint_every=0, accumulate=1, backbone_weights=None
+            ).to_json(),
         }
 
     def _trained(self) -> dict[str, Tensor]:
@@ -377,7 +361,16 @@ class _Run:
         with _writing(self.output_dir / CHECKPOINT), replacing(self.output_dir / CHECKPOINT) as file:
             torch.save(state, file)
 
-    def _load_checkpoint(self, path: Path) -> None:
+    def _read_checkpoint(self, resume: str | os.PathLike[str] | bool) -> dict[str, Any] | None:
+        """The state in it, once all of it is known to fit; None if there is nothing to go on from."""
+        if isinstance(resume, bool):
+            if self.output_dir is None:
+                raise ValueError("resume=True needs output_dir, where the checkpoint is")
+            path = self.output_dir / CHECKPOINT
+            if not path.is_file():
+                return None
+        else:
+            path = Path(resume)
         if not path.is_file():
             raise ValueError(f"there is no checkpoint {path}")
         try:
@@ -405,10 +398,31 @@ class _Run:
         misfits = [k for k in mine.keys() | state["model"].keys() if _shape(mine, k) != _shape(state["model"], k)]
         if misfits:
             raise ValueError(f"{path} lacks the model's tensor {min(misfits)}, or holds another in its place")
-        try:
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} does not fit this optimizer: {error}") from error
+        self._check_optimizer(path, state)
+        return state
+
+    def _check_optimizer(self, path: Path, state: dict[str, Any]) -> None:
+        """Adam must hold the moments of all that was ever stepped; torch would start missing ones anew, in silence."""
+        theirs, ours = state["optimizer"], self.optimizer.state_dict()
+        if [g.get("params") for g in theirs["param_groups"]] != [g["params"] for g in ours["param_groups"]]:
+            raise ValueError(f"{path} does not fit this optimizer: it has other parameters")
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        in_stage_2_only = {*self.model.mu_deltas, *self.model.phi_intras}
+        last_stage = self._stage(state["meta_epoch"] - 1)
+        for i, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            expected: dict[str, tuple[int, ...]] = {}
+            if state["meta_epoch"] and (last_stage == 2 or parameter not in in_stage_2_only):
+                expected = {"step": (), "exp_avg": tuple(parameter.shape), "exp_avg_sq": tuple(parameter.shape)}
+            if {name: tuple(moment.shape) for name, moment in theirs["state"].get(i, {}).items()} != expected:
+                raise ValueError(
+                    f"{path} does not fit this optimizer: it lacks moments of {names[parameter]}, or holds others"
+                )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, ours in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(ours)  # the checkpoint may come from another kind of device
         self.model.load_state_dict(state["model"], strict=False)  # the backbone is not in it
         torch.set_rng_state(state["random_state"])
         self.meta_epoch = state["meta_epoch"]
@@ -417,13 +431,6 @@ class _Run:
 
 def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
     return tuple(state[key].shape) if key in state else None
-
-
-_STAGE_2 = LOSS_TERMS[3:]
-
-
-def _terms(stage: int) -> tuple[str, ...]:
-    return LOSS_TERMS if stage == 2 else LOSS_TERMS[:3]
 
 
 class _Display:

@@ -44,6 +44,8 @@ BAD = {
     **dict.fromkeys(NUMBERS, (None, "1", -1, -1e-9, 10**400, -(10**400), (1.0,), 1j)),
     **dict.fromkeys(CHOICES, (None, "", "FP32", 3, ("auto",))),
     "seed": (None, "0", -1, 2**63, 0.0, (0,)),
+    "accumulate": (None, "2", 0, -1, 2.0, 9, (2,)),
+    "clip_grad_norm": ("1", 0, -1, 10**400, (1.0,), 1j),
     "checkpoint_every": (None, "0", -1, 4.0, (4,)),
     "center_crop": (None, "False", 0, 1, 1.0),
     "class_names": (3, "abc", (), ("a", "b"), ("a", "b", "b"), ("a", "b", 3), ("a", "b", ["c"]), ("a", "b", "")),

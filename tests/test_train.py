@@ -27,6 +27,8 @@ from hgad_fast import cache as cache_module
 from hgad_fast import features as features_module
 from hgad_fast.calibrate import calibrate_on, split
 from hgad_fast.features import FeatureSet, feature_set
+from hgad_fast.processes import Processes
+from hgad_fast.step import Step
 from hgad_fast.train import CHECKPOINT, METRICS, MODEL, NonFiniteLossError, learning_rate
 
 DIMS = (8, 7)
@@ -581,6 +583,7 @@ def another_picture():
         ({}, another_picture(), "trained on other pictures"),
         ({}, (pictures()[0], 1 - pictures()[1]), "trained on other pictures"),
         ({}, pictures(11), "trained on other pictures"),
+        ({"clip_grad_norm": 1.0}, pictures(), "another configuration: clip_grad_norm None -> 1.0"),
         ({"lr": 2e-2}, pictures(), "another configuration: lr 0.01 -> 0.02"),
         ({"seed": 5}, pictures(), "another configuration: seed 0 -> 5"),
         ({"coupling_layers": 3}, pictures(), "coupling_layers 2 -> 3"),
@@ -631,6 +634,32 @@ def test_checkpoint_with_other_tensors_is_refused(tmp_path, checkpoint, part, ta
     with pytest.raises(ValueError, match=f"{CHECKPOINT} "):
         fit_to(tmp_path, model=model, resume=True)
     assert_equal(before, model.state_dict())
+
+
+@pytest.mark.parametrize("lost", [("exp_avg",), ("exp_avg_sq",), ("step", "exp_avg", "exp_avg_sq"), "all"])
+def test_checkpoint_without_moments_is_refused(tmp_path, checkpoint, lost):
+    """torch's own Adam would take it, and start the moments anew."""
+    state = torch.load(checkpoint, weights_only=True)
+    moments = state["optimizer"]["state"]
+    if lost == "all":
+        moments.clear()
+    else:
+        for name in lost:
+            del moments[3][name]
+    torch.save(state, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match=f"{CHECKPOINT} does not fit this optimizer: it lacks moments of "):
+        fit_to(tmp_path, resume=True)
+
+
+def test_what_only_costs_memory_may_change_on_resuming(tmp_path):
+    fit_to(tmp_path / "whole")
+    with pytest.raises(Killed):
+        fit_to(tmp_path / "stopped", stop=(1, 0))
+    changed = small_model(calibration_fraction=0.0, memory="reversible", checkpoint_every=1, accumulate=2)
+    fit_to(tmp_path / "stopped", model=changed, resume=True)
+    whole, other = (HGADModel.load(tmp_path / run / MODEL) for run in ("whole", "stopped"))
+    for (name, a), b in zip(whole.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_records_are_the_same_everywhere(tmp_path):
@@ -712,7 +741,8 @@ def test_broken_feature_stops_the_run(tmp_path, level):
 
 
 def train_run(model: HGADModel, data) -> train._Run:
-    return train._Run(model, feature_set(model, data), None, (), train._Display(False))
+    step = Step(model, Processes())
+    return train._Run(model, feature_set(model, data), None, (), train._Display(False), step)
 
 
 def assert_last_good(folder: Path) -> None:

@@ -1,0 +1,198 @@
+"""The step of a training: parts of a batch add up to it, gradients are clipped, and nothing waits for the device."""
+
+from __future__ import annotations
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hgad_fast import HGADConfig, HGADModel, step
+from hgad_fast.processes import Processes
+from hgad_fast.step import Step
+
+DIMS = (8, 7)
+
+
+def make_model(**changes) -> HGADModel:
+    settings = {"feature_levels": 2, "feature_dims": DIMS, "n_classes": 3, "n_intra_centers": 3, "coupling_layers": 2}
+    settings |= {"backbone_arch": None, "pos_embed_dim": 8, "batch_size": 7, "lr": 1e-2}
+    return HGADModel(HGADConfig(**settings | changes))
+
+
+def make_batch(seed: int = 0, sizes=((4, 5), (3, 3), (4, 5), (2, 6), (3, 3), (4, 5), (4, 5))):
+    """Pictures of several sizes and three classes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [[torch.randn(c, h, w, generator=generator) for c in DIMS] for h, w in sizes]
+    return images, torch.randint(3, (len(sizes),), generator=generator)
+
+
+def gradients(model: HGADModel) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
+
+
+def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    found, expected = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (found, expected))
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_parts_of_a_batch_add_up_to_it(parts, stage):
+    """Also where they have unequal numbers of pictures and pixels."""
+    whole = make_model()
+    split = copy.deepcopy(whole)
+    split.config = split.config.replace(accumulate=parts)
+    images, labels = make_batch()
+    found = [Step(model, Processes())(images, labels, stage, 1e-3) for model in (whole, split)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+    assert relative_error(gradients(split), gradients(whole)) < 1e-6
+    assert relative_error(list(split.parameters()), list(whole.parameters())) < 1e-6
+    in_stage_2_only = [*split.mu_deltas, *split.phi_intras]
+    assert all((parameter.grad is None) == (stage == 1) for parameter in in_stage_2_only)
+
+
+@pytest.mark.filterwarnings("ignore:too few calibration pictures")
+def test_accumulation_trains_the_same_model():
+    models = [make_model(accumulate=parts, meta_epochs=5, sub_epochs=2, lr=1e-3) for parts in (1, 3)]
+    levels = [torch.randn(14, c, 3, 4) for c in DIMS]
+    data, options = (levels, torch.arange(14) % 3), {"calibration": (levels, torch.arange(14) % 3)}
+    for model in models:
+        model.fit(data, **options)
+    assert relative_error(list(models[1].parameters()), list(models[0].parameters())) < 1e-6
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_gradient_of_each_level_is_clipped_by_itself(parts):
+    free, clipped = make_model(), make_model(accumulate=parts)
+    batch = *make_batch(), 2, 1e-3
+    Step(free, Processes())(*batch)
+    norms = []
+    for level, flow in enumerate(free.nfs):
+        parts_of_it = [p.grad for p in (*flow.parameters(), *free.mixture.level(level))]
+        norms.append(torch.cat([g.flatten() for g in parts_of_it]).norm())
+    limit = float(sum(norms) / 2)  # between the two: one level is clipped, one is not
+    clipped.config = clipped.config.replace(clip_grad_norm=limit)
+    Step(clipped, Processes())(*batch)
+    assert min(norms) < limit < max(norms)
+    for level, (flow, mine) in enumerate(zip(free.nfs, clipped.nfs, strict=True)):
+        factor = min(1.0, limit / float(norms[level]))
+        for a, b in zip(
+            (*flow.parameters(), *free.mixture.level(level)),
+            (*mine.parameters(), *clipped.mixture.level(level)),
+            strict=True,
+        ):
+            torch.testing.assert_close(b.grad, a.grad * factor, rtol=1e-4, atol=1e-6 * limit)
+
+
+def test_adam_is_fused_and_equal_to_the_plain_one():
+    model = make_model()
+    reference = copy.deepcopy(model)
+    taken = Step(model, Processes())
+    assert all(group["fused"] for group in taken.optimizer.param_groups)
+    plain = torch.optim.Adam(
+        [
+            {"params": reference.nfs.parameters(), "weight_decay": 1e-4},
+            {"params": reference.mixture.parameters(), "weight_decay": 0.0},
+        ],
+        betas=(0.95, 0.99),
+        foreach=False,
+    )
+    for i in range(5):
+        batch = make_batch(i)
+        taken(*batch, 2, 1e-3 * (i + 1))
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            theirs.grad = ours.grad.clone()
+        for group in plain.param_groups:
+            group["lr"] = 1e-3 * (i + 1)
+        plain.step()
+    assert relative_error(list(model.parameters()), list(reference.parameters())) < 1e-6
+
+
+# ---- nothing waits for the device
+
+WAITS = {
+    torch.ops.aten._local_scalar_dense,  # .item(), .tolist(), bool(), float()
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+    torch.ops.aten._unique2,
+    torch.ops.aten.unique_consecutive,
+    torch.ops.aten.unique_dim,
+    torch.ops.aten.repeat_interleave,
+    torch.ops.aten.bincount,
+    torch.ops.aten.equal,
+}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operators whose result's size or value the host must have from the device."""
+
+    def __enter__(self):
+        self.tolist = mock.patch.object(Tensor, "tolist", lambda tensor: tensor[0].item())  # a CPU's calls no operator
+        self.tolist.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.tolist.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        assert func.overloadpacket not in WAITS and not masks, f"{func} waits for the device"
+        return func(*args, **kwargs or {})
+
+
+def test_the_check_sees_what_waits():
+    x = torch.arange(3.0)
+    for waiting in (x[0].item, lambda: x.tolist(), lambda: x[x > 1], x.nonzero, x.unique, lambda: bool((x > 1).all())):
+        with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+            waiting()
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 1.0, "accumulate": 2}, {"memory": "reversible"}])
+def test_nothing_in_a_step_waits_for_the_device(interpreted, settings):
+    """With the kernels, as on a GPU: the definition in torch sorts the pixels of a CPU by class on the host."""
+    taken = Step(make_model(**settings), Processes())
+    batch = make_batch(sizes=((2, 3), (2, 3)))
+    for stage in (1, 2):
+        taken(*batch, stage, 1e-3)
+        with NoWaiting():
+            taken(*batch, stage, 1e-3)
+
+
+def test_a_recorded_step_is_the_step(monkeypatch):
+    """Shapes, fixed memory and rates of recorded steps, with a recording that runs its work again on the CPU."""
+    model = make_model()
+    eager = copy.deepcopy(model)
+    recorded: list[Tensor] = []
+
+    def record(work):
+        found = torch.full((2, 5), torch.nan)
+        recorded.append(found)
+        return lambda: found.copy_(work()), found
+
+    monkeypatch.setattr(step, "on_side_stream", lambda work: work())
+    monkeypatch.setattr(step, "record", record)
+    ours, theirs = Step(model, Processes()), Step(eager, Processes())
+    ours.graphs = True
+    for group in ours.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    found, expected = [], []
+    for i in range(6):
+        for sizes in (((4, 5), (3, 3)), ((4, 5), (4, 5))):
+            batch = *make_batch(i, sizes), 2, 1e-3 * (i + 1)
+            found.append(ours(*batch))
+            expected.append(theirs(*batch))
+    assert len(recorded) == 2
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-5, atol=1e-6)
+    assert relative_error(list(model.parameters()), list(eager.parameters())) < 1e-6
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="cuda_graphs=True needs the model on a CUDA device; it is on cpu"):
+        make_model().fit(([torch.randn(6, c, 2, 2) for c in DIMS], torch.arange(6) % 3), cuda_graphs=True)
