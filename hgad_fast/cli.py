@@ -102,7 +102,10 @@ def train(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal pictures."""
+    """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal pictures.
+
+    On several GPUs: torchrun --nproc-per-node=GPUS -m hgad_fast train ...
+    """
     from . import data as pictures
     from .config import HGADConfig
     from .evaluate import BestCheckpoint
@@ -133,7 +136,8 @@ def train(
         cache_dtype=cache_dtype,
         cache_limit=cache_limit,
     )
-    print(f"model: {output / 'model.safetensors'}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun's first process, which writes for all
+        print(f"model: {output / 'model.safetensors'}")
 
 
 @app.command()
@@ -382,6 +386,8 @@ def _device(name: str | None) -> str:
     from . import ops
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts a process for each GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         ops.path(torch.empty(0, device=name))
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts

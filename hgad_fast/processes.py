@@ -64,24 +64,24 @@ def joined(device: torch.device) -> Iterator[Processes]:
         LostProcessError: another process ended or hangs. Gloo tells of one that ended at once; one that hangs is given
             `ANSWER_WITHIN` in a step (with a process group of the caller's, that group's own time).
     """
-    ours = dist.is_available() and not dist.is_initialized()
-    if ours and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=ANSWER_WITHIN)
-    if not dist.is_available() or not dist.is_initialized():
+    theirs = dist.is_available() and dist.is_initialized()
+    count = dist.get_world_size() if theirs else int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if count == 1 or not dist.is_available():
         yield Processes()
         return
-    count = dist.get_world_size()
     try:
+        if not theirs:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=ANSWER_WITHIN)
         yield Processes(dist.get_rank(), count, dist.new_group(backend="gloo", timeout=PATIENCE))
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
         raise LostProcessError(
-            f"one of the {count} processes of this training ended, or did not answer for "
-            f"{ANSWER_WITHIN.seconds} s; its own output says why. Go on from the last checkpoint with resume. ({error})"
+            f"one of the {count} processes of this training ended, or did not answer for {ANSWER_WITHIN.seconds} s; "
+            f"its own output says why. Go on from the last checkpoint with resume. ({error})"
         ) from error
     finally:
-        if ours:
+        if not theirs and dist.is_initialized():
             dist.destroy_process_group()
 
 

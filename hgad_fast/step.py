@@ -62,14 +62,14 @@ def gather(images: Sequence[list[Tensor]], labels: Tensor, *, pinned: bool = Fal
 
 
 class StageLoss(nn.Module):
-    """The loss of a batch in one stage. Its parameters are those that have a gradient in the stage, and no others:
-    DistributedDataParallel waits for each of them."""
+    """The loss of a batch in one stage. Registered are the parameters that have a gradient in that stage, and nothing
+    else: DistributedDataParallel waits for each of them, and would send buffers around in every step."""
 
     def __init__(self, model: HGADModel, stage: int) -> None:
         super().__init__()
         mixture = model.mixture
-        self.flows = model.nfs
-        self.trained = nn.ParameterList([*mixture.mus, *mixture.phi_inters])
+        self.flows = tuple(model.nfs)
+        self.trained = nn.ParameterList([*model.nfs.parameters(), *mixture.mus, *mixture.phi_inters])
         if stage == 2:
             self.trained.extend([*mixture.mu_deltas, *mixture.phi_intras])
         self.pixel_losses = mixture.losses
@@ -169,7 +169,7 @@ class Step:
         loss = StageLoss(self.model, stage)
         if self.processes.count == 1:
             return loss
-        return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True)
 
     def _all_pixels(self, pixels: list[int]) -> Sequence[Any]:
         """Of all processes: their pictures may differ in size."""

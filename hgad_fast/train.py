@@ -127,20 +127,21 @@ def fit(
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"false_alarm_rate is {false_alarm_rate}; allowed: above 0 and below 1")
     with joined(model.device) as processes, _Display(progress if processes.is_first else False) as display:
-        folder = None if output_dir is None or not processes.is_first else _writable(Path(output_dir).absolute())
+        output = None if output_dir is None else Path(output_dir).absolute()
+        folder = _writable(output) if output and processes.is_first else None
 
         def features_of(pictures: Any, dtype: str) -> FeatureSet:
             return feature_set(
                 model,
                 pictures,
                 cache=cache,
-                cache_dir=cache_dir or (folder and folder / FEATURES),
+                cache_dir=cache_dir or (output and output / FEATURES),
                 cache_dtype=dtype,
                 cache_limit=cache_limit,
                 skip_bad=skip_bad,
-                on_bad=display.report_bad,
+                on_bad=display.report_bad if processes.is_first else None,
                 progress=display.track,
-                say=display.tell if cache == "disk" else display.say,
+                say=display.tell if cache == "disk" and processes.is_first else display.say,
             )
 
         features = features_of(data, cache_dtype)

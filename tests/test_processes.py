@@ -1,0 +1,168 @@
+"""Several processes train the model that one would, over loopback; when one is lost, the others say so and end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hgad_fast import HGADConfig, HGADModel, train
+from hgad_fast.features import FeatureSet
+from hgad_fast.processes import Processes
+from hgad_fast.step import Step
+from hgad_fast.train import CHECKPOINT, METRICS, MODEL
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+    import os, signal, sys, warnings
+    from pathlib import Path
+    import torch
+    from hgad_fast import HGADConfig, HGADModel, step
+    from hgad_fast.features import FeatureSet
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # so few calibration pictures
+    folder, case, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ.get("RANK", 0))
+    sizes, generator = [(3, 4), (2, 5), (4, 4)], torch.Generator().manual_seed(0)
+    images = [[torch.randn(c, *sizes[i % 3], generator=generator) for c in (8, 7)] for i in range(12)]
+    data = FeatureSet(images, torch.arange(12) % 2)
+    model = HGADModel(HGADConfig(
+        n_classes=2, n_intra_centers=3, backbone_arch=None, feature_levels=2, feature_dims=(8, 7), coupling_layers=2,
+        pos_embed_dim=8, msk_size=16, meta_epochs=5, sub_epochs=2, batch_size=6, lr=1e-3,
+        accumulate=2 if rank and case == 'train' else 1,
+    ))
+    if case == "killed" and rank:
+        steps, call = [], step.Step.__call__
+
+        def dying(*arguments):
+            steps.append(1)
+            if len(steps) == 11:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+
+        step.Step.__call__ = dying
+    seen = []
+    try:
+        history = model.fit(data, calibration=data, output_dir=folder / "run", callbacks=[seen.append], resume=True)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    assert not torch.distributed.is_initialized()
+    losses = [record["losses"] for record in history.records]
+    found = {"model": model.state_dict(), "calibration": model.calibration.tensors(), "losses": losses}
+    torch.save(found | {"seen": len(seen)}, folder / f"{case} {rank}.pt")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(folder: Path, case: str, processes: int) -> list[subprocess.Popen]:
+    """As torchrun would start them, without its launcher."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if processes > 1:
+        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), case]
+    return [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+
+
+def outcomes(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit code and last line of stderr of each."""
+    try:
+        return [(process.wait(timeout=100), process.stderr.read().strip().rpartition("\n")[2]) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """20 steps, maps of several sizes, three pictures for either process, which one takes in two parts."""
+    single, pair = tmp_path / "single", tmp_path / "pair"
+    single.mkdir()
+    pair.mkdir()
+    assert outcomes([*start(single, "train", 1), *start(pair, "train", 2)]) == [(0, "")] * 3
+    expected = torch.load(single / "train 0.pt")
+    found = [torch.load(pair / f"train {rank}.pt") for rank in (0, 1)]
+    for rank in (0, 1):
+        for name, tensor in expected["model"].items():
+            torch.testing.assert_close(found[rank]["model"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+            assert torch.equal(found[rank]["model"][name], found[0]["model"][name])
+        for ours, theirs in zip(found[rank]["losses"], expected["losses"], strict=True):
+            for level, right in zip(ours, theirs, strict=True):
+                assert level == pytest.approx(right, rel=1e-5)
+        for name, tensor in expected["calibration"].items():
+            torch.testing.assert_close(found[rank]["calibration"][name], tensor, rtol=1e-4, atol=1e-4)
+    assert [one["seen"] for one in (expected, *found)] == [10, 10, 0]  # callbacks are the first process's
+    assert sorted(os.listdir(pair / "run")) == sorted([CHECKPOINT, METRICS, MODEL])
+    assert len((pair / "run" / METRICS).read_text().splitlines()) == 10
+    saved = HGADModel.load(pair / "run" / MODEL).state_dict()
+    assert all(torch.equal(tensor, found[0]["model"][name]) for name, tensor in saved.items())
+
+
+def test_a_process_that_dies_ends_the_other_with_a_message(tmp_path):
+    """Killed in the sixth pass; both go on from the checkpoint afterwards."""
+    running = start(tmp_path, "killed", 2)
+    running[1].wait(timeout=100)
+    since = time.monotonic()
+    first, second = outcomes(running)
+    assert second[0] == -signal.SIGKILL
+    assert time.monotonic() - since < 60
+    message = "LostProcessError: one of the 2 processes of this training ended, or did not answer for 45 s"
+    assert first[0] == 1 and first[1].startswith(message)
+    assert outcomes(start(tmp_path, "resumed", 2)) == [(0, "")] * 2
+    seen = [torch.load(tmp_path / f"resumed {rank}.pt")["seen"] for rank in (0, 1)]
+    assert seen == [6, 0]  # two meta-epochs of five were kept
+    passes = [json.loads(line) for line in (tmp_path / "run" / METRICS).read_text().splitlines()]
+    assert [(p["meta_epoch"], p["sub_epoch"]) for p in passes] == [divmod(i, 2) for i in range(10)]
+
+
+def test_what_processes_cannot_share():
+    """Told by the process concerned before anything is trained; here it is the second of two, without the first."""
+
+    class Second(Processes):
+        def from_first(self, identity):
+            return identity | {"data": "other"}
+
+    model = HGADModel(HGADConfig(backbone_arch=None, feature_levels=1, feature_dims=(4,), n_classes=1, batch_size=1))
+    data = FeatureSet.from_levels([torch.randn(3, 4, 2, 2)], [0, 0, 0])
+    options = data, None, (), train._Display(False), Step(model, Second(rank=1, count=2))
+    with pytest.raises(ValueError, match="2 processes share batches of 1 pictures, and some get none; start fewer, or"):
+        train._Run(model, *options)
+    model.config = model.config.replace(batch_size=2)
+    with pytest.raises(ValueError, match="process 1 has other data, settings or backbone weights than process 0"):
+        train._Run(model, *options)
+
+
+def test_torchrun_and_the_command_line(tmp_path):
+    generator = np.random.default_rng(0)
+    for name in ("ash", "oak"):
+        folder = tmp_path / "woods" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    settings = ["feature_levels=1", "out_indices=[2]", "coupling_layers=1", "pos_embed_dim=8", "img_size=32"]
+    settings += ["meta_epochs=1", "sub_epochs=1", "batch_size=4", "msk_size=16", "calibration_fraction=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hgad_fast"]
+    command += ["train", str(tmp_path / "woods"), "-o", str(tmp_path / "run"), "--backbone", "test_efficientnet"]
+    command += ["--weights", "random", "--device", "cpu", *(word for text in settings for word in ("--set", text))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"model: {tmp_path / 'run' / MODEL}\n"
+    assert sorted(os.listdir(tmp_path / "run")) == sorted([CHECKPOINT, METRICS, MODEL])
