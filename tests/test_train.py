@@ -481,32 +481,33 @@ def test_a_new_run_replaces_the_files_of_an_older_one(tmp_path):
     assert_equal(resumed.state_dict(), twice.state_dict())
 
 
-KILLED_THREE_TIMES = """
+KILLED_AGAIN_AND_AGAIN = """
     import os, random, signal, sys, time
     from pathlib import Path
     import torch
     from hgad_fast import HGADConfig, HGADModel
 
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+    folder, kills, meta_epochs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     levels = [torch.randn(12, 6, 3, 3, generator=torch.Generator().manual_seed(0))]
+    chance = random.Random(kills)
 
     def run(name):
         config = HGADConfig(
             n_classes=2, n_intra_centers=2, backbone_arch=None, feature_levels=1, feature_dims=(6,), coupling_layers=2,
-            pos_embed_dim=4, meta_epochs=16, sub_epochs=2, batch_size=6, msk_size=8, calibration_fraction=0,
+            pos_embed_dim=4, meta_epochs=meta_epochs, sub_epochs=2, batch_size=6, msk_size=8, calibration_fraction=0,
         )
         HGADModel(config).fit((levels, torch.arange(12) % 2), output_dir=folder / name, resume=True)
 
     metrics = folder / "killed" / "metrics.jsonl"
-    for records in (5, 13, 23):
+    for records in sorted(chance.sample(range(1, 3 * meta_epochs // 2), kills)):
         child = os.fork()
         if child == 0:
             run("killed")
             os._exit(1)  # it came to its end unharmed
         while not metrics.is_file() or metrics.read_text().count("\\n") < records:
-            time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.03))
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the run was over before it could be killed"
@@ -515,11 +516,12 @@ KILLED_THREE_TIMES = """
 """
 
 
-def test_killed_three_times(tmp_path):
-    """SIGKILL at moments that nobody chose: the end is that of an uninterrupted run."""
-    script = textwrap.dedent(KILLED_THREE_TIMES)
+@pytest.mark.parametrize(("kills", "meta_epochs"), [(3, 16), pytest.param(30, 60, marks=pytest.mark.long)])
+def test_killed_again_and_again(tmp_path, kills, meta_epochs):
+    """SIGKILL at chance moments (of a pass, or of what is between two): the end is that of an uninterrupted run."""
+    script = [sys.executable, "-c", textwrap.dedent(KILLED_AGAIN_AND_AGAIN), tmp_path, str(kills), str(meta_epochs)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, capture_output=True, timeout=300)
+    done = subprocess.run(script, env=environment, capture_output=True, timeout=300 * kills)
     assert done.returncode == 0, done.stderr.decode()
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert_equal(HGADModel.load(killed / MODEL).state_dict(), HGADModel.load(whole / MODEL).state_dict())
@@ -527,7 +529,7 @@ def test_killed_three_times(tmp_path):
     assert_equal(states[0]["optimizer"], states[1]["optimizer"])
     assert without_times(metrics(killed)) == without_times(metrics(whole))
     passes = [(record["meta_epoch"], record["sub_epoch"]) for record in metrics(killed)]
-    assert passes == [(m, s) for m in range(16) for s in range(2)]
+    assert passes == [(m, s) for m in range(meta_epochs) for s in range(2)]
     assert sorted(os.listdir(killed)) == sorted([CHECKPOINT, METRICS, MODEL])  # no half-written leftovers
 
 
