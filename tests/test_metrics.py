@@ -17,6 +17,7 @@ from scipy import ndimage
 from skimage.measure import label as label_regions
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from benchmarks.metrics import aupro_800
 from hgad_fast import metrics
 
 EXACT = 1e-9
@@ -49,27 +50,6 @@ def naive_f1_max(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
         f1 = 2 * (alarms & labels).sum() / (alarms.sum() + labels.sum())
         best = max(best, (f1, t))
     return best
-
-
-def aupro_800(maps: Arrays, masks: Arrays) -> float:
-    """The customary procedure: 800 even thresholds, regions labelled anew at each, rates rescaled."""
-    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-    n_normal = sum(np.count_nonzero(mask == 0) for mask in masks)
-    rates, overlaps = [], []
-    for t in np.arange(low, high, (high - low) / 800):
-        false, overlap = 0, []
-        for map_, mask in zip(maps, masks, strict=True):
-            alarms = map_ >= t
-            labelled, n = ndimage.label(mask, np.ones((3, 3)))
-            if n:
-                overlap += list(ndimage.mean(alarms, labelled, range(1, n + 1)))
-            false += np.count_nonzero(alarms & (mask == 0))
-        rates.append(false / n_normal)
-        overlaps.append(np.mean(overlap))
-    x, y = np.array(rates), np.array(overlaps)
-    x, y = x[x < 0.3], y[x < 0.3]
-    x = (x - x.min()) / (x.max() - x.min())
-    return float(((y[:-1] + y[1:]) / 2 * (x[:-1] - x[1:])).sum())
 
 
 def defects(n: int, size: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -137,6 +117,42 @@ def test_scores_and_labels_may_be_lists_arrays_or_tensors() -> None:
         assert metrics.auroc(tensor, torch.tensor(labels)) == expected
     assert metrics.auroc(scores, [bool(y) for y in labels]) == expected
     assert metrics.auroc(np.float16(scores), np.float64(labels)) == expected
+
+
+# AUPRO at 0.3, 0.05 and 1 of `quantised_maps(seed, size, levels)`, computed once with anomalib 2.7.0 (torch 2.14.1,
+# torchmetrics 1.9.0, NumPy 2.4.6, opencv-python-headless 5.0.0.93):
+#     metric = anomalib.metrics.aupro._AUPRO(fpr_limit=limit)
+#     metric.update(torch.from_numpy(maps), torch.from_numpy(masks).float())
+#     metric.compute()
+# The definition is ours: a threshold at every distinct score, 8-connected regions, interpolation at the limit. But it
+# sums in float32.
+ANOMALIB_AUPRO = {
+    (0, 16, 4): (0.5081191658973694, 0.37319716811180115, 0.7560893297195435),
+    (1, 32, 50): (0.7273892164230347, 0.5441709756851196, 0.8753505945205688),
+    (2, 48, 10**6): (0.6297912001609802, 0.5020485520362854, 0.8354126214981079),
+    (3, 64, 10**6): (0.6575838327407837, 0.5409142971038818, 0.8474555015563965),
+}
+
+
+def quantised_maps(seed: int, size: int, levels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Four maps of noise in `levels` steps, more of it within masks of three rectangles; the last has no defect."""
+    random = np.random.RandomState(seed)  # whose numbers NumPy promises not to change
+    masks = np.zeros((4, size, size), bool)
+    for mask in masks[:3]:
+        for _ in range(3):
+            row, column = random.randint(0, size - 4), random.randint(0, size - 4)
+            height, width = random.randint(1, size // 3, 2)
+            mask[row : row + height, column : column + width] = True
+    maps = random.randint(0, levels, masks.shape) + random.randint(0, levels, masks.shape) * masks
+    return (maps / levels).astype(np.float32), masks
+
+
+@pytest.mark.parametrize("case", ANOMALIB_AUPRO)
+def test_aupro_agrees_with_anomalib(case: tuple[int, int, int]) -> None:
+    maps, masks = quantised_maps(*case)
+    figures = metrics.pixel_metrics(maps, masks, (0.3, 0.05, 1.0))
+    found = [figures[f"aupro_{limit}"] for limit in ("0.3", "0.05", "1")]
+    assert found == pytest.approx(ANOMALIB_AUPRO[case], abs=1e-6)  # ten roundings of a float32 near 1
 
 
 @pytest.mark.parametrize("seed", range(3))
