@@ -59,7 +59,7 @@ BUDGETS = {  # of each kernel that a call launches
         "_terms_kernel": Budget(40 << 10),
         "_terms_backward_kernel": Budget(64 << 10),
         "_sum_by_class_kernel": Budget(4 << 10, matrix=False),
-        "_scores_kernel": Budget(64 << 10, concessions={"sm_80": {"spills": 8}, "sm_100": {"spills": 4}}),
+        "_scores_kernel": Budget(64 << 10),
     },
     "mixture, 40 classes": {
         "_terms_kernel": Budget(64 << 10),
