@@ -1,4 +1,4 @@
-"""The command line: `hgad-fast train | score | eval | data | bench | info | demo`.
+"""The command line: `hgad-fast train | score | eval | ablate | data | bench | info | demo`.
 
 Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
 end in one line on stderr and exit code 1.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from .config import HGADConfig
     from .model import HGADModel
 
 app = typer.Typer(
@@ -107,21 +108,12 @@ def train(
     On several GPUs: torchrun --nproc-per-node=GPUS -m hgad_fast train ...
     """
     from . import data as pictures
-    from .config import HGADConfig
     from .evaluate import BestCheckpoint
     from .model import HGADModel
 
     _require_rate(false_alarm_rate)
     dataset = pictures.discover(data)
-    fields: dict[str, Any] = {"n_classes": len(dataset.class_names), "class_names": dataset.class_names}
-    if config is not None:
-        fields |= _json_object(config)
-    fields |= dict(_assignment(text) for text in set_ or [])
-    if backbone is not None:
-        fields["backbone_arch"] = backbone
-    if weights is not None:
-        fields["backbone_weights"] = None if weights == "random" else weights
-    model = HGADModel(HGADConfig.from_fields(fields)).to(_device(device))
+    model = HGADModel(_config(dataset.class_names, config, set_, backbone, weights)).to(_device(device))
     callbacks = [BestCheckpoint(model, dataset, output / "best.safetensors", resume=resume)] if keep_best else []
     model.fit(
         dataset,
@@ -259,6 +251,51 @@ def data(
 
 @app.command()
 @_plain_errors
+def ablate(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Dataset with <class>/test and <class>/ground_truth.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for ablation.json, models and histograms.")
+    ] = Path("ablation"),
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="single-gaussian, inter-class, mutual-information, hgad, hgad-1-centre or hgad-lambda2-1; "
+            "may be repeated; default: all."
+        ),
+    ] = None,
+    training_pictures: Annotated[
+        int | None, typer.Option(help="How many normal pictures of a class are trained on; default: nine in ten.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file with fields of HGADConfig.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of HGADConfig, e.g. --set img_size=512; may be repeated."),
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")] = None,
+    weights: Annotated[str | None, typer.Option(help="'pretrained', a state-dict file, or 'random'.")] = None,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Train variants of HGAD on the same features, and compare their maps: what each part contributes."""
+    from . import ablate as ablation
+    from . import data as pictures
+
+    dataset = pictures.discover(data)
+    found = ablation.run(
+        dataset,
+        _config(dataset.class_names, config, set_, backbone, weights),
+        output,
+        variants=variant or tuple(ablation.VARIANTS),
+        training_pictures=training_pictures,
+        device=_device(device),
+        say=_to_stderr if as_json else print,
+    )
+    if as_json:
+        print(json.dumps(found, indent=2))
+
+
+@app.command()
+@_plain_errors
 def bench(
     cases: Annotated[
         list[str] | None,
@@ -357,6 +394,27 @@ def demo(
 
 def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _config(
+    class_names: tuple[str, ...],
+    file: Path | None,
+    assignments: list[str] | None,
+    backbone: str | None,
+    weights: str | None,
+) -> HGADConfig:
+    """The configuration that the options of `train` and `ablate` ask for."""
+    from .config import HGADConfig
+
+    fields: dict[str, Any] = {"n_classes": len(class_names), "class_names": class_names}
+    if file is not None:
+        fields |= _json_object(file)
+    fields |= dict(_assignment(text) for text in assignments or [])
+    if backbone is not None:
+        fields["backbone_arch"] = backbone
+    if weights is not None:
+        fields["backbone_weights"] = None if weights == "random" else weights
+    return HGADConfig.from_fields(fields)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

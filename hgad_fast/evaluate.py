@@ -359,7 +359,7 @@ class _Tally:
         for sample, m, value, guess in zip(samples, maps, scores.tolist(), inferred, strict=True):
             if sample.mask or not sample.is_anomalous:
                 self.maps.append(m.numpy())
-                self.masks.append(_mask(self.model, sample, m).numpy())
+                self.masks.append(seen_mask(self.model, sample, m).numpy())
             path = sample.path
             if path.is_relative_to(self.dataset.root):
                 path = path.relative_to(self.dataset.root)
@@ -438,7 +438,7 @@ class _Shelf(Sequence[np.ndarray]):
         return np.memmap(self.file, self.dtype, "r", offset, shape)
 
 
-def _mask(model: HGADModel, sample: pictures.Sample, anomaly_map: Tensor) -> Tensor:
+def seen_mask(model: HGADModel, sample: pictures.Sample, anomaly_map: Tensor) -> Tensor:
     """What the model sees of the mask, at the size of the map, (h, w) bool."""
     if sample.mask is None:
         return torch.zeros_like(anomaly_map, dtype=torch.bool)

@@ -1,0 +1,354 @@
+"""What each part of HGAD contributes: variants of one training, compared map by map (`hgad-fast ablate DATA`).
+
+The likelihood map says where a pixel is improbable for its class. The entropy map says where the class is in doubt,
+which only a model of several well-separated classes can tell: mutual information teaches it. Where a single Gaussian
+maps all classes to one place (the "homogeneous mapping" of the paper), anomalous pixels land among the normal ones; the
+histograms of log-density show by how much.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import data as pictures
+from . import metrics, score
+from .calibrate import calibrate_on
+from .config import HGADConfig
+from .evaluate import Features, seen_mask, test_set
+from .features import FeatureSet, feature_set
+from .files import replacing
+from .model import HGADModel
+from .train import MODEL
+
+VARIANTS: dict[str, dict[str, Any]] = {  # fields of the configuration that differ
+    "single-gaussian": {"n_classes": 1, "class_names": ("all",), "n_intra_centers": 1, "loss_terms": ("L_g",)},
+    "inter-class": {"n_intra_centers": 1, "loss_terms": ("L_g",)},
+    "mutual-information": {"n_intra_centers": 1, "loss_terms": ("L_g", "L_mi", "L_e")},
+    "hgad": {},
+    "hgad-1-centre": {"n_intra_centers": 1},
+    "hgad-lambda2-1": {"lambda2": 1.0},
+}
+MAPS = ("likelihood", "entropy", "product", "standardised")
+SETTINGS = ("official", "class given", "class inferred")
+SPLITS = 5  # of the held-out pictures, for the false-alarm rate
+RATES = (0.05, 0.01)
+STRIDE = 2  # of the pixels that the pixel AUROC looks at, in both directions
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What all variants share; `test` holds the features of each test picture."""
+
+    dataset: pictures.Dataset
+    train: FeatureSet
+    held_out: FeatureSet
+    test: list[list[Tensor]]
+
+
+def run(
+    data: pictures.Dataset | str,
+    config: HGADConfig,
+    output: str | Path,
+    *,
+    variants: Sequence[str] = tuple(VARIANTS),
+    training_pictures: int | None = None,
+    features: FeatureSet | None = None,
+    features_of: Features | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train every variant on the same features and compare them on the test pictures.
+
+    Written to `output`: the model and a histogram (``log-density.png``) of each variant in a folder of its own, and
+    ``ablation.json``. A model of the same configuration that lies there already is not trained again.
+
+    Args:
+        data: a dataset with test pictures, or its root.
+        config: what the variants have in common, with the dataset's classes.
+        output: the folder, made if need be.
+        variants: names of `VARIANTS`.
+        training_pictures: how many normal pictures of a class are trained on, drawn from ``config.seed``; the others
+            calibrate. None: all but a tenth.
+        features: features of all training pictures of the dataset, where they are at hand already.
+        features_of: gives the features of a test picture, likewise.
+        device: where to compute.
+        say: told what comes next, and the table.
+
+    Returns:
+        What ``ablation.json`` holds: variant -> "figures" (setting -> map -> image and pixel AUROC, mean and per
+        class), "confusion" and "false_alarms". The settings are the official normalisation with the class given, and
+        the calibrated one with the class given and inferred.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: an unknown variant, a class without pictures to calibrate on, or a dataset without test pictures.
+    """
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("the ablation draws histograms, which need matplotlib: pip install 'hgad-fast[plot]'")
+    base = HGADModel(config).to(device)
+    dataset = test_set(base, data)
+    say("features of the training pictures")
+    normals = features or feature_set(base, dataset)
+    rows, held_out = _drawn(normals.class_ids, training_pictures, config.seed)
+    say("features of the test pictures")
+    features_of = features_of or (lambda sample: score.picture_features(base, pictures.read_image(sample.path)))
+    test = [list(features_of(sample)) for sample in dataset.test]
+    shared = _Data(dataset, normals.subset(rows), normals.subset(held_out), test)
+    found: dict[str, Any] = {"config": json.loads(config.to_json()), "training_pictures": len(rows), "variants": {}}
+    for name in variants:
+        folder = Path(output) / name
+        model = _trained(config.replace(**VARIANTS[name]), shared, folder, device, say)
+        say(f"{name}: comparing")
+        found["variants"][name] = _compare(model, shared, folder)
+        with replacing(Path(output) / "ablation.json") as file:
+            file.write_text(json.dumps(found, indent=2) + "\n")
+    say(table(found))
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Mean image / pixel AUROC in percent, a row a variant and setting, a column a map."""
+    lines = [f"{'mean AUROC in %, image / pixel':<38}" + "".join(f"{name:>16}" for name in MAPS)]
+    for name, variant in found["variants"].items():
+        for setting, maps in variant["figures"].items():
+            cells = (maps[kind]["mean"] if kind in maps else None for kind in MAPS)
+            texts = ("-" if c is None else f"{100 * c[0]:.1f} / {100 * c[1]:.1f}" for c in cells)
+            lines.append(f"{name + ', ' + setting:<38}" + "".join(f"{text:>16}" for text in texts))
+    return "\n".join(lines)
+
+
+def _drawn(class_ids: Tensor, count: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on, `count` of each class, and the others."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen: list[Tensor] = []
+    others: list[Tensor] = []
+    for k in class_ids.unique().tolist():
+        members = (class_ids == k).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        n = len(members) - max(1, len(members) // 10) if count is None else count
+        if n >= len(members):
+            raise ValueError(f"class {k} has {len(members)} training pictures: fewer must be trained on, to calibrate")
+        chosen.append(members[:n])
+        others.append(members[n:])
+    return torch.cat(chosen).sort().values, torch.cat(others).sort().values
+
+
+def _trained(config: HGADConfig, shared: _Data, folder: Path, device: str, say: Callable[[str], None]) -> HGADModel:
+    config = config.replace(calibration_fraction=0.0)  # it is held out already
+    if (folder / MODEL).is_file():
+        model = HGADModel.load(folder / MODEL, device)
+        if _identity(model.config) == _identity(config):
+            return model
+    say(f"{folder.name}: training")
+    model = HGADModel(config).to(device)
+    model.fit(_known_as(model, shared.train), output_dir=folder)
+    return model
+
+
+def _identity(config: HGADConfig) -> HGADConfig:
+    return config.replace(backbone_weights=None, feature_dims=None)  # a path, and what follows from the backbone
+
+
+def _known_as(model: HGADModel, features: FeatureSet) -> FeatureSet:
+    """The features with the classes that the model has: one for all, where it has one."""
+    one = model.config.n_classes == 1
+    return dataclasses.replace(features, class_ids=features.class_ids * 0) if one else features
+
+
+def _compare(model: HGADModel, shared: _Data, folder: Path) -> dict[str, Any]:
+    dataset, held_out = shared.dataset, _known_as(model, shared.held_out)
+    ids = torch.tensor([sample.class_id for sample in dataset.test])
+    own = ids * 0 if model.config.n_classes == 1 else ids
+    inferred = [score.densities(model, features, None)[0] for features in shared.test]
+    given = [
+        found if int(found.class_id) == k else score.densities(model, features, torch.tensor([k]))[0]
+        for found, features, k in zip(inferred, shared.test, own.tolist(), strict=True)
+    ]
+    calibrate_on(model, held_out)
+    scale = _Scale.of(model, held_out)
+    classes = [(name, (ids == k).nonzero().flatten().tolist()) for k, name in enumerate(dataset.class_names)]
+    classes = [(name, rows) for name, rows in classes if rows]
+    figures: dict[str, dict[str, dict[str, Any]]] = {setting: {} for setting in SETTINGS}
+    for name, rows in classes:
+        samples = [dataset.test[i] for i in rows]
+        for setting, densities in zip(SETTINGS, (given, given, inferred), strict=True):
+            mine = [densities[i] for i in rows]
+            maps = _official(mine, model) if setting == "official" else scale.maps(mine)
+            for kind, values in maps.items():
+                figures[setting].setdefault(kind, {})[name] = _aurocs(model, samples, values)
+    for setting in SETTINGS:
+        for rows_of_map in figures[setting].values():
+            rows_of_map["mean"] = np.nanmean(list(rows_of_map.values()), 0).tolist()
+    names = [model.class_names[int(found.class_id)] for found in inferred]
+    confusion = {
+        name: {other: [names[i] for i in rows].count(other) for other in model.class_names} for name, rows in classes
+    }
+    _histogram(model, shared, given, folder / "log-density.png")
+    return {"figures": figures, "confusion": confusion, "false_alarms": _false_alarms(model, shared, inferred)}
+
+
+def _likelihood(found: score.Densities) -> score.Densities:
+    """As of a model of one class, whose map is the likelihood alone."""
+    return dataclasses.replace(found, n_classes=1)
+
+
+def _entropy(found: score.Densities) -> score.Densities:
+    """The entropy in the place of the likelihood."""
+    return dataclasses.replace(found, logps=found.neg_entropy, n_classes=1)
+
+
+def _official(parts: list[score.Densities], model: HGADModel) -> dict[str, list[Tensor]]:
+    size = model.config.msk_size
+    maps = {"likelihood": score.official_maps([_likelihood(part) for part in parts], size)}
+    if model.config.n_classes > 1:
+        maps["entropy"] = score.official_maps([_entropy(part) for part in parts], size)
+        maps["product"] = maps["likelihood"] * maps["entropy"]
+    return {kind: list(values) for kind, values in maps.items()}
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Constants of the calibrated maps of each class, from held-out normal pictures alone."""
+
+    model: HGADModel
+    means: Tensor  # (K, 2): of likelihood and entropy map over the pixels
+    stds: Tensor  # (K, 2)
+
+    @classmethod
+    def of(cls, model: HGADModel, held_out: FeatureSet, at_most: int = 32) -> _Scale:
+        """From `at_most` pictures a class: they have pixels enough."""
+        blank = torch.zeros(model.config.n_classes, 2)
+        scale, means, stds = cls(model, blank, blank), blank.clone(), blank.clone()
+        for k in range(model.config.n_classes):
+            rows = (held_out.class_ids == k).nonzero().flatten()[:at_most].tolist()
+            maps = [scale._factors(_of_picture(model, held_out, i)) for i in rows]
+            for j, values in enumerate(zip(*maps, strict=True)):
+                pixels = torch.stack(values)
+                means[k, j], stds[k, j] = pixels.mean(), pixels.std().clamp(min=1e-12)
+        return cls(model, means, stds)
+
+    def _factors(self, found: score.Densities) -> list[Tensor]:
+        calibration = self.model.calibration
+        assert calibration is not None
+        size = self.model.config.msk_size
+        likelihood = score.calibrated_maps(_likelihood(found), calibration.level_max, size)[0]
+        if found.n_classes == 1:
+            return [likelihood]
+        return [likelihood, score.calibrated_maps(_entropy(found), torch.zeros_like(calibration.level_max), size)[0]]
+
+    def maps(self, parts: list[score.Densities]) -> dict[str, list[Tensor]]:
+        maps: dict[str, list[Tensor]] = {}
+        for part in parts:
+            k, factors = int(part.class_id), self._factors(part)
+            found = dict(zip(MAPS, factors, strict=False))
+            if len(factors) > 1:
+                found["product"] = factors[0] * factors[1]
+                found["standardised"] = sum(
+                    (m - mean) / std for m, mean, std in zip(factors, self.means[k], self.stds[k], strict=True)
+                )
+            for kind, values in found.items():
+                maps.setdefault(kind, []).append(values)
+        return maps
+
+
+def _of_picture(model: HGADModel, features: FeatureSet, i: int) -> score.Densities:
+    levels = [level[None].to(model.device) for level in features.images[i]]
+    return score.densities(model, levels, features.class_ids[i : i + 1])[0]
+
+
+def _aurocs(model: HGADModel, samples: list[pictures.Sample], maps: list[Tensor]) -> tuple[float, float]:
+    """Image and pixel AUROC of one class, NaN where its test set cannot tell."""
+    labels = [sample.is_anomalous for sample in samples]
+    image = metrics.auroc([float(m.max()) for m in maps], labels) if 0 < sum(labels) < len(labels) else math.nan
+    told = [(s, m.cpu()) for s, m in zip(samples, maps, strict=True) if s.mask or not s.is_anomalous]
+    truth = torch.cat([seen_mask(model, s, m)[::STRIDE, ::STRIDE].flatten() for s, m in told])
+    if truth.all() or not truth.any():
+        return image, math.nan
+    return image, metrics.auroc(torch.cat([m[::STRIDE, ::STRIDE].flatten() for _, m in told]), truth)
+
+
+def _false_alarms(model: HGADModel, shared: _Data, inferred: list[score.Densities]) -> dict[str, Any]:
+    """Pictures called anomalous over several calibrations, each on a third of the held-out pictures of every class."""
+    anomalous = torch.tensor([sample.is_anomalous for sample in shared.dataset.test])
+    class_ids = torch.cat([found.class_id for found in inferred])
+    held_out = _known_as(model, shared.held_out)
+    splits: list[dict[str, Any]] = []
+    for seed in range(SPLITS):
+        generator, rows = torch.Generator().manual_seed(seed), []
+        for k in held_out.class_ids.unique().tolist():
+            members = (held_out.class_ids == k).nonzero().flatten()
+            chosen = torch.randperm(len(members), generator=generator)[: max(1, len(members) // 3)]
+            rows.append(members[chosen])
+        calibrate_on(model, held_out.subset(torch.cat(rows).sort().values), false_alarm_rate=min(RATES))
+        calibration = model.calibration
+        assert calibration is not None
+        maps = (score.calibrated_maps(found, calibration.level_max, model.config.msk_size) for found in inferred)
+        scores = torch.stack([m.max() for m in maps])
+        for rate in RATES:
+            calibration.false_alarm_rate = rate
+            _, flagged, _, attainable = calibration.judge(scores, class_ids)
+            splits.append(
+                {
+                    "seed": seed,
+                    "nominal": rate,
+                    "attainable": float(attainable[~anomalous].mean()),
+                    "calibration_pictures": len(calibration.scores),
+                    "normal_pictures": int((~anomalous).sum()),
+                    "false_alarms": int(flagged[~anomalous].sum()),
+                    "recall": float(flagged[anomalous].double().mean()),
+                }
+            )
+    pooled = {}
+    for rate in RATES:
+        mine = [split for split in splits if split["nominal"] == rate]
+        alarms, pictures_seen = (sum(s[key] for s in mine) for key in ("false_alarms", "normal_pictures"))
+        pooled[str(rate)] = {
+            "false_alarm_rate": alarms / pictures_seen if pictures_seen else None,
+            "recall": float(np.mean([s["recall"] for s in mine])),
+            "interval_95_of_one_split": _binomial(rate, mine[0]["normal_pictures"]),
+        }
+    return {"splits": splits, "pooled": pooled}
+
+
+def _binomial(rate: float, n: int) -> list[float]:
+    """Where 95% of the shares lie that n pictures give at a rate."""
+    from scipy.stats import binom
+
+    return [float(binom.ppf(q, n, rate)) / max(n, 1) for q in (0.025, 0.975)]
+
+
+def _histogram(model: HGADModel, shared: _Data, given: list[score.Densities], path: Path) -> None:
+    """Log-density over C of normal and anomalous pixels of the finest level, a panel a class."""
+    from matplotlib.figure import Figure
+
+    names = shared.dataset.class_names
+    figure = Figure(figsize=(3 * len(names), 2.6), layout="constrained")
+    for k, (name, axes) in enumerate(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)):
+        normal, anomalous = [], []
+        for sample, found in zip(shared.dataset.test, given, strict=True):
+            if sample.class_id == k and (sample.mask or not sample.is_anomalous):
+                density = found.logps[0][0].cpu()
+                mask = seen_mask(model, sample, density)
+                normal.append(density[~mask])
+                anomalous.append(density[mask])
+        for values, label in ((normal, "normal"), (anomalous, "anomalous")):
+            pixels = torch.cat(values) if values else torch.empty(0)
+            if len(pixels):
+                axes.hist(pixels.numpy(), bins=60, density=True, histtype="stepfilled", alpha=0.5, label=label)
+        axes.set(title=name, xlabel="log-density / C", yticks=[])
+    axes.legend()
+    with replacing(path) as file:
+        figure.savefig(file, dpi=100)

@@ -1,0 +1,145 @@
+"""The ablation: its product map is what `evaluate` measures, its constants come from held-out normal pictures alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hgad_fast import HGADConfig, HGADModel, ablate, data, score
+from hgad_fast.evaluate import evaluate
+from hgad_fast.features import feature_set
+from hgad_fast.train import MODEL
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two textures, one coarse, one fine; defects are white spots."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for k, name in enumerate(("coarse", "fine")):
+        for folder, count in (("train/good", 10), ("test/good", 3), ("test/spot", 3)):
+            for i in range(count):
+                array = (
+                    rng.integers(60, 190, (8 * (k + 1),) * 2).astype(np.uint8).repeat(6 - 3 * k, 0).repeat(6 - 3 * k, 1)
+                )
+                path = root / name / folder / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if folder.endswith("spot"):
+                    mask = np.zeros_like(array)
+                    mask[10:25, 10 + i : 30] = 255
+                    array = np.maximum(array, mask)
+                    (root / name / "ground_truth/spot").mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(mask).save(root / name / "ground_truth/spot" / f"{i}_mask.png")
+                Image.fromarray(array).save(path)
+    return root
+
+
+CONFIG = HGADConfig(
+    n_classes=2,
+    class_names=("coarse", "fine"),
+    n_intra_centers=2,
+    backbone_arch="test_efficientnet",
+    backbone_weights=None,
+    out_indices=(1,),
+    feature_levels=2,
+    coupling_layers=1,
+    pos_embed_dim=8,
+    img_size=64,
+    msk_size=24,
+    meta_epochs=3,
+    sub_epochs=1,
+    lr=0.01,
+)
+
+
+@pytest.fixture(scope="module")
+def ablation(root, tmp_path_factory):
+    output, patch = tmp_path_factory.mktemp("out"), pytest.MonkeyPatch()
+    patch.setattr(ablate, "STRIDE", 1)
+    said: list[str] = []
+    variants = ["single-gaussian", "hgad"]
+    found = ablate.run(root, CONFIG, output, variants=variants, training_pictures=6, say=said.append)
+    patch.undo()
+    return output, found, said
+
+
+def test_the_product_is_what_evaluate_measures(ablation, root):
+    output, found, said = ablation
+    model = HGADModel.load(output / "hgad" / MODEL)
+    normals = feature_set(model, data.discover(root))
+    rows, others = ablate._drawn(normals.class_ids, 6, CONFIG.seed)
+    assert sorted(torch.cat([rows, others]).tolist()) == list(range(20)) and len(rows) == 12
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate(normals.subset(others))
+    expected = evaluate(model, root, details=False)
+    figures = found["variants"]["hgad"]["figures"]
+    for setting, protocol in (("official", "official"), ("class inferred", "honest")):
+        for name in ("coarse", "fine"):
+            row = expected.figures[protocol][name]
+            ours = figures[setting]["product"][name]
+            assert ours == pytest.approx((row.image_auroc, row.pixel_auroc), abs=1e-6)
+        mean = expected.mean(protocol)
+        assert figures[setting]["product"]["mean"] == pytest.approx([mean.image_auroc, mean.pixel_auroc], abs=1e-6)
+    confusion = found["variants"]["hgad"]["confusion"]
+    assert {k: {o: n for o, n in row.items() if n} for k, row in confusion.items()} == expected.confusion
+    assert f"{100 * mean.image_auroc:.1f} / {100 * mean.pixel_auroc:.1f}" in said[-1]
+
+
+def test_one_gaussian_has_the_likelihood_alone_and_knows_no_class(ablation):
+    variant = ablation[1]["variants"]["single-gaussian"]
+    assert all(list(maps) == ["likelihood"] for maps in variant["figures"].values())
+    assert variant["figures"]["class given"] == variant["figures"]["class inferred"]
+    assert variant["confusion"] == {"coarse": {"all": 6}, "fine": {"all": 6}}
+
+
+def test_standardised_maps_have_mean_0_and_spread_1_on_the_normals_they_come_from(ablation, root):
+    model = HGADModel.load(ablation[0] / "hgad" / MODEL)
+    held_out = feature_set(model, data.discover(root)).subset(torch.tensor([0, 1, 2, 15, 16, 17]))
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate(held_out)
+    scale = ablate._Scale.of(model, held_out)
+    for k in range(2):
+        factors = [scale._factors(ablate._of_picture(model, held_out, 3 * k + i)) for i in range(3)]
+        total = 0
+        for j, values in enumerate(zip(*factors, strict=True)):
+            pixels = torch.stack(values)
+            total = total + (pixels - pixels.mean()) / pixels.std()
+            torch.testing.assert_close(scale.means[k, j], pixels.mean())
+        parts = [ablate._of_picture(model, held_out, 3 * k + i) for i in range(3)]
+        maps = scale.maps(parts)
+        torch.testing.assert_close(torch.stack(maps["standardised"]), total, rtol=1e-4, atol=1e-4)
+        whole = score.calibrated_maps(parts[0], model.calibration.level_max, CONFIG.msk_size)[0]
+        torch.testing.assert_close(maps["product"][0], whole)
+
+
+def test_false_alarms_are_counted_over_splits(ablation):
+    alarms = ablation[1]["variants"]["hgad"]["false_alarms"]
+    assert len(alarms["splits"]) == ablate.SPLITS * len(ablate.RATES)
+    for rate, pooled in alarms["pooled"].items():
+        mine = [split for split in alarms["splits"] if str(split["nominal"]) == rate]
+        assert {split["calibration_pictures"] for split in mine} == {2} and {s["normal_pictures"] for s in mine} == {6}
+        assert pooled["false_alarm_rate"] == sum(split["false_alarms"] for split in mine) / (6 * ablate.SPLITS)
+        assert pooled["recall"] == pytest.approx(np.mean([split["recall"] for split in mine]))
+    assert ablate._binomial(0.05, 207) == [5 / 207, 17 / 207]
+
+
+def test_what_is_written_is_used_again(ablation, root, monkeypatch):
+    output, found, _ = ablation
+    assert json.loads((output / "ablation.json").read_text()) == json.loads(json.dumps(found))
+    for name in found["variants"]:
+        with Image.open(output / name / "log-density.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 10
+    monkeypatch.setattr(HGADModel, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(ablate, "STRIDE", 1)
+    again = ablate.run(root, CONFIG, output, variants=["hgad"], training_pictures=6, say=lambda text: None)
+    assert json.dumps(again["variants"]["hgad"]) == json.dumps(found["variants"]["hgad"])
+
+
+def test_what_cannot_be(root, tmp_path):
+    with pytest.raises(ValueError, match="there is no variant 'hgda'; there are single-gaussian, "):
+        ablate.run(root, CONFIG, tmp_path, variants=["hgda"])
+    with pytest.raises(ValueError, match="class 0 has 10 training pictures: fewer must be trained on"):
+        ablate.run(root, CONFIG, tmp_path, training_pictures=10, say=lambda text: None)
