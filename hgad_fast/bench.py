@@ -642,13 +642,15 @@ def official_loop_case(problem: Problem) -> list[Contender]:
 
 
 def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence[Tensor]) -> list[Contender]:
-    """Our step from `inputs` at every precision, on CUDA also with the activations kept, and the peers' step."""
+    """Our step from `inputs` at every precision, and with the kind of memory that "auto" does not take; the peers'."""
     size = problem.size
     flop = flow_flop(size, dense=False, backward=True)
     flop += mixture_flop(size, size.classes + size.centres, backward=True)
     variants = [(_named("hgad_fast", precision), precision, "auto") for precision in problem.precisions]
     if "bf16" in problem.precisions:  # "auto" is "reversible" on CUDA
         variants.append(("hgad_fast, bf16, standard memory", "bf16", "standard"))
+    else:
+        variants.append(("hgad_fast, reversible", "fp32", "reversible"))
     contenders = []
     for name, precision, memory in variants:
         model = problem.ours(precision, memory)

@@ -1,0 +1,184 @@
+"""What training costs as it grows, for docs/scaling.md: `python -m benchmarks.scaling`, minutes on a CPU.
+
+Bytes that a forward pass keeps for the backward one, per pixel, parameters not counted: from autograd's own records of
+what it saves, and by the resident memory of a process. Errors of float32 gradients against float64, and of the inputs
+that reversible memory rebuilds. A training step at several sizes against the official formulation; nothing else should
+run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from hgad_fast import bench, ops
+from hgad_fast.bench import HEADLINE, Size
+
+CPU = torch.device("cpu")
+SMALL = replace(HEADLINE, height=8, width=8)  # 512 pixels
+TIMED = (
+    HEADLINE,
+    SMALL,
+    replace(HEADLINE, height=32, width=32),
+    *(replace(SMALL, blocks=blocks) for blocks in (6, 24, 48)),
+    *(replace(SMALL, classes=classes) for classes in (200, 1000)),
+)
+KINDS = (("official", 0), ("standard", 0), ("reversible", 0), ("reversible", 4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
+    parser.add_argument("--resident", nargs=4, help=argparse.SUPPRESS)  # kind, every, blocks, pixels a side
+    options = parser.parse_args()
+    if options.resident:
+        kind, *numbers = options.resident
+        print(resident_bytes_here(kind, *map(int, numbers)))
+        return
+    about = bench.environment(CPU)
+    found: dict[str, Any] = {"kept": [], "gradients": gradient_errors(), "drift": []}
+    for blocks in (12, 48):
+        size = replace(HEADLINE, blocks=blocks)
+        for kind, every in KINDS:
+            figures = {"recorded": kept_bytes(size, kind, every)}
+            if (kind, every) == ("reversible", 0) or blocks == 12:
+                figures["resident"] = resident_bytes(size, kind, every)
+            found["kept"].append({"blocks": blocks, "memory": kind, "checkpoint_every": every} | figures)
+            print(found["kept"][-1], flush=True)
+        for every in (0, 12, 4):
+            found["drift"].append({"blocks": blocks, "checkpoint_every": every, "relative": drift(blocks, every)})
+    print(found["gradients"], *found["drift"], sep="\n", flush=True)
+    outcomes: list[bench.Outcome] = []
+    for size in TIMED:
+        outcomes += bench.measure("training", size, CPU, seconds_in_all=8)
+        bench.save(outcomes, options.output, about, **found)
+        print(size, flush=True)
+    print(bench.table(outcomes))
+
+
+def forward(problem: bench.Problem, kind: str, every: int) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+    """The loss of a training step of stage 2, and the parameters behind it by their official names."""
+    if kind == "official":
+        level = problem.official
+        arguments = problem.x, problem.labels, problem.onehot, problem.position
+        return lambda: bench.official_loss(level(*arguments, stage=2)), trained(level.flow, level.mixture)
+    model = problem.model
+    model.memory, model.checkpoint_every = kind, every
+    flow, mixture = model.nfs[0], model.mixture
+    grid = flow.grid(problem.size.height, problem.size.width)
+
+    def loss() -> Tensor:
+        z, log_det = flow(problem.x, grid)
+        terms = mixture.losses(z, log_det, problem.image_labels, 0, stage=2, label_smoothing=problem.smoothing)
+        return bench.official_loss({name: term.mean() for name, term in terms.items()})
+
+    return loss, trained(flow, mixture.level(0))
+
+
+def trained(flow: nn.Module, mixture: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    named = dict(flow.named_parameters()) | dict(zip(bench.MIXTURE, mixture, strict=True))
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+
+def kept_bytes(size: Size, kind: str, every: int) -> float:
+    """Bytes a pixel in autograd's records: what they grow by with each image, so that parameters do not count."""
+
+    def kept(images: int) -> int:
+        loss, _ = forward(bench.Problem(replace(size, images=images, height=8, width=8), CPU), kind, every)
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss()
+        return sum(storage.nbytes() for storage in storages.values())
+
+    return (kept(3) - kept(1)) / (2 * 64)
+
+
+def resident_bytes(size: Size, kind: str, every: int) -> float:
+    """Bytes a pixel by which a process grows in the forward pass: from the difference of two numbers of pixels."""
+
+    def grown(side: int) -> int:
+        words = [kind, str(every), str(size.blocks), str(side)]
+        command = [sys.executable, "-m", "benchmarks.scaling", "--resident", *words]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    few, many = 8, 24
+    return (grown(many) - grown(few)) / (HEADLINE.images * (many**2 - few**2))
+
+
+def resident_bytes_here(kind: str, every: int, blocks: int, side: int) -> int:
+    problem = bench.Problem(replace(HEADLINE, blocks=blocks, height=side, width=side), CPU)
+    loss, _ = forward(problem, kind, every)
+    loss().backward()  # what a process needs once
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    alive = loss()
+    gc.collect()
+    after = psutil.Process().memory_info().rss
+    del alive
+    return after - before
+
+
+def gradient_errors(seeds: int = 5) -> dict[str, Any]:
+    """Median over the seeds of the Frobenius-relative error of all gradients of a step, float32 against float64."""
+    errors: dict[str, list[float]] = {f"{kind}, checkpoint_every={every}": [] for kind, every in KINDS}
+    for seed in range(seeds):
+        problem = bench.Problem(SMALL, CPU)
+        problem.x = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(seed))
+        exact = copy.copy(problem)
+        exact.official = copy.deepcopy(problem.official).double()
+        exact.x, exact.onehot, exact.position = (t.double() for t in (problem.x, problem.onehot, problem.position))
+        loss, parameters = forward(exact, "official", 0)
+        right = dict(zip(parameters, torch.autograd.grad(loss(), list(parameters.values())), strict=True))
+        for kind, every in KINDS:
+            loss, parameters = forward(problem, kind, every)
+            found = dict(zip(parameters, torch.autograd.grad(loss(), list(parameters.values())), strict=True))
+            ours, theirs = (torch.cat([grads[name].double().flatten() for name in right]) for grads in (found, right))
+            errors[f"{kind}, checkpoint_every={every}"].append(bench.relative_error(ours, theirs))
+    medians = {name: statistics.median(values) for name, values in errors.items()}
+    return {"pixels": SMALL.pixels, "each": errors, "median": medians}
+
+
+def drift(blocks: int, every: int) -> float:
+    """Frobenius-relative error of the rebuilt input of the first block, in float32."""
+    problem = bench.Problem(replace(SMALL, images=1, blocks=blocks), CPU)
+    loss, _ = forward(problem, "reversible", every)
+    value, rebuilt = loss(), {}
+    subnet, backward = ops._subnet, ops.affine_coupling_backward
+
+    def seen_subnet(x1: Tensor, *rest: Any) -> Any:
+        rebuilt["x1"] = x1.clone()
+        return subnet(x1, *rest)
+
+    def seen_backward(*arguments: Any, **options: Any) -> Any:
+        found = backward(*arguments, **options)
+        rebuilt["x2"] = found[3].clone()
+        return found
+
+    with (
+        mock.patch.object(ops, "_subnet", seen_subnet),
+        mock.patch.object(ops, "affine_coupling_backward", seen_backward),
+    ):
+        value.backward()  # ends with the first block
+    return bench.relative_error(torch.cat([rebuilt["x1"], rebuilt["x2"]], 1), problem.x)
+
+
+if __name__ == "__main__":
+    main()
