@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -49,24 +50,28 @@ def main() -> None:
         print(resident_bytes_here(kind, *map(int, numbers)))
         return
     about = bench.environment(CPU)
-    found: dict[str, Any] = {"kept": [], "gradients": gradient_errors(), "drift": []}
+    outcomes: list[bench.Outcome] = []
+    found: dict[str, Any] = {"kept": [], "drift": [], "gradients": {}}
+
+    def save(*lines: Any) -> None:
+        bench.save(outcomes, options.output, about, **found)
+        print(*lines, sep="\n", flush=True)
+
+    for size in TIMED:
+        measured = bench.measure("training", size, CPU, seconds_in_all=8)
+        outcomes += measured
+        save(bench.table(measured))
     for blocks in (12, 48):
         size = replace(HEADLINE, blocks=blocks)
-        for kind, every in KINDS:
-            figures = {"recorded": kept_bytes(size, kind, every)}
-            if (kind, every) == ("reversible", 0) or blocks == 12:
-                figures["resident"] = resident_bytes(size, kind, every)
+        for kind, every in KINDS if blocks == 12 else KINDS[2:]:
+            figures = {"recorded": kept_bytes(size, kind, every), "resident": resident_bytes(size, kind, every)}
             found["kept"].append({"blocks": blocks, "memory": kind, "checkpoint_every": every} | figures)
-            print(found["kept"][-1], flush=True)
+            save(found["kept"][-1])
         for every in (0, 12, 4):
             found["drift"].append({"blocks": blocks, "checkpoint_every": every, "relative": drift(blocks, every)})
-    print(found["gradients"], *found["drift"], sep="\n", flush=True)
-    outcomes: list[bench.Outcome] = []
-    for size in TIMED:
-        outcomes += bench.measure("training", size, CPU, seconds_in_all=8)
-        bench.save(outcomes, options.output, about, **found)
-        print(size, flush=True)
-    print(bench.table(outcomes))
+            save(found["drift"][-1])
+    found["gradients"] = gradient_errors()
+    save(found["gradients"])
 
 
 def forward(problem: bench.Problem, kind: str, every: int) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
@@ -117,7 +122,8 @@ def resident_bytes(size: Size, kind: str, every: int) -> float:
     def grown(side: int) -> int:
         words = [kind, str(every), str(size.blocks), str(side)]
         command = [sys.executable, "-m", "benchmarks.scaling", "--resident", *words]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is let go returns to the system at once
+        return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
     few, many = 8, 24
     return (grown(many) - grown(few)) / (HEADLINE.images * (many**2 - few**2))
