@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,9 @@ from torch import Tensor
 
 from hgad_fast import bench, ops
 from hgad_fast.bench import HEADLINE, LARGE, MILLION_PIXELS, Size, relative_error
+from hgad_fast.model import HGADModel
+from hgad_fast.processes import Processes
+from hgad_fast.step import Step
 
 # Frobenius-relative, against float64. Products of float32 accuracy (tf32x3, or float32 itself) are bound more loosely
 # than in tests/test_kernels.py: tensor cores sum in an order and with a rounding of their own.
@@ -181,7 +186,9 @@ def plan(device: torch.device, quick: bool = False) -> list[Job]:
             name = check.__name__.removeprefix("check_")
             jobs.append(Job(f"{name} against float64, {label}", lambda check=check, size=size: check(size, device)))
     alike = bench.QUICK if quick else replace(LARGE, blocks=4)
+    steps = bench.QUICK if quick else LARGE
     jobs += [
+        Job("training steps of three levels", lambda: check_steps(steps, device)),
         Job("bitwise determinism", lambda: check_determinism(alike, device)),
         Job("torch.compile of a training step", lambda: check_compile(bench.QUICK, device)),
     ]
@@ -398,6 +405,49 @@ def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[C
                 for a, b in zip(first, once(labels, precision), strict=True)
             )
             checks.append(Check(f"{runs} runs alike, {precision}, a label {per}", differing, 0, "tensors that differ"))
+    return checks
+
+
+def check_steps(size: Size, device: torch.device, steps: int = 8) -> list[Check]:
+    """Steps of three levels, as `fit` makes them for pictures of 1024 px: recorded ones have the losses of eager ones.
+
+    The notes tell the median time of a step and its peak memory, and how many pictures would fit in 16 GB at so much a
+    picture; the official formulation takes its levels one after the other.
+    """
+    maps = [(max(size.height >> level, 1), max(size.width >> level, 1)) for level in range(3)]
+    problems = [bench.Problem(replace(size, height=h, width=w), device) for h, w in maps]
+    config = problems[0].model.config.replace(feature_levels=3, feature_dims=(size.channels,) * 3)
+    draw = Draw(torch.device("cpu"))
+    images = [[draw.normal(size.channels, h, w) for h, w in maps] for _ in range(size.images)]
+    labels = draw.labels(size.images, size.classes)
+    graphs = (False, True) if device.type == "cuda" else (False,)
+    losses: dict[str, Tensor] = {}
+    works: dict[str, Callable[[], Any]] = {}
+    for graph in graphs:
+        name = "recorded" if graph else "eager"
+        step = Step(HGADModel(config).to(device), Processes(), graph)
+        losses[name] = torch.stack([step(images, labels, 2, 1e-4) for _ in range(steps)])
+        works[name] = functools.partial(step, images, labels, 2, 1e-4)
+    for compiled in (False, True) if device.type == "cuda" else (False,):
+        levels = []
+        for problem in problems:
+            (contender,) = (each for each in bench.training_case(problem) if each.name == problem.peer)
+            levels.append(bench.compile_contender(contender) if compiled else contender)
+        works[f"{problems[0].peer}{', compiled' if compiled else ''}"] = lambda levels=levels: [
+            level() for level in levels
+        ]
+    checks = []
+    for name, work in works.items():
+        error = relative_error(losses[name].double(), losses["eager"].double()) if name in losses else 0.0
+        try:
+            times = [bench.seconds(work, device) for _ in range(steps)]
+            peak = bench.peak_memory(work, device)
+        except torch.OutOfMemoryError:
+            checks.append(Check(f"training steps of three levels, {name}", 0, BACKWARD, bench.OUT_OF_MEMORY))
+            continue
+        note = f"{1e3 * statistics.median(times):.1f} ms, {peak / 1e9:.2f} GB beyond model and optimizer"
+        note += f", {int(16e9 / max(peak / size.images, 1))} pictures in 16 GB"
+        checks.append(Check(f"training steps of three levels, {name}", error, BACKWARD, note))
     return checks
 
 
