@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import data as pictures
 from . import metrics, score
+from .bench import environment
 from .calibrate import calibrate_on
 from .config import HGADConfig
 from .evaluate import Features, seen_mask, test_set
@@ -107,7 +108,8 @@ def run(
     features_of = features_of or (lambda sample: score.picture_features(base, pictures.read_image(sample.path)))
     test = [list(features_of(sample)) for sample in dataset.test]
     shared = _Data(dataset, normals.subset(rows), normals.subset(held_out), test)
-    found: dict[str, Any] = {"config": json.loads(config.to_json()), "training_pictures": len(rows), "variants": {}}
+    found: dict[str, Any] = environment(torch.device(device))
+    found |= {"config": json.loads(config.to_json()), "training_pictures": len(rows), "variants": {}}
     for name in variants:
         folder = Path(output) / name
         model = _trained(config.replace(**VARIANTS[name]), shared, folder, device, say)
