@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from . import data as pictures
 from . import metrics, score
-from .calibrate import calibrate_on
+from .bench import environment
+from .calibrate import Calibration, calibrate_on
 from .config import HGADConfig
 from .evaluate import Features, seen_mask, test_set
 from .features import FeatureSet, feature_set
@@ -107,7 +109,8 @@ def run(
     features_of = features_of or (lambda sample: score.picture_features(base, pictures.read_image(sample.path)))
     test = [list(features_of(sample)) for sample in dataset.test]
     shared = _Data(dataset, normals.subset(rows), normals.subset(held_out), test)
-    found: dict[str, Any] = {"config": json.loads(config.to_json()), "training_pictures": len(rows), "variants": {}}
+    found: dict[str, Any] = environment(torch.device(device))
+    found |= {"config": json.loads(config.to_json()), "training_pictures": len(rows), "variants": {}}
     for name in variants:
         folder = Path(output) / name
         model = _trained(config.replace(**VARIANTS[name]), shared, folder, device, say)
@@ -177,8 +180,7 @@ def _compare(model: HGADModel, shared: _Data, folder: Path) -> dict[str, Any]:
         found if int(found.class_id) == k else score.densities(model, features, torch.tensor([k]))[0]
         for found, features, k in zip(inferred, shared.test, own.tolist(), strict=True)
     ]
-    calibrate_on(model, held_out)
-    scale = _Scale.of(model, held_out)
+    _calibrate(model, held_out, "standardised")
     classes = [(name, (ids == k).nonzero().flatten().tolist()) for k, name in enumerate(dataset.class_names)]
     classes = [(name, rows) for name, rows in classes if rows]
     figures: dict[str, dict[str, dict[str, Any]]] = {setting: {} for setting in SETTINGS}
@@ -186,7 +188,7 @@ def _compare(model: HGADModel, shared: _Data, folder: Path) -> dict[str, Any]:
         samples = [dataset.test[i] for i in rows]
         for setting, densities in zip(SETTINGS, (given, given, inferred), strict=True):
             mine = [densities[i] for i in rows]
-            maps = _official(mine, model) if setting == "official" else scale.maps(mine)
+            maps = (_official if setting == "official" else _calibrated)(mine, model)
             for kind, values in maps.items():
                 figures[setting].setdefault(kind, {})[name] = _aurocs(model, samples, values)
     for setting in SETTINGS:
@@ -198,6 +200,15 @@ def _compare(model: HGADModel, shared: _Data, folder: Path) -> dict[str, Any]:
     }
     _histogram(model, shared, given, folder / "log-density.png")
     return {"figures": figures, "confusion": confusion, "false_alarms": _false_alarms(model, shared, inferred)}
+
+
+def _calibrate(model: HGADModel, held_out: FeatureSet, fusion: str) -> Calibration:
+    model.config = model.config.replace(fusion=fusion)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # rates that are out of reach are part of the result
+        calibrate_on(model, held_out, false_alarm_rate=min(RATES))
+    assert model.calibration is not None
+    return model.calibration
 
 
 def _likelihood(found: score.Densities) -> score.Densities:
@@ -219,54 +230,21 @@ def _official(parts: list[score.Densities], model: HGADModel) -> dict[str, list[
     return {kind: list(values) for kind, values in maps.items()}
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """Constants of the calibrated maps of each class, from held-out normal pictures alone."""
-
-    model: HGADModel
-    means: Tensor  # (K, 2): of likelihood and entropy map over the pixels
-    stds: Tensor  # (K, 2)
-
-    @classmethod
-    def of(cls, model: HGADModel, held_out: FeatureSet, at_most: int = 32) -> _Scale:
-        """From `at_most` pictures a class: they have pixels enough."""
-        blank = torch.zeros(model.config.n_classes, 2)
-        scale, means, stds = cls(model, blank, blank), blank.clone(), blank.clone()
-        for k in range(model.config.n_classes):
-            rows = (held_out.class_ids == k).nonzero().flatten()[:at_most].tolist()
-            maps = [scale._factors(_of_picture(model, held_out, i)) for i in rows]
-            for j, values in enumerate(zip(*maps, strict=True)):
-                pixels = torch.stack(values)
-                means[k, j], stds[k, j] = pixels.mean(), pixels.std().clamp(min=1e-12)
-        return cls(model, means, stds)
-
-    def _factors(self, found: score.Densities) -> list[Tensor]:
-        calibration = self.model.calibration
-        assert calibration is not None
-        size = self.model.config.msk_size
-        likelihood = score.calibrated_maps(_likelihood(found), calibration.level_max, size)[0]
-        if found.n_classes == 1:
-            return [likelihood]
-        return [likelihood, score.calibrated_maps(_entropy(found), torch.zeros_like(calibration.level_max), size)[0]]
-
-    def maps(self, parts: list[score.Densities]) -> dict[str, list[Tensor]]:
-        maps: dict[str, list[Tensor]] = {}
-        for part in parts:
-            k, factors = int(part.class_id), self._factors(part)
-            found = dict(zip(MAPS, factors, strict=False))
-            if len(factors) > 1:
-                found["product"] = factors[0] * factors[1]
-                found["standardised"] = sum(
-                    (m - mean) / std for m, mean, std in zip(factors, self.means[k], self.stds[k], strict=True)
-                )
-            for kind, values in found.items():
-                maps.setdefault(kind, []).append(values)
-        return maps
-
-
-def _of_picture(model: HGADModel, features: FeatureSet, i: int) -> score.Densities:
-    levels = [level[None].to(model.device) for level in features.images[i]]
-    return score.densities(model, levels, features.class_ids[i : i + 1])[0]
+def _calibrated(parts: list[score.Densities], model: HGADModel) -> dict[str, list[Tensor]]:
+    calibration, size = model.calibration, model.config.msk_size
+    assert calibration is not None
+    likelihood = [score.calibrated_maps(_likelihood(part), calibration.level_max, size)[0] for part in parts]
+    if calibration.weights is None:  # one class
+        return {"likelihood": likelihood}
+    certain = torch.zeros_like(calibration.level_max)
+    entropy = [score.calibrated_maps(_entropy(part), certain, size)[0] for part in parts]
+    weights = [calibration.weights[int(part.class_id)] for part in parts]
+    return {
+        "likelihood": likelihood,
+        "entropy": entropy,
+        "product": [first * second for first, second in zip(likelihood, entropy, strict=True)],
+        "standardised": [w[0] * a + w[1] * b for w, a, b in zip(weights, likelihood, entropy, strict=True)],
+    }
 
 
 def _aurocs(model: HGADModel, samples: list[pictures.Sample], maps: list[Tensor]) -> tuple[float, float]:
@@ -292,11 +270,8 @@ def _false_alarms(model: HGADModel, shared: _Data, inferred: list[score.Densitie
             members = (held_out.class_ids == k).nonzero().flatten()
             chosen = torch.randperm(len(members), generator=generator)[: max(1, len(members) // 3)]
             rows.append(members[chosen])
-        calibrate_on(model, held_out.subset(torch.cat(rows).sort().values), false_alarm_rate=min(RATES))
-        calibration = model.calibration
-        assert calibration is not None
-        maps = (score.calibrated_maps(found, calibration.level_max, model.config.msk_size) for found in inferred)
-        scores = torch.stack([m.max() for m in maps])
+        calibration = _calibrate(model, held_out.subset(torch.cat(rows).sort().values), "product")
+        scores = torch.stack([calibration.maps(found, model.config.msk_size).max() for found in inferred])
         for rate in RATES:
             calibration.false_alarm_rate = rate
             _, flagged, _, attainable = calibration.judge(scores, class_ids)

@@ -34,12 +34,20 @@ class Calibration:
         scores: (n,) image scores of the calibration pictures.
         class_ids: (n,) their classes.
         false_alarm_rate: share of normal pictures that may be called anomalous; may be set at any time.
+        weights: (K, 2) of likelihood and entropy map with ``fusion="standardised"``: one over the standard deviation of
+            each over the pixels of the class's normal pictures, so that both count alike in their sum. None: their
+            product, as published.
     """
 
     level_max: Tensor
     scores: Tensor
     class_ids: Tensor
     false_alarm_rate: float = 0.01
+    weights: Tensor | None = None
+
+    def maps(self, found: score.Densities, msk_size: int) -> Tensor:
+        """See `score.calibrated_maps`."""
+        return score.calibrated_maps(found, self.level_max, msk_size, self.weights)
 
     def judge(self, image_score: Tensor, class_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of images (B,)."""
@@ -79,7 +87,8 @@ class Calibration:
         return max(self.false_alarm_rate, 1 / (n + 1)) if n else math.nan
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
+        tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
+        return tensors if self.weights is None else tensors | {"weights": self.weights}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], false_alarm_rate: float = 0.01) -> Calibration:
@@ -144,10 +153,26 @@ def calibrate_on(
     if not level_max.isfinite().all():
         k = int((~level_max.isfinite()).nonzero()[0, 0])
         raise ValueError(f"normal pictures of {model.class_names[k]!r} have no finite density: the training diverged")
-    maps = [score.calibrated_maps(item, level_max, model.config.msk_size) for item in found]
-    scores = torch.tensor([float(m.max()) for m in maps])
-    model.calibration = Calibration(level_max, scores, held_out.class_ids.cpu(), false_alarm_rate)
+    model.calibration = Calibration(level_max, torch.empty(0), held_out.class_ids.cpu(), false_alarm_rate)
+    if model.config.fusion == "standardised" and classes > 1:
+        model.calibration.weights = _weights(model, found, level_max)
+    maps = [model.calibration.maps(item, model.config.msk_size) for item in found]
+    model.calibration.scores = torch.tensor([float(m.max()) for m in maps])
     _warn_of_unattainable_rates(model, model.calibration)
+
+
+def _weights(model: HGADModel, found: list[score.Densities], level_max: Tensor) -> Tensor:
+    """(K, 2), see `Calibration`; a class of which nothing was held out takes the mean of the others."""
+    size, alone = model.config.msk_size, torch.eye(2)
+    moments = torch.zeros(len(level_max), 2, 3, dtype=torch.float64)  # of each map: pixels, sum, sum of squares
+    for item in found:
+        for j in range(2):
+            pixels = score.calibrated_maps(item, level_max, size, alone[j].expand(len(level_max), 2)).double()
+            added = [pixels.numel(), float(pixels.sum()), float(pixels.square().sum())]
+            moments[int(item.class_id), j] += torch.tensor(added, dtype=torch.float64)
+    count, total, squares = moments.unbind(2)
+    weights = (squares / count - (total / count) ** 2).clamp(min=1e-24).rsqrt()
+    return torch.where(count > 0, weights, weights[count[:, 0] > 0].mean(0)).float()
 
 
 def check_false_alarm_rate(rate: float) -> None:

@@ -55,6 +55,7 @@ class HGADConfig:
     loss_terms: tuple[str, ...] = LOSS_TERMS  # those trained; an ablation leaves some out
     img_size: int = 1024  # short side of the picture that the backbone sees, pixels
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
+    fusion: str = "product"  # of likelihood and entropy map (official), or "standardised": see `Calibration`
     center_crop: bool = False  # True: the official protocol, which does not see the picture's ends
     lr: float = 2e-4
     meta_epochs: int = 25
@@ -116,6 +117,7 @@ class HGADConfig:
             f"some of {LOSS_TERMS}, in this order, L_g among them",
         )
         self._require_choice("feature_mode", "image_pyramid", "stages")
+        self._require_choice("fusion", "product", "standardised")
         self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
         self._require_choice("precision", "fp32", "tf32", "bf16")
         self._require_choice("memory", "auto", "standard", "reversible")

@@ -99,8 +99,10 @@ class Sample:
 class Dataset:
     """The images under `root`, by class and path; `class_id` indexes `class_names`.
 
-    `train` and `validation` are all normal; `validation` is empty where a dataset publishes none. `layout` names the
-    layouts that were read, and `stray_masks` are mask files that belong to none of the images.
+    `train` and `validation` are all normal; `validation` is empty where a dataset publishes none. Nothing uses it of
+    its own accord: `model.fit(dataset, calibration=dataclasses.replace(dataset, train=dataset.validation))` trains on
+    all of `train` and calibrates on it. `layout` names the layouts that were read, and `stray_masks` are mask files
+    that belong to none of the images.
     """
 
     root: Path

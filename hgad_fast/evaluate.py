@@ -245,7 +245,7 @@ def evaluate(
         names = [model.class_names[int(guess.class_id)] for guess in inferred]
         tallies["official"].add(samples, list(score.official_maps(given, model.config.msk_size)), names)
         if model.calibration is not None:
-            maps = [score.calibrated_maps(g, model.calibration.level_max, model.config.msk_size)[0] for g in inferred]
+            maps = [model.calibration.maps(guess, model.config.msk_size)[0] for guess in inferred]
             tallies["honest"].add(samples, maps, names)
     return Evaluation(
         figures={protocol: tally.figures for protocol, tally in tallies.items()},

@@ -126,7 +126,7 @@ def _maps(model: HGADModel, parts: Sequence[Densities], normalization: str) -> l
         return list(official_maps(parts, model.config.msk_size))
     calibration = model.calibration
     assert calibration is not None
-    return [m for part in parts for m in calibrated_maps(part, calibration.level_max, model.config.msk_size)]
+    return [m for part in parts for m in calibration.maps(part, model.config.msk_size)]
 
 
 def _judged(model: HGADModel, maps: list[Tensor], parts: Sequence[Densities], normalization: str) -> ScoreResult:
@@ -328,16 +328,17 @@ def _official_factor(parts: list[list[Tensor]], msk_size: int) -> Tensor:
     return blur(total.max() - total)
 
 
-def calibrated_maps(found: Densities, level_max: Tensor, msk_size: int) -> Tensor:
+def calibrated_maps(found: Densities, level_max: Tensor, msk_size: int, weights: Tensor | None = None) -> Tensor:
     """Maps (B, h, w), short side msk_size, that depend on each image alone.
 
     Likelihood S - sum_l min(1, exp(l - m_l)) times entropy S - sum_l exp(-H_l), each blurred; m_l is the largest
     log-density that normal pictures of the class reach at level l. Differences from 1 are taken by expm1: a posterior
-    that is almost certain leaves entropies far below the rounding of 1.
+    that is almost certain leaves entropies far below the rounding of 1. With `weights` (K, 2) of each class, of
+    likelihood and entropy, the map is their weighted sum instead.
     """
     size = map_grid(found, msk_size)
     maps = found.logps[0].new_empty(len(found.class_id), *size)
-    write_calibrated(maps, found, level_max, size)
+    write_calibrated(maps, found, level_max, size, weights)
     return maps
 
 
@@ -348,7 +349,9 @@ def map_grid(found: Densities, msk_size: int) -> tuple[int, int]:
     return round(h * scale), round(w * scale)
 
 
-def write_calibrated(out: Tensor, found: Densities, level_max: Tensor, grid: tuple[int, int]) -> Tensor:
+def write_calibrated(
+    out: Tensor, found: Densities, level_max: Tensor, grid: tuple[int, int], weights: Tensor | None = None
+) -> Tensor:
     """Fill `out` (B, H, W) with the maps of `calibrated_maps` on a grid, resampled, in bands along their long side.
 
     Whatever the map's size, little memory is needed beyond `out`, which may be a file mapped into memory. Bands are
@@ -371,8 +374,12 @@ def write_calibrated(out: Tensor, found: Densities, level_max: Tensor, grid: tup
     kept = out.new_empty(len(out), 0, grid[1], device=constants.device)
     for top in range(0, grid[0], band_rows):
         bottom = min(top + band_rows, grid[0])
-        band = math.prod(_band(levels, grid, top, bottom) for levels in factors)
-        assert isinstance(band, Tensor)
+        bands = [_band(levels, grid, top, bottom) for levels in factors]
+        if weights is None or len(bands) == 1:
+            band = math.prod(bands[1:], start=bands[0])
+        else:
+            likelihood, entropy = weights.to(constants.device)[found.class_id].T[..., None, None]
+            band = likelihood * bands[0] + entropy * bands[1]
         maxima = torch.maximum(maxima, band.amax((1, 2)).to(maxima))
         if out.shape[1:] == grid:
             out[:, top:bottom] = band

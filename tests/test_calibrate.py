@@ -231,6 +231,28 @@ def test_constants_are_the_largest_densities_and_scores_those_of_score_features(
     assert given.p_value.min() >= 1 / 6
 
 
+def test_standardised_fusion_is_the_sum_in_units_of_the_normal_spread(tmp_path):
+    """By hand from the maps of a model of one class; and every picture has its bits, alone and after loading."""
+    model, normal = detector(fusion="standardised"), normal_features([0, 1, 0, 1, 1])
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate(normal)
+    calibration, parts = model.calibration, score.densities(model, batches(normal), normal.class_ids)
+    factors = []
+    for levels, constants in (("logps", calibration.level_max), ("neg_entropy", calibration.level_max * 0)):
+        alone = [score.Densities(getattr(part, levels), part.neg_entropy, part.class_id, 1) for part in parts]
+        factors.append(torch.cat([score.calibrated_maps(part, constants, model.config.msk_size) for part in alone]))
+    expected = torch.empty_like(factors[0])
+    for k in (0, 1):
+        rows = normal.class_ids == k
+        expected[rows] = sum(m[rows] / m[rows].std(correction=0) for m in factors)
+    found = model.score_features(batches(normal), normal.class_ids)
+    torch.testing.assert_close(found.anomaly_map, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.image_score, calibration.scores)
+    model.save(tmp_path / "m.safetensors")
+    one = HGADModel.load(tmp_path / "m.safetensors").score_features([x[3:4] for x in batches(normal)], 1)
+    assert torch.equal(one.anomaly_map[0], found.anomaly_map[3]) and torch.equal(one.p_value, found.p_value[3:4])
+
+
 def test_scores_of_new_normal_pictures_are_valid_although_the_constants_come_from_the_same_pictures():
     model, count, n = detector(), 1000, 9
     images = normal_features([0] * count)

@@ -25,7 +25,7 @@ from hgad_fast.data import read_image
 from hgad_fast.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "score", "eval", "data", "bench", "info", "demo")
+COMMANDS = ("train", "score", "eval", "ablate", "data", "bench", "info", "demo")
 TINY = {
     "backbone_arch": "test_efficientnet",
     "out_indices": [1],
@@ -448,7 +448,7 @@ def test_an_error_of_ours_is_not_hidden(data, tmp_path, monkeypatch):
 def test_every_command_has_help(command):
     text = click.unstyle(succeeds(command, "--help").stdout)
     assert f"Usage: hgad-fast {command}" in text.replace("root", "hgad-fast")
-    assert ("--json" in text) == (command in ("score", "eval", "data", "bench", "info", "demo"))
+    assert ("--json" in text) == (command in ("score", "eval", "ablate", "data", "bench", "info", "demo"))
 
 
 def test_alone_it_lists_its_commands():

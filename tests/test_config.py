@@ -25,7 +25,7 @@ COUNTS = (
     "pos_embed_dim",
 )
 NUMBERS = ("clamp_alpha", "lambda1", "lambda2", "label_smoothing", "lr", "calibration_fraction")
-CHOICES = ("flow_arch", "feature_mode", "precision", "memory")
+CHOICES = ("flow_arch", "fusion", "feature_mode", "precision", "memory")
 NEITHER_NUMBER_NOR_NAME = (
     b"3",
     {},

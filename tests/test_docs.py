@@ -1,0 +1,27 @@
+"""The commands of docs/ are ones that the command line takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from hgad_fast import HGADConfig
+from hgad_fast.cli import _assignment, app
+
+DOCS = Path(__file__).parents[1] / "docs"
+COMMANDS = re.findall(r"^hgad-fast .*$", "\n".join(p.read_text() for p in sorted(DOCS.glob("*.md"))), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse_and_their_settings_are_fields(line):
+    name, *arguments = shlex.split(line)[1:]
+    context = typer.main.get_command(app).commands[name].make_context(name, arguments)
+    HGADConfig.from_fields({"n_classes": 3} | dict(map(_assignment, context.params.get("set_") or ())))
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 10
