@@ -5,9 +5,8 @@ position contributes, and multiplies the chunk by W2 at once: the hidden layer n
 x2, parks [x1, y2] in its rows of the output, reads them back from the cache and multiplies by the rotation.
 
 The position contributes table[column] + table[row]. A patch has few columns and rows, so that a product with a one-hot
-matrix adds both: loading a row of the table for every pixel would double the traffic with the cache. What has to be
-more exact than bfloat16 is a sum of bfloat16 pieces: the table, and both operands of the rotation, whose products of
-pieces are then summed (bf16x3 with two pieces, the accuracy of float32 with three).
+matrix adds both; loading rows of the table for every pixel would double the traffic with the cache. The table is more
+exact than bfloat16: a sum of bfloat16 pieces, which the product adds up too.
 
 A product's extents are sums of powers of two: 100 channels are computed as 64 + 32 + 16, not as 128.
 """
@@ -26,9 +25,10 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies float32 only
 IEEE = bool(torch.version.hip) or triton.knobs.runtime.interpret  # AMD multiplies float32 as it is
-NUM_STAGES = 1 if torch.version.hip else 3
+NUM_STAGES = 1 if torch.version.hip else 2  # with three, what consumer cards have of shared memory does not suffice
 BLOCK_HIDDEN = 32
 BLOCK_K = 32
+ROTATED_MULTIPLE = 64  # an odd number of chunks the compiler unrolls altogether
 SLOTS = tl.constexpr(32)  # columns, then rows of a patch, in the one-hot product
 FEW_PIXELS = 8192  # up to here half a patch each keeps more processors busy
 
@@ -69,7 +69,7 @@ def _bfloat16(x):
 
 @triton.jit
 def _operand(x, PRECISION: tl.constexpr):
-    """x as an operand of the subnet's products: to the nearest tf32, since tensor cores truncate."""
+    """x as an operand of the subnet's products; rounded to tf32 here, because tensor cores truncate."""
     if PRECISION == "bf16":
         return _bfloat16(x)
     elif PRECISION == "tf32":
@@ -102,7 +102,7 @@ def _zeros(BLOCK_N: tl.constexpr, EDGES: tl.constexpr):
     """A tuple of zeros (BLOCK_N, EDGES[i + 1] - EDGES[i])."""
     zeros = ()
     for i in tl.static_range(len(EDGES) - 1):
-        zeros += (tl.full((BLOCK_N, EDGES[i + 1] - EDGES[i]), 0.0, tl.float32),)
+        zeros += (tl.full((BLOCK_N, EDGES[i + 1] - EDGES[i]), 0.0, tl.float32),)  # type: ignore[assignment]
     return zeros
 
 
@@ -113,7 +113,7 @@ def _multiply(x, w_ptr, k, sums, STRIDE: tl.constexpr, EDGES: tl.constexpr, DOT:
     for i in tl.static_range(len(EDGES) - 1):
         c = tl.arange(EDGES[i], EDGES[i + 1])
         w = _load(w_ptr + c[:, None] * STRIDE + k[None, :])
-        new += (tl.dot(x, tl.trans(w), sums[i], input_precision=DOT),)
+        new += (tl.dot(x, tl.trans(w), sums[i], input_precision=DOT),)  # type: ignore[assignment]
     return new
 
 
@@ -152,10 +152,9 @@ def _block_kernel(
     C1: tl.constexpr = C - C2
     BLOCK_N: tl.constexpr = PATCH_H * PATCH_W
     HALF: tl.constexpr = HALF_EDGES[len(HALF_EDGES) - 1]
-    FULL: tl.constexpr = FULL_EDGES[len(FULL_EDGES) - 1]
 
-    across = tl.cdiv(W, PATCH_W)
-    down = tl.cdiv(H, PATCH_H)
+    across = (W + PATCH_W - 1) // PATCH_W
+    down = (H + PATCH_H - 1) // PATCH_H
     patch = tl.program_id(0)
     w0 = patch % across * PATCH_W
     h0 = patch // across % down * PATCH_H
@@ -217,9 +216,9 @@ def _block_kernel(
     rotated = _zeros(BLOCK_N, FULL_EDGES)
     for k0 in range(0, ROTATED, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        if PRECISION == "bf16":
-            u_at = out_ptr.to(tl.pointer_type(tl.bfloat16)) + row[:, None] * (2 * C) + tl.where(k < C, k, k - C)[None, :]
-            u = _load(u_at, row_mask[:, None] & (k < 3 * C)[None, :])
+        if PRECISION == "bf16":  # large, large, small
+            u_ptr = out_ptr.to(tl.pointer_type(tl.bfloat16)) + tl.where(k < C, k, k - C)[None, :]
+            u = _load(u_ptr + row[:, None] * (2 * C), row_mask[:, None] & (k < 3 * C)[None, :])
         else:
             u = _load(out_ptr + row[:, None] * C + k[None, :], row_mask[:, None] & (k < C)[None, :])
         rotated = _multiply(u, rotation_ptr, k, rotated, ROTATED, FULL_EDGES, ROTATION)
@@ -231,6 +230,7 @@ def _block_kernel(
         tl.store(out_ptr + row[:, None] * C + c[None, :], out, mask=out_mask)
 
 
+@torch.no_grad()
 def coupling_blocks(
     x: Tensor,
     conditions: list[Tensor],
@@ -249,19 +249,19 @@ def coupling_blocks(
     The parameters are padded and rounded for the kernel anew in each call, all blocks at once: some forty short
     launches, next to which nothing has to be kept true to parameters that change.
     """
-    if len(conditions) == 1:
-        raise ValueError("the block kernel takes a separable position or none; `flow` takes a dense one too")
+    if len(conditions) == 1 or x.dtype != torch.float32:
+        raise ValueError("the block kernel takes float32 features and a separable position or none; `flow` takes any")
     N, C = x.shape
     variant = VARIANTS[precision]
     parameters = [torch.stack(group) for group in (w1, b1, w2, b2, global_scale, global_offset, w_perm)]
-    packed, log_gain = _pack(conditions, *parameters, precision)
+    packed, log_gain = _pack(conditions, parameters, precision)
     log_det = log_gain.repeat(N)
     W, H = map(len, conditions) if conditions else (N, 1)
     warps = 8 if precision == "bf16" and N > FEW_PIXELS else 4
     patch_h, patch_w = (warps, 16) if conditions else (1, 16 * warps)
     patches = N // max(H * W, 1) * triton.cdiv(H, patch_h) * triton.cdiv(W, patch_w)
     x = x.contiguous()
-    buffers = [torch.empty_like(x) for _ in range(min(len(w1), 2))]
+    buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(len(w1), 2))]
     if patches == 0:
         return buffers[0], log_det
     for i, constants in enumerate(map(_Constants._make, zip(*packed, strict=True))):
@@ -270,7 +270,8 @@ def coupling_blocks(
             x, *constants, log_det, out, H, W, clamp, C, constants.w1.shape[1], constants.w1.shape[0],
             _edges(C // 2), _edges(C), constants.rotation.shape[-1], bool(conditions),
             variant.table_pieces, SLOTS.value * triton.next_power_of_2(variant.table_pieces),
-            precision, variant.subnet, variant.rotation, patch_h, patch_w, BLOCK_HIDDEN, BLOCK_K, num_warps=warps, num_stages=NUM_STAGES,
+            precision, variant.subnet, variant.rotation, patch_h, patch_w, BLOCK_HIDDEN, BLOCK_K,
+            num_warps=warps, num_stages=NUM_STAGES,
         )  # fmt: skip
         x = out
     return x, log_det
@@ -287,19 +288,9 @@ class _Constants(NamedTuple):
     shift: Tensor
 
 
-def _pack(
-    conditions: list[Tensor],
-    w1: Tensor,  # (L, HD, C1 + P), and so on
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    global_scale: Tensor,
-    global_offset: Tensor,
-    w_perm: Tensor,
-    precision: str,
-) -> tuple[_Constants, Tensor]:
+def _pack(conditions: list[Tensor], parameters: list[Tensor], precision: str) -> tuple[_Constants, Tensor]:
     """The constants of all blocks, and the sum of their log-gains (1,)."""
-    variant = VARIANTS[precision]
+    w1, b1, w2, b2, global_scale, global_offset, w_perm = parameters  # the blocks in front
     C, blocks, units = w_perm.shape[1], *w1.shape[:2]
     C2 = C // 2
     C1 = C - C2
@@ -307,7 +298,7 @@ def _pack(
     half, full = _edges(C2)[-1], _edges(C)[-1]
 
     gain = 0.1 * F.softplus(global_scale, beta=0.5)
-    with _float32_products(w1):
+    with _float32_products():
         shift = global_offset @ w_perm.mT
         table = b1[:, None]
         if conditions:
@@ -322,8 +313,8 @@ def _pack(
         w1=_operands(F.pad(w1[:, :, :C1], (0, width - C1, 0, hidden - units)), precision),
         w2=_operands(F.pad(w2.view(blocks, 2, C2, units), (0, hidden - units, 0, half - C2)), precision),
         b2=F.pad(b2.view(blocks, 2, C2), (0, half - C2)),
-        table=_pieces(table, variant.table_pieces) if conditions else table,
-        rotation=F.pad(rotation, (0, -rotation.shape[2] % 64, 0, full - C)),
+        table=_pieces(table, VARIANTS[precision].table_pieces) if conditions else table,
+        rotation=F.pad(rotation, (0, -rotation.shape[2] % ROTATED_MULTIPLE, 0, full - C)),
         shift=F.pad(shift, (0, full - C)),
     )
     return packed, gain.log().sum().view(1)
@@ -355,7 +346,7 @@ def _pieces(t: Tensor, count: int) -> Tensor:
 
 
 @contextmanager
-def _float32_products(x: Tensor) -> Iterator[None]:
+def _float32_products() -> Iterator[None]:
     """Products of float32 on CUDA with all their bits, whatever the process's default is."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
