@@ -95,10 +95,8 @@ def call_mixture(kernels: SimpleNamespace, C: int, K: int, M: int, labels: torch
     kernels.mixture.mixture_scores(z, log_det, *parameters, labels, per_class=True)
 
 
-def call_blocks(
-    kernels: SimpleNamespace, C: int, pixels: int, position_dim: int = 256, precision: str = "bf16"
-) -> None:
-    flow = ConditionalFlow(C, 1, position_dim)
+def call_blocks(kernels: SimpleNamespace, C: int, pixels: int, P: int = 256) -> None:
+    flow = ConditionalFlow(C, 1, P)
     conditions = flow.grid(16, pixels // 16) or []
     parameters = [[parameter] for parameter in flow.module_list[0].parameters_for_ops()]
     kernels.flow_block.coupling_blocks(torch.zeros(pixels, C), list(conditions), *parameters, precision="bf16")
