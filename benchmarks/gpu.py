@@ -182,7 +182,7 @@ def plan(device: torch.device, quick: bool = False) -> list[Job]:
     jobs = []
     for size in SIZES[1:2] if quick else SIZES:
         label = f"{size.pixels} pixels, C={size.channels}, K={size.classes}, M={size.centres}"
-        for check in (check_coupling, check_mixture, check_scores, check_flow):
+        for check in (check_coupling, check_mixture, check_scores, check_flow, check_blocks):
             name = check.__name__.removeprefix("check_")
             jobs.append(Job(f"{name} against float64, {label}", lambda check=check, size=size: check(size, device)))
     alike = bench.QUICK if quick else replace(LARGE, blocks=4)
@@ -338,14 +338,21 @@ def check_scores(size: Size, device: torch.device) -> list[Check]:
     ]
 
 
-def check_flow(size: Size, device: torch.device) -> list[Check]:
-    """In float32 against float64; with tf32 and bf16 operands against the same rounding on a CPU."""
-    flow, draw = bench.Problem(size, device).model.nfs[0], Draw(device)
-    with torch.no_grad():  # as if trained: a fresh log-determinant is nearly zero, and its error all there is of it
+def trained_flow(size: Size, draw: Draw) -> Any:
+    """As if trained: a fresh log-determinant is nearly zero, and its error all there is of it."""
+    flow = bench.Problem(size, draw.device).model.nfs[0]
+    with torch.no_grad():
         for block in flow.module_list:
             block.global_scale.add_(draw.normal(1, size.channels))
             block.global_offset.copy_(draw.normal(1, size.channels))
             block.subnet[2].weight.mul_(5)
+    return flow
+
+
+def check_flow(size: Size, device: torch.device) -> list[Check]:
+    """In float32 against float64; with tf32 and bf16 operands against the same rounding on a CPU."""
+    draw = Draw(device)
+    flow = trained_flow(size, draw)
     x, gz, glog_det = (
         draw.normal(size.pixels, size.channels),
         draw.normal(size.pixels, size.channels),
@@ -378,6 +385,27 @@ def check_flow(size: Size, device: torch.device) -> list[Check]:
             ):
                 checks.append(worst(f"{name}{part}", allowed, ours, [t.to(device, torch.float64) for t in theirs]))
     return checks
+
+
+def check_blocks(size: Size, device: torch.device, runs: int = 5) -> list[Check]:
+    """The flow without gradients, which takes whole blocks: against the same rounding on a CPU, and run after run.
+
+    Threads of a block read what others have parked: a missing barrier would show as runs that differ.
+    """
+    draw = Draw(device)
+    flow = trained_flow(size, draw)
+    x, grid = draw.normal(size.pixels, size.channels), flow.grid(size.height, size.width, device)
+    flow.precision = "bf16"
+    with torch.no_grad():
+        expected = copy.deepcopy(flow).cpu()(x.cpu(), flow.grid(size.height, size.width))
+        found = [flow(x, grid) for _ in range(runs)]
+    path = ops.flow_path(x, grid, "bf16")
+    differing = sum(not torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+    return [
+        Check("whole blocks run", float(x.is_cuda and path != "triton, whole blocks"), 0, f"path: {path}"),
+        worst("flow without gradients, bf16", 1e-3, found[0], [t.to(device, torch.float64) for t in expected]),
+        Check(f"{runs} runs of whole blocks alike", differing, 0, "tensors that differ"),
+    ]
 
 
 def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[Check]:

@@ -502,13 +502,13 @@ def flow_case(problem: Problem) -> list[Contender]:
         return functools.partial(results, problem.ours(precision).nfs[0], condition)
 
     flop, peer_flop = flow_flop(size, dense=False), flow_flop(size, dense=True)
-    path = problem.path()
+    paths = {precision: ops.flow_path(x, grid, precision) for precision in problem.precisions}
     return [
         *(
             Contender(_named("hgad_fast", precision), path, ours(precision, grid), flop, moved, precision=precision)
-            for precision in problem.precisions
+            for precision, path in paths.items()
         ),
-        Contender("hgad_fast, dense code", path, ours("fp32", [position]), flop, with_position),
+        Contender("hgad_fast, dense code", problem.path(), ours("fp32", [position]), flop, with_position),
         *_peers(problem, functools.partial(results, official, [position]), peer_flop, with_position),
     ]
 

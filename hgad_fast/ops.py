@@ -27,6 +27,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("fp32", "tf32", "bf16")
+BLOCK_KERNEL_CHANNELS = range(2, 209)  # with more its sums spill from the registers
 MEMORY_MODES = ("standard", "reversible")
 SCORE_ROWS = 8192  # pixels whose densities are worked out together by the definitions of scoring
 
@@ -218,6 +219,7 @@ def flow_definition(
     *,
     clamp: float = 1.9,
     inverse: bool = False,
+    precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
     """The conditional flow of one level in plain torch, differentiable to any order; `flow` is the fast form.
 
@@ -232,7 +234,7 @@ def flow_definition(
         if inverse:
             x = (x @ block.w_perm - block.global_offset) / g
         x1, x2 = x[:, :c1], x[:, c1:]
-        _, a = _subnet(x1, block, conditions, "fp32")
+        _, a = _subnet(x1, block, conditions, precision)
         y2, log_det = affine_coupling(x2, a, clamp, inverse=inverse, backend="torch")
         x = torch.cat([x1, y2], 1)
         if not inverse:
@@ -266,8 +268,9 @@ def flow(
         checkpoint_every: with reversible memory, the input of every so many blocks is kept too (4 C bytes a pixel each
             in float32), so that rounding errors of the rebuilt ones grow from there only; 0 keeps none.
         precision: operands of the subnets' products: ``"fp32"``, ``"tf32"`` (rounded to nearest) or ``"bf16"``, all
-            with float32 accumulation. The rotation stays in float32.
-        backend: who computes the affine coupling, ``"auto"``, ``"triton"`` or ``"torch"``.
+            with float32 accumulation. The rotation stays in float32, but see `coupling_blocks`.
+        backend: who computes the affine coupling, or whole blocks where `flow_path` says so, ``"auto"``, ``"triton"``
+            or ``"torch"``.
 
     Returns:
         z (N, C) and log-determinant (N,), in the dtype of x.
@@ -279,11 +282,66 @@ def flow(
     if inverse:
         return flow_definition(x, blocks, position, clamp=clamp, inverse=True)
     parameters = [list(column) for column in zip(*blocks, strict=True)]
+    conditions = _conditions(position)
+    leaves = [x, *conditions, *(p for group in parameters for p in group)]
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    if not wants_gradient:
+        return _flow_inference(x, conditions, *parameters, clamp, precision, backend or "")
     keep = memory == "standard" and torch.is_grad_enabled()
     every = 1 if keep else checkpoint_every if torch.is_grad_enabled() else 0
-    conditions = _conditions(position)
     z, log_det, _ = _flow_forward(x, conditions, *parameters, clamp, keep, every, precision, backend or "")
     return z, log_det
+
+
+def flow_path(x: Tensor, position: Position, precision: str, backend: str | None = None) -> str:
+    """Who computes `flow` for tensors like these where no gradient is wanted.
+
+    Returns:
+        ``"torch"``, ``"triton"`` (products in torch, the coupling a kernel) or ``"triton, whole blocks"``: bfloat16
+        subnets of at most 208 channels with a separable position or none. There the hidden layer, seven times the
+        size of the features, never leaves the chip. Where a gradient is wanted the blocks are computed as the
+        backward pass rebuilds them, with the rotation in float32.
+    """
+    found = path(x, backend)
+    whole = found == "triton" and _block_kernel_fits(x, _conditions(position), precision)
+    return "triton, whole blocks" if whole else found
+
+
+def _block_kernel_fits(x: Tensor, conditions: list[Tensor], precision: str) -> bool:
+    channels_fit = x.shape[1] in BLOCK_KERNEL_CHANNELS
+    return channels_fit and x.dtype == torch.float32 and precision == "bf16" and len(conditions) != 1
+
+
+@fused("flow_block")
+def coupling_blocks(
+    x: Tensor,
+    conditions: list[Tensor],
+    w1: list[Tensor],
+    b1: list[Tensor],
+    w2: list[Tensor],
+    b2: list[Tensor],
+    global_scale: list[Tensor],
+    global_offset: list[Tensor],
+    w_perm: list[Tensor],
+    clamp: float = 1.9,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Coupling blocks in a row of which nothing is kept: `flow_definition`, with the subnets' operands rounded.
+
+    Args:
+        x: (N, C).
+        conditions: [column, row] of a `SeparablePosition`, or nothing.
+        w1, b1, w2, b2, global_scale, global_offset, w_perm: of each `Block`.
+        clamp, precision: as in `flow`. The kernel multiplies the rotation with the accuracy of float32, but in bf16 as
+            bf16x3: of factors split in two bfloat16 pieces, all products but that of the small ones (error 1e-5).
+
+    Returns:
+        z (N, C) and log-determinant (N,); not differentiable.
+    """
+    blocks = [Block._make(block) for block in zip(w1, b1, w2, b2, global_scale, global_offset, w_perm, strict=True)]
+    position = SeparablePosition(*conditions) if conditions else None
+    with torch.no_grad():
+        return flow_definition(x, blocks, position, clamp=clamp, precision=precision)
 
 
 def _check_flow(
@@ -421,6 +479,34 @@ def _(x, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, clamp,
         t for w in w1 for t in (x.new_empty(n, c2), x.new_empty(n, w.shape[0], dtype=hidden), x.new_empty(n, 2 * c2))
     ]
     return torch.empty_like(x), x.new_empty(n), inputs + (activations if keep else [])
+
+
+@torch.library.custom_op("hgad_fast::flow_inference", mutates_args=())
+def _flow_inference(
+    x: Tensor,
+    conditions: list[Tensor],
+    w1: list[Tensor],
+    b1: list[Tensor],
+    w2: list[Tensor],
+    b2: list[Tensor],
+    global_scale: list[Tensor],
+    global_offset: list[Tensor],
+    w_perm: list[Tensor],
+    clamp: float,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """z and log-determinant where no gradient is wanted."""
+    parameters = w1, b1, w2, b2, global_scale, global_offset, w_perm
+    if path(x, backend) == "triton" and _block_kernel_fits(x, conditions, precision):
+        return coupling_blocks(x, conditions, *parameters, clamp, precision, backend="triton")
+    z, log_det, _ = _flow_forward(x, conditions, *parameters, clamp, False, 0, precision, backend)
+    return z, log_det
+
+
+@_flow_inference.register_fake
+def _(x, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, clamp, precision, backend):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x), x.new_empty(x.shape[0])
 
 
 @torch.library.custom_op("hgad_fast::flow_backward", mutates_args=())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
@@ -44,6 +44,20 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for name in ("sum", "max"):  # Triton's own kernels, decorated when it was imported, without the flag
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
     return kernels(interpret=True)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each kernel has been launched on the interpreter, by name."""
+    counts: dict[str, int] = {}
+    launch = GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        counts[self.fn.__name__] = counts.get(self.fn.__name__, 0) + 1
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    return counts
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hgad_fast import HGADConfig, HGADModel
+from hgad_fast import HGADConfig, HGADModel, ops
 from hgad_fast.flow import dense_position, sinusoidal_position
 from hgad_fast.official import make_optimizer
 from hgad_fast.train import learning_rate
@@ -202,18 +202,8 @@ def test_official_checkpoint_of_another_size_is_refused():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_the_kernels_are_what_runs(interpreted, monkeypatch: pytest.MonkeyPatch):
+def test_the_kernels_are_what_runs(interpreted, launches: dict[str, int]):
     """Golden losses, gradients and scores through the kernels, on Triton's interpreter, with their launches counted."""
-    from triton.runtime.interpreter import GridExecutor
-
-    launches: dict[str, int] = {}
-    launch = GridExecutor.__call__
-
-    def counted(self, *args, **kwargs):
-        launches[self.fn.__name__] = launches.get(self.fn.__name__, 0) + 1
-        return launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
     golden = Golden("hgad_small")
     layers, level = golden.config["coupling_layers"], 1
     x = golden[f"level{level}.features"].requires_grad_()
@@ -233,7 +223,28 @@ def test_the_kernels_are_what_runs(interpreted, monkeypatch: pytest.MonkeyPatch)
         for level in golden.levels
     ]
     result = golden.model.score_features(features, int(golden["score.class_id"]), normalization="official")
-    assert launches == {"_forward_kernel": 2 * 2 * layers, "_scores_kernel": 2 * 2}  # two images, two levels
+    assert launches == {"_forward_kernel": 2 * 2 * layers, "_terms_kernel": 2 * 2}  # two images, two levels
     for level in golden.levels:
         assert error(result.logps[level], golden[f"score.level{level}.logps"][:2]) < 1e-5
         assert error(result.neg_entropy[level], golden[f"score.level{level}.neg_entropy"][:2]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["hgad_small", "hgad_odd", "hgad_unconditional"])
+def test_golden_flow_through_the_block_kernel(interpreted, launches: dict[str, int], name: str):
+    """In float32 operands to the tolerance of all else; in bfloat16, as `flow` uses it, to what rounding costs."""
+    golden, level = Golden(name), 1
+    flow, x = golden.model.nfs[level], golden[f"level{level}.features"]
+    wanted = golden[f"level{level}.z"], golden[f"level{level}.log_jac_det"]
+    position = flow.grid(*golden.size(level))
+    blocks = [block.parameters_for_ops() for block in flow.module_list]
+    parameters = [list(column) for column in zip(*blocks, strict=True)]
+    found = ops.coupling_blocks(x, ops._conditions(position), *parameters, flow.clamp, "fp32", backend="triton")
+    assert launches == {"_block_kernel": len(blocks)}
+    for value, right in zip(found, wanted, strict=True):
+        assert error(value, right) < 1e-5
+
+    flow.precision = "bf16"
+    with torch.no_grad():
+        z, log_det = flow(x, position)
+    assert launches == {"_block_kernel": 2 * len(blocks)}
+    assert error(z, wanted[0]) < 5e-3 and error(log_det, wanted[1]) < 2e-2

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hgad_fast import ops
+from hgad_fast.flow import ConditionalFlow, dense_position
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
@@ -152,6 +153,145 @@ def test_coupling_of_nothing(interpreted, n, c2):
     gx2, ga, gb, rebuilt = interpreted.coupling.affine_coupling_backward(x2, log_det, y2, a)
     assert gx2.shape == rebuilt.shape == (n, c2) and ga.shape == (n, 2 * c2)
     assert torch.equal(gb, torch.zeros(2 * c2))
+
+
+# whole coupling blocks
+
+
+class Blocks(NamedTuple):
+    """Features of (images, height, width), and blocks far from their initialisation, so that every term counts."""
+
+    x: Tensor
+    position: ops.SeparablePosition | None
+    blocks: list[ops.Block]
+
+    @classmethod
+    def draw(cls, channels: int, position_dim: int, layers: int, images: int, height: int, width: int) -> Blocks:
+        flow = ConditionalFlow(channels, layers, position_dim).requires_grad_(False)
+        for block in flow.module_list:
+            block.global_scale.add_(torch.randn(1, channels))
+            block.global_offset.copy_(torch.randn(1, channels))
+            block.subnet[2].weight.mul_(5)
+        blocks = [block.parameters_for_ops() for block in flow.module_list]
+        return cls(torch.randn(images * height * width, channels), flow.grid(height, width), blocks)
+
+    def definition(self) -> tuple[Tensor, Tensor]:
+        """In float64."""
+        position = self.position and ops.SeparablePosition(*(code.double() for code in self.position))
+        return ops.flow_definition(
+            self.x.double(), [ops.Block(*(t.double() for t in block)) for block in self.blocks], position
+        )
+
+    def arguments(self) -> list:
+        return [self.x, ops._conditions(self.position), *map(list, zip(*self.blocks, strict=True))]
+
+
+BLOCKS = {  # channels, positional channels, blocks, images, height, width; a patch has 4 rows of 16 pixels
+    "three blocks, two images, a patch and a row": (29, 8, 3, 2, 5, 7),
+    "patches cut at the right and below": (37, 8, 1, 2, 5, 17),
+    "extents of several powers of two": (72, 4, 1, 1, 3, 5),
+    "unconditional, pixels beyond a tile": (29, 0, 2, 1, 1, 70),
+    "one pixel": (37, 4, 2, 1, 1, 1),
+    "two channels": (2, 4, 1, 1, 3, 3),
+}
+
+
+@pytest.mark.parametrize("sizes", BLOCKS.values(), ids=BLOCKS.keys())
+def test_coupling_blocks(interpreted, sizes):
+    drawn = Blocks.draw(*sizes)
+    before = drawn.x.clone()
+    z, log_det = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="fp32")
+    expected = drawn.definition()
+    assert relative_error(z, expected[0]) < FORWARD
+    assert relative_error(log_det, expected[1]) < FORWARD
+    assert torch.equal(drawn.x, before)
+
+
+@pytest.mark.parametrize(
+    ("precision", "exact", "alike"),
+    [("tf32", 2e-3, 5e-5), ("bf16", 2e-2, 1e-3)],  # of float64, and of the same operands rounded by the definition
+)
+@pytest.mark.parametrize("sizes", list(BLOCKS.values())[:4], ids=list(BLOCKS)[:4])
+def test_coupling_blocks_round_the_operands_that_the_definition_rounds(interpreted, sizes, precision, exact, alike):
+    drawn = Blocks.draw(*sizes)
+    found = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision=precision)
+    rounded = ops.coupling_blocks.reference(*drawn.arguments(), precision=precision)
+    for value, expected, same in zip(found, drawn.definition(), rounded, strict=True):
+        assert 1e-5 < relative_error(value, expected) < exact  # it did round
+        assert relative_error(value, same) < alike
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_coupling_blocks_of_many_pixels_have_larger_patches(interpreted, monkeypatch, conditional):
+    drawn = Blocks.draw(13, 4 if conditional else 0, 2, 1, 9, 17)
+    small = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
+    monkeypatch.setattr(interpreted.flow_block, "FEW_PIXELS", 0)
+    large = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
+    for one, other in zip(small, large, strict=True):
+        assert relative_error(one, other) < 1e-6
+
+
+def test_coupling_blocks_of_strided_features_and_of_parameters_that_learn(interpreted):
+    drawn = Blocks.draw(13, 4, 1, 1, 3, 5)
+    buffer = torch.full((15, 20), torch.nan)
+    buffer[:, 5:18] = drawn.x
+    blocks = [ops.Block(*(t.clone().requires_grad_() for t in block)) for block in drawn.blocks]
+    expected = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
+    found = interpreted.flow_block.coupling_blocks(
+        *drawn._replace(x=buffer[:, 5:18], blocks=blocks).arguments(), precision="bf16"
+    )
+    for value, expected_value in zip(found, expected, strict=True):
+        assert torch.equal(value, expected_value) and not value.requires_grad
+
+
+@pytest.mark.parametrize("position_dim", [0, 4])
+def test_coupling_blocks_of_nothing(interpreted, position_dim):
+    drawn = Blocks.draw(13, position_dim, 2, 0, 3, 5)
+    z, log_det = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
+    assert z.shape == (0, 13) and log_det.shape == (0,)
+
+
+def test_coupling_blocks_refuse_a_dense_code(interpreted):
+    x, _, *parameters = Blocks.draw(13, 4, 1, 1, 3, 5).arguments()
+    with pytest.raises(ValueError, match="separable position or none"):
+        interpreted.flow_block.coupling_blocks(x, [torch.zeros(15, 4)], *parameters)
+
+
+@pytest.mark.parametrize("channels", [1, 16, 17, 29, 37, 100, 112, 200, 208])
+def test_extents_are_powers_of_two_that_waste_less_than_sixteen(compiled, channels):
+    edges = compiled.flow_block._edges(channels)
+    assert edges[0] == 0 and channels <= edges[-1] < channels + 16
+    for begin, end in zip(edges, edges[1:], strict=False):
+        assert end - begin >= 16 and (end - begin) & (end - begin - 1) == 0
+
+
+def test_flow_takes_whole_blocks_where_nobody_wants_a_gradient(interpreted, launches):
+    drawn = Blocks.draw(29, 8, 2, 1, 5, 7)
+    exact = drawn.definition()
+
+    def flow(precision: str, **changes) -> tuple[Tensor, Tensor]:
+        given = drawn._replace(**changes)
+        launches.clear()
+        return ops.flow(given.x, given.blocks, given.position, precision=precision)
+
+    for value, expected in zip(flow("bf16"), exact, strict=True):
+        assert relative_error(value, expected) < 2e-2
+    assert launches == {"_block_kernel": 2}
+    assert ops.flow_path(drawn.x, drawn.position, "bf16") == "triton, whole blocks"
+
+    flow("bf16", x=drawn.x.clone().requires_grad_())
+    assert launches == {"_forward_kernel": 2}
+    with torch.no_grad():
+        flow("bf16", x=drawn.x.clone().requires_grad_())
+    assert launches == {"_block_kernel": 2}
+    for precision in ("fp32", "tf32"):
+        flow(precision)
+        assert launches == {"_forward_kernel": 2}
+    dense = dense_position(drawn.position)
+    flow("bf16", position=dense)
+    assert launches == {"_forward_kernel": 2} and ops.flow_path(drawn.x, dense, "bf16") == "triton"
+    assert ops.flow_path(torch.zeros(4, 209), None, "bf16") == "triton"
+    assert ops.flow_path(drawn.x, drawn.position, "bf16", backend="torch") == "torch"
 
 
 # hierarchical mixture: training terms
@@ -430,7 +570,14 @@ def test_mixture_scores_of_nothing(interpreted):
 
 @pytest.mark.parametrize(
     "name",
-    ["affine_coupling", "affine_coupling_backward", "mixture_terms", "mixture_terms_backward", "mixture_scores"],
+    [
+        "affine_coupling",
+        "affine_coupling_backward",
+        "coupling_blocks",
+        "mixture_terms",
+        "mixture_terms_backward",
+        "mixture_scores",
+    ],
 )
 def test_kernel_and_definition_have_one_signature(interpreted, name):
     definition = getattr(ops, name)

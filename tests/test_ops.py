@@ -493,6 +493,8 @@ def test_operators_keep_their_contract():
     x = torch.randn(6, 5, requires_grad=True)
     for keep, every in ((True, 1), (False, 0), (False, 1)):
         torch.library.opcheck(ops._flow_forward, (x, conditions, *parameters, CLAMP, keep, every, "fp32", ""))
+    detached = [[p.detach() for p in group] for group in parameters]
+    torch.library.opcheck(ops._flow_inference, (x.detach(), conditions, *detached, CLAMP, "bf16", ""))
     z, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 0])
     mixture = [p.detach().float().requires_grad_() for p in make_mixture(3, 2, 4)]
     for stage in (1, 2):

@@ -1,0 +1,356 @@
+"""Whole coupling blocks: the Triton twin of `coupling_blocks` in ops.py, one launch a block.
+
+A program owns a patch of one image. It multiplies its x1 by W1 a chunk of hidden units at a time, adds what the
+position contributes, and multiplies the chunk by W2 at once: the hidden layer never leaves the chip. Then it couples
+x2, parks [x1, y2] in its rows of the output, reads them back from the cache and multiplies by the rotation.
+
+The position contributes table[column] + table[row]. A patch has few columns and rows, so that a product with a one-hot
+matrix adds both; loading rows of the table for every pixel would double the traffic with the cache. The table is more
+exact than bfloat16: a sum of bfloat16 pieces, which the product adds up too.
+
+A product's extents are sums of powers of two: 100 channels are computed as 64 + 32 + 16, not as 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies float32 only
+IEEE = bool(torch.version.hip) or triton.knobs.runtime.interpret  # AMD multiplies float32 as it is
+NUM_STAGES = 1 if torch.version.hip else 2  # with three, what consumer cards have of shared memory does not suffice
+BLOCK_HIDDEN = 32
+BLOCK_K = 32
+ROTATED_MULTIPLE = 64  # an odd number of chunks the compiler unrolls altogether
+SLOTS = tl.constexpr(32)  # columns, then rows of a patch, in the one-hot product
+FEW_PIXELS = 8192  # up to here half a patch each keeps more processors busy
+
+
+class _Variant(NamedTuple):
+    """How a precision is computed."""
+
+    subnet: str  # input_precision of its products; of rounded operands where they have fewer bits
+    rotation: str  # of the rotation's
+    table_pieces: int
+
+
+FLOAT32 = "ieee" if IEEE else "tf32x3"
+VARIANTS = {
+    "fp32": _Variant(FLOAT32, FLOAT32, table_pieces=3),
+    "tf32": _Variant("ieee" if IEEE else "tf32", FLOAT32, table_pieces=2),
+    "bf16": _Variant("ieee", "ieee", table_pieces=2),
+}
+
+
+@triton.jit
+def _tanh(u):
+    """As in coupling.py: tanh to float32 accuracy, near 0 too."""
+    v = u * u
+    series = u * (1.0 + v * (-1.0 / 3 + v * (2.0 / 15 + v * (-17.0 / 315 + v * (62.0 / 2835)))))
+    return tl.where(v < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u)))
+
+
+@triton.jit
+def _bfloat16(x):
+    """x to the nearest bfloat16; under the interpreter a float32 of that value."""
+    if INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def _operand(x, PRECISION: tl.constexpr):
+    """x as an operand of the subnet's products; rounded to tf32 here, because tensor cores truncate."""
+    if PRECISION == "bf16":
+        return _bfloat16(x)
+    elif PRECISION == "tf32":
+        return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    else:
+        return x
+
+
+@triton.jit
+def _load(at, mask=None):
+    """Operands that are stored rounded, as a product takes them."""
+    x = tl.load(at, mask=mask, other=None if mask is None else 0.0)
+    return x.to(tl.float32) if INTERPRETED else x
+
+
+@triton.jit
+def _park(out_ptr, u, row, c, mask, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Store channels c of u in the output's rows until they are rotated, for bf16x3 as two bfloat16 pieces."""
+    if PRECISION == "bf16":
+        large = _bfloat16(u)
+        at = out_ptr.to(tl.pointer_type(tl.bfloat16)) + row[:, None] * (2 * C) + c[None, :]
+        tl.store(at, large, mask=mask)
+        tl.store(at + C, _bfloat16(u - large.to(tl.float32)), mask=mask)
+    else:
+        tl.store(out_ptr + row[:, None] * C + c[None, :], u, mask=mask)
+
+
+@triton.jit
+def _zeros(BLOCK_N: tl.constexpr, EDGES: tl.constexpr):
+    """A tuple of zeros (BLOCK_N, EDGES[i + 1] - EDGES[i])."""
+    zeros = ()
+    for i in tl.static_range(len(EDGES) - 1):
+        zeros += (tl.full((BLOCK_N, EDGES[i + 1] - EDGES[i]), 0.0, tl.float32),)  # type: ignore[assignment]
+    return zeros
+
+
+@triton.jit
+def _multiply(x, w_ptr, k, sums, STRIDE: tl.constexpr, EDGES: tl.constexpr, DOT: tl.constexpr):
+    """Add x W^T to sums, columns k of W, rows by their edges."""
+    new = ()
+    for i in tl.static_range(len(EDGES) - 1):
+        c = tl.arange(EDGES[i], EDGES[i + 1])
+        w = _load(w_ptr + c[:, None] * STRIDE + k[None, :])
+        new += (tl.dot(x, tl.trans(w), sums[i], input_precision=DOT),)  # type: ignore[assignment]
+    return new
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def _block_kernel(
+    x_ptr,  # (N, C) in
+    w1_ptr,  # (HIDDEN, WIDTH) in: W1's columns for x1
+    w2_ptr,  # (2, HALF, HIDDEN) in: scales, then shifts
+    b2_ptr,  # (2, HALF) in
+    table_ptr,  # (TABLE_PIECES, W + H, HIDDEN) in: what columns, then rows add, b1 in the former; or b1 (HIDDEN,)
+    rotation_ptr,  # (FULL, ROTATED) in: in bf16 its large, small and large pieces, for large, large and small of u
+    shift_ptr,  # (FULL,) in
+    log_det_ptr,  # (N,) in and out: added to
+    out_ptr,  # (N, C) out; not x
+    H,
+    W,
+    clamp,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,  # C1 and zeros
+    HIDDEN: tl.constexpr,  # all that follow end in zeros too
+    HALF_EDGES: tl.constexpr,  # where the pieces of C2, and of C, begin and end
+    FULL_EDGES: tl.constexpr,
+    ROTATED: tl.constexpr,  # C or 3 C in chunks of BLOCK_K
+    POSITION: tl.constexpr,
+    TABLE_PIECES: tl.constexpr,
+    ONE_HOT: tl.constexpr,  # TABLE_PIECES * SLOTS up to a power of two
+    PRECISION: tl.constexpr,
+    SUBNET: tl.constexpr,  # input_precision of the subnet's products, and of the rotation's
+    ROTATION: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    BLOCK_N: tl.constexpr = PATCH_H * PATCH_W
+    HALF: tl.constexpr = HALF_EDGES[len(HALF_EDGES) - 1]
+
+    across = (W + PATCH_W - 1) // PATCH_W
+    down = (H + PATCH_H - 1) // PATCH_H
+    patch = tl.program_id(0)
+    w0 = patch % across * PATCH_W
+    h0 = patch // across % down * PATCH_H
+    image = patch // (across * down)
+    first = (image.to(tl.int64) * H + h0) * W + w0  # 64 bits for the program, 32 inside its patch
+    x_ptr += first * C
+    out_ptr += first * C
+    log_det_ptr += first
+    n = tl.arange(0, BLOCK_N)
+    n_h = n // PATCH_W
+    n_w = n % PATCH_W
+    row = n_h * W + n_w
+    row_mask = (h0 + n_h < H) & (w0 + n_w < W)
+
+    c = tl.arange(0, WIDTH)
+    x1_mask = row_mask[:, None] & (c < C1)[None, :]
+    x1_at = row[:, None] * C + c[None, :]
+    x1 = tl.load(x_ptr + x1_at, mask=x1_mask, other=0.0)
+    _park(out_ptr, x1, row, c, x1_mask, C, PRECISION)
+    x1 = _operand(x1, PRECISION)
+    if POSITION:
+        slot = tl.arange(0, ONE_HOT)
+        piece = slot // SLOTS
+        s = slot % SLOTS
+        one_hot = (s[None, :] == n_w[:, None]) | (s[None, :] == PATCH_W + n_h[:, None])
+        one_hot = _bfloat16((one_hot & (piece < TABLE_PIECES)[None, :]).to(tl.float32))
+        entry = tl.where(s < PATCH_W, tl.minimum(w0 + s, W - 1), W + tl.minimum(h0 + s - PATCH_W, H - 1))
+        entry += tl.minimum(piece, TABLE_PIECES - 1) * (W + H)
+
+    scales = _zeros(BLOCK_N, HALF_EDGES)
+    shifts = _zeros(BLOCK_N, HALF_EDGES)
+    for j0 in range(0, HIDDEN, BLOCK_HIDDEN):
+        j = j0 + tl.arange(0, BLOCK_HIDDEN)
+        w1 = _load(w1_ptr + j[:, None] * WIDTH + c[None, :])
+        hidden = tl.dot(x1, tl.trans(w1), input_precision=SUBNET)
+        if POSITION:
+            table = _load(table_ptr + entry[:, None] * HIDDEN + j[None, :])
+            hidden = tl.dot(one_hot, table, hidden, input_precision="ieee")
+        else:
+            hidden += tl.load(table_ptr + j)[None, :]
+        hidden = _operand(tl.maximum(hidden, 0.0), PRECISION)
+        scales = _multiply(hidden, w2_ptr, j, scales, HIDDEN, HALF_EDGES, SUBNET)
+        shifts = _multiply(hidden, w2_ptr + HALF * HIDDEN, j, shifts, HIDDEN, HALF_EDGES, SUBNET)
+
+    log_det = tl.load(log_det_ptr + row, mask=row_mask, other=0.0)
+    for i in tl.static_range(len(HALF_EDGES) - 1):
+        c2 = tl.arange(HALF_EDGES[i], HALF_EDGES[i + 1])
+        a_s = scales[i] + tl.load(b2_ptr + c2)[None, :]
+        a_t = shifts[i] + tl.load(b2_ptr + HALF + c2)[None, :]
+        s = clamp * _tanh(0.1 * a_s)  # 0 in the padding
+        log_det += tl.sum(s, axis=1)
+        x2_mask = row_mask[:, None] & (c2 < C2)[None, :]
+        x2_at = row[:, None] * C + (C1 + c2)[None, :]
+        x2 = tl.load(x_ptr + x2_at, mask=x2_mask, other=0.0)
+        _park(out_ptr, x2 * tl.exp(s) + 0.1 * a_t, row, C1 + c2, x2_mask, C, PRECISION)
+    tl.store(log_det_ptr + row, log_det, mask=row_mask)
+
+    tl.debug_barrier()  # what is parked was written by other threads
+    rotated = _zeros(BLOCK_N, FULL_EDGES)
+    for k0 in range(0, ROTATED, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        if PRECISION == "bf16":  # large, large, small
+            u_ptr = out_ptr.to(tl.pointer_type(tl.bfloat16)) + tl.where(k < C, k, k - C)[None, :]
+            u = _load(u_ptr + row[:, None] * (2 * C), row_mask[:, None] & (k < 3 * C)[None, :])
+        else:
+            u = _load(out_ptr + row[:, None] * C + k[None, :], row_mask[:, None] & (k < C)[None, :])
+        rotated = _multiply(u, rotation_ptr, k, rotated, ROTATED, FULL_EDGES, ROTATION)
+    tl.debug_barrier()  # nobody overwrites what another still reads
+    for i in tl.static_range(len(FULL_EDGES) - 1):
+        c = tl.arange(FULL_EDGES[i], FULL_EDGES[i + 1])
+        out_mask = row_mask[:, None] & (c < C)[None, :]
+        out = rotated[i] + tl.load(shift_ptr + c)[None, :]
+        tl.store(out_ptr + row[:, None] * C + c[None, :], out, mask=out_mask)
+
+
+@torch.no_grad()
+def coupling_blocks(
+    x: Tensor,
+    conditions: list[Tensor],
+    w1: list[Tensor],
+    b1: list[Tensor],
+    w2: list[Tensor],
+    b2: list[Tensor],
+    global_scale: list[Tensor],
+    global_offset: list[Tensor],
+    w_perm: list[Tensor],
+    clamp: float = 1.9,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Triton twin of `coupling_blocks` in ops.py: z (N, C) and log_det (N,), both float32.
+
+    The parameters are padded and rounded for the kernel anew in each call, all blocks at once: some forty short
+    launches, next to which nothing has to be kept true to parameters that change.
+    """
+    if len(conditions) == 1 or x.dtype != torch.float32:
+        raise ValueError("the block kernel takes float32 features and a separable position or none; `flow` takes any")
+    N, C = x.shape
+    variant = VARIANTS[precision]
+    parameters = [torch.stack(group) for group in (w1, b1, w2, b2, global_scale, global_offset, w_perm)]
+    packed, log_gain = _pack(conditions, parameters, precision)
+    log_det = log_gain.repeat(N)
+    W, H = map(len, conditions) if conditions else (N, 1)
+    warps = 8 if precision == "bf16" and N > FEW_PIXELS else 4
+    patch_h, patch_w = (warps, 16) if conditions else (1, 16 * warps)
+    patches = N // max(H * W, 1) * triton.cdiv(H, patch_h) * triton.cdiv(W, patch_w)
+    x = x.contiguous()
+    buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(len(w1), 2))]
+    if patches == 0:
+        return buffers[0], log_det
+    for i, constants in enumerate(map(_Constants._make, zip(*packed, strict=True))):
+        out = buffers[i % 2]
+        _block_kernel[(patches,)](
+            x, *constants, log_det, out, H, W, clamp, C, constants.w1.shape[1], constants.w1.shape[0],
+            _edges(C // 2), _edges(C), constants.rotation.shape[-1], bool(conditions),
+            variant.table_pieces, SLOTS.value * triton.next_power_of_2(variant.table_pieces),
+            precision, variant.subnet, variant.rotation, patch_h, patch_w, BLOCK_HIDDEN, BLOCK_K,
+            num_warps=warps, num_stages=NUM_STAGES,
+        )  # fmt: skip
+        x = out
+    return x, log_det
+
+
+class _Constants(NamedTuple):
+    """A block's parameters as the kernel reads them, in its order; packed together, all have the blocks in front."""
+
+    w1: Tensor
+    w2: Tensor
+    b2: Tensor
+    table: Tensor
+    rotation: Tensor
+    shift: Tensor
+
+
+def _pack(conditions: list[Tensor], parameters: list[Tensor], precision: str) -> tuple[_Constants, Tensor]:
+    """The constants of all blocks, and the sum of their log-gains (1,)."""
+    w1, b1, w2, b2, global_scale, global_offset, w_perm = parameters  # the blocks in front
+    C, blocks, units = w_perm.shape[1], *w1.shape[:2]
+    C2 = C // 2
+    C1 = C - C2
+    width, hidden = max(triton.next_power_of_2(C1), 16), triton.cdiv(units, BLOCK_HIDDEN) * BLOCK_HIDDEN
+    half, full = _edges(C2)[-1], _edges(C)[-1]
+
+    gain = 0.1 * F.softplus(global_scale, beta=0.5)
+    with _float32_products():
+        shift = global_offset @ w_perm.mT
+        table = b1[:, None]
+        if conditions:
+            column, row = conditions
+            by_column, by_row = w1[:, :, C1:].split([column.shape[1], row.shape[1]], 2)
+            table = torch.cat([table + column @ by_column.mT, row @ by_row.mT], 1)
+    table = F.pad(table, (0, hidden - units))
+    rotation = w_perm * gain
+    if precision == "bf16":
+        rotation = torch.cat([*_pieces(rotation, 2).unbind(1), rotation.to(torch.bfloat16)], 2)
+    packed = _Constants(
+        w1=_operands(F.pad(w1[:, :, :C1], (0, width - C1, 0, hidden - units)), precision),
+        w2=_operands(F.pad(w2.view(blocks, 2, C2, units), (0, hidden - units, 0, half - C2)), precision),
+        b2=F.pad(b2.view(blocks, 2, C2), (0, half - C2)),
+        table=_pieces(table, VARIANTS[precision].table_pieces) if conditions else table,
+        rotation=F.pad(rotation, (0, -rotation.shape[2] % ROTATED_MULTIPLE, 0, full - C)),
+        shift=F.pad(shift, (0, full - C)),
+    )
+    return packed, gain.log().sum().view(1)
+
+
+def _edges(n: int) -> tuple[int, ...]:
+    """0 and the ends of pieces that are powers of two from 16, cover n, and get smaller: 100 gives 0, 64, 96, 112."""
+    edges, left = [0], triton.cdiv(n, 16) * 16
+    while left:
+        edges.append(edges[-1] + 2 ** (left.bit_length() - 1))
+        left -= edges[-1] - edges[-2]
+    return tuple(edges)
+
+
+def _operands(w: Tensor, precision: str) -> Tensor:
+    """Weights rounded to nearest, once for all programs."""
+    if precision == "bf16":
+        return w.to(torch.bfloat16)
+    return ((w.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if precision == "tf32" else w
+
+
+def _pieces(t: Tensor, count: int) -> Tensor:
+    """(L, ...) as a sum of bfloat16 tensors, (L, count, ...): each holds the next 8 bits of the mantissa."""
+    pieces = []
+    for _ in range(count):
+        pieces.append(t.to(torch.bfloat16))
+        t = t - pieces[-1]
+    return torch.stack(pieces, 1)
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Products of float32 on CUDA with all their bits, whatever the process's default is."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
