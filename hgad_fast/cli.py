@@ -1,4 +1,4 @@
-"""The command line: `hgad-fast train | score | eval | ablate | data | bench | info | demo`.
+"""The command line: `hgad-fast train | score | eval | report | ablate | data | bench | info | demo`.
 
 Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
 end in one line on stderr and exit code 1.
@@ -110,11 +110,12 @@ def train(
     from . import data as pictures
     from .evaluate import BestCheckpoint
     from .model import HGADModel
+    from .train import BEST
 
     _require_rate(false_alarm_rate)
     dataset = pictures.discover(data)
     model = HGADModel(_config(dataset.class_names, config, set_, backbone, weights)).to(_device(device))
-    callbacks = [BestCheckpoint(model, dataset, output / "best.safetensors", resume=resume)] if keep_best else []
+    callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []
     model.fit(
         dataset,
         output_dir=output,
@@ -222,6 +223,27 @@ def evaluate(
     if output is not None:
         with replacing(output) as file:
             file.write_text(json.dumps(result.to_dict()) + "\n")
+
+
+@app.command()
+@_plain_errors
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that hgad-fast train wrote.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Dataset with test pictures; default: the one that RUN was trained on.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; default: RUN/report.html.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Write one HTML file that says how good a model is: figures, curves, worst mistakes, calibration, training.
+
+    Needs the packages of: pip install 'hgad-fast[report]'
+    """
+    from .report import write_report
+
+    print(f"report: {write_report(run, data, output, device=_device(device))}")
 
 
 @app.command()

@@ -7,8 +7,9 @@ Figures are made without pyplot: no backend is chosen and no global state of mat
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +160,28 @@ def contact_sheet(cases: Sequence[Case], path: str | os.PathLike[str], *, title:
             x += side + gap
     sheet.legend(margin, bottom + 0.2, cases)
     return sheet.save(path)
+
+
+def thumbnails(case: Case) -> tuple[bytes, bytes]:
+    """Two JPEGs of the picture's own size for a page: it with the true defect, and its heat map with what was found."""
+    return (
+        _jpeg(case, lambda panel: _draw_picture(panel, case), found=False),
+        _jpeg(case, lambda panel: _draw_heat(panel, case), found=True),
+    )
+
+
+def _jpeg(case: Case, draw: Callable[[Axes], None], *, found: bool) -> bytes:
+    rows, columns = case.pixels.shape[:2]
+    sheet = _Sheet(columns / _DPI, rows / _DPI)
+    panel = sheet.panel(0, 0, sheet.width, sheet.height)
+    draw(panel)
+    if case.mask is not None:
+        _outline(panel, case, np.asarray(case.mask, dtype=float), 0.5, _TRUE, width=1.2)
+    if found and case.has_threshold:
+        _outline(panel, case, case.heat, 1, _FOUND, width=1.6)
+    file = io.BytesIO()
+    sheet.figure.savefig(file, format="jpeg", pil_kwargs={"quality": 82})
+    return file.getvalue()
 
 
 class _Sheet:

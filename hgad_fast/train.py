@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .calibrate import calibrate_on, split
 from .config import LOSS_TERMS, HGADConfig
+from .data import Dataset
 from .features import FeatureSet, feature_set
 from .files import replacing
 from .model import HGADModel, state_hash
@@ -31,7 +32,9 @@ FORMAT = "hgad_fast training 2"
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
+BEST = "best.safetensors"  # see `evaluate.BestCheckpoint`
 FEATURES = "features"
+RUN = "run.json"  # {"data": where the pictures lay}, for the report
 FETCH_EVERY = 20  # steps between looks at the losses on a GPU: a look waits for the device
 
 
@@ -99,7 +102,7 @@ def fit(
             same data, backbone and configuration; the result is bit for bit that of an uninterrupted run. For the sake
             of callbacks, torch's global random state becomes that of the checkpoint too.
         output_dir: where ``checkpoint.pt`` (at the start and after every meta-epoch), ``metrics.jsonl`` and in the end
-            ``model.safetensors`` are written; None writes nothing.
+            ``run.json`` (the root of the data) and ``model.safetensors`` are written; None writes nothing.
         cache: where features are kept between passes: ``"ram"``; ``"disk"``, from where later runs and other processes
             take them too; or None to compute them anew in every pass. The result is the same bit for bit.
         cache_dir: folder of the cache on disk, ``output_dir/features`` by default. Give one to share it between runs:
@@ -159,6 +162,10 @@ def fit(
             calibrate_on(model, held_out, false_alarm_rate, stand_in=run.features)
         model.calibration = processes.from_first(model.calibration)
         if folder is not None:
+            with _writing(folder / RUN), replacing(folder / RUN) as file:
+                root = data.root if isinstance(data, Dataset) else data
+                known = isinstance(root, (str, os.PathLike))
+                file.write_text(json.dumps({"data": os.path.abspath(root) if known else None}) + "\n")
             with _writing(folder / MODEL):
                 model.save(folder / MODEL)
     return run.history
@@ -317,7 +324,7 @@ class _Run:
             self._restore(state)
         if self.output_dir is None:
             return
-        for name in (CHECKPOINT, METRICS, MODEL):  # what a killed run left half-written
+        for name in (CHECKPOINT, METRICS, MODEL, RUN):  # what a killed run left half-written
             for leftover in self.output_dir.glob(f".{Path(name).stem}-*{Path(name).suffix}"):
                 leftover.unlink()
         with _writing(self.output_dir / METRICS), replacing(self.output_dir / METRICS) as file:

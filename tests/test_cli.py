@@ -25,7 +25,7 @@ from hgad_fast.data import read_image
 from hgad_fast.evaluate import Evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "score", "eval", "ablate", "data", "bench", "info", "demo")
+COMMANDS = ("train", "score", "eval", "report", "ablate", "data", "bench", "info", "demo")
 TINY = {
     "backbone_arch": "test_efficientnet",
     "out_indices": [1],
@@ -114,7 +114,7 @@ def model(training) -> Path:
 
 def test_train_writes_a_calibrated_model_and_says_where(training):
     output, result = training
-    written = {"best.safetensors", "checkpoint.pt", "metrics.jsonl", "model.safetensors"}
+    written = {"best.safetensors", "checkpoint.pt", "metrics.jsonl", "model.safetensors", "run.json"}
     assert {path.name for path in output.iterdir()} == written
     assert result.stdout == f"model: {output / 'model.safetensors'}\n"
     assert result.stderr.startswith("hgad-fast: too few calibration pictures for a false-alarm rate of 1.0%")

@@ -41,7 +41,7 @@ def test_wheel_holds_every_module_once_and_nothing_else(wheel: zipfile.ZipFile) 
     kernels = {f"hgad_fast/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
     installed = [name for name in wheel.namelist() if ".dist-info/" not in name]
     assert kernels
-    assert sorted(installed) == sorted(modules | kernels | {"hgad_fast/py.typed"})
+    assert sorted(installed) == sorted(modules | kernels | {"hgad_fast/py.typed", "hgad_fast/report.html"})
 
 
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:

@@ -21,7 +21,7 @@ from hgad_fast import HGADConfig, HGADModel, train
 from hgad_fast.features import FeatureSet
 from hgad_fast.processes import Processes
 from hgad_fast.step import Step
-from hgad_fast.train import CHECKPOINT, METRICS, MODEL
+from hgad_fast.train import CHECKPOINT, METRICS, MODEL, RUN
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -109,7 +109,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         for name, tensor in expected["calibration"].items():
             torch.testing.assert_close(found[rank]["calibration"][name], tensor, rtol=1e-4, atol=1e-4)
     assert [one["seen"] for one in (expected, *found)] == [10, 10, 0]  # callbacks are the first process's
-    assert sorted(os.listdir(pair / "run")) == sorted([CHECKPOINT, METRICS, MODEL])
+    assert sorted(os.listdir(pair / "run")) == sorted([CHECKPOINT, METRICS, MODEL, RUN])
     assert len((pair / "run" / METRICS).read_text().splitlines()) == 10
     saved = HGADModel.load(pair / "run" / MODEL).state_dict()
     assert all(torch.equal(tensor, found[0]["model"][name]) for name, tensor in saved.items())
@@ -165,4 +165,4 @@ def test_torchrun_and_the_command_line(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"model: {tmp_path / 'run' / MODEL}\n"
-    assert sorted(os.listdir(tmp_path / "run")) == sorted([CHECKPOINT, METRICS, MODEL])
+    assert sorted(os.listdir(tmp_path / "run")) == sorted([CHECKPOINT, METRICS, MODEL, RUN])

@@ -29,7 +29,7 @@ from hgad_fast.calibrate import calibrate_on, split
 from hgad_fast.features import FeatureSet, feature_set
 from hgad_fast.processes import Processes
 from hgad_fast.step import Step
-from hgad_fast.train import CHECKPOINT, METRICS, MODEL, NonFiniteLossError, learning_rate
+from hgad_fast.train import CHECKPOINT, METRICS, MODEL, RUN, NonFiniteLossError, learning_rate
 
 DIMS = (8, 7)
 SMALL = {
@@ -456,7 +456,7 @@ def test_resume_is_bit_exact(tmp_path, stops):
     assert_equal(*checkpoints)
     for folder, records in ((tmp_path / "whole", history.records), (tmp_path / "stopped", resumed_history.records)):
         assert metrics(folder) == records
-        assert sorted(os.listdir(folder)) == sorted([CHECKPOINT, METRICS, MODEL])
+        assert sorted(os.listdir(folder)) == sorted([CHECKPOINT, METRICS, MODEL, RUN])
 
 
 def test_resume_from_a_file_or_from_nothing(tmp_path):
@@ -530,7 +530,7 @@ def test_killed_again_and_again(tmp_path, kills, meta_epochs):
     assert without_times(metrics(killed)) == without_times(metrics(whole))
     passes = [(record["meta_epoch"], record["sub_epoch"]) for record in metrics(killed)]
     assert passes == [(m, s) for m in range(meta_epochs) for s in range(2)]
-    assert sorted(os.listdir(killed)) == sorted([CHECKPOINT, METRICS, MODEL])  # no half-written leftovers
+    assert sorted(os.listdir(killed)) == sorted([CHECKPOINT, METRICS, MODEL, RUN])  # no half-written leftovers
 
 
 @pytest.fixture(scope="module")
@@ -692,7 +692,7 @@ def test_output_folder_is_made_and_does_not_depend_on_the_working_folder(tmp_pat
     (tmp_path / "elsewhere").mkdir()
     model = small_model(calibration_fraction=0.0)
     model.fit(pictures(), output_dir="new/run", callbacks=[lambda record: os.chdir(tmp_path / "elsewhere")])
-    assert sorted(os.listdir(tmp_path / "new" / "run")) == sorted([CHECKPOINT, METRICS, MODEL])
+    assert sorted(os.listdir(tmp_path / "new" / "run")) == sorted([CHECKPOINT, METRICS, MODEL, RUN])
     assert not os.listdir(tmp_path / "elsewhere")
     assert_equal(HGADModel.load(tmp_path / "new" / "run" / MODEL).state_dict(), model.state_dict())
 
