@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,8 @@ def main() -> None:
             save(found["drift"][-1])
     found["gradients"] = gradient_errors()
     save(found["gradients"])
+    found["processor"] = processor_seconds()
+    save(found["processor"])
 
 
 def forward(problem: bench.Problem, kind: str, every: int) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
@@ -160,6 +163,31 @@ def gradient_errors(seeds: int = 5) -> dict[str, Any]:
             errors[f"{kind}, checkpoint_every={every}"].append(bench.relative_error(ours, theirs))
     medians = {name: statistics.median(values) for name, values in errors.items()}
     return {"pixels": SMALL.pixels, "each": errors, "median": medians}
+
+
+def processor_seconds(rounds: int = 15) -> dict[str, Any]:
+    """Processor time of a training step in one thread, which other work on the machine hardly changes, in turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    contenders = bench.training_case(bench.Problem(SMALL, CPU))
+    taken: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    for turn in range(-1, rounds):  # the first warms up
+        for i in range(len(contenders)):
+            contender = contenders[(i + turn) % len(contenders)]
+            start = time.process_time()
+            contender()
+            if turn >= 0:
+                taken[contender.name].append(time.process_time() - start)
+    torch.set_num_threads(threads)
+    peer = next(contender.name for contender in contenders if contender.is_peer)
+    return {
+        "pixels": SMALL.pixels,
+        "seconds": {name: statistics.median(times) for name, times in taken.items()},
+        "speedup": {
+            name: statistics.median(theirs / ours for theirs, ours in zip(taken[peer], times, strict=True))
+            for name, times in taken.items()
+        },
+    }
 
 
 def drift(blocks: int, every: int) -> float:
