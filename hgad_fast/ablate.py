@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,11 +26,10 @@ from . import metrics, score
 from .bench import environment
 from .calibrate import Calibration, calibrate_on
 from .config import HGADConfig
-from .evaluate import Features, seen_mask, test_set
+from .evaluate import Features, mean, seen_mask, test_set, without_nan
 from .features import FeatureSet, feature_set
 from .files import replacing
 from .model import HGADModel
-from .train import MODEL
 
 VARIANTS: dict[str, dict[str, Any]] = {  # fields of the configuration that differ
     "single-gaussian": {"n_classes": 1, "class_names": ("all",), "n_intra_centers": 1, "loss_terms": ("L_g",)},
@@ -73,7 +71,7 @@ def run(
     """Train every variant on the same features and compare them on the test pictures.
 
     Written to `output`: the model and a histogram (``log-density.png``) of each variant in a folder of its own, and
-    ``ablation.json``. A model of the same configuration that lies there already is not trained again.
+    ``ablation.json``. A training that lies there already goes on where it stopped, or is not repeated.
 
     Args:
         data: a dataset with test pictures, or its root.
@@ -94,7 +92,8 @@ def run(
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: an unknown variant, a class without pictures to calibrate on, or a dataset without test pictures.
+        ValueError: an unknown variant, a class without pictures to calibrate on, a dataset without test pictures, or a
+            folder with the training of another configuration or of other pictures.
     """
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
@@ -104,7 +103,7 @@ def run(
     dataset = test_set(base, data)
     say("features of the training pictures")
     normals = features or feature_set(base, dataset)
-    rows, held_out = _drawn(normals.class_ids, training_pictures, config.seed)
+    rows, held_out = _drawn(normals.class_ids, base.class_names, training_pictures, config.seed)
     say("features of the test pictures")
     features_of = features_of or (lambda sample: score.picture_features(base, pictures.read_image(sample.path)))
     test = [list(features_of(sample)) for sample in dataset.test]
@@ -128,12 +127,12 @@ def table(found: dict[str, Any]) -> str:
     for name, variant in found["variants"].items():
         for setting, maps in variant["figures"].items():
             cells = (maps[kind]["mean"] if kind in maps else None for kind in MAPS)
-            texts = ("-" if c is None else f"{100 * c[0]:.1f} / {100 * c[1]:.1f}" for c in cells)
+            texts = (" / ".join("-" if x is None else f"{100 * x:.1f}" for x in cell or [None]) for cell in cells)
             lines.append(f"{name + ', ' + setting:<38}" + "".join(f"{text:>16}" for text in texts))
     return "\n".join(lines)
 
 
-def _drawn(class_ids: Tensor, count: int | None, seed: int) -> tuple[Tensor, Tensor]:
+def _drawn(class_ids: Tensor, names: Sequence[str], count: int | None, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to train on, `count` of each class, and the others."""
     generator = torch.Generator().manual_seed(seed)
     chosen: list[Tensor] = []
@@ -143,26 +142,19 @@ def _drawn(class_ids: Tensor, count: int | None, seed: int) -> tuple[Tensor, Ten
         members = members[torch.randperm(len(members), generator=generator)]
         n = len(members) - max(1, len(members) // 10) if count is None else count
         if n >= len(members):
-            raise ValueError(f"class {k} has {len(members)} training pictures: fewer must be trained on, to calibrate")
+            raise ValueError(
+                f"class {names[k]!r} has {len(members)} training pictures: train on fewer, the others calibrate"
+            )
         chosen.append(members[:n])
         others.append(members[n:])
     return torch.cat(chosen).sort().values, torch.cat(others).sort().values
 
 
 def _trained(config: HGADConfig, shared: _Data, folder: Path, device: str, say: Callable[[str], None]) -> HGADModel:
-    config = config.replace(calibration_fraction=0.0)  # it is held out already
-    if (folder / MODEL).is_file():
-        model = HGADModel.load(folder / MODEL, device)
-        if _identity(model.config) == _identity(config):
-            return model
     say(f"{folder.name}: training")
-    model = HGADModel(config).to(device)
-    model.fit(_known_as(model, shared.train), output_dir=folder)
+    model = HGADModel(config.replace(calibration_fraction=0.0)).to(device)  # what calibrates is held out already
+    model.fit(_known_as(model, shared.train), output_dir=folder, resume=True)
     return model
-
-
-def _identity(config: HGADConfig) -> HGADConfig:
-    return config.replace(backbone_weights=None, feature_dims=None)  # a path, and what follows from the backbone
 
 
 def _known_as(model: HGADModel, features: FeatureSet) -> FeatureSet:
@@ -193,13 +185,14 @@ def _compare(model: HGADModel, shared: _Data, folder: Path) -> dict[str, Any]:
                 figures[setting].setdefault(kind, {})[name] = _aurocs(model, samples, values)
     for setting in SETTINGS:
         for rows_of_map in figures[setting].values():
-            rows_of_map["mean"] = np.nanmean(list(rows_of_map.values()), 0).tolist()
+            rows_of_map["mean"] = [mean(figures) for figures in zip(*rows_of_map.values(), strict=True)]
     names = [model.class_names[int(found.class_id)] for found in inferred]
     confusion = {
         name: {other: [names[i] for i in rows].count(other) for other in model.class_names} for name, rows in classes
     }
     _histogram(model, shared, given, folder / "log-density.png")
-    return {"figures": figures, "confusion": confusion, "false_alarms": _false_alarms(model, shared, inferred)}
+    found = {"figures": figures, "confusion": confusion, "false_alarms": _false_alarms(model, shared, inferred)}
+    return without_nan(found)
 
 
 def _calibrate(model: HGADModel, held_out: FeatureSet, fusion: str) -> Calibration:
@@ -279,11 +272,11 @@ def _false_alarms(model: HGADModel, shared: _Data, inferred: list[score.Densitie
                 {
                     "seed": seed,
                     "nominal": rate,
-                    "attainable": float(attainable[~anomalous].mean()),
+                    "attainable": mean(attainable[~anomalous].tolist()),
                     "calibration_pictures": len(calibration.scores),
                     "normal_pictures": int((~anomalous).sum()),
                     "false_alarms": int(flagged[~anomalous].sum()),
-                    "recall": float(flagged[anomalous].double().mean()),
+                    "recall": mean(flagged[anomalous].tolist()),
                 }
             )
     pooled = {}
@@ -292,7 +285,7 @@ def _false_alarms(model: HGADModel, shared: _Data, inferred: list[score.Densitie
         alarms, pictures_seen = (sum(s[key] for s in mine) for key in ("false_alarms", "normal_pictures"))
         pooled[str(rate)] = {
             "false_alarm_rate": alarms / pictures_seen if pictures_seen else None,
-            "recall": float(np.mean([s["recall"] for s in mine])),
+            "recall": mean(s["recall"] for s in mine),
             "interval_95_of_one_split": _binomial(rate, mine[0]["normal_pictures"]),
         }
     return {"splits": splits, "pooled": pooled}

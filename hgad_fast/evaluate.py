@@ -99,10 +99,10 @@ class Evaluation:
 
     def mean(self, protocol: str) -> Figures:
         """Unweighted mean over the classes that have the figure."""
-        mean = Figures()
+        figures = Figures()
         for name in FIGURES:
-            setattr(mean, name, _mean(getattr(row, name) for row in self.figures[protocol].values()))
-        return mean
+            setattr(figures, name, mean(getattr(row, name) for row in self.figures[protocol].values()))
+        return figures
 
     @property
     def confusion(self) -> dict[str, dict[str, int]]:
@@ -115,7 +115,7 @@ class Evaluation:
     @property
     def inferred_class_accuracy(self) -> float:
         """Share of pictures whose inferred class is their own."""
-        return _mean(picture.inferred_class == picture.class_name for picture in self._any())
+        return mean(picture.inferred_class == picture.class_name for picture in self._any())
 
     @property
     def false_alarm_rate(self) -> float:
@@ -140,7 +140,7 @@ class Evaluation:
 
     def _flagged(self, is_anomalous: bool) -> float:
         judged = (p for p in self.pictures.get("honest", ()) if p.is_anomalous == is_anomalous)
-        return _mean(picture.is_flagged for picture in judged if picture.is_flagged is not None)
+        return mean(picture.is_flagged for picture in judged if picture.is_flagged is not None)
 
     def to_dict(self, details: bool = True) -> dict[str, Any]:
         """Everything as JSON takes it, NaN as None; without `details` no curves and no single pictures."""
@@ -161,7 +161,7 @@ class Evaluation:
         whole: dict[str, Any] = {"protocols": protocols, **{name: getattr(self, name) for name in summary}}
         if details:
             whole["pictures"] = {p: [asdict(picture) for picture in found] for p, found in self.pictures.items()}
-        return _without_nan(whole)
+        return without_nan(whole)
 
     @classmethod
     def from_dict(cls, read: dict[str, Any]) -> Evaluation:
@@ -310,7 +310,7 @@ class BestCheckpoint:
             if 0 < sum(labels) < len(labels):
                 given = [part for s in samples for part in score.densities(model, list(self.features_of(s)), class_id)]
                 found.append(metrics.auroc(score.official_maps(given, model.config.msk_size).amax((1, 2)), labels))
-        return _mean(found)
+        return mean(found)
 
 
 def _classes(model: HGADModel, dataset: pictures.Dataset) -> Iterator[tuple[Tensor, list[pictures.Sample]]]:
@@ -447,7 +447,8 @@ def seen_mask(model: HGADModel, sample: pictures.Sample, anomaly_map: Tensor) ->
     return pictures.resize_mask(seen, (anomaly_map.shape[0], anomaly_map.shape[1]))
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """Of those that are no NaN; NaN without any."""
     known = [float(value) for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -456,7 +457,10 @@ def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """What JSON takes: NaN as None, tuples as lists."""
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value

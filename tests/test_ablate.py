@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hgad_fast import HGADConfig, HGADModel, ablate, data, score
+from hgad_fast import HGADConfig, HGADModel, ablate, data, score, train
 from hgad_fast.evaluate import evaluate
 from hgad_fast.features import feature_set
 from hgad_fast.train import MODEL
@@ -70,7 +71,7 @@ def test_the_product_is_what_evaluate_measures(ablation, root):
     output, found, said = ablation
     model = HGADModel.load(output / "hgad" / MODEL)
     normals = feature_set(model, data.discover(root))
-    rows, others = ablate._drawn(normals.class_ids, 6, CONFIG.seed)
+    rows, others = ablate._drawn(normals.class_ids, model.class_names, 6, CONFIG.seed)
     assert sorted(torch.cat([rows, others]).tolist()) == list(range(20)) and len(rows) == 12
     with pytest.warns(UserWarning, match="too few"):
         model.calibrate(normals.subset(others))
@@ -126,14 +127,25 @@ def test_what_is_written_is_used_again(ablation, root, monkeypatch):
     for name in found["variants"]:
         with Image.open(output / name / "log-density.png") as picture:
             assert np.asarray(picture.convert("L")).std() > 10
-    monkeypatch.setattr(HGADModel, "fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(train._Run, "_sub_epoch", lambda *a: pytest.fail("trained again"))
     monkeypatch.setattr(ablate, "STRIDE", 1)
     again = ablate.run(root, CONFIG, output, variants=["hgad"], training_pictures=6, say=lambda text: None)
     assert json.dumps(again["variants"]["hgad"]) == json.dumps(found["variants"]["hgad"])
+    with pytest.raises(ValueError, match="was trained on other pictures"):
+        ablate.run(root, CONFIG, output, variants=["hgad"], training_pictures=5, say=lambda text: None)
+
+
+def test_without_masks_there_are_no_pixel_figures(root, tmp_path):
+    dataset = data.discover(root)
+    blind = dataclasses.replace(dataset, test=tuple(dataclasses.replace(s, mask=None) for s in dataset.test))
+    found = ablate.run(blind, CONFIG.replace(meta_epochs=1), tmp_path, variants=["inter-class"], say=lambda text: None)
+    (image, pixel) = found["variants"]["inter-class"]["figures"]["official"]["product"]["mean"]
+    assert 0 <= image <= 1 and pixel is None
+    assert "NaN" not in (tmp_path / "ablation.json").read_text() and "nan" not in ablate.table(found)
 
 
 def test_what_cannot_be(root, tmp_path):
     with pytest.raises(ValueError, match="there is no variant 'hgda'; there are single-gaussian, "):
         ablate.run(root, CONFIG, tmp_path, variants=["hgda"])
-    with pytest.raises(ValueError, match="class 0 has 10 training pictures: fewer must be trained on"):
+    with pytest.raises(ValueError, match="class 'coarse' has 10 training pictures: train on fewer"):
         ablate.run(root, CONFIG, tmp_path, training_pictures=10, say=lambda text: None)
