@@ -9,7 +9,7 @@ READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: demo test test-matrix bench gpu check setup
+.PHONY: demo test test-long test-matrix bench gpu check setup
 
 demo:
 	@start=$$SECONDS; \
@@ -21,6 +21,10 @@ demo:
 # One process and one thread a core: small products gain nothing from more.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+
+# What takes minutes, such as a training that is killed thirty times.
+test-long: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 # The oldest supported torch (it brings Triton 3.6) in an environment of its own, and the newest (Triton 3.8).
 test-matrix:
