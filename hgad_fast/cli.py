@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import math
 import os
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,55 +144,59 @@ def score(
         Path | None, typer.Option("--output", "-o", help="Folder for scores.csv and overlays/*.png.")
     ] = None,
     maps: Annotated[bool, typer.Option(help="Also write the maps, maps/*.npy (float32, picture size).")] = False,
+    map_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[npy|tiff32|tiff16]",
+            help="Write the maps in this format: arrays, TIFFs of floats, or TIFFs of 16 bits (scale in the tags).",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Keep what an interrupted run left in OUTPUT, and go on.")] = False,
+    throughput: Annotated[
+        bool, typer.Option(help="Neighbouring pictures of one size share batches; scores agree to 1e-5.")
+    ] = False,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Judge at another rate than the model's own.")] = None,
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """Score pictures: how anomalous each is, whether that passes the threshold, and where."""
-    from . import data as pictures
+    """Score pictures: how anomalous each is, whether that passes the threshold, and where.
 
-    if maps and output is None:
-        raise ValueError("--maps needs --output, the folder to write them to")
+    With --output: scores.csv, regions.csv (what is above the threshold, where and how large), scores.jsonl (both, and
+    what --resume needs) and overlays. Started by torchrun, the processes share the pictures.
+    """
+    from . import data as pictures
+    from . import pipeline
+
+    if map_format is not None and map_format not in pipeline.MAP_FORMATS:
+        raise ValueError(f"--map-format is {map_format!r}; allowed are {', '.join(pipeline.MAP_FORMATS)}")
+    for option, value in (("--maps", maps), ("--map-format", map_format), ("--resume", resume)):
+        if value and output is None:
+            raise ValueError(f"{option} needs --output, the folder to write them to")
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--output draws overlays, which need matplotlib: pip install 'hgad-fast[plot]'")
     detector = _load(model, device, false_alarm_rate)
     files = [file for path in images for file in (pictures.list_images(path) if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"there are no pictures in {', '.join(map(str, images))}")
-    names = _file_names(files)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
     class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.class_names else class_
-    rows, bad = [], []
-    for file, name in zip(files, names, strict=True):
-        try:
-            picture = pictures.read_image(file)
-        except pictures.ImageError as error:
-            bad.append(error)
-            print(f"hgad-fast: {error}", file=sys.stderr)
-            continue
-        result = detector.score(picture, class_id)
-        row = {
-            "file": str(file),
-            "class": detector.class_names[int(result.class_id)],
-            "score": float(result.image_score),
-            "threshold": _known(result.threshold),
-            "p_value": _known(result.p_value),
-            "anomalous": bool(result.is_anomalous) if _known(result.p_value) is not None else None,
-        }
-        rows.append(row)
-        if not as_json:
-            print(_score_line(row))
-        if output is not None:
-            _write_overlay(output / "overlays" / f"{name}.png", picture, result, row)
-            if maps:
-                _write_map(output / "maps" / f"{name}.npy", result.anomaly_map[0])
+    job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput)
+    with _progress(len(files)) as advance:
+
+        def report(record: pipeline.Record) -> None:
+            if record.error is not None:
+                print(f"hgad-fast: {record.error}", file=sys.stderr)
+            elif record.row is not None and not as_json:
+                print(_score_line(record.row))
+            advance()
+
+        records = pipeline.score_files(detector, files, job, report)
+    if not records:
+        return  # of another rank than 0
     if as_json:
-        print(json.dumps(rows, indent=2))
-    if output is not None:
-        _write_csv(output / "scores.csv", rows)
-    if bad:
-        raise ValueError(f"{len(bad)} of {len(files)} pictures could not be read; the others are scored")
+        print(json.dumps([record.row for record in records if record.row is not None], indent=2))
+    if bad := [record.error for record in records if record.error is not None]:
+        what = "read" if all(isinstance(error, pictures.ImageError) for error in bad) else "scored"
+        raise ValueError(f"{len(bad)} of {len(files)} pictures could not be {what}; the others are scored")
 
 
 @app.command(name="eval")
@@ -493,64 +496,22 @@ def _load(path: Path, device: str | None, false_alarm_rate: float | None) -> HGA
     return model
 
 
-def _known(value: Any) -> float | None:
-    """A number that JSON can write, or None."""
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
 def _score_line(row: dict[str, Any]) -> str:
     verdict = {True: "ANOMALOUS", False: "normal", None: ""}[row["anomalous"]]
     p_value = "" if row["p_value"] is None else f"p {row['p_value']:.3f}"
     return f"{row['score']:9.4f}  {p_value:8}  {verdict:9}  {row['class']:<16} {row['file']}"
 
 
-def _file_names(files: list[Path]) -> list[str]:
-    """One name a picture for what is written about it: its stem; where stems repeat, its path below all pictures."""
-    stems = Counter(file.stem for file in files)
-    paths = [Path(os.path.abspath(file)) for file in files]
-    root = os.path.commonpath([path.parent for path in paths])
-    names: dict[str, None] = {}
-    for path in paths:
-        stem = "-".join(path.relative_to(root).with_suffix("").parts) if stems[path.stem] > 1 else path.stem
-        name, number = stem, 1
-        while name in names:
-            number += 1
-            name = f"{stem}-{number}"
-        names[name] = None
-    return list(names)
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal; what is given is to be called as each picture is done."""
+    from rich.console import Console
+    from rich.progress import Progress
 
-
-def _write_overlay(path: Path, picture: Any, result: Any, row: dict[str, Any]) -> None:
-    from .plot import overlay
-
-    overlay(
-        picture,
-        result.anomaly_map[0].cpu(),
-        float(result.threshold),
-        path=path,
-        title=f"{row['class']}: {row['file']}",
-    )
-
-
-def _write_map(path: Path, anomaly_map: Any) -> None:
-    import numpy as np
-
-    from .files import replacing
-
-    with replacing(path) as file:
-        np.save(file, anomaly_map.cpu().numpy())
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    import csv
-
-    from .files import replacing
-
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["file", "class", "score", "threshold", "p_value", "anomalous"])
-        writer.writeheader()
-        writer.writerows(rows)
+    lines_too = sys.stdout.isatty()  # on the same terminal they go above the bar
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), redirect_stdout=lines_too) as bar:
+        task = bar.add_task("scoring", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _version(package: str) -> str | None:

@@ -107,7 +107,7 @@ def score_features(
     Raises:
         ValueError: features or class ids do not fit the model, or it is not calibrated and would have to be.
     """
-    _check_normalization(model, normalization)
+    check_normalization(model, normalization)
     size = _map_size(map_size)
     features = _check_features(model, features)
     ids = check_class_ids(model.config, class_ids, len(features[0]))
@@ -150,7 +150,7 @@ def _judged(model: HGADModel, maps: list[Tensor], parts: Sequence[Densities], no
     )
 
 
-def _check_normalization(model: HGADModel, normalization: str) -> None:
+def check_normalization(model: HGADModel, normalization: str) -> None:
     if normalization not in ("calibrated", "official"):
         raise ValueError(f"normalization is {normalization!r}; allowed are 'calibrated' and 'official'")
     if normalization == "calibrated" and model.calibration is None:
@@ -484,7 +484,7 @@ def score_images(
         ValueError: no pictures, one that cannot be read or is too long and thin, values outside [0, 1], or class ids
             that do not fit.
     """
-    _check_normalization(model, normalization)
+    check_normalization(model, normalization)
     size = _map_size(map_size)
     pictures = list(_pictures(images))
     if not pictures:

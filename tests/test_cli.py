@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hgad_fast import HGADModel
 from hgad_fast.cli import app
 from hgad_fast.data import read_image
 from hgad_fast.evaluate import Evaluation
+from hgad_fast.regions import find_regions
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "score", "eval", "report", "ablate", "data", "bench", "info", "demo")
@@ -194,6 +196,7 @@ def test_score_prints_nothing_but_json_when_asked(model, data):
         "threshold": pytest.approx(float(expected.threshold)),
         "p_value": pytest.approx(float(expected.p_value)),
         "anomalous": bool(expected.is_anomalous),
+        "regions": [asdict(region) for region in find_regions(expected.anomaly_map[0], float(expected.threshold))],
     }
 
 
@@ -388,6 +391,9 @@ def test_a_bad_model_file_is_named(command, data, tmp_path):
 def test_bad_arguments_of_score_and_eval_are_named(model, data, tmp_path):
     file = data / "upright" / "test" / "good" / "000.png"
     assert "--maps needs --output" in fails("score", model, file, "--maps")
+    assert "--map-format needs --output" in fails("score", model, file, "--map-format", "tiff16")
+    assert "--resume needs --output" in fails("score", model, file, "--resume")
+    assert "--map-format is 'gif'; allowed are npy, " in fails("score", model, file, "--map-format", "gif")
     assert "class 'upside' is unknown; the model knows leaning, upright" in fails(
         "score", model, file, "--class", "upside"
     )
@@ -409,7 +415,7 @@ def test_overlays_without_matplotlib_are_refused_before_anything_is_scored(model
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find_spec(name, *a)
     )
-    monkeypatch.setattr(HGADModel, "score", lambda *_: pytest.fail("scores"))
+    monkeypatch.setattr(HGADModel, "score", lambda *_, **__: pytest.fail("scores"))
     assert "pip install 'hgad-fast[plot]'" in fails("score", model, data, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

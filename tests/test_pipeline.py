@@ -1,0 +1,238 @@
+"""Many files through one model: the same figures as one by one, whatever is bad, cut short, resumed or shared out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from hgad_fast import HGADConfig, HGADModel, pipeline
+from hgad_fast.cli import app
+from hgad_fast.images import read_image
+from hgad_fast.pipeline import Job, score_files
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_picture(path: Path, seed: int, size: tuple[int, int] = (40, 56)) -> Path:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    pixels = 128 + 90 * np.sin(0.7 * x + 0.3 * y)[..., None] + rng.normal(0, 12, (*size, 3))
+    if seed % 3 == 0:
+        pixels[5:25, 9:30] = rng.uniform(0, 255, (20, 21, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = HGADConfig(
+        n_classes=2, class_names=("a", "b"), n_intra_centers=2, backbone_arch="test_efficientnet",
+        backbone_weights=None, out_indices=(1,), img_size=40, msk_size=24, feature_levels=2, coupling_layers=2,
+        pos_embed_dim=8, batch_size=4,
+    )  # fmt: skip
+    model = HGADModel(config)
+    for k, name in enumerate("ab"):
+        for i in range(5):
+            write_picture(folder / "normal" / name / f"{i}.png", 3 * (10 * k + i) + 1)
+    model.calibrate(folder / "normal", false_alarm_rate=0.2)
+    model.save(folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(model_file: Path) -> HGADModel:
+    return HGADModel.load(model_file)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Pictures of two sizes, of which the fourth is damaged and the last so long and thin that it is refused."""
+    folder = tmp_path_factory.mktemp("pictures")
+    sizes = [(40, 56)] * 6 + [(64, 40)] * 3 + [(40, 56)] * 2
+    files = [write_picture(folder / f"{i:02}.png", i, size) for i, size in enumerate(sizes)]
+    files[3].write_bytes(files[3].read_bytes()[:300])
+    return [*files, write_picture(folder / "11.png", 11, (1, 9000))]
+
+
+def rows_of(records: list[pipeline.Record]) -> list[dict[str, Any]]:
+    return [record.row for record in records if record.row is not None]
+
+
+def score(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["score", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("limit", [2**25, 40 * 56, 1])
+def test_rows_are_those_of_one_by_one_scoring_in_the_order_of_the_files(
+    limit: int, model: HGADModel, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MAX_PIXELS_IN_FLIGHT", limit)
+    seen: list[pipeline.Record] = []
+    records = score_files(model, files, Job(output=tmp_path, maps="npy"), seen.append)
+    assert records == seen and [record.task.file for record in records] == files
+    bad = [record for record in records if record.error is not None]
+    assert [record.task.file for record in bad] == [files[3], files[11]]
+    assert str(bad[1].error).startswith(f"{files[11]}: a picture of 1 x 9000 pixels")
+    for record in records:
+        if record.row is not None:
+            expected = model.score(record.task.file)
+            assert record.row["score"] == float(expected.image_score)
+            assert record.row["p_value"] == float(expected.p_value)
+            written = np.load(tmp_path / "maps" / f"{record.task.name}.npy")
+            assert torch.equal(torch.from_numpy(written), expected.anomaly_map[0])
+            for region in record.row["regions"]:
+                inside = written[region["top"] : region["bottom"], region["left"] : region["right"]]
+                assert inside.max() >= region["peak"] == written[region["peak_y"], region["peak_x"]]
+    assert any(row["regions"] for row in rows_of(records))
+
+
+def test_no_more_pixels_are_decoded_than_allowed(
+    model: HGADModel, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, most = 0, 0
+    finish = pipeline._finished
+
+    def read(path: Path) -> torch.Tensor:
+        nonlocal decoded, most
+        picture = read_image(path)
+        decoded += picture[0].numel()
+        most = max(most, decoded)
+        return picture
+
+    def finished(task: Any, picture: torch.Tensor, *rest: Any) -> pipeline.Record:
+        nonlocal decoded
+        decoded -= picture[0].numel()
+        return finish(task, picture, *rest)
+
+    monkeypatch.setattr(pipeline.images, "read_image", read)
+    monkeypatch.setattr(pipeline, "_finished", finished)
+    monkeypatch.setattr(pipeline, "MAX_PIXELS_IN_FLIGHT", 2 * 40 * 56)
+    score_files(model, [files[0]] * 12, Job())
+    assert 40 * 56 <= most <= 2 * 40 * 56
+
+
+def test_throughput_agrees(model: HGADModel, files: list[Path]) -> None:
+    alone, together = (rows_of(score_files(model, files, Job(throughput=flag))) for flag in (False, True))
+    for a, b in zip(alone, together, strict=True):
+        assert b["file"] == a["file"] and b["score"] == pytest.approx(a["score"], rel=1e-5)
+
+
+@pytest.mark.parametrize("map_format", ["tiff16", "tiff32"])
+def test_tiff_maps_hold_the_scores(map_format: str, model: HGADModel, files: list[Path], tmp_path: Path) -> None:
+    (row,) = rows_of(score_files(model, files[:1], Job(output=tmp_path, maps=map_format)))
+    expected = model.score(files[0]).anomaly_map[0].numpy()
+    with Image.open(tmp_path / "maps" / "00.tif") as picture:
+        values, about = np.asarray(picture), json.loads(picture.tag_v2[270])
+    if map_format == "tiff32":
+        np.testing.assert_array_equal(values, expected)
+    else:
+        assert values.dtype == np.uint16 and values.max() == 65535 and about["scale"] == row["map_scale"]
+        np.testing.assert_allclose(values * row["map_scale"], expected, atol=0.51 * row["map_scale"])
+
+
+def test_a_resumed_run_scores_only_what_is_missing_or_changed(
+    model: HGADModel, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = [write_picture(tmp_path / "in" / f"{i}.png", i) for i in range(5)]
+    output = tmp_path / "out"
+    score_files(model, mine[:4], Job(output=output))
+    (output / "overlays" / "0.png").unlink()
+    write_picture(mine[2], 77)
+    os.utime(mine[2], ns=(1, 1))
+    with open(output / "scores.jsonl", "a") as journal:
+        journal.write('{"name": "4", "sta')  # cut off by a kill
+    scored: list[str] = []
+    finish = pipeline._finished
+    monkeypatch.setattr(pipeline, "_finished", lambda task, *rest: scored.append(task.name) or finish(task, *rest))
+    records = score_files(model, mine, Job(output=output, resume=True))
+    assert sorted(scored) == ["0", "2", "4"]
+    fresh = score_files(model, mine, Job(output=tmp_path / "fresh"))
+    assert rows_of(records) == rows_of(fresh)
+    for name in ("scores.csv", "regions.csv", "scores.jsonl"):
+        assert (output / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"scores.jsonl was written with another class: "):
+        score_files(model, mine, Job(class_id="a", output=output, resume=True))
+
+
+def start(arguments: list[Any], **environment: str) -> subprocess.Popen[str]:
+    """A process of the command line, that takes notice of Ctrl-C even if this one, in the background, does not."""
+    command = [sys.executable, "-m", "hgad_fast", "score", *map(str, arguments)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def test_ctrl_c_leaves_whole_files_and_a_table_and_the_rest_can_follow(model_file: Path, tmp_path: Path) -> None:
+    picture = write_picture(tmp_path / "in" / "000.png", 0)
+    for i in range(1, 300):
+        picture.with_name(f"{i:03}.png").symlink_to(picture)
+    arguments = [model_file, tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu"]
+    process = start(arguments)
+    journal = tmp_path / "out" / "scores.jsonl"
+    deadline = time.monotonic() + 300
+    while not journal.exists() or journal.read_text().count("\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    assert errors == "hgad-fast: interrupted; every file written so far is whole\n"
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert 3 <= len(table) < 300 and [Path(row["file"]).stem for row in table] == [f"{i:03}" for i in range(len(table))]
+    written = list((tmp_path / "out" / "overlays").iterdir())
+    assert len(written) >= len(table) and not any(path.name.startswith(".") for path in written)
+    for path in written:
+        read_image(path)
+    for extra in list((tmp_path / "in").iterdir()):  # 300 overlays take long
+        if int(extra.stem) > len(table):
+            extra.unlink()
+    result = score(*arguments, "--resume")
+    assert result.exit_code == 0 and result.stdout.count("\n") == len(table) + 1
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        assert list(csv.DictReader(file))[: len(table)] == table
+
+
+def test_two_ranks_share_the_files_and_merge_in_order(model_file: Path, files: list[Path], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [
+        start(
+            [model_file, *files, "--output", tmp_path / "two", "--device", "cpu"],
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in both]
+    alone = score(model_file, *files, "--output", tmp_path / "one", "--device", "cpu")
+    assert [process.returncode for process in both] == [1, 0], outputs  # rank 0 reports the bad files
+    assert outputs[0][0] == alone.stdout and outputs[1][0] == ""
+    assert str(files[3]) in outputs[0][1]
+    for name in ("scores.csv", "regions.csv", "scores.jsonl"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*")}
+    assert {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*")} == names
