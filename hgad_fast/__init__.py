@@ -3,6 +3,7 @@
 from .config import HGADConfig
 from .model import HGADModel
 from .score import ScoreResult
+from .scorer import Scorer
 
 __version__ = "0.1.0"
-__all__ = ["HGADConfig", "HGADModel", "ScoreResult", "__version__"]
+__all__ = ["HGADConfig", "HGADModel", "ScoreResult", "Scorer", "__version__"]

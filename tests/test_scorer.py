@@ -1,0 +1,69 @@
+"""A frame gets from a Scorer what `model.score` gives, in any form, from any thread."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hgad_fast import HGADConfig, HGADModel, Scorer
+from hgad_fast.calibrate import Calibration
+
+
+@pytest.fixture(scope="module")
+def model() -> HGADModel:
+    config = HGADConfig(
+        n_classes=2, class_names=("a", "b"), n_intra_centers=2, backbone_arch="test_efficientnet",
+        backbone_weights=None, out_indices=(1,), img_size=40, msk_size=24, feature_levels=1, coupling_layers=2,
+        pos_embed_dim=8,
+    )  # fmt: skip
+    model = HGADModel(config)
+    model.calibration = Calibration(torch.full((2, 1), 3.0), torch.linspace(0.1, 0.5, 10), torch.arange(10) % 2, 0.2)
+    return model
+
+
+def frames(count: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (count, 30, 50, 3), dtype=np.uint8))
+
+
+def test_it_says_what_the_model_says(model: HGADModel, tmp_path: Path) -> None:
+    model.save(tmp_path / "model.safetensors")
+    scorer = Scorer(tmp_path / "model.safetensors", device="cpu", frame_size=(30, 50))
+    (frame,) = frames(1)
+    expected = model.score(frame)
+    tensor = torch.from_numpy(frame).permute(2, 0, 1) / 255
+    for form in (frame, frame.astype(np.uint16) * 257, frame / np.float32(255), tensor, Image.fromarray(frame)):
+        found = scorer(form)
+        assert found.score == pytest.approx(float(expected.image_score), rel=1e-6)
+        assert found.p_value == float(expected.p_value) and found.is_anomalous == bool(expected.is_anomalous)
+        assert found.class_name == model.class_names[int(expected.class_id)]
+        torch.testing.assert_close(found.anomaly_map, expected.anomaly_map[0])
+    inside = sum(region.area for region in found.regions())
+    assert inside == int((found.anomaly_map.double() > found.threshold).sum())
+
+
+def test_class_and_map_size_are_the_scorers(model: HGADModel) -> None:
+    (frame,) = frames(1)
+    for name in ("a", "b"):
+        found = Scorer(model, class_id=name, map_size=(6, 10))(frame)
+        expected = model.score(frame, name, map_size=(6, 10))
+        assert found.class_name == name and found.score == float(expected.image_score)
+        assert torch.equal(found.anomaly_map, expected.anomaly_map[0])
+
+
+def test_threads_take_turns(model: HGADModel) -> None:
+    scorer, many = Scorer(model), frames(12)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(scorer, many))
+    assert [found.score for found in together] == [float(model.score(frame).image_score) for frame in many]
+
+
+def test_mistakes_are_named_before_the_first_frame(model: HGADModel) -> None:
+    with pytest.raises(ValueError, match="class 'c' is unknown"):
+        Scorer(model, class_id="c")
+    with pytest.raises(ValueError, match="2 frames at once"):
+        Scorer(model)(np.zeros((2, 30, 50, 3), np.uint8))
