@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +17,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import tiles
 from .config import HGADConfig
+from .interpolate import between, bilinear
+
+TILE_MEMORY = 600 * 2**20
+"""Bytes that the backbone may take for a tile. It fixes the tiles, so that they depend on the picture's size alone."""
+ALWAYS_WHOLE = 2**20  # pixels of a picture that is not worth cutting
+WORTH_STREAMLINING = 2**16  # pixels of a picture from which on `streamlined` pays
+TILES = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
-class FeatureMap:
-    """Features (B, C, h, w) of one level, whole or piece by piece.
+class FeatureMaps:
+    """Features of all levels, whole or piece by piece.
 
     Attributes:
-        batch, size: B and (h, w).
-        pieces: gives top, left and features (B, C, rows, columns) of each piece; may be called again.
+        batch, sizes: B, and (h, w) of each level.
+        pieces: gives level, top, left and features (B, C, rows, columns) of each piece; may be called again.
     """
 
     batch: int
-    size: tuple[int, int]
-    pieces: Callable[[], Iterable[tuple[int, int, Tensor]]]
+    sizes: list[tuple[int, int]]
+    pieces: Callable[[], Iterable[tuple[int, int, int, Tensor]]]
 
     @classmethod
-    def of(cls, features: Tensor) -> FeatureMap:
-        batch, _, h, w = features.shape
-        return cls(batch, (h, w), lambda: [(0, 0, features)])
+    def of(cls, levels: Sequence[Tensor]) -> FeatureMaps:
+        """From one (B, C, h, w) a level."""
+        sizes = [(x.shape[2], x.shape[3]) for x in levels]
+        return cls(len(levels[0]), sizes, lambda: ((level, 0, 0, x) for level, x in enumerate(levels)))
+
+    def whole(self) -> list[Tensor]:
+        """One (B, C, h, w) a level."""
+        levels: dict[int, Tensor] = {}
+        for level, top, left, x in self.pieces():
+            size = self.sizes[level]
+            if x.shape[2:] == size:
+                levels[level] = x
+                continue
+            whole = levels.setdefault(level, x.new_empty(*x.shape[:2], *size))
+            whole[:, :, top : top + x.shape[2], left : left + x.shape[3]] = x
+        return [levels[level] for level in range(len(self.sizes))]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How the network goes over a picture: at which size, in which tiles, and what size its stages have."""
+
+    size: tuple[int, int]
+    stages: list[tuple[int, int]]
+    rows: list[tiles.Cut]
+    columns: list[tiles.Cut]
 
     @property
-    def pixels(self) -> int:
-        return math.prod(self.size)
+    def tile_pixels(self) -> int:
+        """Of the largest tile, halo included."""
+        return max(c.stop - c.start for c in self.rows) * max(c.stop - c.start for c in self.columns)
 
 
 class Backbone(nn.Module):
@@ -72,6 +107,7 @@ class Backbone(nn.Module):
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.tensor(statistics.get(name, default)).view(3, 1, 1)
             self.register_buffer(name, values)
+        self._made_fast: tuple[Any, _Fast] | None = None
         self.requires_grad_(False)
         self.eval()
 
@@ -89,14 +125,13 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the architecture takes pictures of one size only, and not of this one.
         """
-        if self.mode == "stages":
-            return self._stages(images)
-        h, w = images.shape[-2:]
+        net = self._fast().net if images[0, 0].numel() >= WORTH_STREAMLINING else self.net
         features = []
-        for level in range(self.levels):
-            size = max(h >> level, 1), max(w >> level, 1)
-            resized = F.interpolate(images, size, mode="bilinear", align_corners=True) if level else images
-            features += self._stages(resized)
+        for size in self._sizes(*images.shape[2:]):
+            resized = images
+            if size != images.shape[2:]:
+                resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
+            features += self._stages(resized, net)
         return features
 
     def feature_values(self, height: int, width: int) -> int:
@@ -109,9 +144,86 @@ class Backbone(nn.Module):
             for channels, stride in stages
         )
 
-    def _stages(self, images: Tensor) -> list[Tensor]:
+    def feature_maps(self, picture: Tensor, cut: bool = True) -> FeatureMaps:
+        """Features of a picture (3, H, W) in [0, 1], with `cut` in tiles where it is large: see `passes`."""
+        if not cut or picture[0].numel() <= ALWAYS_WHOLE:
+            return FeatureMaps.of(self(self.normalize(picture[None].to(self.mean.device))))
+        plan = self.passes(*picture.shape[1:])
+        sizes = [size for one in plan for size in one.stages]
+        return FeatureMaps(1, sizes, functools.partial(self._pieces, picture, plan))
+
+    def passes(self, height: int, width: int, cut: bool = True) -> list[Pass]:
+        """Those over a picture of this size, in tiles of at most `TILE_MEMORY`, or whole without `cut`.
+
+        The halo of a network that looks at the whole picture is no more than a quarter of a tile: no halo would do.
+        """
+        fast = self._fast()
+        about, empty = fast.footprint, fast.shadow
+        plan = []
+        for size in self._sizes(height, width):
+            with torch.no_grad():
+                found = self._stages(torch.empty(1, 3, *size, device="meta"), empty)
+            stages = [(x.shape[2], x.shape[3]) for x in found]
+            cells = min(stages)
+            limit = math.inf
+            if cut and about.bytes_per_pixel:
+                limit = max(TILE_MEMORY / about.bytes_per_pixel, ALWAYS_WHOLE)
+            halo = about.halo
+            if not about.is_local and limit < math.inf:
+                halo = min(halo, int(math.sqrt(limit) / 4 / about.stride) * about.stride)
+            rows, columns = tiles.tiling(size, cells, about.stride, halo, limit)
+            plan.append(Pass(size, stages, rows, columns))
+        return plan
+
+    @property
+    def is_local(self) -> bool:
+        """Whether tiles give the features of the whole picture; see `tiles.Footprint`."""
+        return self._fast().footprint.is_local
+
+    @property
+    def strides(self) -> list[int]:
+        """Pixels of a cell of each stage."""
+        return self.net.feature_info.reduction()
+
+    def working_set(self, height: int, width: int, cut: bool = True) -> int:
+        """Bytes that the features of a picture of this size need beyond it, about, those of one tile counted."""
+        of_tile = self._fast().footprint.bytes_per_pixel + 36  # the tile in float32, normalised, with channels last
+        return int(max(of_tile * one.tile_pixels for one in self.passes(height, width, cut)))
+
+    def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Of the pictures that the network sees."""
+        levels = self.levels if self.mode == "image_pyramid" else 1
+        return [(max(height >> level, 1), max(width >> level, 1)) for level in range(levels)]
+
+    @torch.no_grad()
+    def _pieces(self, picture: Tensor, plan: list[Pass]) -> Iterator[tuple[int, int, int, Tensor]]:
+        fast = self._fast()
+        for i, one in enumerate(plan):
+            for rows, columns in itertools.product(one.rows, one.columns):
+                tile = self.normalize(_part(picture, one.size, rows, columns).to(self.mean.device))
+                found = self._stages(tile[None], fast.net)
+                for j, (x, size, stride) in enumerate(zip(found, one.stages, self.strides, strict=True)):
+                    finer = fast.footprint.stride // stride
+                    (top, bottom), (left, right) = (
+                        (c.first * finer, n if c is cuts[-1] else c.last * finer)
+                        for c, cuts, n in ((rows, one.rows, size[0]), (columns, one.columns, size[1]))
+                    )
+                    above, before = rows.start // stride, columns.start // stride
+                    core = x[:, :, top - above : bottom - above, left - before : right - before]
+                    yield i * len(one.stages) + j, top, left, core
+
+    def _fast(self) -> _Fast:
+        """The network as it is run on pictures, made anew when its weights have changed or moved."""
+        weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
+        if self._made_fast is None or self._made_fast[0] != weights:
+            self._made_fast = weights, _Fast(self.net)
+        return self._made_fast[1]
+
+    def _stages(self, images: Tensor, net: nn.Module) -> list[Tensor]:
+        if net is not self.net:
+            images = images.contiguous(memory_format=torch.channels_last)
         try:
-            features = self.net(images)
+            features = net(images)
         except AssertionError as error:  # how transformers of a fixed size refuse another one
             h, w = images.shape[-2:]
             raise ValueError(
@@ -119,9 +231,83 @@ class Backbone(nn.Module):
                 "size, such as a convolutional network, or feature_mode='stages' with center_crop=True and its size as "
                 "img_size."
             ) from error
-        if getattr(self.net, "output_fmt", "NCHW") == "NHWC":
-            return [x.permute(0, 3, 1, 2) for x in features]
-        return features
+        return tiles.channels_first(self.net, features)
+
+
+class _Fast:
+    """A network made for inference, and what it takes; the latter is found when first asked for."""
+
+    def __init__(self, net: Any) -> None:
+        self.strides = net.feature_info.reduction()
+        self.net = streamlined(net)
+
+    @functools.cached_property
+    def shadow(self) -> nn.Module:
+        return tiles.shadow(self.net)
+
+    @functools.cached_property
+    def footprint(self) -> tiles.Footprint:
+        return tiles.footprint(self.net, self.strides)
+
+
+@torch.no_grad()
+def streamlined(net: Any) -> nn.Module:
+    """A copy that gives the features of a timm network, to rounding, in less time and memory.
+
+    Batch norms become part of the convolutions whose output they take, and stages after the last one wanted are left
+    out. That nothing else needs them is checked on noise; a network that fails, or takes one size only, is copied.
+    """
+    plain = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(plain)
+    *path, last = net.feature_info.module_name()[-1].split(".")
+    with suppress(AttributeError):
+        parent = fast.get_submodule(".".join(path))
+        if isinstance(parent, nn.Sequential) and path and last.isdecimal():
+            del parent[int(last) + 1 :]
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
+    try:
+        _fold_batch_norms(fast)
+        for found, expected in zip(fast(noise), plain(noise), strict=True):
+            if not (found - expected).norm() <= 1e-4 * expected.norm():
+                return plain
+    except (AssertionError, RuntimeError):
+        return plain
+    return fast
+
+
+def _fold_batch_norms(net: nn.Module) -> None:
+    empty = tiles.shadow(net)
+    names = {layer: name for name, layer in empty.named_modules()}
+    made: list[tuple[Tensor, str]] = []  # holds on to the outputs: none may take the identity of another
+    pairs: list[tuple[str, str]] = []
+
+    def norm(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pairs.extend((conv, names[layer]) for output, conv in made if output is inputs[0])
+
+    for layer in empty.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, _, output: made.append((output, names[layer])))
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_pre_hook(norm)
+    empty(torch.empty(1, 3, 64, 64, device="meta"))
+    for conv_name, norm_name in pairs:
+        conv, batch_norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
+        mean, variance = batch_norm.running_mean, batch_norm.running_var
+        weights = conv.weight, conv.bias, mean, variance, batch_norm.eps, batch_norm.weight, batch_norm.bias
+        conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(*weights)  # type: ignore[arg-type]
+        net.set_submodule(norm_name, getattr(batch_norm, "act", nn.Identity()))  # timm's norms hold an activation
+
+
+def _part(picture: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.Cut) -> Tensor:
+    """A tile of a picture (3, H, W) resized to `size`."""
+    if size == picture.shape[1:]:
+        return picture[:, rows.start : rows.stop, columns.start : columns.stop]
+    at = [
+        between(torch.arange(c.start, c.stop, device=picture.device), n, resized, align_corners=True)
+        for c, n, resized in zip((rows, columns), picture.shape[1:], size, strict=True)
+    ]
+    return bilinear(picture, *at)
 
 
 def _create(config: HGADConfig) -> nn.Module:

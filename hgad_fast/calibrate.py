@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Calibration:
         weights: (K, 2) of likelihood and entropy map with ``fusion="standardised"``: one over the standard deviation of
             each over the pixels of the class's normal pictures, so that both count alike in their sum. None: their
             product, as published.
+        img_size: at which the pictures were seen; None where it is not known.
     """
 
     level_max: Tensor
@@ -44,10 +46,11 @@ class Calibration:
     class_ids: Tensor
     false_alarm_rate: float = 0.01
     weights: Tensor | None = None
+    img_size: int | str | None = None
 
-    def maps(self, found: score.Densities, msk_size: int) -> Tensor:
+    def maps(self, found: score.Densities, msk_size: int, cells: int | None = None) -> Tensor:
         """See `score.calibrated_maps`."""
-        return score.calibrated_maps(found, self.level_max, msk_size, self.weights)
+        return score.calibrated_maps(found, self.level_max, msk_size, self.weights, cells)
 
     def judge(self, image_score: Tensor, class_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of images (B,)."""
@@ -90,9 +93,14 @@ class Calibration:
         tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
         return tensors if self.weights is None else tensors | {"weights": self.weights}
 
+    def settings(self) -> dict[str, Any]:
+        return {"false_alarm_rate": self.false_alarm_rate, "img_size": self.img_size}
+
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], false_alarm_rate: float = 0.01) -> Calibration:
-        return cls(**tensors, false_alarm_rate=false_alarm_rate)
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], false_alarm_rate: float = 0.01, img_size: int | str | None = None
+    ) -> Calibration:
+        return cls(**tensors, false_alarm_rate=false_alarm_rate, img_size=img_size)
 
 
 def _standardised(scores: Tensor, count: int) -> Tensor:
@@ -106,13 +114,17 @@ def _standardised(scores: Tensor, count: int) -> Tensor:
     return (scores - others.mean(1)) / others.std(1).clamp(min=1e-12)
 
 
-def calibrate(model: HGADModel, data: Any, *, false_alarm_rate: float = 0.01) -> None:
+def calibrate(
+    model: HGADModel, data: Any, *, false_alarm_rate: float = 0.01, img_size: int | str | None = None
+) -> None:
     """Set `model.calibration` from normal pictures that were not trained on.
 
     Args:
         model: a trained detector.
         data: a dataset root or `Dataset` (its training images are used) or a `FeatureSet`.
         false_alarm_rate: share of normal pictures that may be called anomalous.
+        img_size: short side at which the pictures are seen, or ``"native"``, as they will be scored; default the
+            model's.
 
     Raises:
         ValueError: the classes are not the model's, or one has no pictures.
@@ -120,7 +132,11 @@ def calibrate(model: HGADModel, data: Any, *, false_alarm_rate: float = 0.01) ->
     from .features import feature_set
 
     check_false_alarm_rate(false_alarm_rate)
-    calibrate_on(model, feature_set(model, data), false_alarm_rate)
+    seen = copy.copy(model)  # with its weights
+    seen.config = model.config.replace(img_size=model.config.img_size if img_size is None else img_size)
+    features = feature_set(seen, data)
+    model.config = model.config.replace(class_names=seen.config.class_names)
+    calibrate_on(model, features, false_alarm_rate, img_size=seen.config.img_size)
 
 
 def calibrate_on(
@@ -128,12 +144,14 @@ def calibrate_on(
     held_out: FeatureSet,
     false_alarm_rate: float = 0.01,
     stand_in: FeatureSet | None = None,
+    img_size: int | str | None = None,
 ) -> None:
     """Set `model.calibration` from features of held-out normal pictures.
 
     `stand_in` (training pictures) gives the normalisation constants of a class of which nothing was held out; such a
-    class has no p-values of its own.
+    class has no p-values of its own. `img_size` is that of the pictures, default the model's.
     """
+    img_size = model.config.img_size if img_size is None else img_size
     check_false_alarm_rate(false_alarm_rate)
     classes, levels = model.config.n_classes, model.config.feature_levels
     found = [_image_densities(model, held_out, i) for i in range(len(held_out))]
@@ -153,21 +171,24 @@ def calibrate_on(
     if not level_max.isfinite().all():
         k = int((~level_max.isfinite()).nonzero()[0, 0])
         raise ValueError(f"normal pictures of {model.class_names[k]!r} have no finite density: the training diverged")
-    model.calibration = Calibration(level_max, torch.empty(0), held_out.class_ids.cpu(), false_alarm_rate)
+    cells = score.cells_on_map(model, img_size)
+    model.calibration = Calibration(
+        level_max, torch.empty(0), held_out.class_ids.cpu(), false_alarm_rate, img_size=img_size
+    )
     if model.config.fusion == "standardised" and classes > 1:
-        model.calibration.weights = _weights(model, found, level_max)
-    maps = [model.calibration.maps(item, model.config.msk_size) for item in found]
+        model.calibration.weights = _weights(model, found, level_max, cells)
+    maps = [model.calibration.maps(item, model.config.msk_size, cells) for item in found]
     model.calibration.scores = torch.tensor([float(m.max()) for m in maps])
     _warn_of_unattainable_rates(model, model.calibration)
 
 
-def _weights(model: HGADModel, found: list[score.Densities], level_max: Tensor) -> Tensor:
+def _weights(model: HGADModel, found: list[score.Densities], level_max: Tensor, cells: int | None) -> Tensor:
     """(K, 2), see `Calibration`; a class of which nothing was held out takes the mean of the others."""
     size, alone = model.config.msk_size, torch.eye(2)
     moments = torch.zeros(len(level_max), 2, 3, dtype=torch.float64)  # of each map: pixels, sum, sum of squares
     for item in found:
         for j in range(2):
-            pixels = score.calibrated_maps(item, level_max, size, alone[j].expand(len(level_max), 2)).double()
+            pixels = score.calibrated_maps(item, level_max, size, alone[j].expand(len(level_max), 2), cells).double()
             added = [pixels.numel(), float(pixels.sum()), float(pixels.square().sum())]
             moments[int(item.class_id), j] += torch.tensor(added, dtype=torch.float64)
     count, total, squares = moments.unbind(2)

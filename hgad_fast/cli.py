@@ -533,7 +533,8 @@ def _describe(model: HGADModel, path: Path) -> dict[str, Any]:
         "feature channels": ", ".join(map(str, model.feat_dims)),
         "coupling layers": config.coupling_layers,
         "centres per class": config.n_intra_centers,
-        "picture size": f"short side {config.img_size}{', centre crop' if config.center_crop else ''}",
+        "picture size": (f"short side {config.img_size}" if isinstance(config.img_size, int) else config.img_size)
+        + (", centre crop" if config.center_crop else ""),
         "calibration": "none"
         if calibration is None
         else f"{len(calibration.scores)} pictures, false-alarm rate {calibration.false_alarm_rate:.1%}",

@@ -17,7 +17,6 @@ _COUNTS = (
     "n_intra_centers",
     "feature_levels",
     "coupling_layers",
-    "img_size",
     "msk_size",
     "meta_epochs",
     "sub_epochs",
@@ -53,7 +52,7 @@ class HGADConfig:
     lambda2: float = 100.0  # weight of the mutual information
     label_smoothing: float = 0.02
     loss_terms: tuple[str, ...] = LOSS_TERMS  # those trained; an ablation leaves some out
-    img_size: int = 1024  # short side of the picture that the backbone sees, pixels
+    img_size: int | str = 1024  # short side of the picture that the backbone sees, pixels, or "native": its own size
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
     fusion: str = "product"  # of likelihood and entropy map (official), or "standardised": see `Calibration`
     center_crop: bool = False  # True: the official protocol, which does not see the picture's ends
@@ -74,6 +73,12 @@ class HGADConfig:
             setattr(self, field.name, _plain(getattr(self, field.name)))
         for name in _COUNTS:
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
+        size: Any = self.img_size
+        self._require(
+            "img_size",
+            size == "native" if isinstance(size, str) else _is_int(size) and size >= 1,
+            "a whole number from 1, or 'native' (each picture's own size)",
+        )
         self._require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
         self._require(
             "accumulate",

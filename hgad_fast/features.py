@@ -316,7 +316,9 @@ class _Extractor:
             ImageError: it cannot be had.
         """
         try:
-            return score.prepare(pictures.read_image(path), self.model.config)
+            picture = pictures.read_image(path)
+            score.may_cut(self.model, self.model.config, (picture.shape[1], picture.shape[2]))  # or says why not
+            return score.prepare(picture, self.model.config)
         except pictures.ImageError:
             raise
         except ValueError as error:
@@ -349,7 +351,7 @@ class _Extractor:
         Raises:
             ValueError: they are beyond the range of float16.
         """
-        levels = self.encoder(self.encoder.normalize(seen[None].to(self.model.device)))
+        levels = score.seen_features(self.model, seen)
         features = [level[0].permute(1, 2, 0).to(self.dtype).contiguous().cpu() for level in levels]
         if self.dtype == torch.float16 and not all(level.isfinite().all() for level in features):
             raise ValueError("the backbone's features are beyond the range of float16; use cache_dtype='bfloat16'")
@@ -357,14 +359,11 @@ class _Extractor:
 
     def size(self, path: Path) -> int:
         """How many bytes the features take, about; 0 where the file's header cannot be read."""
-        config = self.model.config
-        height = width = config.img_size
-        if not config.center_crop:
-            try:
-                height, width, _ = images.read_header(path)
-            except pictures.ImageError:
-                return 0
-            height, width = images.whole_picture_size(height, width, config.img_size)
+        try:
+            height, width, _ = images.read_header(path)
+        except pictures.ImageError:
+            return 0
+        height, width = score.seen_shape((height, width), self.model.config)
         return self.encoder.feature_values(height, width) * self.dtype.itemsize
 
 

@@ -203,33 +203,44 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(resized).to(mask.device, torch.bool)
 
 
-def whole_picture(picture: Tensor, img_size: int) -> Tensor:
+def whole_picture(picture: Tensor, img_size: int | str) -> Tensor:
     """`picture`, an image (3, H, W) float or a mask (H, W) bool, resized to `whole_picture_size`."""
     height, width = picture.shape[-2:]
     return _resize(picture, whole_picture_size(height, width, img_size))
 
 
-def whole_picture_size(height: int, width: int, img_size: int) -> tuple[int, int]:
-    """(h, w) of the whole picture: the short side is `img_size`, the long one follows the aspect, rounded."""
+def whole_picture_size(height: int, width: int, img_size: int | str) -> tuple[int, int]:
+    """(h, w) of the whole picture: the short side is `img_size`, the long one follows the aspect, rounded.
+
+    With ``"native"`` it is the picture's own.
+    """
     short = min(height, width)
-    return round(img_size * height / short), round(img_size * width / short)
+    side = _side(short, img_size)
+    return round(side * height / short), round(side * width / short)
 
 
-def centre_crop(picture: Tensor, img_size: int) -> Tensor:
-    """`picture`, an image (3, H, W) float or a mask (H, W) bool, cut to `img_size` x `img_size`.
+def centre_crop(picture: Tensor, img_size: int | str) -> Tensor:
+    """`picture`, an image (3, H, W) float or a mask (H, W) bool, cut to a square of side `img_size`.
 
-    The official protocol: short side to `img_size`, then the centre, as torchvision's Resize and CenterCrop.
+    The official protocol: short side to `img_size`, then the centre, as torchvision's Resize and CenterCrop. With
+    ``"native"`` the side is the picture's short one.
     """
     height, width = picture.shape[-2:]
     size, top, left = centre_crop_geometry(height, width, img_size)
-    return _resize(picture, size)[..., top : top + img_size, left : left + img_size].contiguous()
+    side = _side(min(height, width), img_size)
+    return _resize(picture, size)[..., top : top + side, left : left + side].contiguous()
 
 
-def centre_crop_geometry(height: int, width: int, img_size: int) -> tuple[tuple[int, int], int, int]:
+def centre_crop_geometry(height: int, width: int, img_size: int | str) -> tuple[tuple[int, int], int, int]:
     """Of `centre_crop`: (h, w) to which the picture is resized, and the top and left of the crop in it."""
     short = min(height, width)
-    h, w = img_size * height // short, img_size * width // short
-    return (h, w), round((h - img_size) / 2), round((w - img_size) / 2)
+    side = _side(short, img_size)
+    h, w = side * height // short, side * width // short
+    return (h, w), round((h - side) / 2), round((w - side) / 2)
+
+
+def _side(short: int, img_size: int | str) -> int:
+    return short if isinstance(img_size, str) else img_size
 
 
 def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:

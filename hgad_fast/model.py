@@ -175,7 +175,7 @@ class HGADModel(OfficialSurface):
                 state = {k: v for k, v in state.items() if not k.startswith("encoder.")}
         if self.calibration is not None:
             state |= {f"calibration.{k}": v for k, v in self.calibration.tensors().items()}
-            metadata["calibration"] = json.dumps({"false_alarm_rate": self.calibration.false_alarm_rate})
+            metadata["calibration"] = json.dumps(self.calibration.settings())
         with replacing(path) as temporary:
             save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, temporary, metadata)
 

@@ -7,11 +7,14 @@ agrees to 1e-5.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import data
-from .backbone import FeatureMap
+from .backbone import ALWAYS_WHOLE, TILES, Backbone, FeatureMaps
+from .files import replacing
 from .interpolate import between, bilinear
 from .ops import SeparablePosition
 
@@ -33,7 +37,7 @@ CHUNK_PIXELS = 8192  # feature pixels that go through the flow together
 BAND_PIXELS = 2**20  # of a map that are computed together
 MAX_KEPT = 2**28  # bytes of densities that are kept until the class is known; beyond, the pixels are scored twice
 BLUR_SIGMA = 4.0  # of the anomaly map, in pixels of the msk_size map (official)
-MAX_SEEN_PIXELS = 2**23  # of a picture at the size of the backbone (about 0.5 GB of memory a million in a small one)
+MAX_MEMORY = 4 * 10**9  # bytes that scoring a picture may take where nothing is said of it
 
 
 @dataclass
@@ -76,6 +80,12 @@ class Densities:
     class_id: Tensor
     n_classes: int  # of the model; with one there is no entropy, and the likelihood alone makes the map
 
+    def images(self) -> Iterator[Densities]:
+        """Each image by itself."""
+        for i in range(len(self.class_id)):
+            logps, neg_entropy = ([x[i : i + 1] for x in levels] for levels in (self.logps, self.neg_entropy))
+            yield Densities(logps, neg_entropy, self.class_id[i : i + 1], self.n_classes)
+
 
 # ------------------------------------------------------------------------------------------------ features -> result
 
@@ -113,7 +123,8 @@ def score_features(
     ids = check_class_ids(model.config, class_ids, len(features[0]))
     parts = densities(model, features, ids, throughput)
     maps = _maps(model, parts, normalization)
-    result = _judged(model, maps, parts, normalization)
+    class_id = torch.cat([part.class_id for part in parts])
+    result = _judged(model, torch.stack([m.max() for m in maps]), class_id, normalization)
     result.anomaly_map = resample(torch.stack(maps), size)
     result.logps = [torch.cat(level) for level in zip(*(part.logps for part in parts), strict=True)]
     result.neg_entropy = [torch.cat(level) for level in zip(*(part.neg_entropy for part in parts), strict=True)]
@@ -129,10 +140,8 @@ def _maps(model: HGADModel, parts: Sequence[Densities], normalization: str) -> l
     return [m for part in parts for m in calibration.maps(part, model.config.msk_size)]
 
 
-def _judged(model: HGADModel, maps: list[Tensor], parts: Sequence[Densities], normalization: str) -> ScoreResult:
-    """What follows from the maps: all of a `ScoreResult` but the maps themselves."""
-    scores = torch.stack([m.max() for m in maps])
-    class_id = torch.cat([part.class_id for part in parts])
+def _judged(model: HGADModel, scores: Tensor, class_id: Tensor, normalization: str) -> ScoreResult:
+    """What follows from image scores and classes (B,): all of a `ScoreResult` but the maps."""
     if normalization == "official":
         p_value, threshold, rate = torch.full((3, len(scores)), math.nan, dtype=torch.float64)
         is_anomalous = torch.zeros(len(scores), dtype=torch.bool)
@@ -140,7 +149,7 @@ def _judged(model: HGADModel, maps: list[Tensor], parts: Sequence[Densities], no
         assert model.calibration is not None
         p_value, is_anomalous, threshold, rate = model.calibration.judge(scores, class_id)
     return ScoreResult(
-        anomaly_map=maps,
+        anomaly_map=[],
         image_score=scores,
         class_id=class_id.to(scores.device),
         p_value=p_value.to(scores.device),
@@ -223,56 +232,54 @@ def densities(
     return [
         _densities(
             model,
-            [FeatureMap.of(x[i : i + together]) for x in features],
+            FeatureMaps.of([x[i : i + together] for x in features]),
             None if class_ids is None else class_ids[i : i + together],
         )
         for i in range(0, len(features[0]), together)
     ]
 
 
-def _densities(model: HGADModel, features: list[FeatureMap], class_ids: Tensor | None) -> Densities:
+def _densities(model: HGADModel, features: FeatureMaps, class_ids: Tensor | None) -> Densities:
     """Of the pixels of a batch; only z of one chunk, and what is said of the pixels, exist at any time."""
-    batch, classes = features[0].batch, model.config.n_classes
-    neg_entropy = [torch.empty(batch, *level.size, device=model.device) for level in features]
-    per_class = []
+    batch, classes, sizes = features.batch, model.config.n_classes, features.sizes
+    logps, neg_entropy = ([torch.empty(batch, *size, device=model.device) for size in sizes] for _ in range(2))
+    per_class: list[Tensor] = []
     if class_ids is None:
+        if kept_bytes(sizes, classes, batch) <= MAX_KEPT:
+            per_class = [torch.empty(batch, *size, classes, device=model.device) for size in sizes]
         evidence = torch.zeros(batch, classes, dtype=torch.float64, device=model.device)
-        kept = 4 * batch * classes * sum(level.pixels for level in features) <= MAX_KEPT
-        for level, x in enumerate(features):
-            every = torch.empty(batch, *x.size, classes, device=model.device) if kept else None
-            total = torch.zeros_like(evidence)
-            for at, density, entropy in _chunks(model, level, x, None):
-                density = density / model.feat_dims[level]
-                total += density.sum((1, 2), dtype=torch.float64)
-                neg_entropy[level][at] = -entropy
-                if every is not None:
-                    every[at] = density
-            evidence += total / x.pixels
-            if every is not None:
-                per_class.append(every)
+        for level, at, density, entropy in _chunks(model, features, None):
+            density = density / model.feat_dims[level]
+            evidence += density.sum((1, 2), dtype=torch.float64) / math.prod(sizes[level])
+            neg_entropy[level][at] = -entropy
+            if per_class:
+                per_class[level][at] = density
         class_ids = evidence.argmax(1).cpu()
     if per_class:
         rows = torch.arange(batch)
         return Densities([every[rows, ..., class_ids] for every in per_class], neg_entropy, class_ids, classes)
-    logps = [torch.empty_like(level) for level in neg_entropy]
-    for level, x in enumerate(features):
-        for at, density, entropy in _chunks(model, level, x, class_ids):
-            logps[level][at] = density / model.feat_dims[level]
-            neg_entropy[level][at] = -entropy
+    for level, at, density, entropy in _chunks(model, features, class_ids):
+        logps[level][at] = density / model.feat_dims[level]
+        neg_entropy[level][at] = -entropy
     return Densities(logps, neg_entropy, class_ids, classes)
 
 
+def kept_bytes(sizes: Sequence[tuple[int, int]], classes: int, batch: int = 1) -> int:
+    """Of the densities of every class, for maps of these sizes."""
+    return 4 * batch * classes * sum(h * w for h, w in sizes)
+
+
 def _chunks(
-    model: HGADModel, level: int, features: FeatureMap, class_ids: Tensor | None
-) -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor]]:
-    """Where a chunk of pixels lies in the map, its log-densities (B, r, c), of every class (B, r, c, K) without
-    `class_ids`, and its entropies (B, r, c).
+    model: HGADModel, features: FeatureMaps, class_ids: Tensor | None
+) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor]]:
+    """The level of a chunk of pixels, where it lies in the map, its log-densities (B, r, c), without `class_ids` of
+    every class (B, r, c, K), and its entropies (B, r, c).
 
     All chunks of a piece have one size, rows of pixels padded with zeros: products of another size round differently.
     """
-    flow, mixture = model.nfs[level], model.mixture
-    position = flow.grid(*features.size, model.device)  # of the whole map, whatever the pieces
-    for top, left, x in features.pieces():
+    for level, top, left, x in features.pieces():
+        flow, mixture = model.nfs[level], model.mixture
+        position = flow.grid(*features.sizes[level], model.device)  # of the whole map, whatever the pieces
         batch, channels, height, width = x.shape
         columns = min(width, max(64, CHUNK_PIXELS // batch))  # products of fewer rows waste time
         rows = min(height, max(1, CHUNK_PIXELS // (batch * columns)))
@@ -289,7 +296,7 @@ def _chunks(
                 density, entropy = mixture.own_scores(z, log_det, level, class_ids.to(z.device))
             at = slice(None), slice(top + i, top + i + r), slice(left + j, left + j + c)
             shape = batch, rows, columns
-            yield at, density.view(*shape, *density.shape[1:])[:, :r, :c], entropy.view(shape)[:, :r, :c]
+            yield level, at, density.view(*shape, *density.shape[1:])[:, :r, :c], entropy.view(shape)[:, :r, :c]
 
 
 def _window(position: SeparablePosition, top: int, left: int, rows: int, columns: int) -> SeparablePosition:
@@ -328,25 +335,31 @@ def _official_factor(parts: list[list[Tensor]], msk_size: int) -> Tensor:
     return blur(total.max() - total)
 
 
-def calibrated_maps(found: Densities, level_max: Tensor, msk_size: int, weights: Tensor | None = None) -> Tensor:
-    """Maps (B, h, w), short side msk_size, that depend on each image alone.
+def calibrated_maps(
+    found: Densities, level_max: Tensor, msk_size: int, weights: Tensor | None = None, cells: int | None = None
+) -> Tensor:
+    """Maps (B, h, w), of the size of `map_grid`, that depend on each image alone.
 
     Likelihood S - sum_l min(1, exp(l - m_l)) times entropy S - sum_l exp(-H_l), each blurred; m_l is the largest
     log-density that normal pictures of the class reach at level l. Differences from 1 are taken by expm1: a posterior
     that is almost certain leaves entropies far below the rounding of 1. With `weights` (K, 2) of each class, of
     likelihood and entropy, the map is their weighted sum instead.
     """
-    size = map_grid(found, msk_size)
+    size = map_grid(found, msk_size, cells)
     maps = found.logps[0].new_empty(len(found.class_id), *size)
     write_calibrated(maps, found, level_max, size, weights)
     return maps
 
 
-def map_grid(found: Densities, msk_size: int) -> tuple[int, int]:
-    """Height and width of the map that scores are computed on, in the proportions of the feature map."""
+def map_grid(found: Densities, msk_size: int, cells: int | None = None) -> tuple[int, int]:
+    """Height and width of the map that scores are computed on, in the proportions of the feature map.
+
+    Its short side is msk_size, or, given how many `cells` of the feature map lie on msk_size, grows with the feature
+    map: the blur then covers as much of a picture seen larger as of one seen at the model's own size.
+    """
     h, w = found.logps[0].shape[1:]
-    scale = msk_size / min(h, w)
-    return round(h * scale), round(w * scale)
+    scale = msk_size / (cells or min(h, w))
+    return max(round(h * scale), 1), max(round(w * scale), 1)
 
 
 def write_calibrated(
@@ -367,7 +380,8 @@ def write_calibrated(
     if grid[0] < grid[1]:
         factors, out, grid = [[x.mT for x in levels] for levels in factors], out.mT, grid[::-1]
     rows, columns = (
-        between(torch.arange(n), of, n, align_corners=False) for n, of in zip(out.shape[1:], grid, strict=True)
+        between(torch.arange(n, device=constants.device), of, n, align_corners=False)
+        for n, of in zip(out.shape[1:], grid, strict=True)
     )
     band_rows, out_rows = max(1, BAND_PIXELS // grid[1]), max(1, BAND_PIXELS // out.shape[2])
     maxima, done = out.new_full((len(out),), -math.inf), 0
@@ -395,7 +409,8 @@ def write_calibrated(
 
 def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) -> Tensor:
     """Rows top to bottom of a grid to which the levels (B, h, w) are enlarged, summed and blurred."""
-    rows, columns = _mirrored(top, bottom, grid[0]), _mirrored(0, grid[1], grid[1])
+    device = levels[0].device
+    rows, columns = _mirrored(top, bottom, grid[0]).to(device), _mirrored(0, grid[1], grid[1]).to(device)
     total = sum(
         bilinear(
             level,
@@ -464,6 +479,10 @@ def score_images(
     normalization: str = "calibrated",
     map_size: int | tuple[int, int] | None = None,
     throughput: bool = False,
+    img_size: int | str | None = None,
+    max_memory: int | str | None = None,
+    tiles: str = "auto",
+    map_path: str | os.PathLike[str] | None = None,
 ) -> ScoreResult:
     """Score pictures; maps come back in each picture's own coordinates.
 
@@ -476,63 +495,221 @@ def score_images(
         class_ids: an id or name, one for each picture, or None: inferred.
         normalization: see `score_features`.
         map_size: size of the returned maps; default: each picture's own.
-        throughput: let pictures of one size share batches of `config.batch_size`.
+        throughput: let pictures of one size share batches of `config.batch_size`; these are not cut into tiles.
+        img_size: short side at which pictures are seen, or ``"native"``: as they are; default the model's. The map that
+            scores are computed on grows along: its short side is `config.msk_size` at the model's own size, and twice
+            that at twice the size. Calibrate at the same size, or thresholds do not fit.
+        max_memory: bytes, or e.g. ``"1.5GB"``, that scoring a picture may take beyond the model, the picture and its
+            map; default `MAX_MEMORY`. A picture that needs more is refused before anything is computed. It changes no
+            bit of a result, unless it decides about `tiles`.
+        tiles: what the backbone does with a large picture. ``"auto"``: cuts it where the tiles give the features of the
+            whole; a network that pools over the whole picture cuts where the whole does not fit into `max_memory`, and
+            warns. ``"always"`` and ``"never"`` say it themselves.
+        map_path: a file (.npy, float32) to write the map of a single picture to; the map returned is that file, mapped
+            into memory.
 
     With ``config.center_crop`` the map is 0 outside the square that the model sees.
 
     Raises:
-        ValueError: no pictures, one that cannot be read or is too long and thin, values outside [0, 1], or class ids
-            that do not fit.
+        ValueError: no pictures, one that cannot be read or needs more than `max_memory`, values outside [0, 1], or
+            arguments that do not fit.
     """
     check_normalization(model, normalization)
     size = _map_size(map_size)
+    limit = memory_bytes(max_memory)
+    config, cells = _seen_at(model, img_size)
+    if tiles not in TILES:
+        raise ValueError(f"tiles is {tiles!r}; allowed are {', '.join(map(repr, TILES))}")
     pictures = list(_pictures(images))
     if not pictures:
         raise ValueError("there are no images to score")
-    ids = check_class_ids(model.config, class_ids, len(pictures))
-    batches = _same_size(pictures, model.config.batch_size) if throughput else [[i] for i in range(len(pictures))]
-    parts: list[Densities] = []
-    for batch in batches:
-        features = batch_features(model, [pictures[i] for i in batch])
-        parts += densities(model, features, None if ids is None else ids[batch], throughput)
-    maps = _maps(model, parts, normalization)
-    result = _judged(model, maps, parts, normalization)
-    order = torch.tensor([i for batch in batches for i in batch]).argsort()
+    if map_path is not None and (len(pictures) > 1 or Path(map_path).suffix != ".npy"):
+        raise ValueError(f"map_path is {os.fspath(map_path)!r}: pass one picture, and a name that ends in .npy")
+    ids = check_class_ids(config, class_ids, len(pictures))
+    shapes = {(picture.shape[1], picture.shape[2]) for picture in pictures}
+    cut = {shape: may_cut(model, config, shape, limit, tiles, ids is not None) for shape in shapes}
+    found: dict[int, Densities] = {}
+    if throughput:
+        for batch in _same_size(pictures, config.batch_size):
+            features = batch_features(model, [pictures[i] for i in batch], config)
+            parts = densities(model, features, None if ids is None else ids[batch], throughput)
+            found |= zip(batch, (one for part in parts for one in part.images()), strict=True)
+    else:
+        for i, picture in enumerate(pictures):
+            maps = feature_maps(model, prepare(picture, config), cut[picture.shape[1], picture.shape[2]])
+            found[i] = _densities(model, maps, None if ids is None else ids[i : i + 1])
+    each = [found[i] for i in range(len(pictures))]
+    if normalization == "official":
+        fills = [_resampled(seen) for seen in official_maps(each, config.msk_size)]
+    else:
+        fills = _calibrated_fills(model, each, cells)
+    laid, scores = [], []
+    for fill, picture in zip(fills, pictures, strict=True):
+        laid.append(_lay(fill, picture, config, size, map_path))
+        scores.append(fill.score)
+    result = _judged(model, torch.stack(scores), torch.cat([one.class_id for one in each]), normalization)
     for name in _VERDICTS:
-        setattr(result, name, getattr(result, name).cpu()[order])
-    laid = [_in_picture(maps[j], pictures[i], model.config, size) for i, j in enumerate(order.tolist())]
-    result.anomaly_map = torch.stack(laid) if len({m.shape for m in laid}) == 1 else laid
+        setattr(result, name, getattr(result, name).cpu())
+    same = len({m.shape for m in laid}) == 1
+    result.anomaly_map = laid[0][None] if len(laid) == 1 else torch.stack(laid) if same else laid
     return result
 
 
-def batch_features(model: HGADModel, pictures: list[Tensor]) -> list[Tensor]:
+def _seen_at(model: HGADModel, img_size: int | str | None) -> tuple[HGADConfig, int | None]:
+    """The configuration with another `img_size`, and cells of the feature map on `msk_size` of the map.
+
+    None where the whole feature map lies on `msk_size`: at the model's own size, and where that is "native".
+    """
+    config = model.config
+    if img_size is not None and img_size != config.img_size:
+        config = config.replace(img_size=img_size)
+    calibration = model.calibration
+    if calibration is not None and calibration.img_size not in (None, config.img_size):
+        warnings.warn(
+            f"pictures are seen at img_size = {config.img_size}, the model is calibrated at {calibration.img_size}: "
+            "scores are comparable with each other, thresholds and p-values mean little; "
+            f"model.calibrate(normal pictures, img_size={config.img_size!r}) makes new ones",
+            stacklevel=4,
+        )
+    return config, cells_on_map(model, config.img_size)
+
+
+def cells_on_map(model: HGADModel, img_size: int | str) -> int | None:
+    own = model.config.img_size
+    if img_size == own or isinstance(own, str) or not isinstance(model.encoder, Backbone):
+        return None
+    return math.ceil(own / model.encoder.strides[0])
+
+
+def feature_maps(model: HGADModel, seen: Tensor, cut: bool) -> FeatureMaps:
+    """Features of a picture (3, h, w) as `prepare` gives it, in tiles where it is large and may be `cut`."""
+    encoder = model.require_encoder()
+    if not isinstance(encoder, Backbone):  # one of the user's own
+        return FeatureMaps.of(encoder(encoder.normalize(seen[None].to(model.device))))
+    return encoder.feature_maps(seen, cut)
+
+
+def batch_features(model: HGADModel, pictures: list[Tensor], config: HGADConfig | None = None) -> list[Tensor]:
     """Features (B, C, h, w) of pictures (3, H, W) of one size, one tensor a level."""
     encoder = model.require_encoder()
-    prepared = torch.stack([prepare(p, model.config) for p in pictures])
+    prepared = torch.stack([prepare(p, config or model.config) for p in pictures])
     return encoder(encoder.normalize(prepared.to(model.device)))
 
 
 def picture_features(model: HGADModel, picture: Tensor) -> list[Tensor]:
-    """Features (1, C, h, w) of a picture (3, H, W) in [0, 1], one tensor a level."""
-    return batch_features(model, [picture])
+    """Features (1, C, h, w) of a picture (3, H, W) in [0, 1], one tensor a level; those that it is scored by.
+
+    Raises:
+        ValueError: it needs more than `MAX_MEMORY`.
+    """
+    return seen_features(model, prepare(picture, model.config))
+
+
+def seen_features(model: HGADModel, seen: Tensor) -> list[Tensor]:
+    """`picture_features` of a picture (3, h, w) as `prepare` gives it."""
+    config = model.config.replace(img_size="native", center_crop=False)
+    return feature_maps(model, seen, may_cut(model, config, (seen.shape[1], seen.shape[2]))).whole()
 
 
 def prepare(picture: Tensor, config: HGADConfig) -> Tensor:
-    """A picture (3, H, W) at the size that the backbone sees: all of it, or the official centre crop.
-
-    Raises:
-        ValueError: the picture is so long and thin that it would have more than `MAX_SEEN_PIXELS`, and more than four
-            squares of img_size.
-    """
-    height, width = picture.shape[1:]
-    h, w = data.whole_picture_size(height, width, config.img_size)
-    if h * w > max(MAX_SEEN_PIXELS, 4 * config.img_size**2):
-        raise ValueError(
-            f"a picture of {height} x {width} pixels (height x width) would have {h} x {w} with its short side at "
-            f"img_size = {config.img_size}: cut it into tiles (hgad_fast.score.MAX_SEEN_PIXELS = {MAX_SEEN_PIXELS})"
-        )
+    """A picture (3, H, W) at the size that the backbone sees: all of it, or the official centre crop."""
     fit = data.centre_crop if config.center_crop else data.whole_picture
     return fit(picture, config.img_size)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def memory_bytes(amount: int | str | None) -> int:
+    """Bytes of `max_memory`: a number, or a string such as "900MB", "1.5GB" or "2GiB"; None is `MAX_MEMORY`."""
+    if amount is None:
+        return MAX_MEMORY
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    match = re.fullmatch(r"([0-9.]+) *([A-Z]*)", str(amount).strip().upper())
+    try:
+        found = int(float(match[1]) * units[match[2]]) if match else 0
+    except (ValueError, KeyError):
+        found = 0
+    if found < 1:
+        raise ValueError(f"max_memory is {amount!r}; pass bytes, or a size such as '900MB' or '1.5GB'")
+    return found
+
+
+def working_set(
+    model: HGADModel, config: HGADConfig, shape: tuple[int, int], cut: bool = True, class_known: bool = False
+) -> int:
+    """Bytes that scoring a picture of (H, W) pixels takes at the worst moment, beyond model, picture and map.
+
+    The sum of what is there all the time (the resized picture, what is said of the pixels, the densities of every class
+    until it is known) and the most that one of the steps needs: backbone (activations of a tile), flow and mixture of a
+    chunk, a band of the map. A test compares it with the resident memory of a process.
+    """
+    encoder = model.require_encoder()
+    assert isinstance(encoder, Backbone)
+    seen = seen_shape(shape, config)
+    passes = encoder.passes(*seen, cut)
+    sizes = [stage for one in passes for stage in one.stages]
+    always = 2**26 + 16 * sum(h * w for h, w in sizes)
+    if seen != shape:
+        always += 24 * math.prod(seen)
+    kept = kept_bytes(sizes, config.n_classes)
+    if not class_known and kept <= MAX_KEPT:
+        always += kept
+    channels = max(model.feat_dims)
+    hidden = 2 * (channels + config.pos_embed_dim)
+    chunk = 4 * CHUNK_PIXELS * (3 * hidden + 8 * channels + 4 * config.n_classes)
+    pieces = max(one.tile_pixels for one in passes) / encoder.strides[0] ** 2 * 4 * channels
+    return int(always + max(encoder.working_set(*seen, cut), chunk + pieces, 48 * BAND_PIXELS))
+
+
+def seen_shape(shape: tuple[int, int], config: HGADConfig) -> tuple[int, int]:
+    """(h, w) at which `prepare` gives a picture of (H, W) pixels to the backbone."""
+    if config.center_crop:
+        side = min(shape) if isinstance(config.img_size, str) else config.img_size
+        return side, side
+    return data.whole_picture_size(*shape, config.img_size)
+
+
+def may_cut(
+    model: HGADModel,
+    config: HGADConfig,
+    shape: tuple[int, int],
+    limit: int | None = None,
+    tiles: str = "auto",
+    class_known: bool = True,
+) -> bool:
+    """Whether the backbone may cut pictures of this size.
+
+    Raises:
+        ValueError: there is not the memory to score them.
+    """
+    encoder, limit = model.require_encoder(), limit or MAX_MEMORY
+    seen = seen_shape(shape, config)
+    if not isinstance(encoder, Backbone) or limit >= MAX_MEMORY and math.prod(seen) <= ALWAYS_WHOLE:
+        return False
+    needs = functools.partial(working_set, model, config, shape, class_known=class_known)
+    cut = tiles == "always" or tiles == "auto" and (encoder.is_local or needs(cut=False) > limit)
+    if (needed := needs(cut=cut)) > limit:
+        remedy = "a smaller img_size"
+        if tiles == "never" and encoder.is_local:
+            remedy += ", tiles='auto'"
+        elif cut:
+            remedy += ", or smaller tiles (hgad_fast.backbone.TILE_MEMORY)"
+        raise ValueError(
+            f"a picture of {shape[0]} x {shape[1]} pixels (height x width), seen at {seen[0]} x {seen[1]}, takes about "
+            f"{_gigabytes(needed)} to score, and max_memory is {_gigabytes(limit)}: allow more, or choose {remedy}"
+        )
+    if cut and not encoder.is_local and max(len(one.rows) * len(one.columns) for one in encoder.passes(*seen)) > 1:
+        warnings.warn(
+            f"{encoder.arch} looks at the whole picture, so tiles of one of {seen[0]} x {seen[1]} pixels give other "
+            f"features than the whole; tiles='never' and max_memory='{_gigabytes(needs(cut=False))}' score it whole",
+            stacklevel=4,
+        )
+    return cut
+
+
+def _gigabytes(amount: int) -> str:
+    return f"{math.ceil(amount / 1e7) / 100:g} GB"
 
 
 def _same_size(pictures: list[Tensor], batch_size: int) -> list[list[int]]:
@@ -594,18 +771,68 @@ def _arrays(images: Any) -> Iterable[Tensor]:
         yield from _tensors(torch.from_numpy(chw / scale))
 
 
-def _in_picture(seen: Tensor, picture: Tensor, config: HGADConfig, size: tuple[int, int] | None) -> Tensor:
-    """A map (h, w) of what the model saw, laid over the whole picture, on the CPU: (H, W) or `size`."""
+def _calibrated_fills(model: HGADModel, found: list[Densities], cells: int | None) -> list[_Fill]:
+    calibration, msk_size = model.calibration, model.config.msk_size
+    assert calibration is not None
+
+    def write(one: Densities, out: Tensor) -> Tensor:
+        grid = map_grid(one, msk_size, cells)
+        return write_calibrated(out[None], one, calibration.level_max, grid, calibration.weights)[0]
+
+    return [_Fill(functools.partial(write, one)) for one in found]
+
+
+def _resampled(seen: Tensor) -> _Fill:
+    def write(out: Tensor) -> Tensor:
+        out.copy_(resample(seen[None], (out.shape[0], out.shape[1]))[0])
+        return seen.max()
+
+    return _Fill(write)
+
+
+class _Fill:
+    """Writes a map (H, W) at the size it is given; `score` is its largest value before it was resampled."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        self.write = write
+
+    def __call__(self, out: Tensor) -> None:
+        self.score = self.write(out)
+
+
+def _lay(
+    fill: Callable[[Tensor], None],
+    picture: Tensor,
+    config: HGADConfig,
+    size: tuple[int, int] | None,
+    path: str | os.PathLike[str] | None = None,
+) -> Tensor:
+    """A map of what the model saw, laid over the whole picture, on the CPU or in a file: (H, W) or `size`."""
+    import numpy as np
+
     height, width = picture.shape[1:]
-    seen = seen[None]
-    if config.center_crop:
-        (h, w), top, left = data.centre_crop_geometry(height, width, config.img_size)
-        rows = _span(top, config.img_size, height / h)
-        columns = _span(left, config.img_size, width / w)
-        crop = resample(seen, (rows.stop - rows.start, columns.stop - columns.start))
-        seen = crop.new_zeros(1, height, width)
-        seen[:, rows, columns] = crop
-    return resample(seen, size or (height, width))[0].cpu()
+    shape = size or (height, width)
+    if path is None:
+        return _filled(torch.empty(shape), fill, (height, width), config)
+    with replacing(path) as temporary:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        _filled(torch.from_numpy(array), fill, (height, width), config)
+        array.flush()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _filled(out: Tensor, fill: Callable[[Tensor], None], shape: tuple[int, int], config: HGADConfig) -> Tensor:
+    """`out`, filled; a crop is laid where it was cut out of a picture of this shape, and the rest is 0."""
+    if not config.center_crop:
+        fill(out)
+        return out
+    (h, w), top, left = data.centre_crop_geometry(*shape, config.img_size)
+    (side, _) = seen_shape(shape, config)
+    canvas = out.zero_() if out.shape == shape else out.new_zeros(shape)
+    fill(canvas[_span(top, side, shape[0] / h), _span(left, side, shape[1] / w)])
+    if canvas is not out:
+        out.copy_(resample(canvas[None], (out.shape[0], out.shape[1]))[0])
+    return out
 
 
 def _span(start: int, length: int, scale: float) -> slice:

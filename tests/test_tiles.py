@@ -1,0 +1,107 @@
+"""Tiles of a picture against the whole: features, maps, geometry, and who looks at the whole picture."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from hgad_fast import HGADConfig, backbone, tiles
+from hgad_fast.backbone import Backbone
+
+
+def small_tiles(monkeypatch, arch: str, **settings) -> Backbone:
+    """A backbone that cuts every picture in three by two tiles."""
+    settings = {"out_indices": (3,), "feature_levels": 2} | settings
+    encoder = Backbone(HGADConfig(backbone_arch=arch, backbone_weights=None, **settings))
+    with torch.no_grad():
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.1, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    monkeypatch.setattr(backbone, "ALWAYS_WHOLE", 0)
+    monkeypatch.setattr(backbone, "WORTH_STREAMLINING", 0)
+
+    def three_by_two(size, cells, stride, halo, max_pixels):
+        return tiles.cuts(size[0], cells[0], 3, stride, halo), tiles.cuts(size[1], cells[1], 2, stride, halo)
+
+    monkeypatch.setattr(tiles, "tiling", three_by_two)
+    return encoder
+
+
+@pytest.mark.parametrize("size", [(512, 96), (500, 80), (497, 61), (40, 501)])
+def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
+    """At sizes of every parity, at the borders of the picture too: its padding depends on the parity."""
+    encoder = small_tiles(monkeypatch, "tf_efficientnet_lite0")
+    picture = torch.rand(3, *size)
+    plan = encoder.passes(*size)
+    assert len(plan[0].rows) * len(plan[0].columns) > 1
+    for found, whole in zip(
+        encoder.feature_maps(picture).whole(), encoder(encoder.normalize(picture[None])), strict=True
+    ):
+        assert found.shape == whole.shape
+        assert float((found - whole).norm() / whole.norm()) < 1e-5
+        assert float((found - whole).abs().max() / whole.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("resnet18", {}),
+        ("test_convnext", {"out_indices": (1,)}),
+        ("test_mambaout", {"out_indices": (1,)}),
+        ("resnet18", {"feature_mode": "stages", "out_indices": (1, 2)}),
+    ],
+)
+def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
+    encoder = small_tiles(monkeypatch, arch, **settings)
+    picture = torch.rand(3, 489, 91)
+    assert encoder.is_local and len(encoder.passes(489, 91)[0].rows) > 1
+    for found, whole in zip(
+        encoder.feature_maps(picture).whole(), encoder(encoder.normalize(picture[None])), strict=True
+    ):
+        assert float((found - whole).norm() / whole.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arch", "index", "is_local"),
+    [("mobilenetv3_small_050", 3, False), ("test_vit", 1, False), ("test_resnet", 1, True), ("test_convnext", 1, True)],
+)
+def test_who_looks_at_the_whole_picture_is_found_out(arch, index, is_local):
+    net = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(index,)).eval()
+    assert tiles.footprint(net, net.feature_info.reduction()).is_local is is_local
+
+
+@pytest.mark.parametrize("length", range(1, 200, 13))
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_cuts_keep_padding_and_phase(length, parts):
+    stride, halo = 8, 16
+    cells = -(-length // stride)
+    found = tiles.cuts(length, cells, parts, stride, halo)
+    assert [c.first for c in found[1:]] == [c.last for c in found[:-1]]
+    assert found[0].first == found[0].start == 0 and found[-1].last == cells and found[-1].stop == length
+    for c in found:
+        assert c.start % stride == 0 and (length - c.stop) % stride == 0
+        assert c.start == max(0, c.first * stride - halo) and c.stop >= min(c.last * stride + halo, length)
+
+
+@pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "test_resnet", "test_efficientnet", "test_convnext"])
+def test_a_streamlined_network_gives_the_same_features(arch):
+    net = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(1,)).eval()
+    fast = backbone.streamlined(net)
+    images = torch.randn(2, 3, 96, 83)
+    with torch.no_grad():
+        for found, expected in zip(fast(images), net(images), strict=True):
+            assert float((found - expected).norm() / expected.norm()) < 1e-5
+    norms = [module for module in fast.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert not norms and len(list(fast.modules())) <= len(list(net.modules()))
+
+
+def test_new_weights_are_noticed(monkeypatch):
+    encoder = small_tiles(monkeypatch, "test_resnet", out_indices=(1,))
+    images = torch.randn(1, 3, 64, 64)
+    before = encoder(images)[0]
+    encoder.load_state_dict({k: 2 * v if v.is_floating_point() else v for k, v in encoder.state_dict().items()})
+    after = encoder(images)[0]
+    assert not torch.equal(before, after)
+    assert float((after - encoder.net(images)[0]).norm() / after.norm()) < 1e-5
