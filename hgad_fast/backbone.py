@@ -21,7 +21,7 @@ from . import tiles
 from .config import HGADConfig
 from .interpolate import between, bilinear
 
-TILE_MEMORY = 600 * 2**20
+TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile. It fixes the tiles, so that they depend on the picture's size alone."""
 ALWAYS_WHOLE = 2**20  # pixels of a picture that is not worth cutting
 WORTH_STREAMLINING = 2**16  # pixels of a picture from which on `streamlined` pays
