@@ -188,8 +188,8 @@ class Evaluation:
         lines.append(f"inferred class right in {self.inferred_class_accuracy:.1%} of {total} pictures")
         if not (math.isnan(self.recall) and math.isnan(self.false_alarm_rate)):
             lines.append(
-                f"at the thresholds, in %: {_percent(self.recall)} of {self.n_anomalous} defects found, "
-                f"{_percent(self.false_alarm_rate)} false alarms among {self.n_normal} normal pictures"
+                f"at the thresholds: {_percent(self.recall)}% of the {self.n_anomalous} defects found, "
+                f"{_percent(self.false_alarm_rate)}% false alarms among the {self.n_normal} normal pictures"
             )
         return "\n".join(lines)
 
