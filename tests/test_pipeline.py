@@ -67,7 +67,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     sizes = [(40, 56)] * 6 + [(64, 40)] * 3 + [(40, 56)] * 2
     files = [write_picture(folder / f"{i:02}.png", i, size) for i, size in enumerate(sizes)]
     files[3].write_bytes(files[3].read_bytes()[:300])
-    return [*files, write_picture(folder / "11.png", 11, (1, 9000))]
+    return [*files, write_picture(folder / "11.png", 11, (1, 80000))]
 
 
 def rows_of(records: list[pipeline.Record]) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def test_rows_are_those_of_one_by_one_scoring_in_the_order_of_the_files(
     assert records == seen and [record.task.file for record in records] == files
     bad = [record for record in records if record.error is not None]
     assert [record.task.file for record in bad] == [files[3], files[11]]
-    assert str(bad[1].error).startswith(f"{files[11]}: a picture of 1 x 9000 pixels")
+    assert str(bad[1].error).startswith(f"{files[11]}: a picture of 1 x 80000 pixels")
     for record in records:
         if record.row is not None:
             expected = model.score(record.task.file)
