@@ -23,8 +23,7 @@ from .interpolate import between, bilinear
 
 TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile. It fixes the tiles, so that they depend on the picture's size alone."""
-ALWAYS_WHOLE = 2**20  # pixels of a picture that is not worth cutting
-WORTH_STREAMLINING = 2**16  # pixels of a picture from which on `streamlined` pays
+ALWAYS_WHOLE = 2**20  # pixels of a picture that is not worth cutting: its features are timm's own to the bit
 TILES = ("auto", "always", "never")
 
 
@@ -125,7 +124,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the architecture takes pictures of one size only, and not of this one.
         """
-        net = self._fast().net if images[0, 0].numel() >= WORTH_STREAMLINING else self.net
+        net = self._fast().net if images[0, 0].numel() > ALWAYS_WHOLE else self.net
         features = []
         for size in self._sizes(*images.shape[2:]):
             resized = images

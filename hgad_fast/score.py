@@ -642,7 +642,7 @@ def working_set(
 
     The sum of what is there all the time (the resized picture, what is said of the pixels, the densities of every class
     until it is known) and the most that one of the steps needs: backbone (activations of a tile), flow and mixture of a
-    chunk, a band of the map. A test compares it with the resident memory of a process.
+    chunk, a band of the map.
     """
     encoder = model.require_encoder()
     assert isinstance(encoder, Backbone)

@@ -20,7 +20,6 @@ def small_tiles(monkeypatch, arch: str, **settings) -> Backbone:
                 module.running_mean.uniform_(-0.1, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
     monkeypatch.setattr(backbone, "ALWAYS_WHOLE", 0)
-    monkeypatch.setattr(backbone, "WORTH_STREAMLINING", 0)
 
     def three_by_two(size, cells, stride, halo, max_pixels):
         return tiles.cuts(size[0], cells[0], 3, stride, halo), tiles.cuts(size[1], cells[1], 2, stride, halo)
