@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import data as pictures
 from . import images, score
-from .cache import SHARD_BYTES, SHARD_PICTURES, CacheFull, DiskCache, Features, MemoryCache, byte_count, readable
+from .cache import SHARD_BYTES, SHARD_PICTURES, CacheFull, DiskCache, Features, MemoryCache
+from .files import byte_count, readable
 from .model import state_hash
 
 if TYPE_CHECKING:

@@ -1,12 +1,15 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one; sizes in bytes as people write them."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 @contextmanager
@@ -30,3 +33,27 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def byte_count(size: int | str | None) -> int | None:
+    """Bytes in a size such as ``20GB`` (10^9 each), ``20GiB`` (2^30) or ``1e9``; None stays None.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kMGT]?i?)B?\s*", str(size), re.IGNORECASE)
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    try:
+        if match is None:
+            raise ValueError
+        return int(float(match[1]) * units[match[2].lower()])
+    except (ValueError, KeyError):
+        raise ValueError(f"{size!r} is no size; write bytes, or e.g. 500MB, 20GB, 1.5TB") from None
+
+
+def readable(size: float) -> str:
+    """Bytes for people: 1.3 GB."""
+    unit = max((unit for unit in ("", "k", "M", "G", "T") if _UNITS[unit] <= size), key=_UNITS.__getitem__, default="")
+    return f"{float(f'{size / _UNITS[unit]:.3g}'):g} {unit}B"

@@ -12,7 +12,6 @@ import itertools
 import math
 import operator
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from . import data
 from .backbone import ALWAYS_WHOLE, TILES, Backbone, FeatureMaps
-from .files import replacing
+from .files import byte_count, replacing
 from .interpolate import between, bilinear
 from .ops import SeparablePosition
 
@@ -624,11 +623,9 @@ def memory_bytes(amount: int | str | None) -> int:
     """Bytes of `max_memory`: a number, or a string such as "900MB", "1.5GB" or "2GiB"; None is `MAX_MEMORY`."""
     if amount is None:
         return MAX_MEMORY
-    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"([0-9.]+) *([A-Z]*)", str(amount).strip().upper())
     try:
-        found = int(float(match[1]) * units[match[2]]) if match else 0
-    except (ValueError, KeyError):
+        found = byte_count(amount) or 0
+    except ValueError:
         found = 0
     if found < 1:
         raise ValueError(f"max_memory is {amount!r}; pass bytes, or a size such as '900MB' or '1.5GB'")

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from hgad_fast import cache
-from hgad_fast.cache import CacheFull, DiskCache, MemoryCache, byte_count, readable
+from hgad_fast.cache import CacheFull, DiskCache, MemoryCache
+from hgad_fast.files import byte_count, readable
 
 KEY = {"backbone": "b", "dtype": "torch.float32"}
 
