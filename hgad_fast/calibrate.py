@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from dataclasses import dataclass
@@ -132,8 +131,7 @@ def calibrate(
     from .features import feature_set
 
     check_false_alarm_rate(false_alarm_rate)
-    seen = copy.copy(model)  # with its weights
-    seen.config = model.config.replace(img_size=model.config.img_size if img_size is None else img_size)
+    seen = score.seeing(model, img_size)
     features = feature_set(seen, data)
     model.config = model.config.replace(class_names=seen.config.class_names)
     calibrate_on(model, features, false_alarm_rate, img_size=seen.config.img_size)

@@ -1,4 +1,4 @@
-"""The command line: `hgad-fast train | score | eval | report | ablate | data | bench | info | demo`.
+"""The command line: `hgad-fast train | score | eval | calibrate | report | ablate | data | bench | info | demo`.
 
 Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
 end in one line on stderr and exit code 1.
@@ -33,6 +33,14 @@ app = typer.Typer(
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON on stdout.")]
+ImgSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[native|N]",
+        help="See pictures as they are (native), or with a short side of N pixels; default: as in training. Thresholds "
+        "fit if the model was calibrated at the same size: hgad-fast calibrate.",
+    ),
+]
 
 
 def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -155,6 +163,25 @@ def score(
     throughput: Annotated[
         bool, typer.Option(help="Neighbouring pictures of one size share batches; scores agree to 1e-5.")
     ] = False,
+    img_size: ImgSize = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that scoring a picture may take, e.g. 1.5GB, beyond the model, the picture and its map; one "
+            "that needs more is refused.",
+            show_default="4GB",
+        ),
+    ] = None,
+    tiles: Annotated[
+        str,
+        typer.Option(
+            metavar="[auto|always|never]",
+            help="Whether the backbone cuts large pictures. auto: where tiles give the features of the whole; a "
+            "backbone that looks at the whole picture cuts only what does not fit into --max-memory, and a warning "
+            "says so.",
+        ),
+    ] = "auto",
     false_alarm_rate: Annotated[float | None, typer.Option(help="Judge at another rate than the model's own.")] = None,
     as_json: AsJson = False,
     device: Device = None,
@@ -166,9 +193,15 @@ def score(
     """
     from . import data as pictures
     from . import pipeline
+    from .backbone import TILES
+    from .score import memory_bytes
 
     if map_format is not None and map_format not in pipeline.MAP_FORMATS:
         raise ValueError(f"--map-format is {map_format!r}; allowed are {', '.join(pipeline.MAP_FORMATS)}")
+    if tiles not in TILES:
+        raise ValueError(f"--tiles is {tiles!r}; allowed are {', '.join(TILES)}")
+    memory = memory_bytes(max_memory, "--max-memory")
+    options = {"img_size": _img_size(img_size), "max_memory": memory, "tiles": tiles}
     for option, value in (("--maps", maps), ("--map-format", map_format), ("--resume", resume)):
         if value and output is None:
             raise ValueError(f"{option} needs --output, the folder to write them to")
@@ -179,7 +212,7 @@ def score(
     if not files:
         raise ValueError(f"there are no pictures in {', '.join(map(str, images))}")
     class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.class_names else class_
-    job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput)
+    job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput, options)
     with _progress(len(files)) as advance:
 
         def report(record: pipeline.Record) -> None:
@@ -211,6 +244,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Model file for the official protocol, e.g. the best.safetensors of train --keep-best."),
     ] = None,
+    img_size: ImgSize = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Judge at another rate than the model's own.")] = None,
     as_json: AsJson = False,
     device: Device = None,
@@ -221,11 +255,38 @@ def evaluate(
 
     detector = _load(model, device, false_alarm_rate)
     best = None if official is None else _load(official, device, None)
-    result = run(detector, data, official=best, details=output is not None)
+    result = run(detector, data, official=best, img_size=_img_size(img_size), details=output is not None)
     print(json.dumps(result.to_dict(details=False), indent=2) if as_json else result.table())
     if output is not None:
         with replacing(output) as file:
             file.write_text(json.dumps(result.to_dict()) + "\n")
+
+
+@app.command()
+@_plain_errors
+def calibrate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Normal pictures that were not trained on, laid out as for train.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The model file to write.", show_default=False)],
+    img_size: ImgSize = None,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(help="Share of normal pictures that may raise an alarm; default: the model's own.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Give a model new thresholds, from normal pictures: for a new camera, light or position, or another --img-size.
+
+    Its weights stay as they are.
+    """
+    detector = _load(model, device, None)
+    if false_alarm_rate is None:
+        false_alarm_rate = detector.calibration.false_alarm_rate if detector.calibration is not None else 0.01
+    _require_rate(false_alarm_rate)
+    detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=_img_size(img_size))
+    detector.save(output)
+    print(f"model: {output}")
 
 
 @app.command()
@@ -477,6 +538,14 @@ def _device(name: str | None) -> str:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {name!r} cannot be used: {reason} (--device cpu always works)") from error
     return name
+
+
+def _img_size(text: str | None) -> int | str | None:
+    if text is None or text == "native":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--img-size is {text!r}; give the short side in pixels, or native")
+    return int(text)
 
 
 def _require_rate(false_alarm_rate: float) -> None:

@@ -208,6 +208,7 @@ def evaluate(
     data: pictures.Dataset | str | os.PathLike[str],
     *,
     official: HGADModel | None = None,
+    img_size: int | str | None = None,
     features_of: Features | None = None,
     details: bool = True,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
@@ -215,13 +216,15 @@ def evaluate(
     """Score the test pictures of a dataset and compare with their labels and masks.
 
     Maps and masks are compared at the size that scores are computed on (`msk_size`), after the model's own
-    preprocessing. Without calibration only the official protocol is reported. A picture of a defect without a mask
-    counts for the image figures alone.
+    preprocessing. With another `img_size` the maps of the honest protocol grow along, as in `score`; those of the
+    official one do not. Without calibration only the official protocol is reported. A picture of a defect without a
+    mask counts for the image figures alone.
 
     Args:
         model: the detector.
         data: a dataset with test pictures, or its root.
         official: another checkpoint of the same training, for the official protocol (see `BestCheckpoint`).
+        img_size: short side at which pictures are seen, or ``"native"``; default the model's.
         features_of: gives the features of a test picture where they are at hand already.
         details: also bootstrap intervals and curves.
         progress: wraps the loop over the pictures, e.g. in a progress bar with the given title.
@@ -230,7 +233,9 @@ def evaluate(
         ValueError: the dataset's classes are not the model's, or it has no test pictures.
     """
     dataset = test_set(model, data)
-    official = official or model
+    _, cells = score.seen_at(model, img_size)
+    model = score.seeing(model, img_size)
+    official = model if official is None else score.seeing(official, img_size)
     features_of = features_of or functools.partial(_features, model)
     tallies = {"official": _Tally(official, dataset, False, details)}
     if model.calibration is not None:
@@ -245,7 +250,7 @@ def evaluate(
         names = [model.class_names[int(guess.class_id)] for guess in inferred]
         tallies["official"].add(samples, list(score.official_maps(given, model.config.msk_size)), names)
         if model.calibration is not None:
-            maps = [model.calibration.maps(guess, model.config.msk_size)[0] for guess in inferred]
+            maps = [model.calibration.maps(guess, model.config.msk_size, cells)[0] for guess in inferred]
             tallies["honest"].add(samples, maps, names)
     return Evaluation(
         figures={protocol: tally.figures for protocol, tally in tallies.items()},

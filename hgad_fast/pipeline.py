@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from . import __version__, images
+from .backbone import Backbone
 from .files import replacing
 from .regions import Region, find_regions
-from .score import ScoreResult, check_class_ids, check_normalization
+from .score import ScoreResult, check_class_ids, check_normalization, memory_bytes, seeing
 
 if TYPE_CHECKING:
     from .model import HGADModel
@@ -58,7 +59,7 @@ class Job:
         resume: take over what an earlier run with the same model and settings wrote into `output`, unless the picture
             has changed since (its size or time of modification).
         throughput: let neighbouring pictures of one size share batches; scores then agree to 1e-5.
-        options: further arguments of `score_images`.
+        options: further arguments of `score_images`: `img_size`, `max_memory`, `tiles`.
     """
 
     class_id: int | str | None = None
@@ -351,12 +352,16 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
 
 
 def _settings(model: HGADModel, job: Job) -> dict[str, Any]:
-    """What the figures of a run depend on, besides the pictures."""
+    """What the figures of a run depend on, besides the pictures.
+
+    Not on `max_memory`, unless it may decide what is cut into tiles: what was refused can be tried again with more.
+    """
     from .model import state_hash
 
     calibration = model.calibration
     assert calibration is not None
     class_id = check_class_ids(model.config, job.class_id, 1)
+    memory_decides = isinstance(model.encoder, Backbone) and not model.encoder.is_local
     digest = hashlib.sha256((model.config.to_json() + state_hash(model)).encode())
     for tensor in calibration.tensors().values():
         digest.update(tensor.cpu().numpy().tobytes())
@@ -366,7 +371,10 @@ def _settings(model: HGADModel, job: Job) -> dict[str, Any]:
         "false_alarm_rate": calibration.false_alarm_rate,
         "class": None if class_id is None else int(class_id),
         "maps": job.maps,
-        "img_size": job.options.get("img_size"),
+        "img_size": seeing(model, job.options.get("img_size")).config.img_size,
+        "tiles": job.options.get("tiles", "auto"),
+        "max_memory": memory_bytes(job.options.get("max_memory")) if memory_decides else None,
+        "throughput": job.throughput,
     }
 
 

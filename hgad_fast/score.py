@@ -7,6 +7,7 @@ agrees to 1e-5.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -516,7 +517,7 @@ def score_images(
     check_normalization(model, normalization)
     size = _map_size(map_size)
     limit = memory_bytes(max_memory)
-    config, cells = _seen_at(model, img_size)
+    config, cells = seen_at(model, img_size)
     if tiles not in TILES:
         raise ValueError(f"tiles is {tiles!r}; allowed are {', '.join(map(repr, TILES))}")
     pictures = list(_pictures(images))
@@ -554,23 +555,29 @@ def score_images(
     return result
 
 
-def _seen_at(model: HGADModel, img_size: int | str | None) -> tuple[HGADConfig, int | None]:
+def seen_at(model: HGADModel, img_size: int | str | None) -> tuple[HGADConfig, int | None]:
     """The configuration with another `img_size`, and cells of the feature map on `msk_size` of the map.
 
     None where the whole feature map lies on `msk_size`: at the model's own size, and where that is "native".
     """
-    config = model.config
-    if img_size is not None and img_size != config.img_size:
-        config = config.replace(img_size=img_size)
-    calibration = model.calibration
+    config, calibration = seeing(model, img_size).config, model.calibration
     if calibration is not None and calibration.img_size not in (None, config.img_size):
         warnings.warn(
             f"pictures are seen at img_size = {config.img_size}, the model is calibrated at {calibration.img_size}: "
             "scores are comparable with each other, thresholds and p-values mean little; "
-            f"model.calibrate(normal pictures, img_size={config.img_size!r}) makes new ones",
+            f"model.calibrate(normal pictures, img_size={config.img_size!r}), or hgad-fast calibrate, makes new ones",
             stacklevel=4,
         )
     return config, cells_on_map(model, config.img_size)
+
+
+def seeing(model: HGADModel, img_size: int | str | None) -> HGADModel:
+    """The model, with its weights, that sees pictures at another `img_size`; None: at its own."""
+    if img_size is None or img_size == model.config.img_size:
+        return model
+    other = copy.copy(model)
+    other.config = model.config.replace(img_size=img_size)
+    return other
 
 
 def cells_on_map(model: HGADModel, img_size: int | str) -> int | None:
@@ -619,8 +626,11 @@ def prepare(picture: Tensor, config: HGADConfig) -> Tensor:
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def memory_bytes(amount: int | str | None) -> int:
-    """Bytes of `max_memory`: a number, or a string such as "900MB", "1.5GB" or "2GiB"; None is `MAX_MEMORY`."""
+def memory_bytes(amount: int | str | None, name: str = "max_memory") -> int:
+    """Bytes of `max_memory`: a number, or a string such as "900MB", "1.5GB" or "2GiB"; None is `MAX_MEMORY`.
+
+    An error calls it `name`.
+    """
     if amount is None:
         return MAX_MEMORY
     try:
@@ -628,7 +638,7 @@ def memory_bytes(amount: int | str | None) -> int:
     except ValueError:
         found = 0
     if found < 1:
-        raise ValueError(f"max_memory is {amount!r}; pass bytes, or a size such as '900MB' or '1.5GB'")
+        raise ValueError(f"{name} is {amount!r}; pass bytes, or a size such as '900MB' or '1.5GB'")
     return found
 
 

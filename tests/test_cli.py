@@ -27,7 +27,7 @@ from hgad_fast.evaluate import Evaluation
 from hgad_fast.regions import find_regions
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "score", "eval", "report", "ablate", "data", "bench", "info", "demo")
+COMMANDS = ("train", "score", "eval", "calibrate", "report", "ablate", "data", "bench", "info", "demo")
 TINY = {
     "backbone_arch": "test_efficientnet",
     "out_indices": [1],
@@ -298,6 +298,27 @@ def test_another_false_alarm_rate_changes_the_verdict(model, data):
     assert thresholds[1] is None or thresholds[1] < thresholds[0]
 
 
+def test_pictures_seen_at_another_size(model, data, tmp_path):
+    """Thresholds of that size come from `calibrate`; `score` and `eval` then say the same, without a warning."""
+    file = data / "upright" / "test" / "patch" / "000.png"
+    warned = succeeds("score", model, file, "--img-size", "native", "--json")
+    assert "hgad-fast calibrate, makes new ones" in warned.stderr
+    native, expected = tmp_path / "native.safetensors", HGADModel.load(model)
+    assert succeeds("calibrate", model, data, "--output", native, "--img-size", "native").stdout == f"model: {native}\n"
+    expected.calibrate(data, img_size="native", false_alarm_rate=expected.calibration.false_alarm_rate)
+    torch.testing.assert_close(HGADModel.load(native).calibration.scores, expected.calibration.scores)
+    again = succeeds("score", native, file, "--img-size", "native", "--max-memory", "3GB", "--tiles", "never", "--json")
+    assert again.stderr == ""
+    (row,) = json.loads(again.stdout)
+    found = expected.score(file, img_size="native")
+    assert (row["score"], row["threshold"]) == (float(found.image_score), pytest.approx(float(found.threshold)))
+    succeeds("eval", native, data, "--img-size", "native", "--output", tmp_path / "figures.json")
+    tested = json.loads((tmp_path / "figures.json").read_text())["pictures"]["honest"]
+    (same,) = [p for p in tested if p["path"] == "upright/test/patch/000.png"]
+    for name in ("score", "threshold"):
+        assert same[name] == pytest.approx(row[name], rel=1e-6)
+
+
 def test_info_describes_machine_and_model(model):
     found = json.loads(succeeds("info", model, "--json").stdout)
     assert found["hgad_fast"] == hgad_fast.__version__ and found["torch"] == torch.__version__
@@ -394,6 +415,10 @@ def test_bad_arguments_of_score_and_eval_are_named(model, data, tmp_path):
     assert "--map-format needs --output" in fails("score", model, file, "--map-format", "tiff16")
     assert "--resume needs --output" in fails("score", model, file, "--resume")
     assert "--map-format is 'gif'; allowed are npy, " in fails("score", model, file, "--map-format", "gif")
+    for size in ("big", "0", "-3"):
+        assert f"--img-size is '{size}'; give the short side" in fails("score", model, file, "--img-size", size)
+    assert "--max-memory is 'lots'; pass bytes, " in fails("score", model, file, "--max-memory", "lots")
+    assert "--tiles is 'maybe'; allowed are auto, always, never" in fails("score", model, file, "--tiles", "maybe")
     assert "class 'upside' is unknown; the model knows leaning, upright" in fails(
         "score", model, file, "--class", "upside"
     )

@@ -20,6 +20,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hgad_fast import HGADConfig, HGADModel, pipeline
+from hgad_fast.backbone import Backbone
 from hgad_fast.cli import app
 from hgad_fast.images import read_image
 from hgad_fast.pipeline import Job, score_files
@@ -170,6 +171,36 @@ def test_a_resumed_run_scores_only_what_is_missing_or_changed(
         score_files(model, mine, Job(class_id="a", output=output, resume=True))
 
 
+@pytest.mark.parametrize(
+    ("change", "odd"),
+    [
+        ({"img_size": "native"}, "img_size"),
+        ({"img_size": 56, "tiles": "never"}, "img_size, tiles"),
+        ({"img_size": 40, "tiles": "auto", "max_memory": "2GB"}, "max_memory"),
+        ({"img_size": 40, "max_memory": 4 * 10**9}, None),  # what it is anyway
+    ],
+)
+def test_what_was_scored_with_other_options_is_not_taken_up(
+    change: dict[str, Any], odd: str | None, model: HGADModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backbone, "is_local", False)  # the memory allowed decides about tiles, hence features
+    file = write_picture(tmp_path / "picture.png", 0)
+    score_files(model, [file], Job(output=tmp_path / "out"))
+    again = Job(output=tmp_path / "out", resume=True, options=change)
+    if odd is None:
+        score_files(model, [file], again)
+    else:
+        with pytest.raises(ValueError, match=f"written with another {odd}: "):
+            score_files(model, [file], again)
+
+
+def test_a_refused_picture_can_be_tried_with_more_memory(model: HGADModel, tmp_path: Path) -> None:
+    file = write_picture(tmp_path / "picture.png", 0)
+    for memory, rows in (("10MB", 0), ("4GB", 1)):
+        job = Job(output=tmp_path / "out", resume=True, options={"max_memory": memory})
+        assert len(rows_of(score_files(model, [file], job))) == rows
+
+
 def start(arguments: list[Any], **environment: str) -> subprocess.Popen[str]:
     """A process of the command line, that takes notice of Ctrl-C even if this one, in the background, does not."""
     command = [sys.executable, "-m", "hgad_fast", "score", *map(str, arguments)]
@@ -220,15 +251,16 @@ def test_two_ranks_share_the_files_and_merge_in_order(model_file: Path, files: l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    options = ["--device", "cpu", "--img-size", "36", "--max-memory", "3GB", "--tiles", "never"]
     both = [
         start(
-            [model_file, *files, "--output", tmp_path / "two", "--device", "cpu"],
+            [model_file, *files, "--output", tmp_path / "two", *options],
             RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )
         for rank in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=300) for process in both]
-    alone = score(model_file, *files, "--output", tmp_path / "one", "--device", "cpu")
+    alone = score(model_file, *files, "--output", tmp_path / "one", *options)
     assert [process.returncode for process in both] == [1, 0], outputs  # rank 0 reports the bad files
     assert outputs[0][0] == alone.stdout and outputs[1][0] == ""
     assert str(files[3]) in outputs[0][1]
