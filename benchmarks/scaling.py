@@ -145,11 +145,11 @@ def resident_bytes_here(kind: str, every: int, blocks: int, side: int) -> int:
     return after - before
 
 
-def gradient_errors(seeds: int = 5) -> dict[str, Any]:
+def gradient_errors(size: Size = SMALL, seeds: int = 5) -> dict[str, Any]:
     """Median over the seeds of the Frobenius-relative error of all gradients of a step, float32 against float64."""
     errors: dict[str, list[float]] = {f"{kind}, checkpoint_every={every}": [] for kind, every in KINDS}
     for seed in range(seeds):
-        problem = bench.Problem(SMALL, CPU)
+        problem = bench.Problem(size, CPU)
         problem.x = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(seed))
         exact = copy.copy(problem)
         exact.official = copy.deepcopy(problem.official).double()
@@ -162,7 +162,7 @@ def gradient_errors(seeds: int = 5) -> dict[str, Any]:
             ours, theirs = (torch.cat([grads[name].double().flatten() for name in right]) for grads in (found, right))
             errors[f"{kind}, checkpoint_every={every}"].append(bench.relative_error(ours, theirs))
     medians = {name: statistics.median(values) for name, values in errors.items()}
-    return {"pixels": SMALL.pixels, "each": errors, "median": medians}
+    return {"pixels": size.pixels, "each": errors, "median": medians}
 
 
 def processor_seconds(rounds: int = 15) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("fp32", "tf32", "bf16")
-BLOCK_KERNEL_CHANNELS = range(2, 209)  # with more its sums spill from the registers
+BLOCK_KERNEL_CHANNELS = range(2, 201)  # with more its sums spill from the registers inside the loops
 MEMORY_MODES = ("standard", "reversible")
 SCORE_ROWS = 8192  # pixels whose densities are worked out together by the definitions of scoring
 
@@ -161,7 +161,7 @@ def _affine_coupling(x2: Tensor, a: Tensor, clamp: float, inverse: bool) -> tupl
 
 @_affine_coupling.register_fake
 def _(x2, a, clamp, inverse):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x2), x2.new_empty(x2.shape[0], dtype=torch.float32)
+    return x2.new_empty(x2.shape), x2.new_empty(x2.shape[0], dtype=torch.float32)
 
 
 def _save_affine_coupling(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -298,7 +298,7 @@ def flow_path(x: Tensor, position: Position, precision: str, backend: str | None
 
     Returns:
         ``"torch"``, ``"triton"`` (products in torch, the coupling a kernel) or ``"triton, whole blocks"``: bfloat16
-        subnets of at most 208 channels with a separable position or none. There the hidden layer, seven times the
+        subnets of at most 200 channels with a separable position or none. There the hidden layer, seven times the
         size of the features, never leaves the chip. Where a gradient is wanted the blocks are computed as the
         backward pass rebuilds them, with the rotation in float32.
     """
@@ -474,11 +474,11 @@ def _flow_forward(
 def _(x, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, clamp, keep, every, precision, backend):  # type: ignore[no-untyped-def]
     n, c2 = x.shape[0], x.shape[1] // 2
     hidden = torch.bfloat16 if precision == "bf16" and x.is_cuda else x.dtype
-    inputs = [torch.empty_like(x) for _ in range((len(w1) - 1) // every if every else 0)]
+    inputs = [x.new_empty(x.shape) for _ in range((len(w1) - 1) // every if every else 0)]
     activations = [
         t for w in w1 for t in (x.new_empty(n, c2), x.new_empty(n, w.shape[0], dtype=hidden), x.new_empty(n, 2 * c2))
     ]
-    return torch.empty_like(x), x.new_empty(n), inputs + (activations if keep else [])
+    return x.new_empty(x.shape), x.new_empty(n), inputs + (activations if keep else [])
 
 
 @torch.library.custom_op("hgad_fast::flow_inference", mutates_args=())
@@ -506,7 +506,7 @@ def _flow_inference(
 
 @_flow_inference.register_fake
 def _(x, conditions, w1, b1, w2, b2, global_scale, global_offset, w_perm, clamp, precision, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty(x.shape[0])
+    return x.new_empty(x.shape), x.new_empty(x.shape[0])
 
 
 @torch.library.custom_op("hgad_fast::flow_backward", mutates_args=())

@@ -8,7 +8,9 @@ The position contributes table[column] + table[row]. A patch has few columns and
 matrix adds both; loading rows of the table for every pixel would double the traffic with the cache. The table is more
 exact than bfloat16: a sum of bfloat16 pieces, which the product adds up too.
 
-A product's extents are sums of powers of two: 100 channels are computed as 64 + 32 + 16, not as 128.
+A product's extents are sums of powers of two: 100 channels are computed as 64 + 32 + 16, not as 128. The channels
+themselves are a multiple of 8, with zeros behind x1 and x2 if need be: so few kernels serve all models that each of them
+has been compiled, for sm_80, sm_90, sm_100 and gfx942, and up to 200 channels none spills a register in a loop.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ IEEE = bool(torch.version.hip) or triton.knobs.runtime.interpret  # AMD multipli
 NUM_STAGES = 1 if torch.version.hip else 2  # with three, what consumer cards have of shared memory does not suffice
 BLOCK_HIDDEN = 32
 BLOCK_K = 32
+CHANNEL_MULTIPLE = 8  # halves of rows begin at multiples of 16 bytes; others load value by value, and spill registers
 ROTATED_MULTIPLE = 64  # an odd number of chunks the compiler unrolls altogether
 SLOTS = tl.constexpr(32)  # columns, then rows of a patch, in the one-hot product
 FEW_PIXELS = 8192  # up to here half a patch each keeps more processors busy
@@ -131,7 +134,7 @@ def _block_kernel(
     H,
     W,
     clamp,
-    C: tl.constexpr,
+    C: tl.constexpr,  # a multiple of CHANNEL_MULTIPLE
     WIDTH: tl.constexpr,  # C1 and zeros
     HIDDEN: tl.constexpr,  # all that follow end in zeros too
     HALF_EDGES: tl.constexpr,  # where the pieces of C2, and of C, begin and end
@@ -251,19 +254,20 @@ def coupling_blocks(
     """
     if len(conditions) == 1 or x.dtype != torch.float32:
         raise ValueError("the block kernel takes float32 features and a separable position or none; `flow` takes any")
-    N, C = x.shape
+    N, channels = x.shape
+    C = triton.cdiv(channels, CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
     variant = VARIANTS[precision]
     parameters = [torch.stack(group) for group in (w1, b1, w2, b2, global_scale, global_offset, w_perm)]
-    packed, log_gain = _pack(conditions, parameters, precision)
+    packed, log_gain = _pack(conditions, parameters, C, precision)
     log_det = log_gain.repeat(N)
     W, H = map(len, conditions) if conditions else (N, 1)
     warps = 8 if precision == "bf16" and N > FEW_PIXELS else 4
     patch_h, patch_w = (warps, 16) if conditions else (1, 16 * warps)
     patches = N // max(H * W, 1) * triton.cdiv(H, patch_h) * triton.cdiv(W, patch_w)
-    x = x.contiguous()
-    buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(len(w1), 2))]
     if patches == 0:
-        return buffers[0], log_det
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device), log_det
+    x = _spread(x, C).contiguous()
+    buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(len(w1), 2))]
     for i, constants in enumerate(map(_Constants._make, zip(*packed, strict=True))):
         out = buffers[i % 2]
         _block_kernel[(patches,)](
@@ -274,6 +278,8 @@ def coupling_blocks(
             num_warps=warps, num_stages=NUM_STAGES,
         )  # fmt: skip
         x = out
+    if C > channels:
+        x = torch.cat([x[:, : channels - channels // 2], x[:, C // 2 : C // 2 + channels // 2]], 1)
     return x, log_det
 
 
@@ -288,25 +294,25 @@ class _Constants(NamedTuple):
     shift: Tensor
 
 
-def _pack(conditions: list[Tensor], parameters: list[Tensor], precision: str) -> tuple[_Constants, Tensor]:
-    """The constants of all blocks, and the sum of their log-gains (1,)."""
+def _pack(conditions: list[Tensor], parameters: list[Tensor], C: int, precision: str) -> tuple[_Constants, Tensor]:
+    """The constants of all blocks, with zeros up to C channels, and the sum of their log-gains (1,)."""
     w1, b1, w2, b2, global_scale, global_offset, w_perm = parameters  # the blocks in front
-    C, blocks, units = w_perm.shape[1], *w1.shape[:2]
-    C2 = C // 2
-    C1 = C - C2
-    width, hidden = max(triton.next_power_of_2(C1), 16), triton.cdiv(units, BLOCK_HIDDEN) * BLOCK_HIDDEN
-    half, full = _edges(C2)[-1], _edges(C)[-1]
+    blocks, units = w1.shape[:2]
+    C2 = w2.shape[1] // 2
+    C1 = w_perm.shape[1] - C2
+    width, hidden = max(triton.next_power_of_2(C // 2), 16), triton.cdiv(units, BLOCK_HIDDEN) * BLOCK_HIDDEN
+    half, full = _edges(C // 2)[-1], _edges(C)[-1]
 
     gain = 0.1 * F.softplus(global_scale, beta=0.5)
     with _float32_products():
-        shift = global_offset @ w_perm.mT
+        shift = _spread(global_offset @ w_perm.mT, C)
         table = b1[:, None]
         if conditions:
             column, row = conditions
             by_column, by_row = w1[:, :, C1:].split([column.shape[1], row.shape[1]], 2)
             table = torch.cat([table + column @ by_column.mT, row @ by_row.mT], 1)
     table = F.pad(table, (0, hidden - units))
-    rotation = w_perm * gain
+    rotation = _spread(_spread(w_perm * gain, C).mT, C).mT
     if precision == "bf16":
         rotation = torch.cat([*_pieces(rotation, 2).unbind(1), rotation.to(torch.bfloat16)], 2)
     packed = _Constants(
@@ -318,6 +324,15 @@ def _pack(conditions: list[Tensor], parameters: list[Tensor], precision: str) ->
         shift=F.pad(shift, (0, full - C)),
     )
     return packed, gain.log().sum().view(1)
+
+
+def _spread(t: Tensor, C: int) -> Tensor:
+    """(..., channels) with zeros behind x1 and behind x2, (..., C)."""
+    channels = t.shape[-1]
+    if channels == C:
+        return t
+    halves = t.split([channels - channels // 2, channels // 2], -1)
+    return torch.cat([F.pad(half, (0, C // 2 - half.shape[-1])) for half in halves], -1)
 
 
 def _edges(n: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import scaling
 from hgad_fast import ops
 from hgad_fast.flow import ConditionalFlow, dense_position, sinusoidal_position
 
@@ -221,6 +223,14 @@ def test_drift_of_rebuilt_inputs_is_bounded(every: int, bound: float, monkeypatc
     monkeypatch.setattr(ops, "affine_coupling_backward", seen_backward)
     (0.5 * z.square().sum() - log_det.sum()).backward()  # ends with the first block
     assert 0 < (torch.cat([rebuilt["x1"], rebuilt["x2"]], 1) - x).norm() < bound * x.norm()
+
+
+def test_float32_gradients_are_about_as_exact_as_the_official_ones():
+    """Of a whole step at the official channels and depth, what is rebuilt included; medians over five seeds."""
+    errors = scaling.gradient_errors(replace(scaling.SMALL, images=2, height=4, width=4, position_dim=16))["median"]
+    official = errors.pop("official, checkpoint_every=0")
+    assert 0 < official < 1e-5
+    assert len(errors) == 3 and max(errors.values()) <= 8 * official
 
 
 def test_flow_gradients_of_one_output_or_of_parameters_alone():
