@@ -9,8 +9,8 @@ matrix adds both; loading rows of the table for every pixel would double the tra
 exact than bfloat16: a sum of bfloat16 pieces, which the product adds up too.
 
 A product's extents are sums of powers of two: 100 channels are computed as 64 + 32 + 16, not as 128. The channels
-themselves are a multiple of 8, with zeros behind x1 and x2 if need be: so few kernels serve all models that each of them
-has been compiled, for sm_80, sm_90, sm_100 and gfx942, and up to 200 channels none spills a register in a loop.
+themselves are a multiple of 8, with zeros behind x1 and x2 if need be: so few kernels serve all models that each has
+been compiled in advance, and up to 200 channels none spills a register in a loop.
 """
 
 from __future__ import annotations
