@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -150,36 +149,16 @@ def measure_memory(folder: Path) -> dict[str, Any]:
     maps, masks = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("maps", "masks"))
     small = np.eye(8, dtype=np.float32)
     metrics.pixel_metrics([small], [small])  # imports
-    before = peak = _anonymous_bytes()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, _anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    metrics.pixel_metrics(maps, masks)
+    before, start = bench.anonymous_bytes(), time.perf_counter()
+    peak = bench.peak_resident(lambda: metrics.pixel_metrics(maps, masks))
     seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
     return {
         "anomalous_pixels": int(sum(np.count_nonzero(mask) for mask in masks)),
         "bytes_before": before,
-        "peak_bytes": peak,
-        "peak_bytes_of_the_metrics": peak - before,
+        "peak_bytes": before + peak,
+        "peak_bytes_of_the_metrics": peak,
         "seconds": seconds,
     }
-
-
-def _anonymous_bytes() -> int:
-    """This process's resident memory that no file backs (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status names no RssAnon: this needs Linux 4.5 or later")
 
 
 if __name__ == "__main__":

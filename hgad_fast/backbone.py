@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import difflib
 import functools
 import itertools
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile. It fixes the tiles, so that they depend on the picture's size alone."""
 ALWAYS_WHOLE = 2**20  # pixels of a picture that is not worth cutting: its features are timm's own to the bit
 TILES = ("auto", "always", "never")
+_libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -175,9 +178,9 @@ class Backbone(nn.Module):
         return plan
 
     @property
-    def is_local(self) -> bool:
-        """Whether tiles give the features of the whole picture; see `tiles.Footprint`."""
-        return self._fast().footprint.is_local
+    def footprint(self) -> tiles.Footprint:
+        """What the network takes for a picture, and whether tiles give the features of the whole."""
+        return self._fast().footprint
 
     @property
     def strides(self) -> list[int]:
@@ -210,6 +213,7 @@ class Backbone(nn.Module):
                     above, before = rows.start // stride, columns.start // stride
                     core = x[:, :, top - above : bottom - above, left - before : right - before]
                     yield i * len(one.stages) + j, top, left, core
+                _trim()
 
     def _fast(self) -> _Fast:
         """The network as it is run on pictures, made anew when its weights have changed or moved."""
@@ -231,6 +235,12 @@ class Backbone(nn.Module):
                 "img_size."
             ) from error
         return tiles.channels_first(self.net, features)
+
+
+def _trim() -> None:
+    """Give memory that was freed back to the system: glibc keeps what lies in pieces, and would grow tile by tile."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 class _Fast:

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import data
 from .backbone import ALWAYS_WHOLE, TILES, Backbone, FeatureMaps
 from .files import byte_count, replacing
-from .interpolate import between, bilinear
+from .interpolate import Between, between, bilinear
 from .ops import SeparablePosition
 
 if TYPE_CHECKING:
@@ -283,6 +283,7 @@ def _chunks(
         batch, channels, height, width = x.shape
         columns = min(width, max(64, CHUNK_PIXELS // batch))  # products of fewer rows waste time
         rows = min(height, max(1, CHUNK_PIXELS // (batch * columns)))
+        rows = math.ceil(height / math.ceil(height / rows))  # as many chunks, but less padding
         for i, j in itertools.product(range(0, height, rows), range(0, width, columns)):
             chunk = x[:, :, i : i + rows, j : j + columns]
             r, c = chunk.shape[2:]
@@ -379,10 +380,7 @@ def write_calibrated(
         factors.append([-torch.expm1(x) for x in found.neg_entropy])
     if grid[0] < grid[1]:
         factors, out, grid = [[x.mT for x in levels] for levels in factors], out.mT, grid[::-1]
-    rows, columns = (
-        between(torch.arange(n, device=constants.device), of, n, align_corners=False)
-        for n, of in zip(out.shape[1:], grid, strict=True)
-    )
+    rows, columns = _onto((out.shape[1], out.shape[2]), grid, constants.device)
     band_rows, out_rows = max(1, BAND_PIXELS // grid[1]), max(1, BAND_PIXELS // out.shape[2])
     maxima, done = out.new_full((len(out),), -math.inf), 0
     kept = out.new_empty(len(out), 0, grid[1], device=constants.device)
@@ -405,6 +403,14 @@ def write_calibrated(
             out[:, start:stop] = bilinear(band, rows.part(start, stop, top), columns)
         kept, done = band[:, -1:], ready
     return maxima
+
+
+def _onto(size: tuple[int, int], grid: tuple[int, int], device: torch.device) -> tuple[Between, Between]:
+    """Rows and columns of a map on a grid that is resampled to another size, pixel centres at half-integers."""
+    rows, columns = (
+        between(torch.arange(n, device=device), of, n, align_corners=False) for n, of in zip(size, grid, strict=True)
+    )
+    return rows, columns
 
 
 def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) -> Tensor:
@@ -657,8 +663,9 @@ def working_set(
     passes = encoder.passes(*seen, cut)
     sizes = [stage for one in passes for stage in one.stages]
     always = 2**26 + 16 * sum(h * w for h, w in sizes)
-    if seen != shape:
-        always += 24 * math.prod(seen)
+    resized = data.centre_crop_geometry(*shape, config.img_size)[0] if config.center_crop else seen
+    if resized != shape:
+        always += 24 * math.prod(resized) + 4 * shape[0] * resized[1]  # Pillow resizes rows first
     kept = kept_bytes(sizes, config.n_classes)
     if not class_known and kept <= MAX_KEPT:
         always += kept
@@ -695,10 +702,11 @@ def may_cut(
     if not isinstance(encoder, Backbone) or limit >= MAX_MEMORY and math.prod(seen) <= ALWAYS_WHOLE:
         return False
     needs = functools.partial(working_set, model, config, shape, class_known=class_known)
-    cut = tiles == "always" or tiles == "auto" and (encoder.is_local or needs(cut=False) > limit)
+    is_local = encoder.footprint.is_local
+    cut = tiles == "always" or tiles == "auto" and (is_local or needs(cut=False) > limit)
     if (needed := needs(cut=cut)) > limit:
         remedy = "a smaller img_size"
-        if tiles == "never" and encoder.is_local:
+        if tiles == "never" and is_local:
             remedy += ", tiles='auto'"
         elif cut:
             remedy += ", or smaller tiles (hgad_fast.backbone.TILE_MEMORY)"
@@ -706,7 +714,7 @@ def may_cut(
             f"a picture of {shape[0]} x {shape[1]} pixels (height x width), seen at {seen[0]} x {seen[1]}, takes about "
             f"{_gigabytes(needed)} to score, and max_memory is {_gigabytes(limit)}: allow more, or choose {remedy}"
         )
-    if cut and not encoder.is_local and max(len(one.rows) * len(one.columns) for one in encoder.passes(*seen)) > 1:
+    if cut and not is_local and max(len(one.rows) * len(one.columns) for one in encoder.passes(*seen)) > 1:
         warnings.warn(
             f"{encoder.arch} looks at the whole picture, so tiles of one of {seen[0]} x {seen[1]} pixels give other "
             f"features than the whole; tiles='never' and max_memory='{_gigabytes(needs(cut=False))}' score it whole",
@@ -767,15 +775,16 @@ def _arrays(images: Any) -> Iterable[Tensor]:
 
     array = np.asarray(images)
     if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, -1)
+        array = np.broadcast_to(array[..., None], (*array.shape, 3))
     if array.ndim not in (3, 4) or array.shape[-1] != 3:
         raise ValueError(f"an image array has shape {array.shape}; expected (B, H, W, 3), (H, W, 3) or (H, W)")
     if array.dtype.kind not in "uf":
         raise ValueError(f"an image array is {array.dtype}; pass unsigned integers of full range, or floats in [0, 1]")
-    scale = np.float32(np.iinfo(array.dtype).max if array.dtype.kind == "u" else 1)
     for picture in array if array.ndim == 4 else [array]:
-        chw = np.ascontiguousarray(picture.transpose(2, 0, 1), np.float32)
-        yield from _tensors(torch.from_numpy(chw / scale))
+        chw = np.array(picture.transpose(2, 0, 1), np.float32, order="C")
+        if array.dtype.kind == "u":
+            chw /= np.float32(np.iinfo(array.dtype).max)
+        yield from _tensors(torch.from_numpy(chw))
 
 
 def _calibrated_fills(model: HGADModel, found: list[Densities], cells: int | None) -> list[_Fill]:
@@ -791,7 +800,10 @@ def _calibrated_fills(model: HGADModel, found: list[Densities], cells: int | Non
 
 def _resampled(seen: Tensor) -> _Fill:
     def write(out: Tensor) -> Tensor:
-        out.copy_(resample(seen[None], (out.shape[0], out.shape[1]))[0])
+        rows, columns = _onto((out.shape[0], out.shape[1]), (seen.shape[0], seen.shape[1]), seen.device)
+        step = max(1, BAND_PIXELS // out.shape[1])
+        for start in range(0, len(out), step):
+            out[start : start + step] = bilinear(seen, rows.part(start, start + step, 0), columns)
         return seen.max()
 
     return _Fill(write)
@@ -823,6 +835,9 @@ def _lay(
         return _filled(torch.empty(shape), fill, (height, width), config)
     with replacing(path) as temporary:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file would kill the process
+            with open(temporary, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         _filled(torch.from_numpy(array), fill, (height, width), config)
         array.flush()
     return torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -835,16 +850,15 @@ def _filled(out: Tensor, fill: Callable[[Tensor], None], shape: tuple[int, int],
         return out
     (h, w), top, left = data.centre_crop_geometry(*shape, config.img_size)
     (side, _) = seen_shape(shape, config)
-    canvas = out.zero_() if out.shape == shape else out.new_zeros(shape)
-    fill(canvas[_span(top, side, shape[0] / h), _span(left, side, shape[1] / w)])
-    if canvas is not out:
-        out.copy_(resample(canvas[None], (out.shape[0], out.shape[1]))[0])
+    out.zero_()
+    fill(out[_span(top, side, out.shape[0] / h), _span(left, side, out.shape[1] / w)])
     return out
 
 
 def _span(start: int, length: int, scale: float) -> slice:
-    """Pixels start to start + length at another scale; halves go up, so that a span of one pixel is never empty."""
-    return slice(int(start * scale + 0.5), int((start + length) * scale + 0.5))
+    """Pixels start to start + length at another scale, at least one."""
+    first = int(start * scale + 0.5)
+    return slice(first, max(int((start + length) * scale + 0.5), first + 1))
 
 
 _VERDICTS = ("image_score", "class_id", "p_value", "is_anomalous", "threshold", "false_alarm_rate")

@@ -148,14 +148,20 @@ class _Memory(TorchDispatchMode):
 
 
 def cuts(length: int, cells: int, parts: int, stride: int, halo: int) -> list[Cut]:
-    """Cut an axis of `length` pixels and `cells` cells in at most `parts` tiles of nearly equal cores."""
-    each = math.ceil(cells / parts)
-    found = []
-    for first in range(0, cells, each):
-        last = min(first + each, cells)
-        stop = last * stride + halo
-        stop = length if last == cells else min(stop + (length - stop) % stride, length)
-        found.append(Cut(first, last, max(0, first * stride - halo), stop))
+    """Cut an axis of `length` pixels and `cells` cells in at most `parts` tiles of one extent, halo included.
+
+    Memory freed by a tile fits the next one of its shape; the last tile sees more of what lies before its core.
+    """
+    repeated = 2 * halo + length % stride  # of each tile after the first: cores are whole cells
+    extent = max(math.ceil((length + (parts - 1) * repeated) / parts), 2 * halo + 2 * stride)
+    extent = min(extent + (length - extent) % stride, length)
+    found: list[Cut] = []
+    last = 0
+    while last < cells:
+        first, start = last, max(0, min(last * stride - halo, length - extent))
+        stop = start + extent
+        last = cells if stop == length else (stop - halo) // stride
+        found.append(Cut(first, last, start, stop))
     return found
 
 
@@ -186,6 +192,7 @@ def _candidates(
         if wide >= width:
             yield rows, cuts(width, cells[1], 1, stride, halo)
             return  # more rows only repeat more of the halo
-        core = math.floor((wide - 2 * halo) / stride) - 1  # cells; one for the remainder that `cuts` may add
-        if core >= 1:
-            yield rows, cuts(width, cells[1], math.ceil(cells[1] / core), stride, halo)
+        repeated = 2 * halo + width % stride
+        core = wide - repeated - stride  # pixels; a stride for the remainder that `cuts` may add
+        if core >= stride:
+            yield rows, cuts(width, cells[1], math.ceil((width - repeated) / core), stride, halo)

@@ -55,7 +55,7 @@ def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
 def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
     encoder = small_tiles(monkeypatch, arch, **settings)
     picture = torch.rand(3, 489, 91)
-    assert encoder.is_local and len(encoder.passes(489, 91)[0].rows) > 1
+    assert encoder.footprint.is_local and len(encoder.passes(489, 91)[0].rows) > 1
     for found, whole in zip(
         encoder.feature_maps(picture).whole(), encoder(encoder.normalize(picture[None])), strict=True
     ):
@@ -81,7 +81,19 @@ def test_cuts_keep_padding_and_phase(length, parts):
     assert found[0].first == found[0].start == 0 and found[-1].last == cells and found[-1].stop == length
     for c in found:
         assert c.start % stride == 0 and (length - c.stop) % stride == 0
-        assert c.start == max(0, c.first * stride - halo) and c.stop >= min(c.last * stride + halo, length)
+        assert c.start <= max(0, c.first * stride - halo) and c.stop >= min(c.last * stride + halo, length)
+    assert len({c.stop - c.start for c in found}) == 1 and len(found) <= parts
+
+
+@pytest.mark.parametrize("size", [(8000, 8000), (16001, 3000), (31, 20000), (999, 7777)])
+@pytest.mark.parametrize("halo", [0, 192, 512])
+def test_tiles_keep_to_their_size_and_repeat_little(size, halo):
+    cells = -(-size[0] // 16), -(-size[1] // 16)
+    rows, columns = tiles.tiling(size, cells, 16, halo, 4e6)
+    (height,), (width,) = ({c.stop - c.start for c in axis} for axis in (rows, columns))
+    assert height * width <= max(4e6, (4 * halo + 64) ** 2)
+    repeated = len(rows) * height * len(columns) * width / (size[0] * size[1])
+    assert repeated < {0: 1.1, 192: 1.5, 512: 4.2}[halo]
 
 
 @pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "test_resnet", "test_efficientnet", "test_convnext"])
