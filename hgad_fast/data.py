@@ -5,6 +5,7 @@ by side. Images and masks may be of any of the `IMAGE_SUFFIXES`, and a mask's ne
 
     MVTec AD      <class>/train/good/*  test/good/*  test/<defect>/*  ground_truth/<defect>/*
                   also MPDD, VisA prepared for one class (VisA_pytorch/1cls), and a dataset of your own
+    MVTec LOCO    as MVTec AD, with validation/good/*, and several masks an image: ground_truth/<defect>/<image>/*
     MVTec AD 2    <class>/train/good/*  validation/good/*  test_public/{good,bad}/*  test_public/ground_truth/bad/*
     BTAD          <class>/train/ok/*  test/{ok,ko}/*  ground_truth/ko/*
     MVTec 3D-AD   <class>/{train,validation}/good/rgb/*  test/{good,<defect>}/rgb/*  test/<defect>/gt/*
@@ -14,8 +15,8 @@ by side. Images and masks may be of any of the `IMAGE_SUFFIXES`, and a mask's ne
     normals       <class>/*, normal images only
 
 A mask of the folder layouts has the name of its image, with or without `_mask`: `000.png` has `000_mask.png` or
-`000.bmp`. The masks of normal images, and test images without published labels (MVTec AD 2's `test_private`), are
-passed over.
+`000.bmp`. Where there is none, all masks in the folder `000` are its parts. The masks of normal images, and test
+images without published labels (MVTec AD 2's `test_private`), are passed over.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of class `class_id`; `defect` is "good" for a normal one, `mask` None if it has none."""
+    """An image of class `class_id`; `defect` is "good" for a normal one.
+
+    `mask` is the file of its mask, or a folder with the parts of it; None if it has none.
+    """
 
     path: Path
     class_id: int
@@ -310,14 +314,16 @@ def _test_samples(class_folder: Path, folder: Path, layout: _Layout, class_id: i
     images = list_images(folder / layout.pictures)
     mask_folder = class_folder / layout.masks / folder.name / layout.masks_of_kind
     masks = _masks(mask_folder) if defect != GOOD and mask_folder.is_dir() else {}
+    folders = {mask.parent.relative_to(mask_folder): mask.parent for mask in masks.values()}
     keys = [image.relative_to(folder / layout.pictures).with_suffix("") for image in images]
-    samples = [Sample(image, class_id, defect, masks.get(key)) for image, key in zip(images, keys, strict=True)]
+    found = [masks.get(key, folders.get(key)) for key in keys]
+    samples = [Sample(image, class_id, defect, mask) for image, mask in zip(images, found, strict=True)]
     used = {sample.mask for sample in samples}
     if masks and samples and used == {None}:
         raise DatasetError(
             f"{mask_folder}: no mask fits an image of {folder}; that of {images[0].name} is {images[0].stem}_mask.png"
         )
-    return samples, [mask for mask in dict.fromkeys(masks.values()) if mask not in used]
+    return samples, [mask for mask in dict.fromkeys(masks.values()) if used.isdisjoint((mask, mask.parent))]
 
 
 def _masks(folder: Path) -> dict[Path, Path]:
@@ -499,8 +505,10 @@ def content_hashes(samples: Sequence[Sample]) -> list[str]:
 
 
 def content_hash(path: Path) -> str:
-    """One of `content_hashes`."""
+    """One of `content_hashes`; of a folder of masks, that of all of them."""
     try:
+        if path.is_dir():
+            return hashlib.sha256("".join(map(content_hash, list_images(path))).encode()).hexdigest()
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return ""

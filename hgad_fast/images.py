@@ -171,8 +171,15 @@ def _unlimited_pixels() -> Iterator[None]:
 def read_mask(path: str | os.PathLike[str]) -> Tensor:
     """The mask file as (H, W) bool: true where any channel is above zero (0/1, 0/255, coloured masks).
 
-    In a JPEG, whose edges ring, above one half. Raises ImageError as `read_image` does.
+    In a JPEG, whose edges ring, above one half. Of a folder, the union of the mask files in it. Raises ImageError as
+    `read_image` does, and for a folder without masks or with masks of several sizes.
     """
+    if os.path.isdir(path):
+        masks = [read_mask(file) for file in list_images(path)]
+        if len({mask.shape for mask in masks}) != 1:
+            reason = "its masks differ in size" if masks else "there is no mask in this folder"
+            raise ImageError(Path(path), f"{reason}; they belong to one picture, and have its size")
+        return torch.stack(masks).any(0)
     lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
     return (read_image(path) > (0.5 if lossy else 0.0)).any(0)
 

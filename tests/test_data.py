@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hgad_fast.data import Dataset, DatasetError, Sample, check_images, discover, fingerprint, list_images, union
+from hgad_fast.data import (
+    Dataset,
+    DatasetError,
+    Sample,
+    check_images,
+    content_hash,
+    discover,
+    fingerprint,
+    list_images,
+    read_mask,
+    union,
+)
+from hgad_fast.survey import survey
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -68,6 +80,17 @@ PUBLISHED = {
         test bolt bent bolt/test/bent/0.png bolt/ground_truth/bent/0_mask.png
         test bolt good bolt/test/good/0.png -
         test wood hole wood/test/hole/0.png wood/ground_truth/hole/0_mask.png""",
+    ),
+    "MVTec LOCO": (
+        """box/train/good/000.png box/validation/good/000.png box/test/good/000.png box/test/logical/000.png
+        box/test/logical/001.png box/ground_truth/logical/000/000.png box/ground_truth/logical/000/001.png
+        box/ground_truth/logical/001/000.png""",
+        {"box/defects_config.json": "[]"},
+        """train box good box/train/good/000.png -
+        validation box good box/validation/good/000.png -
+        test box good box/test/good/000.png -
+        test box logical box/test/logical/000.png box/ground_truth/logical/000
+        test box logical box/test/logical/001.png box/ground_truth/logical/001""",
     ),
     "MVTec AD 2": (
         """can/train/good/000_regular.png can/validation/good/001_regular.png can/test_public/good/002_regular.png
@@ -127,7 +150,7 @@ PUBLISHED = {
         test tubes good tubes/test/good/0.png -""",
     ),
 }
-SAME_FOLDERS = {"MPDD": "MVTec AD", "VisA for one class": "MVTec AD"}
+SAME_FOLDERS = {"MPDD": "MVTec AD", "MVTec LOCO": "MVTec AD", "VisA for one class": "MVTec AD"}
 
 
 def build(root: Path, name: str) -> Path:
@@ -175,6 +198,27 @@ def test_one_class_of_a_published_layout(tmp_path: Path, name: str) -> None:
     assert first.class_names == whole.class_names[:1] and first.layout == name
     for split in ("train", "validation", "test"):
         assert getattr(first, split) == tuple(s for s in getattr(whole, split) if s.class_id == 0)
+
+
+def test_a_folder_of_masks_is_a_mask(tmp_path: Path) -> None:
+    found = discover(build(tmp_path, "MVTec LOCO"))
+    first = found.test[1].mask
+    assert first is not None
+    corner = np.zeros((8, 12), np.uint8)
+    corner[0, 0] = 200
+    before = content_hash(first)
+    draw(first / "001.png", corner)
+    assert content_hash(first) != before
+    expected = corner > 0
+    expected[2:4, 3:5] = True
+    np.testing.assert_array_equal(read_mask(first).numpy(), expected)
+    assert [finding.kind for finding in survey(found).errors] == []
+    draw(first / "001.png", corner[1:])
+    assert [error.reason for error in check_images(found.test, skip_bad=True)[1]] == [
+        "its masks differ in size; they belong to one picture, and have its size"
+    ]
+    write(tmp_path / "box/ground_truth/logical/007/000.png")
+    assert discover(tmp_path).stray_masks == (tmp_path / "box/ground_truth/logical/007/000.png",)
 
 
 def test_classes_of_several_layouts_side_by_side(tmp_path: Path) -> None:
@@ -368,7 +412,7 @@ def test_csv_that_cannot_be_used(tmp_path: Path, text: str | bytes, message: str
         ),
         (["nut/train/ok/1.png", "nut/test/ko.png"], "nut/test/ko.png", "move it to .*test/ok or .*test/<defect>"),
         (
-            ["train/good/1.png", "test/hole/1.png", "ground_truth/hole/1/000.png"],
+            ["train/good/1.png", "test/hole/1.png", "ground_truth/hole/one/000.png"],
             "ground_truth/hole",
             "no mask fits an image of .*test/hole; that of 1.png is 1_mask.png",
         ),
