@@ -40,7 +40,7 @@ class Figures:
 
     Attributes:
         pixel_aupro_30, pixel_aupro_5: per-region overlap up to the false-positive rates 0.3 and 0.05.
-        intervals: 95% bootstrap intervals of the image figures, by their names.
+        intervals: 95% bootstrap intervals over the pictures, by the names of the figures.
         curves: "image_roc", "image_pr", "pixel_roc", "pixel_pr" and "pixel_pro", see `metrics.pixel_curves`.
     """
 
@@ -404,6 +404,10 @@ class _Tally:
             for name, value in values.items():
                 setattr(figures, f"pixel_{name}", value)
             if self.details:
+                intervals = metrics.pixel_intervals(maps, masks)
+                figures.intervals["pixel_aupro_30"] = intervals.pop("aupro_0.3")
+                figures.intervals["pixel_aupro_5"] = intervals.pop("aupro_0.05")
+                figures.intervals |= {f"pixel_{name}": interval for name, interval in intervals.items()}
                 figures.curves |= _lines("pixel", metrics.pixel_curves(maps, masks))
         return figures
 

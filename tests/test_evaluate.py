@@ -215,8 +215,9 @@ def test_each_figure_is_that_of_metrics(whole, model, root):
         image, pixel = metrics.image_metrics(*mine[:2]), metrics.pixel_metrics(*mine[2:])
         expected = [*image.values(), *pixel.values()]
         np.testing.assert_allclose([getattr(row, figure) for figure in FIGURES], expected, rtol=1e-6)
-        low, high = row.intervals["image_auroc"]
-        assert 0 <= low <= row.image_auroc <= high <= 1
+        assert set(row.intervals) == set(FIGURES)
+        for figure, (low, high) in row.intervals.items():
+            assert 0 <= low <= high <= 1 and low - 0.01 < getattr(row, figure) < high + 0.01, figure
         assert set(row.curves) == {"image_roc", "image_pr", "pixel_roc", "pixel_pr", "pixel_pro"}
         x, y = row.curves["pixel_roc"]
         assert auc(x, y) == pytest.approx(row.pixel_auroc, abs=1e-3)

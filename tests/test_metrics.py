@@ -400,6 +400,32 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None
     assert 68 <= covered <= 91  # 99.7% of Binomial(100, 0.8)
 
 
+def test_pixel_intervals_are_those_of_images_resampled_in_full() -> None:
+    maps, masks = defects(12, 32)
+    labels = np.array([bool(np.any(mask)) for mask in masks])
+    assert 0 < labels.sum() < len(labels)
+    drawn = [
+        metrics.pixel_metrics([maps[i] for i in rows], [masks[i] for i in rows])
+        for rows in metrics._resamples(labels, 40, seed=3)
+    ]
+    found = metrics.pixel_intervals(maps, masks, n=40, level=0.9, seed=3)
+    assert list(found) == list(drawn[0])
+    for name, interval in found.items():
+        expected = np.quantile([figures[name] for figures in drawn], [0.05, 0.95])
+        width = expected[1] - expected[0]
+        assert width > 0.01
+        np.testing.assert_allclose(interval, expected, atol=0.02 * width, err_msg=name)
+
+
+def test_pixel_intervals_of_one_defect_and_of_images_without_a_normal_pixel() -> None:
+    ramp = np.arange(16.0).reshape(4, 4)
+    one = metrics.pixel_intervals([ramp], [ramp > 7], n=5)
+    assert {name: low for name, (low, _) in one.items()} == pytest.approx(dict.fromkeys(one, 1.0))
+    assert all(low == high for low, high in one.values())
+    found = metrics.pixel_intervals([ramp, ramp], [ramp > 7, ramp >= 0], n=20)  # some draw the second twice
+    assert all(0 <= low <= high <= 1 for low, high in found.values())
+
+
 SQUARE = np.ones((2, 2), np.float32)
 
 
@@ -427,6 +453,8 @@ SQUARE = np.ones((2, 2), np.float32)
         (lambda: metrics.aupro(iter([SQUARE]), [SQUARE, None]), "maps ends after 1 images"),
         (lambda: metrics.aupro([SQUARE], [SQUARE], limit=30), "limit = 30"),
         (lambda: metrics.pixel_metrics([SQUARE], [SQUARE], limits=(0.3, 0)), "limit = 0"),
+        (lambda: metrics.pixel_intervals([SQUARE], [None]), "masks hold no anomalous pixel"),
+        (lambda: metrics.pixel_intervals([SQUARE], [SQUARE], n=0), "n = 0"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call: Callable[[], object], message: str) -> None:
