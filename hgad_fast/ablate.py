@@ -12,19 +12,19 @@ import dataclasses
 import importlib.util
 import json
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import data as pictures
 from . import metrics, score
 from .bench import environment
-from .calibrate import Calibration, calibrate_on
+from .calibrate import Calibration, calibration_of, held_out_densities, largest
 from .config import HGADConfig
 from .evaluate import Features, mean, seen_mask, test_set, without_nan
 from .features import FeatureSet, feature_set
@@ -36,13 +36,14 @@ VARIANTS: dict[str, dict[str, Any]] = {  # fields of the configuration that diff
     "inter-class": {"n_intra_centers": 1, "loss_terms": ("L_g",)},
     "mutual-information": {"n_intra_centers": 1, "loss_terms": ("L_g", "L_mi", "L_e")},
     "hgad": {},
-    "hgad-1-centre": {"n_intra_centers": 1},
     "hgad-lambda2-1": {"lambda2": 1.0},
 }
+CENTRES = (1,)  # of a class, tried besides the configured number
 MAPS = ("likelihood", "entropy", "product", "standardised")
 SETTINGS = ("official", "class given", "class inferred")
 SPLITS = 5  # of the held-out pictures, for the false-alarm rate
 RATES = (0.05, 0.01)
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop in a bar with a title
 STRIDE = 2  # of the pixels that the pixel AUROC looks at, in both directions
 
 
@@ -62,11 +63,13 @@ def run(
     output: str | Path,
     *,
     variants: Sequence[str] = tuple(VARIANTS),
+    centres: Sequence[int] = CENTRES,
     training_pictures: int | None = None,
     features: FeatureSet | None = None,
     features_of: Features | None = None,
     device: str = "cpu",
     say: Callable[[str], None] = print,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train every variant on the same features and compare them on the test pictures.
 
@@ -78,43 +81,50 @@ def run(
         config: what the variants have in common, with the dataset's classes.
         output: the folder, made if need be.
         variants: names of `VARIANTS`.
+        centres: numbers of centres of a class that HGAD is trained with besides the configured one; its variants
+            ``hgad-1-centre``, ``hgad-5-centres``, ...
         training_pictures: how many normal pictures of a class are trained on, drawn from ``config.seed``; the others
             calibrate. None: all but a tenth.
         features: features of all training pictures of the dataset, where they are at hand already.
         features_of: gives the features of a test picture, likewise.
         device: where to compute.
         say: told what comes next, and the table.
+        progress: wraps the long loops over pictures, e.g. in a progress bar with the given title.
 
     Returns:
         What ``ablation.json`` holds: variant -> "figures" (setting -> map -> image and pixel AUROC, mean and per
-        class), "confusion" and "false_alarms". The settings are the official normalisation with the class given, and
-        the calibrated one with the class given and inferred.
+        class), "confusion", "log_density_overlap" (of normal and anomalous pixels, by class and mean: 1 where the
+        density cannot tell them apart, 0 where it does without fail) and "false_alarms". The settings are the official
+        normalisation with the class given, and the calibrated one with the class given and inferred.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: an unknown variant, a class without pictures to calibrate on, a dataset without test pictures, or a
-            folder with the training of another configuration or of other pictures.
+        ValueError: an unknown variant, centres below 1, a class without pictures to calibrate on, a dataset without
+            test pictures, or a folder with the training of another configuration or of other pictures.
     """
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+    chosen = {name: config.replace(**VARIANTS[name]) for name in variants}
+    chosen |= {f"hgad-{n}-centre{'s' * (n != 1)}": config.replace(n_intra_centers=n) for n in centres}
+    progress = progress or (lambda items, title: items)
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("the ablation draws histograms, which need matplotlib: pip install 'hgad-fast[plot]'")
     base = HGADModel(config).to(device)
     dataset = test_set(base, data)
     say("features of the training pictures")
-    normals = features or feature_set(base, dataset)
+    normals = features or feature_set(base, dataset, progress=progress)
     rows, held_out = _drawn(normals.class_ids, base.class_names, training_pictures, config.seed)
     say("features of the test pictures")
     features_of = features_of or (lambda sample: score.picture_features(base, pictures.read_image(sample.path)))
-    test = [list(features_of(sample)) for sample in dataset.test]
+    test = [list(features_of(sample)) for sample in progress(dataset.test, "test pictures")]
     shared = _Data(dataset, normals.subset(rows), normals.subset(held_out), test)
     found: dict[str, Any] = environment(torch.device(device))
     found |= {"config": json.loads(config.to_json()), "training_pictures": len(rows), "variants": {}}
-    for name in variants:
+    for name, its_config in chosen.items():
         folder = Path(output) / name
-        model = _trained(config.replace(**VARIANTS[name]), shared, folder, device, say)
+        model = _trained(its_config, shared, folder, device, say)
         say(f"{name}: comparing")
-        found["variants"][name] = _compare(model, shared, folder)
+        found["variants"][name] = _compare(model, shared, folder, progress)
         with replacing(Path(output) / "ablation.json") as file:
             file.write_text(json.dumps(found, indent=2) + "\n")
     say(table(found))
@@ -163,20 +173,22 @@ def _known_as(model: HGADModel, features: FeatureSet) -> FeatureSet:
     return dataclasses.replace(features, class_ids=features.class_ids * 0) if one else features
 
 
-def _compare(model: HGADModel, shared: _Data, folder: Path) -> dict[str, Any]:
-    dataset, held_out = shared.dataset, _known_as(model, shared.held_out)
+def _compare(model: HGADModel, shared: _Data, folder: Path, progress: Progress) -> dict[str, Any]:
+    dataset = shared.dataset
+    held_out = held_out_densities(model, _known_as(model, shared.held_out), progress)
     ids = torch.tensor([sample.class_id for sample in dataset.test])
     own = ids * 0 if model.config.n_classes == 1 else ids
-    inferred = [score.densities(model, features, None)[0] for features in shared.test]
-    given = [
-        found if int(found.class_id) == k else score.densities(model, features, torch.tensor([k]))[0]
-        for found, features, k in zip(inferred, shared.test, own.tolist(), strict=True)
-    ]
-    _calibrate(model, held_out, "standardised")
+    tested = progress(list(zip(shared.test, own.tolist(), strict=True)), "densities of the test pictures")
+    inferred, given = [], []
+    for features, k in tested:
+        inferred += score.densities(model, features, None)
+        right = int(inferred[-1].class_id) == k
+        given += inferred[-1:] if right else score.densities(model, features, torch.tensor([k]))
+    model.calibration = _calibration(model, held_out, "standardised")
     classes = [(name, (ids == k).nonzero().flatten().tolist()) for k, name in enumerate(dataset.class_names)]
     classes = [(name, rows) for name, rows in classes if rows]
     figures: dict[str, dict[str, dict[str, Any]]] = {setting: {} for setting in SETTINGS}
-    for name, rows in classes:
+    for name, rows in progress(classes, "maps of the test pictures"):
         samples = [dataset.test[i] for i in rows]
         for setting, densities in zip(SETTINGS, (given, given, inferred), strict=True):
             mine = [densities[i] for i in rows]
@@ -190,18 +202,19 @@ def _compare(model: HGADModel, shared: _Data, folder: Path) -> dict[str, Any]:
     confusion = {
         name: {other: [names[i] for i in rows].count(other) for other in model.class_names} for name, rows in classes
     }
-    _histogram(model, shared, given, folder / "log-density.png")
-    found = {"figures": figures, "confusion": confusion, "false_alarms": _false_alarms(model, shared, inferred)}
+    found = {
+        "figures": figures,
+        "confusion": confusion,
+        "log_density_overlap": _histogram(model, shared, given, folder / "log-density.png"),
+        "false_alarms": _false_alarms(model, shared, held_out, inferred, progress),
+    }
     return without_nan(found)
 
 
-def _calibrate(model: HGADModel, held_out: FeatureSet, fusion: str) -> Calibration:
-    model.config = model.config.replace(fusion=fusion)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # rates that are out of reach are part of the result
-        calibrate_on(model, held_out, false_alarm_rate=min(RATES))
-    assert model.calibration is not None
-    return model.calibration
+def _calibration(model: HGADModel, held_out: Sequence[score.Densities], fusion: str) -> Calibration:
+    model.config = config = model.config.replace(fusion=fusion)
+    level_max = largest(held_out, config.n_classes, config.feature_levels)
+    return calibration_of(model, held_out, level_max, config.img_size)
 
 
 def _likelihood(found: score.Densities) -> score.Densities:
@@ -251,19 +264,25 @@ def _aurocs(model: HGADModel, samples: list[pictures.Sample], maps: list[Tensor]
     return image, metrics.auroc(torch.cat([m[::STRIDE, ::STRIDE].flatten() for _, m in told]), truth)
 
 
-def _false_alarms(model: HGADModel, shared: _Data, inferred: list[score.Densities]) -> dict[str, Any]:
+def _false_alarms(
+    model: HGADModel,
+    shared: _Data,
+    held_out: Sequence[score.Densities],
+    inferred: list[score.Densities],
+    progress: Progress,
+) -> dict[str, Any]:
     """Pictures called anomalous over several calibrations, each on a third of the held-out pictures of every class."""
     anomalous = torch.tensor([sample.is_anomalous for sample in shared.dataset.test])
     class_ids = torch.cat([found.class_id for found in inferred])
-    held_out = _known_as(model, shared.held_out)
+    held_out_ids = torch.cat([found.class_id for found in held_out])
     splits: list[dict[str, Any]] = []
-    for seed in range(SPLITS):
+    for seed in progress(range(SPLITS), "false alarms"):
         generator, rows = torch.Generator().manual_seed(seed), []
-        for k in held_out.class_ids.unique().tolist():
-            members = (held_out.class_ids == k).nonzero().flatten()
+        for k in held_out_ids.unique().tolist():
+            members = (held_out_ids == k).nonzero().flatten()
             chosen = torch.randperm(len(members), generator=generator)[: max(1, len(members) // 3)]
-            rows.append(members[chosen])
-        calibration = _calibrate(model, held_out.subset(torch.cat(rows).sort().values), "product")
+            rows += members[chosen].tolist()
+        calibration = _calibration(model, [held_out[i] for i in sorted(rows)], "product")
         scores = torch.stack([calibration.maps(found, model.config.msk_size).max() for found in inferred])
         for rate in RATES:
             calibration.false_alarm_rate = rate
@@ -298,25 +317,34 @@ def _binomial(rate: float, n: int) -> list[float]:
     return [float(binom.ppf(q, n, rate)) / max(n, 1) for q in (0.025, 0.975)]
 
 
-def _histogram(model: HGADModel, shared: _Data, given: list[score.Densities], path: Path) -> None:
-    """Log-density over C of normal and anomalous pixels of the finest level, a panel a class."""
+def _histogram(model: HGADModel, shared: _Data, given: list[score.Densities], path: Path) -> dict[str, float]:
+    """Draw the log-density over C of normal and anomalous pixels of the finest level, a panel a class.
+
+    Returns how much of the two distributions overlaps, by class and mean.
+    """
     from matplotlib.figure import Figure
 
     names = shared.dataset.class_names
+    overlap: dict[str, float] = {}
     figure = Figure(figsize=(3 * len(names), 2.6), layout="constrained")
     for k, (name, axes) in enumerate(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)):
-        normal, anomalous = [], []
+        pixels: dict[bool, list[Tensor]] = {False: [], True: []}
         for sample, found in zip(shared.dataset.test, given, strict=True):
             if sample.class_id == k and (sample.mask or not sample.is_anomalous):
                 density = found.logps[0][0].cpu()
                 mask = seen_mask(model, sample, density)
-                normal.append(density[~mask])
-                anomalous.append(density[mask])
-        for values, label in ((normal, "normal"), (anomalous, "anomalous")):
-            pixels = torch.cat(values) if values else torch.empty(0)
-            if len(pixels):
-                axes.hist(pixels.numpy(), bins=60, density=True, histtype="stepfilled", alpha=0.5, label=label)
+                for is_anomalous, some in pixels.items():
+                    some.append(density[mask == is_anomalous])
+        both = {key: torch.cat(some).numpy() for key, some in pixels.items() if any(map(len, some))}
+        edges = np.histogram_bin_edges(np.concatenate([np.empty(0), *both.values()]), bins=60)
+        shares = []
+        for is_anomalous, values in both.items():
+            label = "anomalous" if is_anomalous else "normal"
+            density, *_ = axes.hist(values, edges, density=True, histtype="stepfilled", alpha=0.5, label=label)
+            shares.append(density * np.diff(edges))
+        overlap[name] = float(np.minimum(*shares).sum()) if len(shares) == 2 else math.nan
         axes.set(title=name, xlabel="log-density / C", yticks=[])
     axes.legend()
     with replacing(path) as file:
         figure.savefig(file, dpi=100)
+    return overlap | {"mean": mean(overlap.values())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,11 +153,8 @@ def calibrate_on(
     img_size = model.config.img_size if img_size is None else img_size
     check_false_alarm_rate(false_alarm_rate)
     classes, levels = model.config.n_classes, model.config.feature_levels
-    found = [_image_densities(model, held_out, i) for i in range(len(held_out))]
-    level_max = torch.full((classes, levels), -math.inf)
-    for item in found:
-        k = int(item.class_id)
-        level_max[k] = torch.maximum(level_max[k], _level_max(item))
+    found = held_out_densities(model, held_out)
+    level_max = largest(found, classes, levels)
     for k in set(range(classes)).difference(held_out.class_ids.tolist()):
         rows = [] if stand_in is None else (stand_in.class_ids == k).nonzero().flatten().tolist()
         if not rows:
@@ -169,18 +167,47 @@ def calibrate_on(
     if not level_max.isfinite().all():
         k = int((~level_max.isfinite()).nonzero()[0, 0])
         raise ValueError(f"normal pictures of {model.class_names[k]!r} have no finite density: the training diverged")
+    calibration = calibration_of(model, found, level_max, img_size)
+    calibration.false_alarm_rate = false_alarm_rate
+    _warn_of_unattainable_rates(model, calibration)
+    model.calibration = calibration
+
+
+def held_out_densities(
+    model: HGADModel,
+    held_out: FeatureSet,
+    progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, title: items,
+) -> list[score.Densities]:
+    """Of each picture under its own class. `progress` may wrap the loop."""
+    return [
+        _image_densities(model, held_out, i) for i in progress(range(len(held_out)), "densities of normal pictures")
+    ]
+
+
+def largest(found: Sequence[score.Densities], classes: int, levels: int) -> Tensor:
+    """`Calibration.level_max` of pictures; -inf for classes without any."""
+    level_max = torch.full((classes, levels), -math.inf)
+    for item in found:
+        k = int(item.class_id)
+        level_max[k] = torch.maximum(level_max[k], _level_max(item))
+    return level_max
+
+
+def calibration_of(
+    model: HGADModel, found: Sequence[score.Densities], level_max: Tensor, img_size: int | str
+) -> Calibration:
+    """What follows from the densities of held-out normal pictures."""
     cells = score.cells_on_map(model, img_size)
-    model.calibration = Calibration(
-        level_max, torch.empty(0), held_out.class_ids.cpu(), false_alarm_rate, img_size=img_size
-    )
-    if model.config.fusion == "standardised" and classes > 1:
-        model.calibration.weights = _weights(model, found, level_max, cells)
-    maps = [model.calibration.maps(item, model.config.msk_size, cells) for item in found]
-    model.calibration.scores = torch.tensor([float(m.max()) for m in maps])
-    _warn_of_unattainable_rates(model, model.calibration)
+    class_ids = torch.cat([item.class_id for item in found]) if found else torch.empty(0, dtype=torch.int64)
+    calibration = Calibration(level_max, torch.empty(0), class_ids, img_size=img_size)
+    if model.config.fusion == "standardised" and model.config.n_classes > 1:
+        calibration.weights = _weights(model, found, level_max, cells)
+    maps = [calibration.maps(item, model.config.msk_size, cells) for item in found]
+    calibration.scores = torch.tensor([float(m.max()) for m in maps])
+    return calibration
 
 
-def _weights(model: HGADModel, found: list[score.Densities], level_max: Tensor, cells: int | None) -> Tensor:
+def _weights(model: HGADModel, found: Sequence[score.Densities], level_max: Tensor, cells: int | None) -> Tensor:
     """(K, 2), see `Calibration`; a class of which nothing was held out takes the mean of the others."""
     size, alone = model.config.msk_size, torch.eye(2)
     moments = torch.zeros(len(level_max), 2, 3, dtype=torch.float64)  # of each map: pixels, sum, sum of squares

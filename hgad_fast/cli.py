@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -307,7 +307,7 @@ def report(
     """
     from .report import write_report
 
-    print(f"report: {write_report(run, data, output, device=_device(device))}")
+    print(f"report: {write_report(run, data, output, device=_device(device), progress=_tracked)}")
 
 
 @app.command()
@@ -345,10 +345,13 @@ def ablate(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="single-gaussian, inter-class, mutual-information, hgad, hgad-1-centre or hgad-lambda2-1; "
-            "may be repeated; default: all."
+            help="single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1; may be repeated; "
+            "default: all."
         ),
     ] = None,
+    centres: Annotated[
+        str, typer.Option(help="HGAD with other numbers of centres a class, e.g. 1,5; '' for none.")
+    ] = "1",
     training_pictures: Annotated[
         int | None, typer.Option(help="How many normal pictures of a class are trained on; default: nine in ten.")
     ] = None,
@@ -372,9 +375,11 @@ def ablate(
         _config(dataset.class_names, config, set_, backbone, weights),
         output,
         variants=variant or tuple(ablation.VARIANTS),
+        centres=_numbers("--centres", centres),
         training_pictures=training_pictures,
         device=_device(device),
         say=_to_stderr if as_json else print,
+        progress=_tracked,
     )
     if as_json:
         print(json.dumps(found, indent=2))
@@ -581,6 +586,22 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), redirect_stdout=lines_too) as bar:
         task = bar.add_task("scoring", total=total)
         yield lambda: bar.advance(task)
+
+
+def _tracked(items: Sequence[Any], title: str) -> Iterator[Any]:
+    """The items, with a bar on stderr, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        yield from bar.track(items, description=title)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",") if number.strip()]
+    except ValueError as error:
+        raise ValueError(f"{option} is {text!r}; write whole numbers with commas between them, such as 1,5") from error
 
 
 def _version(package: str) -> str | None:

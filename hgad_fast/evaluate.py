@@ -211,7 +211,7 @@ def evaluate(
     img_size: int | str | None = None,
     features_of: Features | None = None,
     details: bool = True,
-    progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
 ) -> Evaluation:
     """Score the test pictures of a dataset and compare with their labels and masks.
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata, resources
@@ -47,6 +48,7 @@ def write_report(
     output: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
+    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
 ) -> Path:
     """Write the report of a training run.
 
@@ -61,6 +63,7 @@ def write_report(
             and shows the rest.
         output: the file to write; None: ``report.html`` in the folder.
         device: where the test pictures are scored; None: on a CPU.
+        progress: wraps the loops over the test pictures, e.g. in a progress bar with the given title.
 
     Returns:
         The path of the report.
@@ -79,7 +82,7 @@ def write_report(
     model = HGADModel.load(folder / MODEL, device)
     record = _read_json(folder / RUN)
     dataset, missing = _test_data(model, data, record.get("data"))
-    evaluation = None if dataset is None else _evaluated(model, dataset, folder)
+    evaluation = None if dataset is None else _evaluated(model, dataset, folder, progress)
     page = _page(model, folder, record, dataset, evaluation, missing)
     with replacing(output) as file:
         file.write_text(page, encoding="utf-8")
@@ -132,7 +135,12 @@ _WITHOUT_TEST = (
 )
 
 
-def _evaluated(model: HGADModel, dataset: pictures.Dataset, folder: Path) -> Evaluation:
+def _evaluated(
+    model: HGADModel,
+    dataset: pictures.Dataset,
+    folder: Path,
+    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None,
+) -> Evaluation:
     """The evaluation kept in the folder if it is of this model, these pictures and this version; else a new one."""
     masks = [replace(sample, path=sample.mask) for sample in dataset.test if sample.mask is not None]
     models = [path for path in (folder / MODEL, folder / BEST) if path.is_file()]
@@ -145,7 +153,7 @@ def _evaluated(model: HGADModel, dataset: pictures.Dataset, folder: Path) -> Eva
     if kept.get("identity") == identity:
         return Evaluation.from_dict(kept["evaluation"])
     official = type(model).load(folder / BEST, model.device) if (folder / BEST).is_file() else None
-    evaluation = evaluate(model, dataset, official=official)
+    evaluation = evaluate(model, dataset, official=official, progress=progress)
     with replacing(folder / EVALUATION) as file:
         file.write_text(json.dumps({"identity": identity, "evaluation": evaluation.to_dict()}) + "\n", encoding="utf-8")
     return evaluation

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from hgad_fast import HGADConfig, HGADModel, ablate, data, score, train
+from hgad_fast.calibrate import held_out_densities
 from hgad_fast.evaluate import evaluate
 from hgad_fast.features import feature_set
 from hgad_fast.train import MODEL
@@ -62,7 +63,7 @@ def ablation(root, tmp_path_factory):
     patch.setattr(ablate, "STRIDE", 1)
     said: list[str] = []
     variants = ["single-gaussian", "hgad"]
-    found = ablate.run(root, CONFIG, output, variants=variants, training_pictures=6, say=said.append)
+    found = ablate.run(root, CONFIG, output, variants=variants, centres=(), training_pictures=6, say=said.append)
     patch.undo()
     return output, found, said
 
@@ -99,11 +100,12 @@ def test_one_gaussian_has_the_likelihood_alone_and_knows_no_class(ablation):
 def test_each_map_is_the_one_that_score_makes(ablation, root):
     model = HGADModel.load(ablation[0] / "hgad" / MODEL)
     held_out = feature_set(model, data.discover(root)).subset(torch.tensor([0, 1, 2, 15, 16, 17]))
+    normal = held_out_densities(model, held_out)
     levels = [level[None] for level in held_out.images[0]]
     (part,) = score.densities(model, levels, None)
     expected = {}
     for fusion in ("product", "standardised"):
-        ablate._calibrate(model, held_out, fusion)
+        model.calibration = ablate._calibration(model, normal, fusion)
         expected[fusion] = model.score_features(levels).anomaly_map[0]
     found = ablate._calibrated([part], model)
     for fusion, anomaly_map in expected.items():
@@ -129,16 +131,18 @@ def test_what_is_written_is_used_again(ablation, root, monkeypatch):
             assert np.asarray(picture.convert("L")).std() > 10
     monkeypatch.setattr(train._Run, "_sub_epoch", lambda *a: pytest.fail("trained again"))
     monkeypatch.setattr(ablate, "STRIDE", 1)
-    again = ablate.run(root, CONFIG, output, variants=["hgad"], training_pictures=6, say=lambda text: None)
+    again = ablate.run(root, CONFIG, output, variants=["hgad"], centres=[], training_pictures=6, say=lambda text: None)
     assert json.dumps(again["variants"]["hgad"]) == json.dumps(found["variants"]["hgad"])
     with pytest.raises(ValueError, match="was trained on other pictures"):
-        ablate.run(root, CONFIG, output, variants=["hgad"], training_pictures=5, say=lambda text: None)
+        ablate.run(root, CONFIG, output, variants=["hgad"], centres=[], training_pictures=5, say=lambda text: None)
 
 
 def test_without_masks_there_are_no_pixel_figures(root, tmp_path):
     dataset = data.discover(root)
     blind = dataclasses.replace(dataset, test=tuple(dataclasses.replace(s, mask=None) for s in dataset.test))
-    found = ablate.run(blind, CONFIG.replace(meta_epochs=1), tmp_path, variants=["inter-class"], say=lambda text: None)
+    found = ablate.run(
+        blind, CONFIG.replace(meta_epochs=1), tmp_path, variants=["inter-class"], centres=[], say=lambda text: None
+    )
     (image, pixel) = found["variants"]["inter-class"]["figures"]["official"]["product"]["mean"]
     assert 0 <= image <= 1 and pixel is None
     assert "NaN" not in (tmp_path / "ablation.json").read_text() and "nan" not in ablate.table(found)
@@ -149,3 +153,5 @@ def test_what_cannot_be(root, tmp_path):
         ablate.run(root, CONFIG, tmp_path, variants=["hgda"])
     with pytest.raises(ValueError, match="class 'coarse' has 10 training pictures: train on fewer"):
         ablate.run(root, CONFIG, tmp_path, training_pictures=10, say=lambda text: None)
+    with pytest.raises(ValueError, match="n_intra_centers"):
+        ablate.run(root, CONFIG, tmp_path, centres=[5, 0])
