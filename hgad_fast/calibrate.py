@@ -35,8 +35,9 @@ class Calibration:
         scores: (n,) image scores of the calibration pictures.
         class_ids: (n,) their classes.
         false_alarm_rate: share of normal pictures that may be called anomalous; may be set at any time.
-        weights: (K, 2) of likelihood and entropy map with ``fusion="standardised"``: one over the standard deviation of
-            each over the pixels of the class's normal pictures, so that both count alike in their sum. None: their
+        weights: (K, 2) of likelihood and entropy map with ``fusion="standardised"``: one over the height of each map's
+            peaks, the mean over the class's normal pictures of the map's maximum, less its mean over all their pixels.
+            Both count alike in their sum where normal pictures stand out most, whatever their tails. None: their
             product, as published.
         img_size: at which the pictures were seen; None where it is not known.
     """
@@ -210,14 +211,14 @@ def calibration_of(
 def _weights(model: HGADModel, found: Sequence[score.Densities], level_max: Tensor, cells: int | None) -> Tensor:
     """(K, 2), see `Calibration`; a class of which nothing was held out takes the mean of the others."""
     size, alone = model.config.msk_size, torch.eye(2)
-    moments = torch.zeros(len(level_max), 2, 3, dtype=torch.float64)  # of each map: pixels, sum, sum of squares
+    sums = torch.zeros(len(level_max), 2, 3, dtype=torch.float64)  # of each map: pictures, maxima, means
     for item in found:
         for j in range(2):
             pixels = score.calibrated_maps(item, level_max, size, alone[j].expand(len(level_max), 2), cells).double()
-            added = [pixels.numel(), float(pixels.sum()), float(pixels.square().sum())]
-            moments[int(item.class_id), j] += torch.tensor(added, dtype=torch.float64)
-    count, total, squares = moments.unbind(2)
-    weights = (squares / count - (total / count) ** 2).clamp(min=1e-24).rsqrt()
+            added = [1.0, float(pixels.max()), float(pixels.mean())]
+            sums[int(item.class_id), j] += torch.tensor(added, dtype=torch.float64)
+    count, maxima, means = sums.unbind(2)
+    weights = ((maxima - means) / count).clamp(min=1e-12).reciprocal()
     return torch.where(count > 0, weights, weights[count[:, 0] > 0].mean(0)).float()
 
 

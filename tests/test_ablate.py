@@ -12,7 +12,7 @@ from PIL import Image
 
 from hgad_fast import HGADConfig, HGADModel, ablate, data, score, train
 from hgad_fast.calibrate import held_out_densities
-from hgad_fast.evaluate import evaluate
+from hgad_fast.evaluate import evaluate, seen_mask
 from hgad_fast.features import feature_set
 from hgad_fast.train import MODEL
 
@@ -110,6 +110,32 @@ def test_each_map_is_the_one_that_score_makes(ablation, root):
     found = ablate._calibrated([part], model)
     for fusion, anomaly_map in expected.items():
         torch.testing.assert_close(found[fusion][0], anomaly_map)
+
+
+def test_overlap_of_the_log_densities(ablation, root):
+    model = HGADModel.load(ablation[0] / "hgad" / MODEL)
+    dataset = data.discover(root)
+    found = ablation[1]["variants"]["hgad"]["log_density_overlap"]
+    for k, name in enumerate(dataset.class_names):
+        normal, anomalous = [], []
+        for sample in (s for s in dataset.test if s.class_id == k):
+            features = score.picture_features(model, data.read_image(sample.path))
+            (part,) = score.densities(model, features, torch.tensor([k]))
+            mask = seen_mask(model, sample, part.logps[0][0])
+            normal.append(part.logps[0][0][~mask])
+            anomalous.append(part.logps[0][0][mask])
+        pair = [torch.cat(some).numpy() for some in (normal, anomalous)]
+        edges = np.linspace(min(map(np.min, pair)), max(map(np.max, pair)), 61)
+        shares = [np.histogram(values, edges)[0] / len(values) for values in pair]
+        assert found[name] == pytest.approx(np.minimum(*shares).sum(), abs=0.02)
+    assert found["mean"] == pytest.approx((found["coarse"] + found["fine"]) / 2) and 0 < found["mean"] < 1
+
+
+def test_other_numbers_of_centres_are_variants(root, tmp_path):
+    config = CONFIG.replace(meta_epochs=1)
+    found = ablate.run(root, config, tmp_path, variants=[], centres=[3], say=lambda text: None)
+    assert list(found["variants"]) == ["hgad-3-centres"]
+    assert HGADModel.load(tmp_path / "hgad-3-centres" / MODEL).config.n_intra_centers == 3
 
 
 def test_false_alarms_are_counted_over_splits(ablation):
