@@ -179,8 +179,13 @@ class Backbone(nn.Module):
 
     @property
     def footprint(self) -> tiles.Footprint:
-        """What the network takes for a picture, and whether tiles give the features of the whole."""
+        """What the network takes for a picture."""
         return self._fast().footprint
+
+    @property
+    def is_local(self) -> bool:
+        """Whether tiles give the features of the whole picture."""
+        return self.footprint.is_local
 
     @property
     def strides(self) -> list[int]:

@@ -702,7 +702,7 @@ def may_cut(
     if not isinstance(encoder, Backbone) or limit >= MAX_MEMORY and math.prod(seen) <= ALWAYS_WHOLE:
         return False
     needs = functools.partial(working_set, model, config, shape, class_known=class_known)
-    is_local = encoder.footprint.is_local
+    is_local = encoder.is_local
     cut = tiles == "always" or tiles == "auto" and (is_local or needs(cut=False) > limit)
     if (needed := needs(cut=cut)) > limit:
         remedy = "a smaller img_size"
