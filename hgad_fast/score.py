@@ -605,7 +605,8 @@ def batch_features(model: HGADModel, pictures: list[Tensor], config: HGADConfig 
     """Features (B, C, h, w) of pictures (3, H, W) of one size, one tensor a level."""
     encoder = model.require_encoder()
     prepared = torch.stack([prepare(p, config or model.config) for p in pictures])
-    return encoder(encoder.normalize(prepared.to(model.device)))
+    normalised = encoder.normalize(prepared.to(model.device))
+    return encoder(normalised, fast=True) if isinstance(encoder, Backbone) else encoder(normalised)
 
 
 def picture_features(model: HGADModel, picture: Tensor) -> list[Tensor]:
