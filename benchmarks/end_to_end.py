@@ -4,12 +4,12 @@ ROOT is a dataset in the MVTec AD layout. Ours is `fit`: features once, then pas
 The official procedure decodes every picture and runs the backbone in every pass, builds the dense positional code for
 every batch and level, and takes the levels one after the other, each with a backward pass and an optimizer step of its
 own; its flow is made of FrEIA's blocks, its prior of every distance. After each pass of ours comes one of the official
-procedure, in the same process.
+procedure, in the same process, at the same learning rates.
 
 `lite0` is tf_efficientnet_lite0 for 16 passes, `b6` tf_efficientnet_b6 with random weights for 200 passes. Pictures are
 a subset, the same for both, and passes are some of those: time is linear in both, as every batch is like every other,
 and every pass like every other of its stage. So the wanted time is what `fit` takes without its passes (extraction,
-calibration, files), plus the mean pass of each stage times the number of such passes. Files take as long for a few
+calibration, files), plus the median pass of each stage times the number of such passes. Files take as long for a few
 pictures as for many: with a small subset they weigh on ours.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -31,10 +32,10 @@ from torch.utils.data import DataLoader
 
 from hgad_fast import HGADConfig, HGADModel, bench, data, demo
 from hgad_fast.files import replacing
-from hgad_fast.train import WARM_UP_EPOCHS
+from hgad_fast.train import WARM_UP_EPOCHS, learning_rate
 
 BACKBONES = {"lite0": ("tf_efficientnet_lite0", 16, 1), "b6": ("tf_efficientnet_b6", 25, 8)}  # meta-, sub-epochs
-MEASURED = 2  # passes of each stage
+MEASURED = 2, 2  # meta-epochs of stage 2, sub-epochs of each
 
 
 def main() -> None:
@@ -73,8 +74,8 @@ def measure(backbone: str, dataset: data.Dataset, folder: Path) -> dict[str, Any
         backbone_weights=weights,
         img_size=256,
         center_crop=True,
-        meta_epochs=WARM_UP_EPOCHS + MEASURED,
-        sub_epochs=1,
+        meta_epochs=WARM_UP_EPOCHS + MEASURED[0],
+        sub_epochs=MEASURED[1],
         calibration_fraction=0.0,  # both train on every picture
     )
     model = HGADModel(config)
@@ -84,7 +85,7 @@ def measure(backbone: str, dataset: data.Dataset, folder: Path) -> dict[str, Any
     def official_pass(record: dict[str, Any]) -> None:
         start = time.perf_counter()
         losses["hgad_fast"] = [sum(level.values()) for level in record["losses"]]
-        losses["official"] = official.train(record["stage"], record["lr"])
+        losses["official"] = official.train(record["stage"], record["meta_epoch"], record["sub_epoch"])
         official_seconds[record["stage"]].append(time.perf_counter() - start)
         our_seconds[record["stage"]].append(record["seconds"])
 
@@ -110,7 +111,7 @@ def measure(backbone: str, dataset: data.Dataset, folder: Path) -> dict[str, Any
 
 
 def _extrapolated(seconds: dict[int, list[float]], passes: dict[int, int]) -> float:
-    return sum(sum(seconds[stage]) / len(seconds[stage]) * count for stage, count in passes.items())
+    return sum(statistics.median(seconds[stage]) * count for stage, count in passes.items())
 
 
 def _rounded(seconds: dict[int, list[float]]) -> dict[int, list[float]]:
@@ -133,17 +134,18 @@ class Official:
             persistent_workers=True,
         )
 
-    def train(self, stage: int, lr: float) -> list[float]:
+    def train(self, stage: int, meta_epoch: int, sub_epoch: int) -> list[float]:
         """One pass; the mean of the sum of the loss terms of each level."""
         totals = [0.0] * len(self.levels)
-        for images, labels in self.loader:
+        for batch, (images, labels) in enumerate(self.loader):
+            rate = learning_rate(self.config, meta_epoch, sub_epoch, batch, len(self.loader))
             with torch.no_grad():
                 features = self.encoder(images)
-            for i, total in enumerate(self._step_levels(features, labels, stage, lr)):
+            for i, total in enumerate(self._step_levels(features, labels, stage, rate)):
                 totals[i] += total / len(self.loader)
         return totals
 
-    def _step_levels(self, features: list[Tensor], labels: Tensor, stage: int, lr: float) -> Iterator[float]:
+    def _step_levels(self, features: list[Tensor], labels: Tensor, stage: int, rate: float) -> Iterator[float]:
         config = self.config
         for level, optimizer, x in zip(self.levels, self.optimizers, features, strict=True):
             batch, channels, h, w = x.shape
@@ -152,7 +154,7 @@ class Official:
             onehot = bench.smoothed_onehot(pixel_labels, config.n_classes, config.label_smoothing)
             terms = level(x.permute(0, 2, 3, 1).reshape(-1, channels), pixel_labels, onehot, position, stage)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = rate
             optimizer.zero_grad()
             bench.official_loss(terms, config.lambda1, config.lambda2).backward()
             optimizer.step()

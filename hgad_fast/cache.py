@@ -23,7 +23,7 @@ from torch import Tensor
 from .files import readable, replacing
 from .model import tensor_hash
 
-FORMAT = "hgad_fast features 1"
+FORMAT = "hgad_fast features 2"
 SUFFIX = ".features"
 SHARD_PICTURES = 64  # what a killed process loses at most, and the share of the work that a process takes at a time
 SHARD_BYTES = 2**28  # fewer pictures where these would be more: they are held in memory until they are written

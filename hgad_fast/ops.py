@@ -70,10 +70,13 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
-def fused(file: str, make: Callable[[Any], Any] | None = None) -> Callable[[Callable[..., Any]], Any]:
+def fused(
+    file: str, make: Callable[[Any], Any] | None = None, check: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
     """Give a definition its kernel, the function of the same name and signature in ``kernels/<file>.py``.
 
-    Kernels return plain tuples; `make` turns one into the definition's named tuple.
+    Kernels return plain tuples; `make` turns one into the definition's named tuple. `check` gets the arguments first: a
+    kernel would read beyond what does not fit.
 
     A kernel knows nothing of autograd: where a gradient is wanted, `op.differentiable` (the operator that pairs the
     kernel with its backward, same arguments by position) runs it.
@@ -82,6 +85,8 @@ def fused(file: str, make: Callable[[Any], Any] | None = None) -> Callable[[Call
     def decorate(reference: Callable[..., Any]) -> Any:
         @functools.wraps(reference)
         def op(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+            if check:
+                check(*args, **kwargs)
             if path(args[0], backend) == "torch":
                 return reference(*args, **kwargs)
             wants_gradient = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
@@ -103,7 +108,12 @@ def fused(file: str, make: Callable[[Any], Any] | None = None) -> Callable[[Call
 # ------------------------------------------------------------------------------------------------ affine coupling
 
 
-@fused("coupling")
+def _check_coupling(x2: Tensor, a: Tensor, clamp: float = 1.9, *, inverse: bool = False) -> None:
+    if x2.dim() != 2 or a.shape != (x2.shape[0], 2 * x2.shape[1]):
+        raise ValueError(f"x2 {tuple(x2.shape)} must be (N, C2), and a {tuple(a.shape)} then (N, 2 C2)")
+
+
+@fused("coupling", check=_check_coupling)
 def affine_coupling(x2: Tensor, a: Tensor, clamp: float = 1.9, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
     r"""Affine transform of a coupling block's second half.
 
@@ -117,6 +127,9 @@ def affine_coupling(x2: Tensor, a: Tensor, clamp: float = 1.9, *, inverse: bool 
 
     Returns:
         y2 (N, C2) in the dtype of x2, log-determinant (N,) in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: the shapes do not fit each other.
     """
     s, t = _scale_and_shift(a, clamp, x2.dtype)
     log_det = s.sum(1, dtype=torch.promote_types(x2.dtype, torch.float32))
@@ -978,7 +991,21 @@ class MixtureScores(NamedTuple):
     class_log_density: Tensor | None  # (N, K)
 
 
-@fused("mixture", MixtureScores._make)
+def _check_scores(
+    z: Tensor,
+    log_det: Tensor,
+    mu: Tensor,
+    delta: Tensor,
+    phi_inter: Tensor,
+    phi_intra: Tensor,
+    labels: Tensor | None = None,
+    *,
+    per_class: bool = False,
+) -> None:
+    _check_mixture(z, log_det, labels, mu, delta, phi_inter, phi_intra)
+
+
+@fused("mixture", MixtureScores._make, _check_scores)
 def mixture_scores(
     z: Tensor,
     log_det: Tensor,
@@ -1004,6 +1031,9 @@ def mixture_scores(
     Returns:
         `MixtureScores`; not differentiable. `best_class` maximises log p_k, the lowest index on ties; `log_density` is
         log sum_k pi_k p_k.
+
+    Raises:
+        ValueError: a shape does not fit; the message says which.
     """
     labels = None if labels is None else labels.repeat_interleave(len(z) // max(labels.numel(), 1))
     with torch.no_grad():
@@ -1088,7 +1118,11 @@ def own_class_scores(
 
     Returns:
         log p_y and the entropy, (N,) each; not differentiable.
+
+    Raises:
+        ValueError: a shape does not fit; the message says which.
     """
+    _check_mixture(z, log_det, labels, mu, delta, phi_inter, phi_intra)
     if path(z, backend) == "triton":
         parameters = (z, labels, mu, delta, phi_inter, phi_intra)
         _, entropy, _, own = mixture_terms(*parameters, label_smoothing=0.0, stage=2, backend=backend)

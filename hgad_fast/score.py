@@ -58,6 +58,7 @@ class ScoreResult:
             calibration pictures allows.
         logps: per level (B, h, w), log-density of the image's class divided by C, in nats per channel.
         neg_entropy: per level (B, h, w), negative entropy of the class posterior, in nats.
+        sizes: (H, W) of each picture.
     """
 
     anomaly_map: Tensor | list[Tensor]
@@ -69,6 +70,7 @@ class ScoreResult:
     false_alarm_rate: Tensor
     logps: list[Tensor] | None = None
     neg_entropy: list[Tensor] | None = None
+    sizes: list[tuple[int, int]] | None = None
 
 
 @dataclass
@@ -118,7 +120,7 @@ def score_features(
         ValueError: features or class ids do not fit the model, or it is not calibrated and would have to be.
     """
     check_normalization(model, normalization)
-    size = _map_size(map_size)
+    size = checked_map_size(map_size)
     features = _check_features(model, features)
     ids = check_class_ids(model.config, class_ids, len(features[0]))
     parts = densities(model, features, ids, throughput)
@@ -169,7 +171,7 @@ def check_normalization(model: HGADModel, normalization: str) -> None:
         )
 
 
-def _map_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def checked_map_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     try:
@@ -483,7 +485,7 @@ def score_images(
     class_ids: Any = None,
     *,
     normalization: str = "calibrated",
-    map_size: int | tuple[int, int] | None = None,
+    map_size: int | tuple[int, int] | str | None = None,
     throughput: bool = False,
     img_size: int | str | None = None,
     max_memory: int | str | None = None,
@@ -500,12 +502,14 @@ def score_images(
             one.
         class_ids: an id or name, one for each picture, or None: inferred.
         normalization: see `score_features`.
-        map_size: size of the returned maps; default: each picture's own.
-        throughput: let pictures of one size share batches of `config.batch_size`; these are not cut into tiles.
+        map_size: size of the returned maps; default: each picture's own. ``"seen"``: the maps whose maxima the scores
+            are, as they were computed; `laid` lays one over its picture later.
+        throughput: let pictures of one size share batches of `config.batch_size`, or of as many as fit into
+            `max_memory`; those that are cut into tiles go one by one.
         img_size: short side at which pictures are seen, or ``"native"``: as they are; default the model's. The map that
             scores are computed on grows along: its short side is `config.msk_size` at the model's own size, and twice
             that at twice the size. Calibrate at the same size, or thresholds do not fit.
-        max_memory: bytes, or e.g. ``"1.5GB"``, that scoring a picture may take beyond the model, the picture and its
+        max_memory: bytes, or e.g. ``"1.5GB"``, that scoring a picture (or batch) may take beyond model, picture and
             map; default `MAX_MEMORY`. A picture that needs more is refused before anything is computed. It changes no
             bit of a result, unless it decides about `tiles`.
         tiles: what the backbone does with a large picture. ``"auto"``: cuts it where the tiles give the features of the
@@ -521,7 +525,7 @@ def score_images(
             arguments that do not fit.
     """
     check_normalization(model, normalization)
-    size = _map_size(map_size)
+    size = map_size if map_size == "seen" else checked_map_size(map_size)
     limit = memory_bytes(max_memory)
     config, cells = seen_at(model, img_size)
     if tiles not in TILES:
@@ -534,30 +538,34 @@ def score_images(
     ids = check_class_ids(config, class_ids, len(pictures))
     shapes = {(picture.shape[1], picture.shape[2]) for picture in pictures}
     cut = {shape: may_cut(model, config, shape, limit, tiles, ids is not None) for shape in shapes}
+    together = {
+        shape: _batch_size(model, config, shape, limit, cut[shape], ids is not None) if throughput else 1
+        for shape in shapes
+    }
     found: dict[int, Densities] = {}
-    if throughput:
-        for batch in _same_size(pictures, config.batch_size):
-            features = batch_features(model, [pictures[i] for i in batch], config)
-            parts = densities(model, features, None if ids is None else ids[batch], throughput)
+    for batch in _same_size(pictures, together):
+        some, first = None if ids is None else ids[batch], pictures[batch[0]]
+        if len(batch) > 1:
+            parts = densities(model, batch_features(model, [pictures[i] for i in batch], config), some, throughput)
             found |= zip(batch, (one for part in parts for one in part.images()), strict=True)
-    else:
-        for i, picture in enumerate(pictures):
-            maps = feature_maps(model, prepare(picture, config), cut[picture.shape[1], picture.shape[2]])
-            found[i] = _densities(model, maps, None if ids is None else ids[i : i + 1])
+        else:
+            features = feature_maps(model, prepare(first, config), cut[first.shape[1], first.shape[2]])
+            found[batch[0]] = _densities(model, features, some)
     each = [found[i] for i in range(len(pictures))]
     if normalization == "official":
         fills = [_resampled(seen) for seen in official_maps(each, config.msk_size)]
     else:
         fills = _calibrated_fills(model, each, cells)
-    laid, scores = [], []
+    maps, scores = [], []
     for fill, picture in zip(fills, pictures, strict=True):
-        laid.append(_lay(fill, picture, config, size, map_path))
+        maps.append(_lay(fill, picture, config, size, map_path))
         scores.append(fill.score)
     result = _judged(model, torch.stack(scores), torch.cat([one.class_id for one in each]), normalization)
     for name in _VERDICTS:
         setattr(result, name, getattr(result, name).cpu())
-    same = len({m.shape for m in laid}) == 1
-    result.anomaly_map = laid[0][None] if len(laid) == 1 else torch.stack(laid) if same else laid
+    same = len({m.shape for m in maps}) == 1
+    result.anomaly_map = maps[0][None] if len(maps) == 1 else torch.stack(maps) if same else maps
+    result.sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
     return result
 
 
@@ -605,7 +613,8 @@ def batch_features(model: HGADModel, pictures: list[Tensor], config: HGADConfig 
     """Features (B, C, h, w) of pictures (3, H, W) of one size, one tensor a level."""
     encoder = model.require_encoder()
     prepared = torch.stack([prepare(p, config or model.config) for p in pictures])
-    return encoder(encoder.normalize(prepared.to(model.device)))
+    normalised = encoder.normalize(prepared.to(model.device))
+    return encoder(normalised, fast=True) if isinstance(encoder, Backbone) else encoder(normalised)
 
 
 def picture_features(model: HGADModel, picture: Tensor) -> list[Tensor]:
@@ -702,7 +711,7 @@ def may_cut(
     if not isinstance(encoder, Backbone) or limit >= MAX_MEMORY and math.prod(seen) <= ALWAYS_WHOLE:
         return False
     needs = functools.partial(working_set, model, config, shape, class_known=class_known)
-    is_local = encoder.footprint.is_local
+    is_local = encoder.is_local
     cut = tiles == "always" or tiles == "auto" and (is_local or needs(cut=False) > limit)
     if (needed := needs(cut=cut)) > limit:
         remedy = "a smaller img_size"
@@ -727,11 +736,29 @@ def _gigabytes(amount: int) -> str:
     return f"{math.ceil(amount / 1e7) / 100:g} GB"
 
 
-def _same_size(pictures: list[Tensor], batch_size: int) -> list[list[int]]:
-    by_size: dict[torch.Size, list[int]] = {}
+def _batch_size(
+    model: HGADModel, config: HGADConfig, shape: tuple[int, int], limit: int, cut: bool, class_known: bool
+) -> int:
+    """How many pictures of (H, W) pixels share a batch; one where it may be `cut` into tiles.
+
+    The working set of a batch is no more than the sum of those of its pictures.
+    """
+    if not isinstance(model.encoder, Backbone):
+        return config.batch_size
+    if cut and math.prod(seen_shape(shape, config)) > ALWAYS_WHOLE:
+        return 1
+    needed = working_set(model, config, shape, cut=False, class_known=class_known)
+    return max(1, min(config.batch_size, limit // needed))
+
+
+def _same_size(pictures: list[Tensor], together: dict[tuple[int, int], int]) -> Iterator[list[int]]:
+    """Indices of pictures that share a batch: of each size so many."""
+    by_size: dict[tuple[int, int], list[int]] = {}
     for i, picture in enumerate(pictures):
-        by_size.setdefault(picture.shape, []).append(i)
-    return [ids[i : i + batch_size] for ids in by_size.values() for i in range(0, len(ids), batch_size)]
+        by_size.setdefault((picture.shape[1], picture.shape[2]), []).append(i)
+    for size, ids in by_size.items():
+        for i in range(0, len(ids), together[size]):
+            yield ids[i : i + together[size]]
 
 
 def _pictures(images: Any) -> Iterable[Tensor]:
@@ -795,7 +822,7 @@ def _calibrated_fills(model: HGADModel, found: list[Densities], cells: int | Non
         grid = map_grid(one, msk_size, cells)
         return write_calibrated(out[None], one, calibration.level_max, grid, calibration.weights)[0]
 
-    return [_Fill(functools.partial(write, one)) for one in found]
+    return [_Fill(functools.partial(write, one), map_grid(one, msk_size, cells)) for one in found]
 
 
 def _resampled(seen: Tensor) -> _Fill:
@@ -806,30 +833,40 @@ def _resampled(seen: Tensor) -> _Fill:
             out[start : start + step] = bilinear(seen, rows.part(start, start + step, 0), columns)
         return seen.max()
 
-    return _Fill(write)
+    return _Fill(write, (seen.shape[0], seen.shape[1]))
 
 
 class _Fill:
-    """Writes a map (H, W) at the size it is given; `score` is its largest value before it was resampled."""
+    """Writes a map (H, W) at the size it is given; `score` is its largest value on its own `grid` (h, w)."""
 
-    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
-        self.write = write
+    def __init__(self, write: Callable[[Tensor], Tensor], grid: tuple[int, int]) -> None:
+        self.write, self.grid = write, grid
 
     def __call__(self, out: Tensor) -> None:
         self.score = self.write(out)
 
 
+def laid(seen: Tensor, shape: tuple[int, int], config: HGADConfig, size: tuple[int, int] | None = None) -> Tensor:
+    """A map that `score_images` gave with ``map_size="seen"``, laid over its picture: (H, W), or `size`.
+
+    To rounding what it gives without. `shape` is the picture's, and `config` has the `img_size` that it was seen at.
+    """
+    return _filled(torch.empty(size or shape), _resampled(seen), shape, config)
+
+
 def _lay(
-    fill: Callable[[Tensor], None],
+    fill: _Fill,
     picture: Tensor,
     config: HGADConfig,
-    size: tuple[int, int] | None,
+    size: tuple[int, int] | str | None,
     path: str | os.PathLike[str] | None = None,
 ) -> Tensor:
     """A map of what the model saw, laid over the whole picture, on the CPU or in a file: (H, W) or `size`."""
     import numpy as np
 
     height, width = picture.shape[1:]
+    if isinstance(size, str):
+        config, size = config.replace(center_crop=False), fill.grid
     shape = size or (height, width)
     if path is None:
         return _filled(torch.empty(shape), fill, (height, width), config)

@@ -439,7 +439,7 @@ def mixture_terms_backward(
     order: no atomics, so that a gradient is the same to the bit in every run. The shares take min(K + M, 64) C
     floats a tile of 64 rows.
     """
-    gdelta, gphi_intra = torch.zeros_like(delta), torch.zeros_like(phi_intra)
+    gdelta, gphi_intra = _empty(z, *delta.shape, dtype=delta.dtype).zero_(), torch.zeros_like(phi_intra)
     if z.numel() == 0:
         return torch.zeros_like(z), torch.zeros_like(mu), gdelta, torch.zeros_like(phi_inter), gphi_intra
     operands = _operands(z, labels, mu, delta, phi_inter, phi_intra, stage)
@@ -598,7 +598,7 @@ def _sum_by_class(part: Tensor, tiles: Tensor, out: Tensor) -> None:
 
 def _log_weights(phi: Tensor) -> Tensor:
     """log softmax over the last axis; a row of -inf stays -inf."""
-    phi = phi.float()
+    phi = phi.float().contiguous()
     return phi - phi.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(phi.dtype).min)
 
 

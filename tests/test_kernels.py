@@ -47,7 +47,7 @@ def coupling_definition(x2: Tensor, a: Tensor, clamp: float, inverse: bool = Fal
     return x2.double() * torch.exp(s) + t, s.sum(1)
 
 
-COUPLING_SIZES = [(37, 19), (1, 1), (16, 16), (33, 100), (5, 300)]  # 300 takes two channel blocks
+COUPLING_SIZES = [(37, 19), (1, 1), (16, 16), (33, 100), (5, 300), (3, 1024)]  # the last take several channel blocks
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -396,7 +396,12 @@ def test_mixture_terms_of_strided_pixels_and_expanded_gradients(interpreted):
     check_mixture_terms(
         interpreted, mixture._replace(z=buffer[:, 3:40]), [constant, -constant, torch.randn(80)[::2], constant]
     )
-    check_mixture_terms(interpreted, mixture._replace(z=mixture.z.T.contiguous().T, mu=mixture.mu.T.contiguous().T))
+    check_mixture_terms(interpreted, transposed(mixture))
+
+
+def transposed(mixture: Mixture) -> Mixture:
+    """The same values, in memory the other way round."""
+    return Mixture(*(t.mT.contiguous().mT if t.dim() > 1 else t for t in mixture))
 
 
 @pytest.mark.parametrize("classes", [5, 66])
@@ -560,6 +565,12 @@ def test_mixture_scores_of_strided_pixels_without_labels(interpreted):
     for i in (0, 1, 2, 4):
         assert torch.equal(scores[i], expected[i])
     assert scores[3] is None and scores[5] is None
+    for value, expected_value in zip(
+        interpreted.mixture.mixture_scores(transposed(mixture).z, log_det, *transposed(mixture)[2:]),
+        scores,
+        strict=True,
+    ):
+        assert value is None or torch.equal(value, expected_value)
 
 
 def test_mixture_scores_prefer_the_first_of_equal_classes(interpreted):

@@ -488,6 +488,14 @@ def test_mixture_names_what_does_not_fit():
         ops.mixture_losses(z[:, :3], log_det, torch.zeros(6, dtype=torch.int64), *parameters)
     with pytest.raises(ValueError, match="labels are torch.float32"):
         ops.mixture_losses(z, log_det, torch.zeros(6), *parameters)
+    with pytest.raises(ValueError, match=r"mu has shape"):
+        ops.mixture_scores(z[:, :3], log_det, *parameters)
+    with pytest.raises(ValueError, match="labels are torch.int32"):
+        ops.mixture_scores(z, log_det, *parameters, torch.zeros(6, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"log_det has shape \(5,\)"):
+        ops.own_class_scores(z, log_det[:5], *parameters, torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x2 \(6, 4\) must be \(N, C2\), and a \(6, 4\) then \(N, 2 C2\)"):
+        ops.affine_coupling(z, z)
     with pytest.raises(ValueError, match="one for each of the 6 pixels"):
         ops.mixture_losses(z, log_det, torch.zeros(4, dtype=torch.int64), *parameters)
 

@@ -385,6 +385,29 @@ def test_pictures_alone_in_a_batch_and_in_any_order_have_the_same_bits(camera):
     assert_close(fast.anomaly_map, together.anomaly_map)
 
 
+@pytest.mark.filterwarnings("ignore:pictures are seen at")
+def test_batches_keep_to_the_memory_allowed(camera, monkeypatch):
+    """As many pictures as fit share a batch; those that are cut into tiles go one by one."""
+    monkeypatch.setattr(score, "ALWAYS_WHOLE", 80 * 80)
+    sizes = [(70, 90), (70, 90), (100, 100), (70, 90), (100, 100)]
+    images = [torch.rand(3, *size) for size in sizes]
+    config = camera.config.replace(batch_size=8)
+    monkeypatch.setattr(camera, "config", config)
+    needed = score.working_set(camera, config.replace(img_size="native"), sizes[0], cut=False)
+    batches, look = [], score.batch_features
+    monkeypatch.setattr(
+        score, "batch_features", lambda model, some, config: batches.append(len(some)) or look(model, some, config)
+    )
+    alone = camera.score(images, img_size="native")
+    for limit, expected in ((2 * needed, [2]), (3 * needed, [3]), (needed + 2**20, [])):
+        batches.clear()
+        fast = camera.score(images, img_size="native", throughput=True, max_memory=limit)
+        assert batches == expected
+        assert_close(fast.image_score, alone.image_score)
+        for found, right in zip(fast.anomaly_map, alone.anomaly_map, strict=True):
+            assert_close(found, right)
+
+
 def test_every_kind_of_input_gives_the_same(camera, tmp_path):
     pixels = np.random.randint(0, 256, (2, 40, 56, 3), np.uint8)
     paths = [tmp_path / f"{name}.png" for name in "ab"]

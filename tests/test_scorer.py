@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hgad_fast import HGADConfig, HGADModel, Scorer
+from hgad_fast import HGADConfig, HGADModel, Scorer, score
 from hgad_fast.calibrate import Calibration
 
 
@@ -52,7 +52,59 @@ def test_class_and_map_size_are_the_scorers(model: HGADModel) -> None:
         found = Scorer(model, class_id=name, map_size=(6, 10))(frame)
         expected = model.score(frame, name, map_size=(6, 10))
         assert found.class_name == name and found.score == float(expected.image_score)
-        assert torch.equal(found.anomaly_map, expected.anomaly_map[0])
+        torch.testing.assert_close(found.anomaly_map, expected.anomaly_map[0])
+
+
+def test_a_map_at_the_frames_size_is_made_only_when_it_is_asked_for(
+    model: HGADModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer, (frame,) = Scorer(model), frames(1)
+    made: list[tuple[int, int]] = []
+    write = score._filled
+    monkeypatch.setattr(score, "_filled", lambda out, *rest: made.append(tuple(out.shape)) or write(out, *rest))
+    found = scorer(frame)
+    assert found.is_anomalous in (False, True) and made == [(24, 41)]  # the grid that scores are computed on
+    assert found.anomaly_map is found.anomaly_map and found.anomaly_map.shape == found.size == (30, 50)
+    assert made == [(24, 41), (30, 50)]
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+@pytest.mark.parametrize("size", [(30, 50), (50, 30), (9, 70), (24, 41)])
+def test_frames_of_any_size_have_the_map_of_the_model(
+    model: HGADModel, center_crop: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "config", model.config.replace(center_crop=center_crop))
+    frame = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for map_size in (None, (11, 7)):
+        scorer = Scorer(model, frame_size=(30, 50), map_size=map_size)
+        expected = model.score(frame, map_size=map_size)
+        found = scorer(frame)
+        assert found.score == float(expected.image_score)
+        torch.testing.assert_close(found.anomaly_map, expected.anomaly_map[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_rate_of_its_own(model: HGADModel) -> None:
+    (frame,) = frames(1)
+    strict, lax = Scorer(model, false_alarm_rate=0.1), Scorer(model, false_alarm_rate=0.9)
+    assert model.calibration is not None and model.calibration.false_alarm_rate == 0.2
+    assert lax(frame).threshold < Scorer(model)(frame).threshold <= strict(frame).threshold
+    assert lax(frame).score == strict(frame).score == float(model.score(frame).image_score)
+    with pytest.raises(ValueError, match="false_alarm_rate is 1.5"):
+        Scorer(model, false_alarm_rate=1.5)
+
+
+@pytest.mark.filterwarnings("ignore:pictures are seen at")
+def test_a_size_and_a_memory_of_its_own(model: HGADModel) -> None:
+    (frame,) = frames(1)
+    found, expected = Scorer(model, img_size="native")(frame), model.score(frame, img_size="native")
+    assert found.score == float(expected.image_score)
+    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map[0], rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="a picture of 30 x 50 pixels .* max_memory is 0.01 GB"):
+        Scorer(model, frame_size=(30, 50), max_memory="10MB")
+    with pytest.raises(ValueError, match="max_memory is 'lots'"):
+        Scorer(model, max_memory="lots")
+    with pytest.raises(ValueError, match="map_size is 0"):
+        Scorer(model, map_size=0)
 
 
 def test_threads_take_turns(model: HGADModel) -> None:

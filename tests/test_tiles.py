@@ -55,7 +55,7 @@ def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
 def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
     encoder = small_tiles(monkeypatch, arch, **settings)
     picture = torch.rand(3, 489, 91)
-    assert encoder.footprint.is_local and len(encoder.passes(489, 91)[0].rows) > 1
+    assert encoder.is_local and len(encoder.passes(489, 91)[0].rows) > 1
     for found, whole in zip(
         encoder.feature_maps(picture).whole(), encoder(encoder.normalize(picture[None])), strict=True
     ):
