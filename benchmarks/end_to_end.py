@@ -4,7 +4,8 @@ ROOT is a dataset in the MVTec AD layout. Ours is `fit`: features once, then pas
 The official procedure decodes every picture and runs the backbone in every pass, builds the dense positional code for
 every batch and level, and takes the levels one after the other, each with a backward pass and an optimizer step of its
 own; its flow is made of FrEIA's blocks, its prior of every distance. After each pass of ours comes one of the official
-procedure, in the same process, at the same learning rates.
+procedure, in the same process, at the same learning rates. Both train on the same pictures; those that `fit` holds out
+for its thresholds, and calibrates on, count for ours alone.
 
 `lite0` is tf_efficientnet_lite0 for 16 passes, `b6` tf_efficientnet_b6 with random weights for 200 passes. Pictures are
 a subset, the same for both, and passes are some of those: time is linear in both, as every batch is like every other,
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hgad_fast import HGADConfig, HGADModel, bench, data, demo
+from hgad_fast.calibrate import split
 from hgad_fast.files import replacing
 from hgad_fast.train import WARM_UP_EPOCHS, learning_rate
 
@@ -76,11 +78,13 @@ def measure(backbone: str, dataset: data.Dataset, folder: Path) -> dict[str, Any
         center_crop=True,
         meta_epochs=WARM_UP_EPOCHS + MEASURED[0],
         sub_epochs=MEASURED[1],
-        calibration_fraction=0.0,  # both train on every picture
     )
     model = HGADModel(config)
     making = time.perf_counter() - start
-    official = Official(model, dataset)
+    rows, _ = split(
+        torch.tensor([sample.class_id for sample in dataset.train]), config.calibration_fraction, config.seed
+    )
+    official = Official(model, [dataset.train[i] for i in rows])
 
     def official_pass(record: dict[str, Any]) -> None:
         start = time.perf_counter()
@@ -121,12 +125,12 @@ def _rounded(seconds: dict[int, list[float]]) -> dict[int, list[float]]:
 class Official:
     """The official training loop, with the parameters that a model of ours starts from."""
 
-    def __init__(self, model: HGADModel, dataset: data.Dataset) -> None:
+    def __init__(self, model: HGADModel, samples: list[data.Sample]) -> None:
         self.config, self.encoder = model.config, model.require_encoder()
         self.levels = [bench.OfficialLevel.of(model, level) for level in range(self.config.feature_levels)]
         self.optimizers = [level.optimizer() for level in self.levels]
         self.loader = DataLoader(
-            _Pictures(dataset, self.config.img_size, self.encoder.mean, self.encoder.std),
+            _Pictures(samples, self.config.img_size, self.encoder.mean, self.encoder.std),
             batch_size=self.config.batch_size,
             shuffle=True,
             drop_last=True,
@@ -164,10 +168,10 @@ class Official:
 class _Pictures(torch.utils.data.Dataset):
     """Training pictures, prepared by torchvision as the official code does, and their classes."""
 
-    def __init__(self, dataset: data.Dataset, img_size: int, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, samples: list[data.Sample], img_size: int, mean: Tensor, std: Tensor) -> None:
         from torchvision import transforms as T
 
-        self.samples = dataset.train
+        self.samples = samples
         self.transform = T.Compose(
             [
                 T.Resize(img_size, T.InterpolationMode.LANCZOS),
