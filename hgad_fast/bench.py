@@ -39,9 +39,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import latency, ops
 from .files import replacing
 from .flow import ConditionalFlow
+from .latency import Latency
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -769,7 +770,7 @@ class Failure:
     is_wrong: bool = False
 
 
-Outcome = Row | Failure
+Outcome = Row | Failure | Latency
 
 
 def run(
@@ -784,7 +785,7 @@ def run(
     """Time cases against the official formulation, or where FrEIA is missing against the definition in plain torch.
 
     Args:
-        cases: names from `CASES`; all when empty.
+        cases: names from `CASES`, or "latency" (see `hgad_fast.latency`); all when empty.
         quick: tiny sizes and three rounds, to try the machinery.
         device: where; CUDA if there is one.
         compiled: the peers under `torch.compile` too.
@@ -795,18 +796,22 @@ def run(
     Raises:
         ValueError: a case has an unknown name.
     """
-    names = tuple(cases) or tuple(CASES)
-    if unknown := [name for name in names if name not in CASES]:
-        raise ValueError(f"there is no benchmark {unknown[0]!r}; allowed are {', '.join(CASES)}")
+    allowed = (*CASES, "latency")
+    names = tuple(cases) or allowed
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}; allowed are {', '.join(allowed)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = environment(where)
     for note in about["notes"]:
         progress(note)
     outcomes: list[Outcome] = []
     for name in names:
-        for size in sizes(name, where, quick):
-            progress(f"{name}: {size}")
-            outcomes += measure(name, size, where, compiled=compiled, rounds=3 if quick else None)
+        for size in (None,) if name == "latency" else sizes(name, where, quick):
+            progress(name if size is None else f"{name}: {size}")
+            if size is None:
+                outcomes += latency.measure(where, device_name(where), quick)
+            else:
+                outcomes += measure(name, size, where, compiled=compiled, rounds=3 if quick else None)
             if output is not None:
                 save(outcomes, output, about)
     return outcomes
@@ -1002,11 +1007,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def wrong_results(outcomes: Iterable[Outcome]) -> list[str]:
     """A line for each contender whose results are wrong."""
-    return [
-        f"{outcome.case}, {outcome.contender} ({outcome.size}): {outcome.reason.removeprefix(WRONG)}"
-        for outcome in outcomes
-        if isinstance(outcome, Failure) and outcome.is_wrong
-    ]
+    lines = []
+    for outcome in outcomes:
+        if isinstance(outcome, Latency):
+            if not outcome.error <= TOLERANCE["fp32"]:
+                lines.append(f"latency, {outcome.call}: the score deviates by {outcome.error:.1e}")
+        elif isinstance(outcome, Failure) and outcome.is_wrong:
+            reason = outcome.reason.removeprefix(WRONG)
+            lines.append(f"{outcome.case}, {outcome.contender} ({outcome.size}): {reason}")
+    return lines
 
 
 def alternate(contenders: list[Contender], rounds: int, device: torch.device) -> np.ndarray:
@@ -1121,6 +1130,7 @@ def quiet_stderr() -> Iterator[None]:
 
 def table(outcomes: Iterable[Outcome]) -> str:
     """The outcomes as text, one block a case and size."""
+    outcomes = list(outcomes)
     lines: list[str] = []
     for (case, size, device), block in grouped(outcomes).items():
         rows = [outcome for outcome in block if isinstance(outcome, Row)]
@@ -1142,18 +1152,22 @@ def table(outcomes: Iterable[Outcome]) -> str:
             name, *others = line
             aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=False))
             lines.append("  " + "  ".join([f"{name:{widths[0]}}", *aligned]).rstrip())
+    if frames := [outcome for outcome in outcomes if isinstance(outcome, Latency)]:
+        lines += ["", latency.table(frames)]
     return "\n".join(lines[1:])
 
 
-def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, Size, str], list[Outcome]]:
-    """Outcomes by case, size and device, in their order."""
-    groups: dict[tuple[str, Size, str], list[Outcome]] = {}
+def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, Size, str], list[Row | Failure]]:
+    """Rows and failures by case, size and device, in their order."""
+    groups: dict[tuple[str, Size, str], list[Row | Failure]] = {}
     for outcome in outcomes:
+        if isinstance(outcome, Latency):
+            continue
         groups.setdefault((outcome.case, outcome.size, outcome.device), []).append(outcome)
     return groups
 
 
-def _cells(outcome: Outcome, peers: list[str]) -> list[str]:
+def _cells(outcome: Row | Failure, peers: list[str]) -> list[str]:
     if isinstance(outcome, Failure):
         return [outcome.path, outcome.reason]
     low, high = (1e3 * quartile for quartile in outcome.seconds_quartiles)
@@ -1286,6 +1300,7 @@ def document(outcomes: Iterable[Outcome], about: dict[str, Any]) -> dict[str, An
     return about | {
         "rows": [asdict(outcome) for outcome in outcomes if isinstance(outcome, Row)],
         "failures": [asdict(outcome) for outcome in outcomes if isinstance(outcome, Failure)],
+        "latencies": [asdict(outcome) for outcome in outcomes if isinstance(outcome, Latency)],
     }
 
 
