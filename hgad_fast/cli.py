@@ -408,8 +408,8 @@ def bench(
 ) -> None:
     """Time the fused operations, scoring and a training step against the official formulation.
 
-    Results are compared first, and a wrong one gets no figures. "latency" times a Scorer on frames of a camera: p50, p95,
-    and what is not the backbone's. Needs the packages of: pip install 'hgad-fast[bench]'
+    Results are compared first, and a wrong one gets no figures. "latency" times a Scorer on frames of a camera: p50,
+    p95, and what is not the backbone's. Needs the packages of: pip install 'hgad-fast[bench]'
     """
     import torch
 

@@ -107,8 +107,9 @@ def _measure(model: HGADModel, size: tuple[int, int], device_name: str, seconds:
     found = []
     for call, error in zip(calls, errors, strict=True):
         p50, p95 = map(float, np.percentile(times[call], [50, 95]))
-        taken: dict[str, Any] = {"call": call, "frames": len(times[call]), "p50": p50, "p95": p95, "error": error, **medians}
-        found.append(Latency(case="latency", size=size, img_size=side, backbone=arch, device=device_name, **taken))
+        asked: dict[str, Any] = {"size": size, "img_size": side, "backbone": arch, "device": device_name, "call": call}
+        timed: dict[str, Any] = {"frames": len(times[call]), "p50": p50, "p95": p95, **medians}
+        found.append(Latency(case="latency", **asked, **timed, error=error))
     return found
 
 
