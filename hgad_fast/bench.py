@@ -488,7 +488,10 @@ def coupling_case(problem: Problem) -> list[Contender]:
 
 
 def flow_case(problem: Problem) -> list[Contender]:
-    """Flow forward without gradients; ours with the separable code, and given the dense one."""
+    """Flow forward without gradients; ours with the separable code, and given the dense one.
+
+    On CUDA the forward pass of training in bf16 stands beside it: what whole blocks in one kernel gain.
+    """
     size, x, position = problem.size, problem.x, problem.position
     official = problem.official.flow
     grid = problem.model.nfs[0].grid(size.height, size.width, x.device)
@@ -503,12 +506,25 @@ def flow_case(problem: Problem) -> list[Contender]:
     def ours(precision: str, condition: Any) -> Callable[[], Results]:
         return functools.partial(results, problem.ours(precision).nfs[0], condition)
 
+    def before_a_backward_pass(network: nn.Module) -> Results:
+        z, log_det = network(x.detach().requires_grad_(), grid)
+        return {"z": z.detach(), "log_det": log_det.detach()}
+
     flop, peer_flop = flow_flop(size, dense=False), flow_flop(size, dense=True)
     paths = {precision: ops.flow_path(x, grid, precision) for precision in problem.precisions}
+    in_torch = [
+        functools.partial(before_a_backward_pass, problem.ours(precision, "reversible").nfs[0])
+        for precision in problem.precisions
+        if precision == "bf16"
+    ]
     return [
         *(
             Contender(_named("hgad_fast", precision), path, ours(precision, grid), flop, moved, precision=precision)
             for precision, path in paths.items()
+        ),
+        *(
+            Contender("hgad_fast, bf16, products in torch", problem.path(), work, flop, moved, precision="bf16")
+            for work in in_torch
         ),
         Contender("hgad_fast, dense code", problem.path(), ours("fp32", [position]), flop, with_position),
         *_peers(problem, functools.partial(results, official, [position]), peer_flop, with_position),
@@ -644,7 +660,10 @@ def official_loop_case(problem: Problem) -> list[Contender]:
 
 
 def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence[Tensor]) -> list[Contender]:
-    """Our step from `inputs` at every precision, and with the kind of memory that "auto" does not take; the peers'."""
+    """Our step from `inputs` at every precision, and with the kind of memory that "auto" does not take; the peers'.
+
+    On CUDA ours in bf16 is there as a recorded graph, too; its memory was laid out when it was recorded.
+    """
     size = problem.size
     flop = flow_flop(size, dense=False, backward=True)
     flop += mixture_flop(size, size.classes + size.centres, backward=True)
@@ -659,6 +678,11 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
         finish, moved = _finish_step(inputs, model.nfs[0], model.mixture.level(0), model.optimizer)
         contender_forward = functools.partial(forward, model)
         contenders.append(Contender(name, problem.path(), contender_forward, flop, moved, finish, precision=precision))
+    if problem.device.type == "cuda":
+        model = problem.ours("bf16")
+        finish, moved = _finish_step(inputs, model.nfs[0], model.mixture.level(0), model.optimizer)
+        replay = functools.partial(_recorded_step, model, lambda: finish(forward(model)), [])
+        contenders.append(Contender("hgad_fast, bf16, recorded", problem.path(), replay, flop, moved, precision="bf16"))
 
     peer_flop = flow_flop(size, dense=True, backward=True)
     peer_flop += mixture_flop(size, size.classes * (1 + size.centres) + size.centres, backward=True)
@@ -672,6 +696,28 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
             Contender(name, problem.peer_path, peer_forward, peer_flop, moved, finish, precision, is_peer=True)
         )
     return contenders
+
+
+def _recorded_step(
+    model: Any, step: Callable[[], Results], recorded: list[tuple[Callable[[], Any], Results]]
+) -> Results:
+    """Run the model's step as a CUDA graph, recorded at the first call; that call's step starts where others' do."""
+    from .step import EAGER_STEPS, on_side_stream, record
+
+    if not recorded:
+        state = copy.deepcopy(model.state_dict())
+        for group in model.optimizer.param_groups:
+            group["capturable"] = True
+        for _ in range(EAGER_STEPS):
+            on_side_stream(step)
+        recorded.append(record(step))
+        model.load_state_dict(state)  # in place, where the graph finds it
+        for moments in model.optimizer.state.values():
+            for moment in moments.values():
+                moment.zero_()
+    replay, results = recorded[0]
+    replay()
+    return results
 
 
 def _finish_step(
