@@ -3,18 +3,20 @@
 Correctness of every kernel and gradient against the float64 definitions first, then bitwise determinism, torch.compile
 and what the tensor cores do to tf32 operands, then the benchmarks of `hgad_fast.bench`, those that matter most in
 front. The result file is written anew after each step, and the last step is cut when the time is up: at any moment it
-holds all that is known. Needs the checkout, torch and Triton, nothing else; with FrEIA the official flow is a peer too.
+holds all that is known. A job may be cut, too, so that none takes the others' time. Needs the checkout, torch, Triton
+and the light dependencies of the package; with FrEIA the official flow is a peer too, with timm a backbone.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import math
+import shutil
 import signal
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,9 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import gpu_figures
+from benchmarks.gpu_figures import Figure
 from hgad_fast import bench, ops
 from hgad_fast.bench import HEADLINE, LARGE, MILLION_PIXELS, Size, relative_error
-from hgad_fast.model import HGADModel
 from hgad_fast.processes import Processes
 from hgad_fast.step import Step
 
@@ -74,11 +77,15 @@ class Check:
         return f"{verdict} {self.name}: {self.error:.1e} (allowed: {self.allowed:.0e}) {self.note}".rstrip()
 
 
+Found = Check | Figure | bench.Outcome
+
+
 class Job(NamedTuple):
     """A step of the run, and what it finds."""
 
     name: str
-    run: Callable[[], list[Check | bench.Outcome]]
+    run: Callable[[], list[Found]]
+    seconds: float = math.inf  # after which it is cut
 
 
 @dataclass
@@ -87,6 +94,7 @@ class Report:
 
     about: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
     outcomes: list[bench.Outcome] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -94,10 +102,11 @@ class Report:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks) and not bench.wrong_results(self.outcomes)
 
-    def add(self, found: list[Check | bench.Outcome]) -> None:
+    def add(self, found: list[Found]) -> None:
         """Take in what a job found; a case and size that was measured before is replaced."""
         self.checks += [each for each in found if isinstance(each, Check)]
-        outcomes = [each for each in found if not isinstance(each, Check)]
+        self.figures += [each for each in found if isinstance(each, Figure)]
+        outcomes = [each for each in found if not isinstance(each, (Check, Figure))]
         known = bench.grouped(self.outcomes) | bench.grouped(outcomes)
         self.outcomes = [outcome for block in known.values() for outcome in block]
 
@@ -105,7 +114,10 @@ class Report:
         checks: list[dict[str, Any]] = [asdict(check) | {"passed": check.passed} for check in self.checks]
         for check in checks:
             check["error"] = check["error"] if math.isfinite(check["error"]) else None  # JSON has no infinity
-        return bench.save(self.outcomes, path, self.about, checks=checks, left_out=self.left_out)
+        figures = [asdict(figure) for figure in self.figures]
+        for figure in figures:
+            figure["value"] = figure["value"] if math.isfinite(figure["value"] or 0) else None
+        return bench.save(self.outcomes, path, self.about, checks=checks, figures=figures, left_out=self.left_out)
 
 
 class TimeIsUp(BaseException):
@@ -121,13 +133,15 @@ def main(arguments: list[str] | None = None) -> int:
         default=Path(__file__).parent / "results",
         help="JSON file, or a folder for <device>-<date>.json (default: benchmarks/results)",
     )
+    parser.add_argument("--only", default="", help="jobs whose name contains this (default: all)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA GPU, and torch sees none here; `make bench` measures a CPU", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     report = Report(bench.environment(device))
-    carry_out(plan(device), report, options.output, 60 * options.minutes)
+    jobs = [job for job in plan(device) if options.only in job.name]
+    carry_out(jobs, report, options.output, 60 * options.minutes)
     print(summary(report))
     return 0 if report.passed else 1
 
@@ -145,7 +159,7 @@ def carry_out(
             continue
         print(f"-- {job.name}", flush=True)
         try:
-            with cut_after(left):
+            with cut_after(min(left, job.seconds)):
                 found = job.run()
         except TimeIsUp:
             report.left_out.append(job.name)
@@ -155,7 +169,7 @@ def carry_out(
             found = [Check(f"{job.name} runs", 1, 0, note)]
         report.add(found)
         for each in found:
-            if isinstance(each, Check):
+            if isinstance(each, (Check, Figure)):
                 print(each, flush=True)
         report.save(path)
     report.save(path)
@@ -195,7 +209,44 @@ def plan(device: torch.device, quick: bool = False) -> list[Job]:
     if device.type == "cuda":
         jobs.append(Job("operands of a tf32 product", lambda: check_tf32(device)))
     jobs.append(Job("ceilings", lambda: [ceiling_check(device)]))
-    return jobs + benchmark_jobs(device, quick)
+    first, last = figure_jobs(device, quick)
+    if device.type == "cuda":
+        last.insert(0, Job("compute-sanitizer", check_memory, 90))
+    benchmarks, foremost = benchmark_jobs(device, quick), 0 if quick else len(FIRST)
+    return jobs + benchmarks[:foremost] + first + benchmarks[foremost:] + last
+
+
+def figure_jobs(device: torch.device, quick: bool = False) -> tuple[list[Job], list[Job]]:
+    """The sections of gpu_figures.py: those that matter most, and those for the end, if time is left."""
+    large, million, small = (bench.QUICK,) * 3 if quick else (LARGE, MILLION_PIXELS, HEADLINE)
+    more_classes = replace(large, classes=40)
+    steps = 4 if quick else 300
+
+    def job(name: str, seconds: float, section: Callable[..., list[Figure]], *arguments: Any) -> Job:
+        return Job(name, lambda: [*section(*arguments)], math.inf if quick else seconds)
+
+    frames, enlarged, limit = (3, 2, 1) if quick else (50, 8, 8192)
+    first = [
+        job("training, all ways", 45, gpu_figures.training_times, large, device),
+        job("training, official", 25, gpu_figures.official_training_times, large, device, False),
+        job("scoring: flow and mixture", 40, gpu_figures.density_times, million, device),
+        job("kernels alone, a million pixels", 30, gpu_figures.kernel_times, million, device),
+        job("scoring: features to map", 30, gpu_figures.scoring_times, large, device, frames, enlarged),
+        job("training, split of the time", 15, gpu_figures.split_of_a_step, large, device),
+        job("training, waits", 25, gpu_figures.waits_of_a_step, large, device),
+        job("convergence", 60, gpu_figures.convergence, small, device, steps),
+        job("largest batch", 45, gpu_figures.largest_batches, large, device, limit),
+    ]
+    if quick:
+        return first, []
+    last = [
+        job("scoring: Scorer", 45, gpu_figures.scorer_times, device),
+        job("kernels alone", 20, gpu_figures.kernel_times, large, device),
+        job("training with 40 classes, all ways", 40, gpu_figures.training_times, more_classes, device),
+        job("training with 40 classes, official", 20, gpu_figures.official_training_times, more_classes, device, False),
+        job("training, official compiled", 120, gpu_figures.official_training_times, large, device, True),
+    ]
+    return first, last
 
 
 def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
@@ -206,7 +257,7 @@ def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
     compiled = [] if quick else [(*each, True) for each in COMPILED]
 
     def job(case: str, size: Size, compile_peers: bool) -> Job:
-        def run() -> list[Check | bench.Outcome]:
+        def run() -> list[Found]:
             rounds = 3 if quick else None
             return [*bench.measure(case, size, device, compiled=compile_peers, rounds=rounds, seconds_in_all=2)]
 
@@ -225,6 +276,7 @@ def ceiling_check(device: torch.device) -> Check:
 def summary(report: Report) -> str:
     """The short table: failed checks, then a line a case and size."""
     lines = ["", *(str(check) for check in report.checks if not check.passed), *bench.wrong_results(report.outcomes)]
+    lines += map(str, report.figures)
     for (case, size, _), block in bench.grouped(report.outcomes).items():
         parts = []
         for outcome in block:
@@ -437,46 +489,14 @@ def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[C
 
 
 def check_steps(size: Size, device: torch.device, steps: int = 8) -> list[Check]:
-    """Steps of three levels, as `fit` makes them for pictures of 1024 px: recorded ones have the losses of eager ones.
-
-    The notes tell the median time of a step and its peak memory, and how many pictures would fit in 16 GB at so much a
-    picture; the official formulation takes its levels one after the other.
-    """
-    maps = [(max(size.height >> level, 1), max(size.width >> level, 1)) for level in range(3)]
-    problems = [bench.Problem(replace(size, height=h, width=w), device) for h, w in maps]
-    config = problems[0].model.config.replace(feature_levels=3, feature_dims=(size.channels,) * 3)
-    draw = Draw(torch.device("cpu"))
-    images = [[draw.normal(size.channels, h, w) for h, w in maps] for _ in range(size.images)]
-    labels = draw.labels(size.images, size.classes)
-    graphs = (False, True) if device.type == "cuda" else (False,)
-    losses: dict[str, Tensor] = {}
-    works: dict[str, Callable[[], Any]] = {}
-    for graph in graphs:
-        name = "recorded" if graph else "eager"
-        step = Step(HGADModel(config).to(device), Processes(), graph)
-        losses[name] = torch.stack([step(images, labels, 2, 1e-4) for _ in range(steps)])
-        works[name] = functools.partial(step, images, labels, 2, 1e-4)
-    for compiled in (False, True) if device.type == "cuda" else (False,):
-        levels = []
-        for problem in problems:
-            (contender,) = (each for each in bench.training_case(problem) if each.name == problem.peer)
-            levels.append(bench.compile_contender(contender) if compiled else contender)
-        works[f"{problems[0].peer}{', compiled' if compiled else ''}"] = lambda levels=levels: [
-            level() for level in levels
-        ]
-    checks = []
-    for name, work in works.items():
-        error = relative_error(losses[name].double(), losses["eager"].double()) if name in losses else 0.0
-        try:
-            times = [bench.seconds(work, device) for _ in range(steps)]
-            peak = bench.peak_memory(work, device)
-        except torch.OutOfMemoryError:
-            checks.append(Check(f"training steps of three levels, {name}", 0, BACKWARD, bench.OUT_OF_MEMORY))
-            continue
-        note = f"{1e3 * statistics.median(times):.1f} ms, {peak / 1e9:.2f} GB beyond model and optimizer"
-        note += f", {int(16e9 / max(peak / size.images, 1))} pictures in 16 GB"
-        checks.append(Check(f"training steps of three levels, {name}", error, BACKWARD, note))
-    return checks
+    """Steps of three levels, as `fit` makes them: recorded ones have the losses of eager ones."""
+    pictures = gpu_figures.Pictures(size)
+    model = gpu_figures.three_levels(size, device)
+    losses = []
+    for graph in (False, True) if device.type == "cuda" else (False, False):
+        step = Step(copy.deepcopy(model), Processes(), graph)
+        losses.append(torch.stack([step(pictures.images, pictures.labels, 2, 1e-4) for _ in range(steps)]))
+    return [worst("recorded training steps of three levels", BACKWARD, losses[1:], double(losses[0]))]
 
 
 def check_compile(size: Size, device: torch.device) -> list[Check]:
@@ -517,6 +537,27 @@ def check_tf32(device: torch.device) -> list[Check]:
         Check("rounded operands stay rounded in Triton's tf32 product", prepared, FORWARD),
         Check("the flow's tf32 product has rounded operands", in_flow, FORWARD),
     ]
+
+
+def check_memory(seconds: float = 80) -> list[Check]:
+    """The smallest checks under compute-sanitizer, which comes with the CUDA toolkit: no access out of bounds, no race
+    in shared memory."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        return [Check("compute-sanitizer", 0, 0, "is not installed: nothing was checked")]
+    checks = []
+    for tool in ("memcheck", "racecheck"):
+        with tempfile.TemporaryDirectory() as folder:
+            program = [sys.executable, "-m", "benchmarks.gpu", "--only", "against float64, 70 pixels"]
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *program, "--output", f"{folder}/r.json"]
+            try:
+                ended = subprocess.run(command, capture_output=True, text=True, timeout=seconds / 2)
+            except subprocess.TimeoutExpired:
+                checks.append(Check(tool, 0, 0, "took too long: nothing was found until then"))
+                continue
+        last = (ended.stdout.strip() or ended.stderr.strip()).rpartition("\n")[2]
+        checks.append(Check(tool, float(ended.returncode == 9), 0, last))
+    return checks
 
 
 def kernels_run(x: Tensor) -> Check:

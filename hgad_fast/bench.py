@@ -39,9 +39,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import ops
+from . import latency, ops
 from .files import replacing
 from .flow import ConditionalFlow
+from .latency import Latency
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -487,7 +488,10 @@ def coupling_case(problem: Problem) -> list[Contender]:
 
 
 def flow_case(problem: Problem) -> list[Contender]:
-    """Flow forward without gradients; ours with the separable code, and given the dense one."""
+    """Flow forward without gradients; ours with the separable code, and given the dense one.
+
+    On CUDA the forward pass of training in bf16 stands beside it: what whole blocks in one kernel gain.
+    """
     size, x, position = problem.size, problem.x, problem.position
     official = problem.official.flow
     grid = problem.model.nfs[0].grid(size.height, size.width, x.device)
@@ -502,12 +506,25 @@ def flow_case(problem: Problem) -> list[Contender]:
     def ours(precision: str, condition: Any) -> Callable[[], Results]:
         return functools.partial(results, problem.ours(precision).nfs[0], condition)
 
+    def before_a_backward_pass(network: nn.Module) -> Results:
+        z, log_det = network(x.detach().requires_grad_(), grid)
+        return {"z": z.detach(), "log_det": log_det.detach()}
+
     flop, peer_flop = flow_flop(size, dense=False), flow_flop(size, dense=True)
     paths = {precision: ops.flow_path(x, grid, precision) for precision in problem.precisions}
+    in_torch = [
+        functools.partial(before_a_backward_pass, problem.ours(precision, "reversible").nfs[0])
+        for precision in problem.precisions
+        if precision == "bf16"
+    ]
     return [
         *(
             Contender(_named("hgad_fast", precision), path, ours(precision, grid), flop, moved, precision=precision)
             for precision, path in paths.items()
+        ),
+        *(
+            Contender("hgad_fast, bf16, products in torch", problem.path(), work, flop, moved, precision="bf16")
+            for work in in_torch
         ),
         Contender("hgad_fast, dense code", problem.path(), ours("fp32", [position]), flop, with_position),
         *_peers(problem, functools.partial(results, official, [position]), peer_flop, with_position),
@@ -643,7 +660,10 @@ def official_loop_case(problem: Problem) -> list[Contender]:
 
 
 def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence[Tensor]) -> list[Contender]:
-    """Our step from `inputs` at every precision, and with the kind of memory that "auto" does not take; the peers'."""
+    """Our step from `inputs` at every precision, and with the kind of memory that "auto" does not take; the peers'.
+
+    On CUDA ours in bf16 is there as a recorded graph, too; its memory was laid out when it was recorded.
+    """
     size = problem.size
     flop = flow_flop(size, dense=False, backward=True)
     flop += mixture_flop(size, size.classes + size.centres, backward=True)
@@ -658,6 +678,11 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
         finish, moved = _finish_step(inputs, model.nfs[0], model.mixture.level(0), model.optimizer)
         contender_forward = functools.partial(forward, model)
         contenders.append(Contender(name, problem.path(), contender_forward, flop, moved, finish, precision=precision))
+    if problem.device.type == "cuda":
+        model = problem.ours("bf16")
+        finish, moved = _finish_step(inputs, model.nfs[0], model.mixture.level(0), model.optimizer)
+        replay = functools.partial(_recorded_step, model, lambda: finish(forward(model)), [])
+        contenders.append(Contender("hgad_fast, bf16, recorded", problem.path(), replay, flop, moved, precision="bf16"))
 
     peer_flop = flow_flop(size, dense=True, backward=True)
     peer_flop += mixture_flop(size, size.classes * (1 + size.centres) + size.centres, backward=True)
@@ -671,6 +696,28 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
             Contender(name, problem.peer_path, peer_forward, peer_flop, moved, finish, precision, is_peer=True)
         )
     return contenders
+
+
+def _recorded_step(
+    model: Any, step: Callable[[], Results], recorded: list[tuple[Callable[[], Any], Results]]
+) -> Results:
+    """Run the model's step as a CUDA graph, recorded at the first call; that call's step starts where others' do."""
+    from .step import EAGER_STEPS, on_side_stream, record
+
+    if not recorded:
+        state = copy.deepcopy(model.state_dict())
+        for group in model.optimizer.param_groups:
+            group["capturable"] = True
+        for _ in range(EAGER_STEPS):
+            on_side_stream(step)
+        recorded.append(record(step))
+        model.load_state_dict(state)  # in place, where the graph finds it
+        for moments in model.optimizer.state.values():
+            for moment in moments.values():
+                moment.zero_()
+    replay, results = recorded[0]
+    replay()
+    return results
 
 
 def _finish_step(
@@ -769,7 +816,7 @@ class Failure:
     is_wrong: bool = False
 
 
-Outcome = Row | Failure
+Outcome = Row | Failure | Latency
 
 
 def run(
@@ -784,7 +831,7 @@ def run(
     """Time cases against the official formulation, or where FrEIA is missing against the definition in plain torch.
 
     Args:
-        cases: names from `CASES`; all when empty.
+        cases: names from `CASES`, or "latency" (see `hgad_fast.latency`); all when empty.
         quick: tiny sizes and three rounds, to try the machinery.
         device: where; CUDA if there is one.
         compiled: the peers under `torch.compile` too.
@@ -795,18 +842,22 @@ def run(
     Raises:
         ValueError: a case has an unknown name.
     """
-    names = tuple(cases) or tuple(CASES)
-    if unknown := [name for name in names if name not in CASES]:
-        raise ValueError(f"there is no benchmark {unknown[0]!r}; allowed are {', '.join(CASES)}")
+    allowed = (*CASES, "latency")
+    names = tuple(cases) or allowed
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}; allowed are {', '.join(allowed)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     about = environment(where)
     for note in about["notes"]:
         progress(note)
     outcomes: list[Outcome] = []
     for name in names:
-        for size in sizes(name, where, quick):
-            progress(f"{name}: {size}")
-            outcomes += measure(name, size, where, compiled=compiled, rounds=3 if quick else None)
+        for size in (None,) if name == "latency" else sizes(name, where, quick):
+            progress(name if size is None else f"{name}: {size}")
+            if size is None:
+                outcomes += latency.measure(where, device_name(where), quick)
+            else:
+                outcomes += measure(name, size, where, compiled=compiled, rounds=3 if quick else None)
             if output is not None:
                 save(outcomes, output, about)
     return outcomes
@@ -1002,11 +1053,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def wrong_results(outcomes: Iterable[Outcome]) -> list[str]:
     """A line for each contender whose results are wrong."""
-    return [
-        f"{outcome.case}, {outcome.contender} ({outcome.size}): {outcome.reason.removeprefix(WRONG)}"
-        for outcome in outcomes
-        if isinstance(outcome, Failure) and outcome.is_wrong
-    ]
+    lines = []
+    for outcome in outcomes:
+        if isinstance(outcome, Latency):
+            if not outcome.error <= TOLERANCE["fp32"]:
+                lines.append(f"latency, {outcome.call}: the score deviates by {outcome.error:.1e}")
+        elif isinstance(outcome, Failure) and outcome.is_wrong:
+            reason = outcome.reason.removeprefix(WRONG)
+            lines.append(f"{outcome.case}, {outcome.contender} ({outcome.size}): {reason}")
+    return lines
 
 
 def alternate(contenders: list[Contender], rounds: int, device: torch.device) -> np.ndarray:
@@ -1121,6 +1176,7 @@ def quiet_stderr() -> Iterator[None]:
 
 def table(outcomes: Iterable[Outcome]) -> str:
     """The outcomes as text, one block a case and size."""
+    outcomes = list(outcomes)
     lines: list[str] = []
     for (case, size, device), block in grouped(outcomes).items():
         rows = [outcome for outcome in block if isinstance(outcome, Row)]
@@ -1142,18 +1198,22 @@ def table(outcomes: Iterable[Outcome]) -> str:
             name, *others = line
             aligned = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=False))
             lines.append("  " + "  ".join([f"{name:{widths[0]}}", *aligned]).rstrip())
+    if frames := [outcome for outcome in outcomes if isinstance(outcome, Latency)]:
+        lines += ["", latency.table(frames)]
     return "\n".join(lines[1:])
 
 
-def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, Size, str], list[Outcome]]:
-    """Outcomes by case, size and device, in their order."""
-    groups: dict[tuple[str, Size, str], list[Outcome]] = {}
+def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, Size, str], list[Row | Failure]]:
+    """Rows and failures by case, size and device, in their order."""
+    groups: dict[tuple[str, Size, str], list[Row | Failure]] = {}
     for outcome in outcomes:
+        if isinstance(outcome, Latency):
+            continue
         groups.setdefault((outcome.case, outcome.size, outcome.device), []).append(outcome)
     return groups
 
 
-def _cells(outcome: Outcome, peers: list[str]) -> list[str]:
+def _cells(outcome: Row | Failure, peers: list[str]) -> list[str]:
     if isinstance(outcome, Failure):
         return [outcome.path, outcome.reason]
     low, high = (1e3 * quartile for quartile in outcome.seconds_quartiles)
@@ -1286,6 +1346,7 @@ def document(outcomes: Iterable[Outcome], about: dict[str, Any]) -> dict[str, An
     return about | {
         "rows": [asdict(outcome) for outcome in outcomes if isinstance(outcome, Row)],
         "failures": [asdict(outcome) for outcome in outcomes if isinstance(outcome, Failure)],
+        "latencies": [asdict(outcome) for outcome in outcomes if isinstance(outcome, Latency)],
     }
 
 

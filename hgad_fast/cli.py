@@ -392,7 +392,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[CASES]...",
-            help="coupling, flow, mixture, scores, scoring, training, official-loop; default: all.",
+            help="coupling, flow, mixture, scores, scoring, training, official-loop, latency; default: all.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes, to try the machinery; its figures mean nothing.")] = False,
@@ -408,7 +408,8 @@ def bench(
 ) -> None:
     """Time the fused operations, scoring and a training step against the official formulation.
 
-    Results are compared first, and a wrong one gets no figures. Needs the packages of: pip install 'hgad-fast[bench]'
+    Results are compared first, and a wrong one gets no figures. "latency" times a Scorer on frames of a camera: p50,
+    p95, and what is not the backbone's. Needs the packages of: pip install 'hgad-fast[bench]'
     """
     import torch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .processes import Processes
 if TYPE_CHECKING:
     from .model import HGADModel
 
+Result = TypeVar("Result")
 STAGE_2 = LOSS_TERMS[3:]
 EAGER_STEPS = 3  # of a shape before it is recorded: kernels are compiled, optimizer state and memory pools exist
 MAX_GRAPHS = 4  # each holds a step's memory; pictures of many sizes would hardly meet the same shapes again
@@ -226,7 +227,7 @@ def _groups(batch: Batch) -> Iterator[Group]:
     return (group for groups in batch for group in groups)
 
 
-def on_side_stream(work: Callable[[], Tensor]) -> Tensor:
+def on_side_stream(work: Callable[[], Result]) -> Result:
     """Steps before the recording must not run on the default stream, which cannot be recorded."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -236,7 +237,7 @@ def on_side_stream(work: Callable[[], Tensor]) -> Tensor:
     return found
 
 
-def record(work: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+def record(work: Callable[[], Result]) -> tuple[Callable[[], Any], Result]:
     """What runs the work's kernels again, and where its result will lie then. Recording itself runs none of them."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

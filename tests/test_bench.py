@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from hgad_fast import bench
+from hgad_fast import bench, latency
 from hgad_fast.cli import app
 
 DATA = Path(__file__).parent / "data"
@@ -364,6 +364,34 @@ def test_on_cuda_every_precision_is_right_too(case: str, monkeypatch: pytest.Mon
     verdicts = bench.check(contenders)
     assert len(verdicts) == len(contenders)
     assert all(isinstance(verdict, float) for verdict in verdicts.values()), verdicts
+
+
+def test_latency_of_a_scorer_is_stated_with_the_share_of_the_backbone(tmp_path: Path) -> None:
+    found = bench.run(["latency"], quick=True, device="cpu", output=tmp_path / "r.json")
+    assert [each.call for each in found] == ["verdict, class given", "verdict, class inferred", "verdict and map"]
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["rows"] == [] and [each["p95"] for each in written["latencies"]] == [each.p95 for each in found]
+    for each in found:
+        assert each.frames == 5 and each.error == 0 and each.size == (96, 128) and each.img_size == 64
+        assert 0 < each.features < each.p50 <= each.p95 and each.beyond_backbone == each.p50 - each.features
+        assert all(f"{1e3 * value:.2f}" in bench.table(found) for value in (each.p50, each.p95, each.beyond_backbone))
+    assert bench.wrong_results(found) == []
+    (line,) = bench.wrong_results([replace(found[0], error=0.3)])
+    assert line == "latency, verdict, class given: the score deviates by 3.0e-01"
+
+
+def test_latencies_are_of_the_timed_frames_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warm-up is left out, works take turns, and no more than is asked for is timed."""
+    now, order = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        now[0] += 100 * seconds if len(order) <= 6 else seconds
+
+    works = {"a": lambda frame: work("a", 1.0), "b": lambda frame: work("b", 2.0)}
+    times = latency._alternate(works, [np.zeros(1)], CPU, seconds=20)
+    assert times == {"a": [1.0] * 7, "b": [2.0] * 7} and order == ["a", "b"] * 10
 
 
 def test_peers_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from benchmarks import gpu, tf32
+from benchmarks import gpu, gpu_figures, tf32
 from hgad_fast import bench, ops
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,9 +57,12 @@ def test_correctness_comes_first_then_ceilings_then_what_matters_most() -> None:
     assert checks[-3:] == ["bitwise determinism", "torch.compile of a training step", "operands of a tf32 product"]
 
     assert benchmarks[:2] == [f"training: {bench.LARGE}", f"mixture: {bench.MILLION_PIXELS}"]
+    assert benchmarks[len(gpu.FIRST)] == "training, all ways"
     everything = {f"{case}: {size}" for case in bench.CASES for size in bench.sizes(case, CUDA)}
-    assert set(benchmarks[: len(everything)]) == everything
-    assert all("with compiled peers" in name for name in benchmarks[len(everything) :])
+    assert everything <= set(benchmarks)
+    compiled = [i for i, name in enumerate(benchmarks) if "compiled" in name]
+    assert min(compiled) > max(benchmarks.index(name) for name in everything)
+    assert len(compiled) == 1 + len(gpu.COMPILED)
 
 
 def test_no_job_begins_after_the_time_is_up_and_the_file_says_which(tmp_path: Path) -> None:
@@ -96,6 +99,50 @@ def test_a_job_in_progress_is_cut(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
     assert read(tmp_path / "r.json")["left_out"] == ["endless", "next"]
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_job_that_takes_too_long_leaves_the_others_their_time(tmp_path: Path) -> None:
+    found = report()
+    jobs = [gpu.Job("endless", lambda: time.sleep(60) or [], 0.2), gpu.Job("next", lambda: [gpu.Check("next", 0, 0)])]
+    gpu.carry_out(jobs, found, tmp_path / "r.json", 60)
+    assert found.left_out == ["endless"] and [check.name for check in found.checks] == ["next"]
+
+
+def test_figures_are_written_and_shown_also_those_that_are_none(tmp_path: Path) -> None:
+    found = report()
+    found.add([gpu.Figure("a", 1.25, "ms"), gpu.Figure("b", None, "ms", "why"), gpu.Figure("c", math.nan, "of 1")])
+    figures = read(found.save(tmp_path / "r.json"))["figures"]
+    assert [figure["value"] for figure in figures] == [1.25, None, None] and figures[1]["note"] == "why"
+    text = gpu.summary(found)
+    assert "figure a: 1.25 ms" in text and "figure b: - ms why" in text
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 7, 37, 64])
+def test_the_largest_batch_is_found_to_a_sixteenth(right: int) -> None:
+    tried = []
+
+    def fits(count: int) -> bool:
+        tried.append(count)
+        return count <= right
+
+    assert right - max(right // 16, 1) < gpu_figures.largest(fits, 1000) <= right
+    assert len(tried) <= 12
+    assert gpu_figures.largest(lambda count: True, 100) == 64
+
+
+def test_waits_and_idle_time_are_read_from_a_profile() -> None:
+    step = gpu_figures.STEP
+    events = [
+        (step, 0.0, 10.0, False),
+        (step, 1.0, 30.0, True),  # its span on the device, no work
+        ("cudaLaunchKernel", 1.0, 2.0, False),
+        ("cudaStreamSynchronize", 3.0, 9.0, False),
+        ("cudaDeviceSynchronize", 11.0, 40.0, False),  # after the step
+        *(("kernel", begin, end, True) for begin, end in ((2.0, 4.0), (3.0, 6.0), (8.0, 12.0))),
+    ]
+    assert gpu_figures.host_waits(events) == ["cudaStreamSynchronize"]
+    assert gpu_figures.busy_share(events) == pytest.approx(0.8)
+    assert math.isnan(gpu_figures.busy_share(events[:1]))
 
 
 def test_a_crash_fails_the_run_and_spares_the_other_jobs(tmp_path: Path) -> None:
@@ -140,6 +187,9 @@ def test_dry_run_of_the_whole_plan(
     written = read(path)
     assert {row["case"] for row in written["rows"]} == set(bench.CASES) and written["failures"] == []
     assert {"device", "versions", "commit", "date"} <= written.keys()
+    figures = {figure["name"]: figure["value"] for figure in written["figures"]}
+    missing = [name for name, value in figures.items() if value is None]
+    assert len(figures) > 40 and missing == [name for name in figures if "the device is busy" in name]  # a CPU is none
     text = gpu.summary(found)
     assert f"{len(found.checks)} of {len(found.checks)} checks passed" in text and "x, " in text
     assert str(path) in capsys.readouterr().out

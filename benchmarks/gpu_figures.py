@@ -1,0 +1,578 @@
+"""Figures of `make gpu` that are no contest at one size: kernels on the device alone, training and scoring as a whole.
+
+Each function is a section of the run. It returns figures, and checks where something must hold; on a CPU it runs too,
+on small sizes, so that the tests can hold it to its word.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hgad_fast import bench, ops
+from hgad_fast.bench import Size
+from hgad_fast.calibrate import calibrate_on
+from hgad_fast.config import HGADConfig
+from hgad_fast.features import feature_set
+from hgad_fast.model import HGADModel
+from hgad_fast.processes import Processes
+from hgad_fast.step import EAGER_STEPS, Group, StageLoss, Step, gather, on_side_stream, record
+
+L2_BYTES = 256e6  # several times what the largest second-level caches hold
+MEMORY_LIMIT = 16e9
+RATE = 1e-4
+LOSS_WEIGHTS = {"L_g": 1.0, "L_mi": -100.0, "L_e": 1.0, "L_g_intra": 1.0, "L_z": 1.0}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured, and what was aimed at."""
+
+    name: str
+    value: float | None  # None: could not be measured, the note says why
+    unit: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        value = "-" if self.value is None else f"{self.value:.4g}"
+        return f"figure {self.name}: {value} {self.unit} {self.note}".rstrip()
+
+
+# ---- kernels on the device alone
+
+
+def device_seconds(works: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 10) -> float:
+    """Median time of one of the works, which differ in their inputs, without what the host adds.
+
+    On CUDA all of them make one graph, which is run again: each finds its inputs in memory, not in the cache.
+    """
+    if device.type != "cuda":
+        return statistics.median(bench.seconds(work, device) for work in works)
+    for work in works:
+        on_side_stream(work)
+    replay, _ = record(lambda: [work() for work in works])
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(repeats + 1):
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / len(works))
+    return statistics.median(times[1:])
+
+
+def kernel_times(size: Size, device: torch.device) -> list[Figure]:
+    """Time of each kernel, and its bytes per second as a share of a copy's; bytes are what it must read and write."""
+    n, half = size.pixels, size.channels // 2
+    problem = bench.Problem(size, device)
+    mixture, labels = [t.detach() for t in problem.official.mixture], problem.image_labels
+    options = {"label_smoothing": problem.smoothing, "stage": 2}
+    normal = functools.partial(torch.randn, generator=problem.generator(), device=device)
+
+    def coupling() -> tuple[Tensor, ...]:
+        return normal(n, half), normal(n, 2 * half), normal(n)
+
+    def prior() -> tuple[Tensor, ...]:
+        z = normal(n, size.channels)
+        return z, *ops.mixture_terms(z, labels, *mixture, **options), normal(n)
+
+    kernels: dict[str, tuple[Callable[[], Any], Callable[..., Any], int]] = {
+        "coupling, forward": (coupling, lambda x2, a, _: ops.affine_coupling(x2, a), 4 * n * (4 * half + 1)),
+        "coupling, backward": (
+            coupling,
+            lambda y2, a, glog_det: ops.affine_coupling_backward(y2, glog_det, y2, a),
+            4 * n * (8 * half + 1),  # with the rebuilt x2
+        ),
+        "mixture terms": (
+            prior,
+            lambda z, *_: ops.mixture_terms(z, labels, *mixture, **options),
+            4 * n * (size.channels + 4),
+        ),
+        "mixture terms, backward": (
+            prior,
+            lambda z, *rest: ops.mixture_terms_backward(*rest[:4], z, labels, *mixture, **options),
+            4 * n * (2 * size.channels + 4),
+        ),
+        "mixture scores": (
+            prior,
+            lambda z, *rest: ops.mixture_scores(z, rest[4], *mixture),
+            4 * n * (size.channels + 6),
+        ),
+    }
+    rate = bench.measure_ceiling(device).bytes_per_second
+    figures = []
+    for name, (draw, kernel, moved) in kernels.items():
+        copies = min(max(math.ceil(L2_BYTES / moved), 2), 16) if device.type == "cuda" else 2
+        works = [functools.partial(kernel, *draw()) for _ in range(copies)]
+        taken = device_seconds(works, device)
+        label = f"{name}, {n} pixels, C={size.channels}, K={size.classes}"
+        figures.append(Figure(label, 1e3 * taken, "ms", "on the device alone, inputs rotated"))
+        figures.append(Figure(f"{label}, of a copy's bytes per second", moved / taken / rate, "of 1"))
+        del works
+        bench.release_memory(device)
+    return figures
+
+
+def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Figure]:
+    """Flow and mixture over all centres for scoring, against the official formulation in batches of 32 768 pixels."""
+    problem = bench.Problem(size, device)
+    mixture = [t.detach() for t in problem.official.mixture]
+    grid = problem.model.nfs[0].grid(size.height, size.width, device)
+
+    @torch.no_grad()
+    def ours(flow: Any) -> Tensor:
+        return ops.mixture_scores(*flow(problem.x, grid), *mixture).log_density
+
+    @torch.no_grad()
+    def official(precision: str) -> list[Any]:
+        mu, delta, _, phi_intra = mixture
+        with bench.float32_products(precision):
+            return [
+                bench.official_scores(*problem.official.flow(x, [position]), mu, delta, phi_intra)
+                for x, position in zip(problem.x.split(32768), problem.position.split(32768), strict=True)
+            ]
+
+    works: dict[str, Callable[[], Any]] = {
+        f"ours, {precision}": functools.partial(ours, problem.ours(precision).nfs[0])
+        for precision in problem.precisions
+    }
+    works |= {f"official, {precision}": functools.partial(official, precision) for precision in problem.peer_precisions}
+    taken: dict[str, float] = {}
+    for name, work in works.items():
+        work()
+        taken[name] = statistics.median(bench.seconds(work, device) for _ in range(rounds))
+    label = f"flow and mixture, {size.pixels} pixels, {size.classes * size.centres} centres"
+    flop = bench.flow_flop(size, dense=False) + bench.mixture_flop(size, size.classes * size.centres)
+    figures = [Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in taken.items()]
+    for precision in problem.precisions:
+        mine = taken[f"ours, {precision}"]
+        share = flop / mine / bench.measure_ceiling(device).flop_per_second[precision]
+        figures.append(Figure(f"{label}, ours, {precision}, of a product's operations per second", share, "of 1"))
+        figures += [
+            Figure(f"{label}, official {peer} over ours {precision}", taken[f"official, {peer}"] / mine, "x")
+            for peer in problem.peer_precisions
+        ]
+    return figures
+
+
+# ---- training
+
+
+class Pictures:
+    """Features of a batch of pictures at three levels, as the cache holds them."""
+
+    def __init__(self, size: Size) -> None:
+        self.maps = [(max(size.height >> level, 1), max(size.width >> level, 1)) for level in range(3)]
+        self.generator = torch.Generator().manual_seed(0)
+        self.images = [
+            [torch.randn(size.channels, h, w, generator=self.generator) for h, w in self.maps]
+            for _ in range(size.images)
+        ]
+        self.labels = torch.randint(size.classes, (size.images,), generator=self.generator)
+        self.pixels = [size.images * h * w for h, w in self.maps]
+
+
+def three_levels(size: Size, device: torch.device, precision: str = "fp32", memory: str = "auto") -> HGADModel:
+    config = HGADConfig(
+        n_classes=size.classes,
+        n_intra_centers=size.centres,
+        backbone_arch=None,
+        feature_levels=3,
+        feature_dims=(size.channels,) * 3,
+        coupling_layers=size.blocks,
+        pos_embed_dim=size.position_dim,
+        precision=precision,
+        memory=memory,
+    )
+    return HGADModel(config).to(device)
+
+
+def _graph_choices(device: torch.device) -> tuple[bool, ...]:
+    return (False, True) if device.type == "cuda" else (False,)
+
+
+def _measured_step(label: str, work: Callable[[], Any], size: Size, device: torch.device, rounds: int) -> list[Figure]:
+    """Time, pictures per second and memory of a step; out of memory is a result too."""
+    try:
+        for _ in range(EAGER_STEPS + 2):  # the last of them was recorded, where steps are
+            work()
+        taken = statistics.median(bench.seconds(work, device) for _ in range(rounds))
+        peak = bench.peak_memory(work, device)
+    except torch.OutOfMemoryError:
+        return [Figure(f"{label}, time of a step", None, "ms", bench.OUT_OF_MEMORY)]
+    finally:
+        bench.release_memory(device)
+    return [
+        Figure(f"{label}, time of a step", 1e3 * taken, "ms"),
+        Figure(f"{label}, pictures per second", size.images / taken, "1/s"),
+        Figure(f"{label}, memory beyond model and optimizer", peak / 1e9, "GB"),
+    ]
+
+
+def training_times(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
+    """Steps of three levels from features in memory, as `fit` makes them, in every way it can."""
+    pictures = Pictures(size)
+    figures = []
+    for precision in ops.PRECISIONS if device.type == "cuda" else ("fp32",):
+        for memory in ops.MEMORY_MODES:
+            for graph in _graph_choices(device):
+                step = Step(three_levels(size, device, precision, memory), Processes(), graph)
+                work = functools.partial(step, pictures.images, pictures.labels, 2, RATE)
+                label = f"training, K={size.classes}, {precision}, {memory}, {'recorded' if graph else 'eager'}"
+                found = _measured_step(label, work, size, device, rounds)
+                figures += found[:2] if graph else found  # a recorded step's memory was laid out before
+                del step, work
+    return figures
+
+
+def official_training_times(size: Size, device: torch.device, compiled: bool, rounds: int = 5) -> list[Figure]:
+    """The official formulation takes its levels one after the other; features lie on the device already."""
+    problems = [bench.Problem(replace(size, height=h, width=w), device) for h, w in Pictures(size).maps]
+    figures = []
+    for precision in problems[0].peer_precisions[-1:] if compiled else problems[0].peer_precisions:
+        levels = []
+        for problem in problems:
+            (peer,) = (each for each in bench.training_case(problem) if each.is_peer and each.precision == precision)
+            levels.append(bench.compile_contender(peer) if compiled else peer)
+        label = f"training, K={size.classes}, {problems[0].peer}, {precision}, {'compiled' if compiled else 'eager'}"
+        figures += _measured_step(label, lambda levels=levels: [level() for level in levels], size, device, rounds)
+    return figures
+
+
+def split_of_a_step(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
+    """Where the time of an eager step goes, as the device sees it; what the loader does takes the host's time."""
+    pictures = Pictures(size)
+    step = Step(three_levels(size, device, "bf16" if device.type == "cuda" else "fp32"), Processes())
+    model, pinned = step.model, device.type == "cuda"
+    parts: dict[str, list[float]] = {}
+    for turn in range(rounds + 1):
+        watch = Stopwatch(device)
+        batch = gather(pictures.images, pictures.labels, pinned=pinned)
+        watch.lap("loader")
+        batch = [[group.to(device) for group in groups] for groups in batch]
+        watch.lap("copy to the device")
+        total: Any = 0.0
+        for level, ((group,), count) in enumerate(zip(batch, pictures.pixels, strict=True)):
+            flow: Any = model.nfs[level]
+            z, log_det = flow(group.x, flow.grid(group.height, group.width, group.x.device))
+            watch.lap("flow forward")
+            terms = model.mixture.losses(
+                z, log_det, group.labels, level, stage=2, label_smoothing=model.config.label_smoothing
+            )
+            total = total + sum(LOSS_WEIGHTS[name] * term.sum() / count for name, term in terms.items())
+            watch.lap("prior forward")
+        step.optimizer.zero_grad()
+        total.backward()
+        watch.lap("backward")
+        step.optimizer.step()
+        watch.lap("optimizer")
+        for name, seconds in watch.seconds().items() if turn else ():
+            parts.setdefault(name, []).append(seconds)
+    label = f"training, K={size.classes}, {model.config.precision}, eager"
+    return [Figure(f"{label}, {name}", 1e3 * statistics.median(times), "ms") for name, times in parts.items()]
+
+
+class Stopwatch:
+    """Laps on the device: on CUDA between events in its stream, so that nothing waits until the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        bench.synchronise(device)
+        self.names: list[str] = []
+        self.marks = [self._mark()]
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str) -> None:
+        self.names.append(name)
+        self.marks.append(self._mark())
+
+    def seconds(self) -> dict[str, float]:
+        """By name; laps of one name add up."""
+        bench.synchronise(self.device)
+        taken: dict[str, float] = {}
+        for name, begin, end in zip(self.names, self.marks, self.marks[1:], strict=False):
+            lap = begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
+            taken[name] = taken.get(name, 0.0) + lap
+        return taken
+
+
+def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> list[Figure]:
+    """What a profile says of steps: calls in which the host waits for the device, and how busy the device is."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    pictures = Pictures(size)
+    cuda = device.type == "cuda"
+    figures = []
+    for graph in _graph_choices(device):
+        step = Step(three_levels(size, device, "bf16" if cuda else "fp32"), Processes(), graph)
+        work = functools.partial(step, pictures.images, pictures.labels, 2, RATE)
+        for _ in range(EAGER_STEPS + 2):
+            work()
+        bench.synchronise(device)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        with bench.quiet_stderr(), profile(activities=activities) as profiled:
+            for _ in range(steps):
+                with record_function(STEP):
+                    work()
+            bench.synchronise(device)
+        events = [
+            (event.name, event.time_range.start, event.time_range.end, "CUDA" in str(event.device_type))
+            for event in profiled.events()
+            if event.name == STEP or not event.is_user_annotation  # those span what lies between kernels, too
+        ]
+        label = f"training, K={size.classes}, {'recorded' if graph else 'eager'}"
+        waits = host_waits(events)
+        note = ", ".join(sorted(set(waits)))
+        figures.append(Figure(f"{label}, waits of the host inside {steps} steps", len(waits), "calls", note))
+        figures.append(Figure(f"{label}, share of the time in which the device is busy", busy_share(events), "of 1"))
+        del step, work
+        bench.release_memory(device)
+    return figures
+
+
+STEP = "hgad step"
+Event = tuple[str, float, float, bool]  # name, begin, end, on the device
+
+
+def host_waits(events: Iterable[Event]) -> list[str]:
+    """Names of the runtime's calls, inside steps on the host, that return when the device has come so far."""
+    events = list(events)
+    steps = [(begin, end) for name, begin, end, on_device in events if name == STEP and not on_device]
+    return [
+        name
+        for name, begin, _, on_device in events
+        if not on_device
+        and ("Synchronize" in name or name == "cudaMemcpy")
+        and any(start <= begin <= stop for start, stop in steps)
+    ]
+
+
+def busy_share(events: Iterable[Event]) -> float:
+    """Of the time from the device's first work to its last; NaN where it did none."""
+    work = sorted((begin, end) for name, begin, end, on_device in events if on_device and name != STEP)
+    if not work:
+        return math.nan
+    busy, until = 0.0, work[0][0]
+    for begin, end in work:
+        busy += max(end - max(begin, until), 0.0)
+        until = max(until, end)
+    return busy / (until - work[0][0])
+
+
+def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> list[Figure]:
+    """Pictures that fit in a step of 16 GB, everything counted; found by halving, to a 16th."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    found: dict[str, int] = {}
+    steps = {"ours, fp32": _our_step, "ours, bf16": _our_step, "official": _official_step}
+    for name, make in steps.items():
+        step = make(size, device, name.rpartition(" ")[2])
+        if device.type == "cuda":
+            bench.release_memory(device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY_LIMIT / total), device)
+        try:
+            found[name] = largest(functools.partial(_fits, step, device), limit)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1.0, device)
+        del step
+        bench.release_memory(device)
+    label = "largest batch in 16 GB"
+    figures: list[Figure] = [Figure(f"{label}, {name}", count, "pictures") for name, count in found.items()]
+    ratio = found["ours, bf16"] / max(found["official"], 1)
+    return [*figures, Figure(f"{label}, ours, bf16, over the official", ratio, "x")]
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest count that fits, within a 16th; 0 if none does."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    while high <= limit and high - low > max(low // 16, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _fits(step: Callable[[int], Any], device: torch.device, images: int) -> bool:
+    try:
+        step(images)
+        bench.synchronise(device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        bench.release_memory(device)
+    return True
+
+
+def _our_step(size: Size, device: torch.device, precision: str) -> Callable[[int], Any]:
+    model = three_levels(size, device, precision, "reversible")
+    loss, optimizer, maps = (
+        StageLoss(model, 2),
+        Step(model, Processes()).optimizer,
+        Pictures(replace(size, images=1)).maps,
+    )
+
+    def step(images: int) -> None:
+        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        batch = [[Group(torch.randn(images * h * w, size.channels, device=device), labels, h, w)] for h, w in maps]
+        optimizer.zero_grad()
+        loss(batch, [images * h * w for h, w in maps])[0].backward()
+        optimizer.step()
+
+    return step
+
+
+def _official_step(size: Size, device: torch.device, _: str) -> Callable[[int], Any]:
+    """The first level, by far the largest; the official loop has one in memory at a time."""
+    problem = bench.Problem(replace(size, images=1), device)
+    level, optimizer = problem.official, problem.official.optimizer()
+
+    def step(images: int) -> None:
+        n = images * size.height * size.width
+        labels = torch.zeros(n, dtype=torch.int64, device=device)
+        onehot = bench.smoothed_onehot(labels, size.classes, problem.smoothing)
+        optimizer.zero_grad()
+        x = torch.randn(n, size.channels, device=device)
+        bench.official_loss(level(x, labels, onehot, problem.position.repeat(images, 1), stage=2)).backward()
+        optimizer.step()
+
+    return step
+
+
+def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figure]:
+    """The same training in every precision: its last loss, and the AUROC of shifted pixels in held-out pictures.
+
+    Features of a class vary about a mean and along a few directions of their own; a defect is a patch moved away.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    generator = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator)
+    means, directions = 2 * normal(size.classes, size.channels), normal(size.classes, 4, size.channels)
+    h, w = size.height, size.width
+
+    def draw(labels: Tensor) -> Tensor:
+        weights = normal(len(labels), h * w, 4)
+        return means[labels][:, None] + weights @ directions[labels] + 0.5 * normal(len(labels), h * w, size.channels)
+
+    batches = [torch.randint(size.classes, (size.images,), generator=generator) for _ in range(8)]
+    training = [(draw(labels).flatten(0, 1), labels) for labels in batches]
+    held_out_labels = torch.arange(size.classes)
+    held_out = draw(held_out_labels)
+    defects = torch.zeros(size.classes, h, w)
+    defects[:, : max(h // 3, 1), : max(w // 3, 1)] = 1
+    held_out = held_out + defects.flatten(1)[..., None] * 0.3 * normal(size.channels)
+    first = bench.Problem(size, device)
+    results: dict[str, tuple[float, float]] = {}
+    for precision in ops.PRECISIONS:
+        model = first.ours(precision, "reversible")
+        flow, optimizer = model.nfs[0], model.optimizer
+        grid = flow.grid(h, w, device)
+        losses = []
+        for i in range(steps):
+            x, labels = (t.to(device) for t in training[i % len(training)])
+            stage = 1 if i < steps // 4 else 2
+            terms = model.mixture.losses(
+                *flow(x, grid), labels, 0, stage=stage, label_smoothing=model.config.label_smoothing
+            )
+            loss = bench.official_loss({name: term.mean() for name, term in terms.items()})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        with torch.no_grad():
+            z, log_det = flow(held_out.flatten(0, 1).to(device), grid)
+            density, _ = model.mixture.own_scores(z, log_det, 0, held_out_labels.to(device))
+        auroc = 100 * float(roc_auc_score(defects.flatten().numpy(), -density.cpu().numpy()))
+        results[precision] = float(torch.stack(losses[-len(training) :]).mean()), auroc
+    label = f"after {steps} steps"
+    figures = []
+    for precision, (loss, auroc) in results.items():
+        off = abs(loss / results["fp32"][0] - 1)
+        figures.append(Figure(f"{label}, loss, {precision}", loss, "", f"{off:.2%} from fp32"))
+        figures.append(
+            Figure(f"{label}, AUROC, {precision}", auroc, "%", f"{auroc - results['fp32'][1]:+.2f} points from fp32")
+        )
+    return figures
+
+
+# ---- scoring
+
+
+def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: int = 8) -> list[Figure]:
+    """From features to a verdict, label-free and calibrated: a picture at a time, and one picture of that many times
+    the height and width."""
+    model = three_levels(size, device, "bf16" if device.type == "cuda" else "fp32").eval()
+    _calibrate(model, size)
+    figures = []
+    for name, factor, count in (("a picture", 1, frames), (f"a picture {enlarged} times as wide", enlarged, 3)):
+        maps = [(h * factor, w * factor) for h, w in Pictures(replace(size, images=1)).maps]
+        features = [torch.randn(1, size.channels, h, w, device=device) for h, w in maps]
+        work = functools.partial(model.score_features, features)
+        label = f"features to map, {name}"
+        figures += _latency(label, work, device, count)
+        figures.append(Figure(f"{label}, memory", bench.peak_memory(work, device) / 1e9, "GB"))
+    return figures
+
+
+def _calibrate(model: HGADModel, size: Size) -> None:
+    pictures = Pictures(replace(size, images=max(size.classes, 2)))
+    levels = [torch.stack(maps) for maps in zip(*pictures.images, strict=True)]
+    ids = torch.arange(len(levels[0])) % size.classes
+    calibrate_on(model, feature_set(model, (levels, ids)), false_alarm_rate=0.5)
+
+
+def _latency(label: str, work: Callable[[], Any], device: torch.device, count: int) -> list[Figure]:
+    for _ in range(3):
+        work()
+    times = 1e3 * np.array([bench.seconds(work, device) for _ in range(count)])
+    return [Figure(f"{label}, p{p}", float(np.percentile(times, p)), "ms") for p in (50, 95)]
+
+
+def scorer_times(device: torch.device, backbone: str = "tf_efficientnet_b6", side: int = 1024) -> list[Figure]:
+    """Frame in, verdict out, with a backbone of random weights; and what of it is not the backbone's."""
+    if importlib.util.find_spec("timm") is None:
+        return [Figure("Scorer", None, "ms", "timm is not installed; see features to map")]
+    from hgad_fast.scorer import Scorer
+
+    config = HGADConfig(
+        n_classes=15,
+        backbone_arch=backbone,
+        backbone_weights=None,
+        img_size=side,
+        precision="bf16" if device.type == "cuda" else "fp32",
+    )
+    model = HGADModel(config).to(device).eval()
+    channels = model.feat_dims[0]
+    _calibrate(model, Size(height=max(side // 16, 1), width=max(side // 16, 1), channels=channels))
+    scorer = Scorer(model, frame_size=(side, side))
+    frame = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    label = f"Scorer, {backbone}, {side} px"
+    whole = _latency(label, lambda: scorer(frame), device, 20)
+    pixels = torch.rand(1, 3, side, side, device=device)
+
+    @torch.no_grad()
+    def encode() -> Any:
+        return model.encoder(pixels)
+
+    alone = _latency(f"{label}, backbone", encode, device, 20)
+    assert whole[0].value is not None and alone[0].value is not None
+    beyond = Figure(f"{label}, beyond the backbone, p50", whole[0].value - alone[0].value, "ms")
+    return [*whole, *alone, beyond]
