@@ -239,8 +239,9 @@ class Backbone(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         try:
             features = net(images)
-        except (AssertionError, RuntimeError) as error:  # how transformers of a fixed size refuse another one
-            if isinstance(error, torch.OutOfMemoryError):
+        except (AssertionError, RuntimeError) as error:  # how networks refuse a size
+            if isinstance(error, RuntimeError) and images.device.type != "meta":
+                self._stages(images.to("meta"), self._fast().shadow)  # not the size, but memory or the device?
                 raise
             h, w = images.shape[-2:]
             raise ValueError(
