@@ -199,8 +199,10 @@ class Backbone(nn.Module):
 
     def working_set(self, height: int, width: int, cut: bool = True) -> int:
         """Bytes that the features of a picture of this size need beyond it, about, those of one tile counted."""
-        of_tile = self._fast().footprint.bytes_per_pixel + 36  # the tile in float32, normalised, with channels last
-        return int(max(of_tile * one.tile_pixels for one in self.passes(height, width, cut)))
+        as_it_is = height * width <= ALWAYS_WHOLE
+        each = self._fast().bytes_per_pixel_as_it_is if as_it_is else self.footprint.bytes_per_pixel
+        each += 36  # the tile in float32, normalised, with channels last
+        return int(max(each * one.tile_pixels for one in self.passes(height, width, cut)))
 
     def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Of the pictures that the network sees."""
@@ -237,7 +239,10 @@ class Backbone(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         try:
             features = net(images)
-        except AssertionError as error:  # how transformers of a fixed size refuse another one
+        except (AssertionError, RuntimeError) as error:  # how networks refuse a size
+            if isinstance(error, RuntimeError) and images.device.type != "meta":
+                self._stages(images.to("meta"), self._fast().shadow)  # not the size, but memory or the device?
+                raise
             h, w = images.shape[-2:]
             raise ValueError(
                 f"{self.arch} cannot take pictures of {h} x {w} pixels: {error}. Choose a backbone_arch that takes any "
@@ -258,7 +263,7 @@ class _Fast:
 
     def __init__(self, net: Any) -> None:
         self.strides = net.feature_info.reduction()
-        self.net = streamlined(net)
+        self.as_it_is, self.net = net, streamlined(net)
 
     @functools.cached_property
     def shadow(self) -> nn.Module:
@@ -267,6 +272,10 @@ class _Fast:
     @functools.cached_property
     def footprint(self) -> tiles.Footprint:
         return tiles.footprint(self.net, self.strides)
+
+    @functools.cached_property
+    def bytes_per_pixel_as_it_is(self) -> float:
+        return tiles.bytes_per_pixel(tiles.shadow(self.as_it_is))
 
 
 @torch.no_grad()

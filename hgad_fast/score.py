@@ -671,7 +671,7 @@ def working_set(
     seen = seen_shape(shape, config)
     passes = encoder.passes(*seen, cut)
     sizes = [stage for one in passes for stage in one.stages]
-    always = 2**26 + 16 * sum(h * w for h, w in sizes)
+    always = 2**27 + 16 * sum(h * w for h, w in sizes)
     resized = data.centre_crop_geometry(*shape, config.img_size)[0] if config.center_crop else seen
     if resized != shape:
         always += 24 * math.prod(resized) + 4 * shape[0] * resized[1]  # Pillow resizes rows first

@@ -73,15 +73,27 @@ def footprint(net: nn.Module, strides: list[int]) -> Footprint:
 
     empty = shadow(net)
     for layer in empty.modules():
-        if hasattr(layer, "kernel_size"):
+        if hasattr(layer, "kernel_size") and hasattr(layer, "stride"):
             layer.register_forward_pre_hook(look)
+    each = bytes_per_pixel(empty)
+    if not each:
+        return Footprint(stride, 0, False, 0.0)
+    halo = math.ceil(reach / stride) * stride
+    return Footprint(stride, halo, _is_local(net, stride, halo), each)
+
+
+@torch.no_grad()
+def bytes_per_pixel(empty: nn.Module) -> float:
+    """Of activations alive at the worst moment in a `shadow`; 0 where it does not take the picture they are counted on.
+
+    Networks tell what they do not take by AssertionError, or fail with a RuntimeError.
+    """
     try:
         with _Memory() as memory:
             empty(torch.empty(1, 3, STUDIED, STUDIED, device="meta"))
-    except AssertionError:
-        return Footprint(stride, 0, False, 0.0)
-    halo = math.ceil(reach / stride) * stride
-    return Footprint(stride, halo, _is_local(net, stride, halo), memory.peak / STUDIED**2)
+    except (AssertionError, RuntimeError):
+        return 0.0
+    return memory.peak / STUDIED**2
 
 
 def _reach(layer: Any) -> int:
@@ -95,7 +107,10 @@ def _reach(layer: Any) -> int:
 
 
 def _is_local(net: nn.Module, stride: int, halo: int) -> bool:
-    """Whether pixels further than the halo from a row of cells leave its features alone; seen on a strip of noise."""
+    """Whether pixels further than the halo from a row of cells leave its features alone; seen on a strip of noise.
+
+    A network that does not take the strip is not known to be local.
+    """
     like = next(net.parameters())
     generator = torch.Generator().manual_seed(0)
     length, width = 2 * halo + 2 * stride, max(2 * stride, 64)
@@ -103,12 +118,15 @@ def _is_local(net: nn.Module, stride: int, halo: int) -> bool:
     border = halo + stride
     above, below = torch.cat([other[:, :, :border], one[:, :, border:]], 2), one.clone()
     below[:, :, border:] = 3 * other[:, :, border:]
-    plain = channels_first(net, net(one))
-    for changed, end in ((above, -1), (below, 0)):
-        for x, y in zip(plain, channels_first(net, net(changed)), strict=True):
-            x, y = x[:, :, end], y[:, :, end]
-            if not (x - y).norm() <= MAX_CHANGE * x.norm():
-                return False
+    try:
+        plain = channels_first(net, net(one))
+        for changed, end in ((above, -1), (below, 0)):
+            for x, y in zip(plain, channels_first(net, net(changed)), strict=True):
+                x, y = x[:, :, end], y[:, :, end]
+                if not (x - y).norm() <= MAX_CHANGE * x.norm():
+                    return False
+    except (AssertionError, RuntimeError):
+        return False
     return True
 
 

@@ -71,6 +71,24 @@ def test_who_looks_at_the_whole_picture_is_found_out(arch, index, is_local):
     assert tiles.footprint(net, net.feature_info.reduction()).is_local is is_local
 
 
+class Mixer(torch.nn.Module):
+    """Names the kernel of the convolution inside, as some of timm's modules do."""
+
+    kernel_size = 5
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 5, padding=2)
+
+    def forward(self, x):
+        return [self.conv(x)]
+
+
+def test_a_module_that_only_names_a_kernel_has_no_reach_of_its_own():
+    found = tiles.footprint(Mixer(), [1])
+    assert found.halo == 2 and found.is_local
+
+
 @pytest.mark.parametrize("length", range(1, 200, 13))
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_cuts_keep_padding_and_phase(length, parts):
