@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,11 +57,29 @@ def visible(folder: Path) -> list[Path]:
 def read_image(path: str | os.PathLike[str]) -> Tensor:
     """The image file as (3, H, W) float32 in [0, 1], upright, its values converted as by `from_pil`.
 
-    A file of several pages gives the first. Raises ImageError if the file is missing, not of a format that is
+    A file of several pages gives the first. Of the first 16-bit colour file a warning says that it is cut to 8 bits.
+    Raises ImageError if the file is missing, not of a format that is
     read, damaged or truncated anywhere, or of more than `MAX_IMAGE_PIXELS` pixels.
     """
     with _opened(Path(path)) as image:
+        _warn_of_16_bit_colour(Path(path), image)
         return from_pil(image)
+
+
+def _warn_of_16_bit_colour(path: Path, image: PIL.Image.Image) -> None:
+    """Once a process, of an image that is not decoded yet: what its pixels are like is said by Pillow's decoder."""
+    global _warned_of_16_bits
+    raw = "".join(str(tile.args) for tile in getattr(image, "tile", []))  # such as "RGB;16B", or ("RGBA;16L", ...)
+    if image.mode.startswith("RGB") and ";16" in raw and not _warned_of_16_bits:
+        _warned_of_16_bits = True
+        warnings.warn(
+            f"{path} has 16 bits a colour, of which Pillow reads the upper 8; so for all such files. To keep all, "
+            "score arrays of uint16, or store grey pictures of 16 bits",
+            stacklevel=3,
+        )
+
+
+_warned_of_16_bits = False
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:

@@ -109,10 +109,33 @@ def test_grey_of_12_bits_in_a_pgm_is_scaled_by_its_own_maximum(tmp_path: Path) -
     np.testing.assert_allclose(image[0].numpy(), levels / 4095.0, atol=1 / 65535)
 
 
-def test_16_bit_colour_keeps_the_upper_byte(tmp_path: Path) -> None:
+def test_16_bit_colour_keeps_the_upper_byte_and_the_first_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(images, "_warned_of_16_bits", False)
     pixels = np.array([[[0, 255, 256], [511, 40000, 65535]]], ">u2")
     path = write(tmp_path / "a.png", png(2, 1, 16, 2, b"\0" + pixels.tobytes()))
+    read_image(draw(tmp_path / "grey.png", GREY16))
+    read_image(draw(tmp_path / "8.png", COLOUR))
+    assert not recwarn
     assert_colour(read_image(path), pixels >> 8)
+    read_image(path)
+    assert [str(w.message) for w in recwarn] == [str(recwarn[0].message)]
+    assert str(recwarn[0].message).startswith(f"{path} has 16 bits a colour, of which Pillow reads the upper 8")
+
+
+def test_16_bit_colour_in_a_tiff_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(images, "_warned_of_16_bits", False)
+    pixels = np.array([[[0, 255, 256], [511, 40000, 65535]]], "<u2")
+    values = {256: (3, 1, 2), 257: (3, 1, 1), 258: (3, 3, 158), 259: (3, 1, 1), 262: (3, 1, 2), 273: (4, 1, 164)}
+    values |= {277: (3, 1, 3), 278: (3, 1, 1), 279: (4, 1, 12), 339: (3, 1, 1)}
+    entries = b"".join(struct.pack("<HHII", tag, *value) for tag, value in values.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4)
+    content = head.ljust(158, b"\0") + struct.pack("<3H", 16, 16, 16) + pixels.tobytes()
+    assert_colour(read_image(write(tmp_path / "a.tif", content)), pixels >> 8)
+    assert len(recwarn) == 1 and str(recwarn[0].message).startswith(f"{tmp_path / 'a.tif'} has 16 bits a colour")
 
 
 def test_floats_in_the_unit_interval_are_kept(tmp_path: Path) -> None:

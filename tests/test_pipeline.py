@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from typer.testing import CliRunner
 
 from hgad_fast import HGADConfig, HGADModel, pipeline
@@ -100,6 +101,13 @@ def test_rows_are_those_of_one_by_one_scoring_in_the_order_of_the_files(
             for region in record.row["regions"]:
                 inside = written[region["top"] : region["bottom"], region["left"] : region["right"]]
                 assert inside.max() >= region["peak"] == written[region["peak_y"], region["peak_x"]]
+            labels, _ = ndimage.label(written > record.row["threshold"], np.ones((3, 3)))
+            areas = np.bincount(labels.flat)[1:].tolist()
+            boxes = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels)]
+            assert sorted(zip(boxes, areas, strict=True)) == sorted(
+                ((region["left"], region["top"], region["right"], region["bottom"]), region["area"])
+                for region in record.row["regions"]
+            )
     assert any(row["regions"] for row in rows_of(records))
 
 
