@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from benchmarks import gpu, gpu_figures, tf32
-from hgad_fast import bench, ops
+from hgad_fast import bench, metrics, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -128,6 +128,11 @@ def test_the_largest_batch_is_found_to_a_sixteenth(right: int) -> None:
     assert right - max(right // 16, 1) < gpu_figures.largest(fits, 1000) <= right
     assert len(tried) <= 12
     assert gpu_figures.largest(lambda count: True, 100) == 64
+
+
+def test_auroc_is_that_of_the_library() -> None:
+    scores, positive = torch.randn(99), torch.rand(99) > 0.7
+    assert gpu_figures.share_in_order(scores, positive) == pytest.approx(metrics.auroc(scores, positive))
 
 
 def test_waits_and_idle_time_are_read_from_a_profile() -> None:

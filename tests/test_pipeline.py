@@ -202,6 +202,26 @@ def test_what_was_scored_with_other_options_is_not_taken_up(
             score_files(model, [file], again)
 
 
+def test_a_full_disk_is_named_with_the_file_and_leaves_whole_files(
+    model: HGADModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What writes to a descriptor knows no name; NumPy gives not even the error's number."""
+    save = np.save
+
+    def full(path: Path, scores: np.ndarray) -> None:
+        save(path, scores[:3])
+        raise OSError("2240 requested and 3 written") if path.parent.name == "maps" else OSError(28, "No space left")
+
+    monkeypatch.setattr(np, "save", full)
+    file, output = write_picture(tmp_path / "picture.png", 0), tmp_path / "out"
+    with pytest.raises(OSError, match=r"2240 requested and 3 written: '.*maps/picture.npy'"):
+        score_files(model, [file], Job(output=output, maps="npy"))
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left: '.*picture.npy'"):
+        pipeline.write_map(tmp_path / "picture.npy", np.zeros((4, 4), np.float32), "npy")
+    assert not list((output / "maps").iterdir()) and not list(tmp_path.glob(".*"))
+    assert (output / "scores.csv").read_text().count("\n") == 1
+
+
 def test_a_refused_picture_can_be_tried_with_more_memory(model: HGADModel, tmp_path: Path) -> None:
     file = write_picture(tmp_path / "picture.png", 0)
     for memory, rows in (("10MB", 0), ("4GB", 1)):
