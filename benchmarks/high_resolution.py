@@ -34,7 +34,7 @@ from hgad_fast.files import replacing
 
 CPU = torch.device("cpu")
 PICTURES = ((2000, 2000), (4000, 4000), (8000, 8000), (16000, 3000))
-TIMED = (1024, 2048, 3072)  # sides of squares
+TIMED = (512, 1024, 2048)  # sides of squares
 NETWORKS = ("tf_efficientnet_lite0", "resnet18", "convnext_atto", "mobilenetv3_large_100", "tf_efficientnet_b6")
 
 

@@ -255,5 +255,3 @@ def _digest(contents: Iterable[str]) -> str:
 
 def _size(features: Mapping[str, Features]) -> int:
     return sum(level.nbytes for maps in features.values() for level in maps)
-
-
