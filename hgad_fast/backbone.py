@@ -199,9 +199,7 @@ class Backbone(nn.Module):
 
     def working_set(self, height: int, width: int, cut: bool = True) -> int:
         """Bytes that the features of a picture of this size need beyond it, about, those of one tile counted."""
-        as_it_is = height * width <= ALWAYS_WHOLE
-        each = self._fast().bytes_per_pixel_as_it_is if as_it_is else self.footprint.bytes_per_pixel
-        each += 36  # the tile in float32, normalised, with channels last
+        each = self.footprint.bytes_per_pixel + 36  # the tile in float32, normalised, with channels last
         return int(max(each * one.tile_pixels for one in self.passes(height, width, cut)))
 
     def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -263,7 +261,7 @@ class _Fast:
 
     def __init__(self, net: Any) -> None:
         self.strides = net.feature_info.reduction()
-        self.as_it_is, self.net = net, streamlined(net)
+        self.net = streamlined(net)
 
     @functools.cached_property
     def shadow(self) -> nn.Module:
@@ -272,10 +270,6 @@ class _Fast:
     @functools.cached_property
     def footprint(self) -> tiles.Footprint:
         return tiles.footprint(self.net, self.strides)
-
-    @functools.cached_property
-    def bytes_per_pixel_as_it_is(self) -> float:
-        return tiles.bytes_per_pixel(tiles.shadow(self.as_it_is))
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def footprint(net: nn.Module, strides: list[int]) -> Footprint:
     for layer in empty.modules():
         if hasattr(layer, "kernel_size") and hasattr(layer, "stride"):
             layer.register_forward_pre_hook(look)
-    each = bytes_per_pixel(empty)
+    each = _bytes_per_pixel(empty)
     if not each:
         return Footprint(stride, 0, False, 0.0)
     halo = math.ceil(reach / stride) * stride
@@ -83,7 +83,7 @@ def footprint(net: nn.Module, strides: list[int]) -> Footprint:
 
 
 @torch.no_grad()
-def bytes_per_pixel(empty: nn.Module) -> float:
+def _bytes_per_pixel(empty: nn.Module) -> float:
     """Of activations alive at the worst moment in a `shadow`; 0 where it does not take the picture they are counted on.
 
     Networks tell what they do not take by AssertionError, or fail with a RuntimeError.
