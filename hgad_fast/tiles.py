@@ -79,6 +79,9 @@ def footprint(net: nn.Module, strides: list[int]) -> Footprint:
     if not each:
         return Footprint(stride, 0, False, 0.0)
     halo = math.ceil(reach / stride) * stride
+    stages = channels_first(net, empty(torch.empty(1, 3, STUDIED, STUDIED, device="meta")))
+    if any(x.shape[2] < STUDIED // each_stride for x, each_stride in zip(stages, strides, strict=True)):
+        halo *= 2  # layers without padding: all that a cell depends on lies on one side of it
     return Footprint(stride, halo, _is_local(net, stride, halo), each)
 
 

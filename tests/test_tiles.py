@@ -50,6 +50,7 @@ def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
         ("test_convnext", {"out_indices": (1,)}),
         ("test_mambaout", {"out_indices": (1,)}),
         ("resnet18", {"feature_mode": "stages", "out_indices": (1, 2)}),
+        ("inception_v3", {"out_indices": (1,)}),  # without padding: a stage has fewer cells than strides
     ],
 )
 def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
