@@ -38,7 +38,7 @@ class Calibration:
         weights: (K, 2) of likelihood and entropy map with ``fusion="standardised"``: one over the height of each map's
             peaks, the mean over the class's normal pictures of the map's maximum, less its mean over all their pixels.
             Both count alike in their sum where normal pictures stand out most, whatever their tails. None: their
-            product, as published.
+            product, as published; so too where no picture was held out.
         img_size: at which the pictures were seen; None where it is not known.
     """
 
@@ -201,7 +201,7 @@ def calibration_of(
     cells = score.cells_on_map(model, img_size)
     class_ids = torch.cat([item.class_id for item in found]) if found else torch.empty(0, dtype=torch.int64)
     calibration = Calibration(level_max, torch.empty(0), class_ids, img_size=img_size)
-    if model.config.fusion == "standardised" and model.config.n_classes > 1:
+    if model.config.fusion == "standardised" and model.config.n_classes > 1 and found:
         calibration.weights = _weights(model, found, level_max, cells)
     maps = [calibration.maps(item, model.config.msk_size, cells) for item in found]
     calibration.scores = torch.tensor([float(m.max()) for m in maps])

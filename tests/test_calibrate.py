@@ -253,6 +253,16 @@ def test_standardised_fusion_is_the_sum_in_units_of_the_normal_peaks(tmp_path):
     assert torch.equal(one.anomaly_map[0], found.anomaly_map[3]) and torch.equal(one.p_value, found.p_value[3:4])
 
 
+def test_standardised_fusion_without_held_out_pictures_is_the_product():
+    normal = normal_features([0, 1, 0, 1, 1])
+    maps = []
+    for fusion in ("standardised", "product"):
+        model = detector(fusion=fusion, calibration_fraction=0)
+        model.fit(normal, progress=False)
+        maps.append(model.score_features(batches(normal)).anomaly_map)
+    assert maps[0].isfinite().all() and torch.equal(*maps)
+
+
 def test_scores_of_new_normal_pictures_are_valid_although_the_constants_come_from_the_same_pictures():
     model, count, n = detector(), 1000, 9
     images = normal_features([0] * count)
