@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import data as pictures
 from . import images, score
+from .backbone import Backbone
 from .cache import SHARD_BYTES, SHARD_PICTURES, CacheFull, DiskCache, Features, MemoryCache
 from .files import byte_count, readable
 from .model import state_hash
@@ -156,6 +157,11 @@ def feature_set(
     if isinstance(data, (tuple, list)) and len(data) == 2:
         return _checked(model, FeatureSet.from_levels(*data))
     extractor = _Extractor(model, DTYPES[cache_dtype])
+    if cache == "disk" and not isinstance(extractor.encoder, Backbone):
+        raise ValueError(
+            "cache='disk' tells features by the name and weights of a timm backbone, which an encoder of your own does "
+            "not have; take cache='ram'"
+        )
     dataset = data if isinstance(data, pictures.Dataset) else pictures.discover(data)
     _take_classes(model, dataset)
     store: Cache | None = None
@@ -226,7 +232,8 @@ def _fill(
     if not missing:
         return
     size = sum(extractor.size(files[content]) for content in missing)
-    say(f"features of {len(missing)} pictures, about {readable(size)}, go to {cache}")
+    about = f", about {readable(size)}," if size else ""
+    say(f"features of {len(missing)} pictures{about} go to {cache}")
     together = max(1, min(SHARD_PICTURES, SHARD_BYTES * len(missing) // max(size, 1)))
     together = 2 ** (together.bit_length() - 1)  # other processes, which miss others, should come to the same groups
     contents = list(files)
@@ -359,7 +366,9 @@ class _Extractor:
         return features
 
     def size(self, path: Path) -> int:
-        """How many bytes the features take, about; 0 where the file's header cannot be read."""
+        """How many bytes the features take, about; 0 if not known: of a user's own encoder, or a damaged file."""
+        if not isinstance(self.encoder, Backbone):
+            return 0
         try:
             height, width, _ = images.read_header(path)
         except pictures.ImageError:

@@ -157,7 +157,7 @@ class HGADModel(OfficialSurface):
         """Write the model to one safetensors file; with the backbone inside, loading needs no network.
 
         Without it (`include_backbone=False`) the file is small, and holds a hash that the backbone must match on
-        loading.
+        loading. An encoder of the user's own, put in the place of ``backbone_arch=None``, is never inside.
         """
         from safetensors.torch import save_file
 
@@ -169,6 +169,7 @@ class HGADModel(OfficialSurface):
             "checkpoint": self.checkpoint,
         }
         if self.encoder is not None:
+            include_backbone = include_backbone and self.config.backbone_arch is not None
             metadata["backbone_sha256"] = state_hash(self.encoder)
             metadata["backbone"] = "included" if include_backbone else "left out"
             if not include_backbone:

@@ -437,3 +437,27 @@ def test_a_model_without_class_names_takes_those_of_the_dataset(tmp_path: Path):
     )
     feature_set(model, tmp_path)
     assert model.class_names == ("bolt", "nut")
+
+
+class OwnEncoder(torch.nn.Module):
+    """Contrast to grey in cells of 8 and 16 pixels."""
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return images - 0.5
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [F.avg_pool2d(images, cell, ceil_mode=True) for cell in (8, 16)]
+
+
+@pytest.mark.filterwarnings("ignore:too few")
+def test_an_encoder_of_the_users_own_trains_and_is_put_back_after_loading(woods, tmp_path_factory):
+    model = featureless(feature_dims=(3, 3), img_size=64, meta_epochs=1, sub_epochs=1)
+    model.encoder = OwnEncoder()
+    with pytest.raises(ValueError, match="encoder of your own .* cache='ram'"):
+        model.fit(woods, cache="disk", cache_dir=woods / "cache", progress=False)
+    run = tmp_path_factory.mktemp("run")
+    model.fit(woods, output_dir=run, progress=False)
+    loaded = HGADModel.load(run / "model.safetensors")
+    loaded.encoder = OwnEncoder()
+    file = woods / "ash" / "0.png"
+    assert torch.equal(loaded.score(file).anomaly_map, model.score(file).anomaly_map)
