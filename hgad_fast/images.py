@@ -214,8 +214,10 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     height, width = size
-    planes = [Image.fromarray(plane) for plane in image.detach().to("cpu", torch.float32).numpy()]
-    resized = [np.array(plane.resize((width, height), Image.Resampling.LANCZOS)) for plane in planes]
+    resized = [
+        np.array(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS))  # copies one plane at a time
+        for plane in image.detach().to("cpu", torch.float32).numpy()
+    ]
     return torch.from_numpy(np.stack(resized)).clamp_(0, 1).to(image.device)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import data
 from .backbone import ALWAYS_WHOLE, TILES, Backbone, FeatureMaps
-from .files import byte_count, replacing
+from .files import byte_count, readable, replacing
 from .interpolate import Between, between, bilinear
 from .ops import SeparablePosition
 
@@ -208,7 +208,7 @@ def check_class_ids(config: HGADConfig, class_ids: Any, batch: int) -> Tensor | 
         return None
     if hasattr(class_ids, "tolist"):  # an array or tensor, perhaps of no dimension
         class_ids = class_ids.tolist()
-    if isinstance(class_ids, (int, str)):
+    if isinstance(class_ids, str) or not isinstance(class_ids, Iterable):
         class_ids = [class_ids] * batch
     ids = []
     for value in class_ids:
@@ -511,7 +511,7 @@ def score_images(
             that at twice the size. Calibrate at the same size, or thresholds do not fit.
         max_memory: bytes, or e.g. ``"1.5GB"``, that scoring a picture (or batch) may take beyond model, picture and
             map; default `MAX_MEMORY`. A picture that needs more is refused before anything is computed. It changes no
-            bit of a result, unless it decides about `tiles`.
+            bit of a result, unless it decides about `tiles`, or with `throughput` about the batches.
         tiles: what the backbone does with a large picture. ``"auto"``: cuts it where the tiles give the features of the
             whole; a network that pools over the whole picture cuts where the whole does not fit into `max_memory`, and
             warns. ``"always"`` and ``"never"`` say it themselves.
@@ -674,7 +674,8 @@ def working_set(
     always = 2**27 + 16 * sum(h * w for h, w in sizes)
     resized = data.centre_crop_geometry(*shape, config.img_size)[0] if config.center_crop else seen
     if resized != shape:
-        always += 24 * math.prod(resized) + 4 * shape[0] * resized[1]  # Pillow resizes rows first
+        always += 24 * math.prod(resized)
+        always += 4 * (math.prod(shape) + max(shape[0] * resized[1], resized[0] * shape[1]))  # Pillow's, of a channel
     kept = kept_bytes(sizes, config.n_classes)
     if not class_known and kept <= MAX_KEPT:
         always += kept
@@ -721,7 +722,7 @@ def may_cut(
             remedy += ", or smaller tiles (hgad_fast.backbone.TILE_MEMORY)"
         raise ValueError(
             f"a picture of {shape[0]} x {shape[1]} pixels (height x width), seen at {seen[0]} x {seen[1]}, takes about "
-            f"{_gigabytes(needed)} to score, and max_memory is {_gigabytes(limit)}: allow more, or choose {remedy}"
+            f"{_gigabytes(needed)} to score, and max_memory is {readable(limit)}: allow more, or choose {remedy}"
         )
     if cut and not is_local and max(len(one.rows) * len(one.columns) for one in encoder.passes(*seen)) > 1:
         warnings.warn(

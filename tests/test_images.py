@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -377,6 +378,19 @@ def test_overshoot_is_clipped() -> None:
     assert exact.max() > 1.05 and exact.min() < -0.05
     resized = resize_image(step, (16, 24))[0, 0]
     assert resized.max() == 1 and resized.min() == 0
+
+
+def test_resize_image_copies_one_channel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref] = []
+    fromarray = Image.fromarray
+
+    def watched(plane: np.ndarray) -> Image.Image:
+        assert not any(copy() for copy in copies)
+        copies.append(weakref.ref(image := fromarray(plane)))
+        return image
+
+    monkeypatch.setattr(Image, "fromarray", watched)
+    assert resize_image(torch.rand(3, 9, 7), (4, 5)).shape == (3, 4, 5) and len(copies) == 3
 
 
 def test_resize_image_keeps_more_than_8_bits() -> None:

@@ -618,6 +618,7 @@ def test_empty_folder(camera, tmp_path):
         (-1, "class -1 is unknown"),
         ([0, "class 7"], "class 'class 7' is unknown"),
         ([0, 1.5], "class 1.5 is unknown"),
+        (1.5, "class 1.5 is unknown"),
         ([0, None], "class None is unknown"),
         ([0, 1, 2], "3 class ids for 2 images"),
         ([], "0 class ids for 2 images"),

@@ -99,7 +99,7 @@ def test_a_size_and_a_memory_of_its_own(model: HGADModel) -> None:
     found, expected = Scorer(model, img_size="native")(frame), model.score(frame, img_size="native")
     assert found.score == float(expected.image_score)
     torch.testing.assert_close(found.anomaly_map, expected.anomaly_map[0], rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match="a picture of 30 x 50 pixels .* max_memory is 0.01 GB"):
+    with pytest.raises(ValueError, match="a picture of 30 x 50 pixels .* max_memory is 10 MB"):
         Scorer(model, frame_size=(30, 50), max_memory="10MB")
     with pytest.raises(ValueError, match="max_memory is 'lots'"):
         Scorer(model, max_memory="lots")

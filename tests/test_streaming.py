@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(monkeypatch, t
     monkeypatch.setattr(type(model.encoder), "forward", None)
     monkeypatch.setattr(type(model.encoder), "feature_maps", None)
     pictures = [torch.rand(3, 32, 32), torch.rand(3, 4000, 4000)]
-    with pytest.raises(ValueError, match="4000 x 4000 pixels .* max_memory is 0.4 GB"):
+    with pytest.raises(ValueError, match="4000 x 4000 pixels .* max_memory is 400 MB"):
         native(model, pictures, max_memory="400MB", tiles="never")
     with pytest.raises(ValueError, match="4000 x 4000"):
         native(model, pictures[1], max_memory="400MB", tiles="never", map_path=tmp_path / "map.npy")
