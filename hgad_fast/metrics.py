@@ -76,8 +76,8 @@ def pixel_metrics(maps: Iterable[Any], masks: Iterable[Any], limits: Sequence[fl
     its files on access.
 
     Returns {"auroc", "average_precision", "f1_max", "aupro_0.3", "aupro_0.05"}.
-    Raises ValueError for a score that is not finite, a mask of another shape than its map, another number of
-    masks than maps, no anomalous or no normal pixel at all, or a limit outside (0, 1].
+    Raises ValueError for a score that is not finite, a NaN in a mask, a mask of another shape than its map, another
+    number of masks than maps, no anomalous or no normal pixel at all, or a limit outside (0, 1].
     """
     for limit in limits:
         _check_limit(limit)
@@ -474,7 +474,10 @@ def _images(maps: Iterable[Any], masks: Iterable[Any]) -> Iterator[tuple[np.ndar
         map_ = _array(map_)
         if map_.dtype not in (np.float32, np.float64):
             map_ = map_.astype(np.float32 if map_.dtype == np.float16 else np.float64)
-        mask = np.zeros(map_.shape, bool) if mask is None else _array(mask) != 0
+        mask = np.zeros(map_.shape, bool) if mask is None else _array(mask)
+        if mask.dtype.kind == "f" and np.isnan(mask).any():
+            raise ValueError(f"masks[{i}] holds a NaN: pass 0 where a pixel is normal, anything else where it is not")
+        mask = mask != 0
         if map_.ndim != 2 or map_.shape != mask.shape:
             raise ValueError(
                 f"maps[{i}] has shape {map_.shape} and masks[{i}] {mask.shape}: pass both as (H, W), "

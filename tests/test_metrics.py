@@ -447,6 +447,7 @@ SQUARE = np.ones((2, 2), np.float32)
         (lambda: metrics.pixel_metrics([SQUARE], [SQUARE]), "masks hold no normal pixel.* add images"),
         (lambda: metrics.aupro([SQUARE, SQUARE * np.nan], [SQUARE, None]), r"maps\[1\] holds a NaN"),
         (lambda: metrics.aupro([SQUARE, SQUARE * np.inf], [SQUARE, None]), r"maps\[1\] holds .* infinity"),
+        (lambda: metrics.aupro([SQUARE, SQUARE], [SQUARE, SQUARE * np.nan]), r"masks\[1\] holds a NaN"),
         (lambda: metrics.aupro([SQUARE, SQUARE], [SQUARE, SQUARE[:1]]), r"maps\[1\] .*\(2, 2\) .* \(1, 2\)"),
         (lambda: metrics.aupro([SQUARE[None]], [SQUARE[None]]), r"shape \(1, 2, 2\) .* \(H, W\)"),
         (lambda: metrics.aupro([SQUARE] * 2, [SQUARE]), "masks ends after 1 images"),
