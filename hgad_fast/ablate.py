@@ -151,9 +151,10 @@ def _drawn(class_ids: Tensor, names: Sequence[str], count: int | None, seed: int
         members = (class_ids == k).nonzero().flatten()
         members = members[torch.randperm(len(members), generator=generator)]
         n = len(members) - max(1, len(members) // 10) if count is None else count
-        if n >= len(members):
+        if not 0 < n < len(members):
             raise ValueError(
-                f"class {names[k]!r} has {len(members)} training pictures: train on fewer, the others calibrate"
+                f"class {names[k]!r} has {len(members)} training pictures, of which {n} cannot be trained on: at least "
+                "one, and fewer than all, for the others calibrate"
             )
         chosen.append(members[:n])
         others.append(members[n:])

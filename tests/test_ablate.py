@@ -177,7 +177,8 @@ def test_without_masks_there_are_no_pixel_figures(root, tmp_path):
 def test_what_cannot_be(root, tmp_path):
     with pytest.raises(ValueError, match="there is no variant 'hgda'; there are single-gaussian, "):
         ablate.run(root, CONFIG, tmp_path, variants=["hgda"])
-    with pytest.raises(ValueError, match="class 'coarse' has 10 training pictures: train on fewer"):
-        ablate.run(root, CONFIG, tmp_path, training_pictures=10, say=lambda text: None)
+    for count in (10, 0, -5):
+        with pytest.raises(ValueError, match=f"class 'coarse' has 10 training pictures, of which {count} cannot be"):
+            ablate.run(root, CONFIG, tmp_path, training_pictures=count, say=lambda text: None)
     with pytest.raises(ValueError, match="n_intra_centers"):
         ablate.run(root, CONFIG, tmp_path, centres=[5, 0])
