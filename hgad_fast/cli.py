@@ -253,6 +253,7 @@ def evaluate(
     from .evaluate import evaluate as run
     from .files import replacing
 
+    _require_no_folder(output)
     detector = _load(model, device, false_alarm_rate)
     best = None if official is None else _load(official, device, None)
     result = run(detector, data, official=best, img_size=_img_size(img_size), details=output is not None)
@@ -280,6 +281,7 @@ def calibrate(
 
     Its weights stay as they are.
     """
+    _require_no_folder(output)
     detector = _load(model, device, None)
     if false_alarm_rate is None:
         false_alarm_rate = detector.calibration.false_alarm_rate if detector.calibration is not None else 0.01
@@ -307,6 +309,7 @@ def report(
     """
     from .report import write_report
 
+    _require_no_folder(output)
     print(f"report: {write_report(run, data, output, device=_device(device), progress=_tracked)}")
 
 
@@ -322,9 +325,9 @@ def data(
 ) -> None:
     """Count the pictures of a dataset by class and split, and say what looks wrong with them.
 
-    MVTec AD, MVTec AD 2, BTAD, VisA, MVTec 3D-AD, Real-IAD and MPDD are recognised as they are published. The exit code
-    is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same picture in
-    training and test.
+    MVTec AD, MVTec AD 2, BTAD, VisA, MVTec 3D-AD, MVTec LOCO, Real-IAD and MPDD are recognised as they are published.
+    The exit code is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same
+    picture in training and test.
     """
     from .data import discover
     from .survey import survey
@@ -557,6 +560,11 @@ def _img_size(text: str | None) -> int | str | None:
 def _require_rate(false_alarm_rate: float) -> None:
     if not 0 < false_alarm_rate < 1:
         raise ValueError(f"--false-alarm-rate is {false_alarm_rate}; allowed: above 0 and below 1")
+
+
+def _require_no_folder(output: Path | None) -> None:
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output is {output}, a folder; name the file to write")
 
 
 def _load(path: Path, device: str | None, false_alarm_rate: float | None) -> HGADModel:

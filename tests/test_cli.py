@@ -428,6 +428,8 @@ def test_bad_arguments_of_score_and_eval_are_named(model, data, tmp_path):
     assert f"{tmp_path / 'none'}: no such folder" in fails("eval", model, tmp_path / "none")
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in fails("score", model, file, "--output", tmp_path / "file" / "out").replace("'", "")
+    for command in (["eval", model, data], ["calibrate", model, data], ["report", tmp_path]):
+        assert f"--output is {tmp_path}, a folder" in fails(*command, "--output", tmp_path)
     for name in ("leaning", "bent"):
         shutil.copytree(data / "upright", tmp_path / "other" / name)
     assert "classes the model does not know: bent" in fails("eval", model, tmp_path / "other")
