@@ -839,7 +839,7 @@ def mixture_losses(
     Raises:
         ValueError: a shape does not fit; the message says which.
     """
-    _check_mixture(z, log_det, labels, mu, delta, phi_inter, phi_intra)
+    _check_mixture(z, log_det, mu, delta, phi_inter, phi_intra, labels)
     if stage not in (1, 2):
         raise ValueError(f"stage is {stage!r}; allowed are 1 and 2")
     lse, entropy, information, own = _mixture_forward(
@@ -868,11 +868,12 @@ def _soft_information(z: Tensor, targets: Tensor, mu: Tensor, log_pi: Tensor) ->
 def _check_mixture(
     z: Tensor,
     log_det: Tensor,
-    labels: Tensor | None,
     mu: Tensor,
     delta: Tensor,
     phi_inter: Tensor,
     phi_intra: Tensor,
+    labels: Tensor | None = None,
+    **_: Any,  # what an operation takes besides
 ) -> None:
     (n, channels), classes, centres = z.shape, mu.shape[0], phi_intra.shape[-1]
     expected = {
@@ -991,21 +992,7 @@ class MixtureScores(NamedTuple):
     class_log_density: Tensor | None  # (N, K)
 
 
-def _check_scores(
-    z: Tensor,
-    log_det: Tensor,
-    mu: Tensor,
-    delta: Tensor,
-    phi_inter: Tensor,
-    phi_intra: Tensor,
-    labels: Tensor | None = None,
-    *,
-    per_class: bool = False,
-) -> None:
-    _check_mixture(z, log_det, labels, mu, delta, phi_inter, phi_intra)
-
-
-@fused("mixture", MixtureScores._make, _check_scores)
+@fused("mixture", MixtureScores._make, _check_mixture)
 def mixture_scores(
     z: Tensor,
     log_det: Tensor,
@@ -1122,7 +1109,7 @@ def own_class_scores(
     Raises:
         ValueError: a shape does not fit; the message says which.
     """
-    _check_mixture(z, log_det, labels, mu, delta, phi_inter, phi_intra)
+    _check_mixture(z, log_det, mu, delta, phi_inter, phi_intra, labels)
     if path(z, backend) == "triton":
         parameters = (z, labels, mu, delta, phi_inter, phi_intra)
         _, entropy, _, own = mixture_terms(*parameters, label_smoothing=0.0, stage=2, backend=backend)
