@@ -75,28 +75,15 @@ def footprint(net: nn.Module, strides: list[int]) -> Footprint:
     for layer in empty.modules():
         if hasattr(layer, "kernel_size") and hasattr(layer, "stride"):
             layer.register_forward_pre_hook(look)
-    each = _bytes_per_pixel(empty)
-    if not each:
-        return Footprint(stride, 0, False, 0.0)
-    halo = math.ceil(reach / stride) * stride
-    stages = channels_first(net, empty(torch.empty(1, 3, STUDIED, STUDIED, device="meta")))
-    if any(x.shape[2] < STUDIED // each_stride for x, each_stride in zip(stages, strides, strict=True)):
-        halo *= 2  # layers without padding: all that a cell depends on lies on one side of it
-    return Footprint(stride, halo, _is_local(net, stride, halo), each)
-
-
-@torch.no_grad()
-def _bytes_per_pixel(empty: nn.Module) -> float:
-    """Of activations alive at the worst moment in a `shadow`; 0 where it does not take the picture they are counted on.
-
-    Networks tell what they do not take by AssertionError, or fail with a RuntimeError.
-    """
     try:
         with _Memory() as memory:
-            empty(torch.empty(1, 3, STUDIED, STUDIED, device="meta"))
-    except (AssertionError, RuntimeError):
-        return 0.0
-    return memory.peak / STUDIED**2
+            stages = channels_first(net, empty(torch.empty(1, 3, STUDIED, STUDIED, device="meta")))
+    except (AssertionError, RuntimeError):  # how networks tell what they do not take
+        return Footprint(stride, 0, False, 0.0)
+    halo = math.ceil(reach / stride) * stride
+    if any(x.shape[2] < STUDIED // each for x, each in zip(stages, strides, strict=True)):
+        halo *= 2  # layers without padding: all that a cell depends on lies on one side of it
+    return Footprint(stride, halo, _is_local(net, stride, halo), memory.peak / STUDIED**2)
 
 
 def _reach(layer: Any) -> int:
