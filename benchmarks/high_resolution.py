@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,7 +110,7 @@ def mixture(quick: bool) -> Any:
     (density, entropy), (theirs, negative_entropy) = ours(), official()
     assert density is not None
     errors = bench.relative_error(density / z.shape[1], theirs), bench.relative_error(-entropy, negative_entropy)
-    seconds = in_turn(ours, official)
+    seconds = medians(ours, official)
     extra = [bench.peak_memory(work, CPU) for work in (ours, official)]
     yield {
         "size": str(problem.size),
@@ -133,7 +133,7 @@ def speed(quick: bool) -> Any:
         ours = functools.partial(model.score, picture, 0, normalization="official", img_size="native")
         official = functools.partial(official_map, model, levels, picture)
         error = bench.relative_error(ours().anomaly_map[0], official())
-        mine, theirs, backbone = in_turn(ours, official, lambda p=picture: score.feature_maps(model, p, True).whole())
+        mine, theirs, backbone = medians(ours, official, lambda p=picture: score.feature_maps(model, p, True).whole())
         yield {
             "side": side,
             "relative_error": error,
@@ -197,10 +197,9 @@ def seen(cuts: list[tiles.Cut]) -> int:
     return sum(cut.stop - cut.start for cut in cuts)
 
 
-def in_turn(*works: Callable[[], Any], rounds: int = 3) -> list[float]:
-    """Median seconds of each."""
-    times = [[bench.seconds(work, CPU) for work in works] for _ in range(rounds)]
-    return [statistics.median(each) for each in zip(*times, strict=True)]
+def medians(*works: Callable[[], Any]) -> list[float]:
+    """Seconds of each, in turn."""
+    return np.median(bench.alternate(works, rounds=3, device=CPU), 1).tolist()
 
 
 PARTS: dict[str, Callable[[bool], Any]] = {

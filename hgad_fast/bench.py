@@ -1064,7 +1064,7 @@ def wrong_results(outcomes: Iterable[Outcome]) -> list[str]:
     return lines
 
 
-def alternate(contenders: list[Contender], rounds: int, device: torch.device) -> np.ndarray:
+def alternate(contenders: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> np.ndarray:
     """Seconds (contender, round), NaN if out of memory. They take turns, each round starting with the next one."""
     times = np.empty((len(contenders), rounds))
     release_memory(device)
