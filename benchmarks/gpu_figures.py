@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgad_fast import bench, ops
+from hgad_fast import bench, latency, ops
 from hgad_fast.bench import Size
 from hgad_fast.calibrate import calibrate_on
 from hgad_fast.config import HGADConfig
@@ -31,7 +31,6 @@ from hgad_fast.step import EAGER_STEPS, Group, StageLoss, Step, gather, on_side_
 L2_BYTES = 256e6  # several times what the largest second-level caches hold
 MEMORY_LIMIT = 16e9
 RATE = 1e-4
-LOSS_WEIGHTS = {"L_g": 1.0, "L_mi": -100.0, "L_e": 1.0, "L_g_intra": 1.0, "L_z": 1.0}
 
 
 @dataclass(frozen=True)
@@ -281,7 +280,7 @@ def split_of_a_step(size: Size, device: torch.device, rounds: int = 10) -> list[
             terms = model.mixture.losses(
                 z, log_det, group.labels, level, stage=2, label_smoothing=model.config.label_smoothing
             )
-            total = total + sum(LOSS_WEIGHTS[name] * term.sum() / count for name, term in terms.items())
+            total = total + bench.official_loss({name: term.sum() / count for name, term in terms.items()})
             watch.lap("prior forward")
         step.optimizer.zero_grad()
         total.backward()
@@ -566,29 +565,11 @@ def scorer_times(device: torch.device, backbone: str = "tf_efficientnet_b6", sid
     """Frame in, verdict out, with a backbone of random weights; and what of it is not the backbone's."""
     if importlib.util.find_spec("timm") is None:
         return [Figure("Scorer", None, "ms", "timm is not installed; see features to map")]
-    from hgad_fast.scorer import Scorer
-
-    config = HGADConfig(
-        n_classes=15,
-        backbone_arch=backbone,
-        backbone_weights=None,
-        img_size=side,
-        precision="bf16" if device.type == "cuda" else "fp32",
-    )
-    model = HGADModel(config).to(device).eval()
-    channels = model.feat_dims[0]
-    _calibrate(model, Size(height=max(side // 16, 1), width=max(side // 16, 1), channels=channels))
-    scorer = Scorer(model, frame_size=(side, side))
-    frame = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    label = f"Scorer, {backbone}, {side} px"
-    whole = _latency(label, lambda: scorer(frame), device, 20)
-    pixels = torch.rand(1, 3, side, side, device=device)
-
-    @torch.no_grad()
-    def encode() -> Any:
-        return model.encoder(pixels)
-
-    alone = _latency(f"{label}, backbone", encode, device, 20)
-    assert whole[0].value is not None and alone[0].value is not None
-    beyond = Figure(f"{label}, beyond the backbone, p50", whole[0].value - alone[0].value, "ms")
-    return [*whole, *alone, beyond]
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    model = latency.model_for(side, device, backbone_arch=backbone, precision=precision)
+    figures = []
+    for found in latency.of_model(model, (side, side), bench.device_name(device), seconds=8):
+        label = f"Scorer, {backbone}, {side} px, {found.call}"
+        times = {"p50": found.p50, "p95": found.p95, "beyond the backbone, p50": found.beyond_backbone}
+        figures += [Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in times.items()]
+    return figures

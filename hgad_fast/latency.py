@@ -63,9 +63,9 @@ def measure(device: torch.device, device_name: str, quick: bool = False, seconds
     """
     if quick:
         small = {"backbone_arch": "test_efficientnet", "out_indices": (1,), "coupling_layers": 2, "pos_embed_dim": 8}
-        return _measure(model_for(64, device, **small), (96, 128), device_name, seconds=0)
+        return of_model(model_for(64, device, **small), (96, 128), device_name, seconds=0)
     sides = (256, 1024) if device.type == "cuda" else (256,)
-    return [each for side in sides for each in _measure(model_for(side, device), (1024, 1280), device_name, seconds)]
+    return [each for side in sides for each in of_model(model_for(side, device), (1024, 1280), device_name, seconds)]
 
 
 def model_for(img_size: int, device: torch.device, **settings: Any) -> HGADModel:
@@ -78,7 +78,8 @@ def model_for(img_size: int, device: torch.device, **settings: Any) -> HGADModel
     return model
 
 
-def _measure(model: HGADModel, size: tuple[int, int], device_name: str, seconds: float) -> list[Latency]:
+def of_model(model: HGADModel, size: tuple[int, int], device_name: str, seconds: float) -> list[Latency]:
+    """Time a `Scorer` of a calibrated model on frames (height, width), for about so many seconds in all."""
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for _ in range(3)]
     inferred, given = Scorer(model, frame_size=size), Scorer(model, frame_size=size, class_id=0)
