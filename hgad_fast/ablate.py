@@ -12,7 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .bench import environment
 from .calibrate import Calibration, calibration_of, held_out_densities, largest
 from .config import HGADConfig
 from .evaluate import Features, mean, seen_mask, test_set, without_nan
-from .features import FeatureSet, feature_set
+from .features import FeatureSet, Progress, feature_set
 from .files import replacing
 from .model import HGADModel
 
@@ -43,7 +43,6 @@ MAPS = ("likelihood", "entropy", "product", "standardised")
 SETTINGS = ("official", "class given", "class inferred")
 SPLITS = 5  # of the held-out pictures, for the false-alarm rate
 RATES = (0.05, 0.01)
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop in a bar with a title
 STRIDE = 2  # of the pixels that the pixel AUROC looks at, in both directions
 
 

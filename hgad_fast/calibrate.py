@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import score
 
 if TYPE_CHECKING:
-    from .features import FeatureSet
+    from .features import FeatureSet, Progress
     from .model import HGADModel
 
 MIN_POOLED = 3  # pictures a class needs to share in standardised scores: without one, two are left to make a spread
@@ -177,7 +177,7 @@ def calibrate_on(
 def held_out_densities(
     model: HGADModel,
     held_out: FeatureSet,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, title: items,
+    progress: Progress = lambda items, title: items,
 ) -> list[score.Densities]:
     """Of each picture under its own class. `progress` may wrap the loop."""
     return [

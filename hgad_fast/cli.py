@@ -213,7 +213,7 @@ def score(
         raise ValueError(f"there are no pictures in {', '.join(map(str, images))}")
     class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.class_names else class_
     job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput, options)
-    with _progress(len(files)) as advance:
+    with _progress(len(files), "scoring") as advance:
 
         def report(record: pipeline.Record) -> None:
             if record.error is not None:
@@ -256,7 +256,8 @@ def evaluate(
     _require_no_folder(output)
     detector = _load(model, device, false_alarm_rate)
     best = None if official is None else _load(official, device, None)
-    result = run(detector, data, official=best, img_size=_img_size(img_size), details=output is not None)
+    size, details = _img_size(img_size), output is not None
+    result = run(detector, data, official=best, img_size=size, details=details, progress=_tracked)
     print(json.dumps(result.to_dict(details=False), indent=2) if as_json else result.table())
     if output is not None:
         with replacing(output) as file:
@@ -586,24 +587,23 @@ def _score_line(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, if that is a terminal; what is given is to be called as each picture is done."""
+def _progress(total: int, title: str) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal; what is given is to be called as each item is done."""
     from rich.console import Console
     from rich.progress import Progress
 
     lines_too = sys.stdout.isatty()  # on the same terminal they go above the bar
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), redirect_stdout=lines_too) as bar:
-        task = bar.add_task("scoring", total=total)
+        task = bar.add_task(title, total=total)
         yield lambda: bar.advance(task)
 
 
 def _tracked(items: Sequence[Any], title: str) -> Iterator[Any]:
     """The items, with a bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        yield from bar.track(items, description=title)
+    with _progress(len(items), title) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 def _numbers(option: str, text: str) -> list[int]:

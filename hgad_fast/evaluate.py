@@ -27,6 +27,7 @@ from . import data as pictures
 from . import metrics, score
 
 if TYPE_CHECKING:
+    from .features import Progress
     from .model import HGADModel
 
 PROTOCOLS = ("official", "honest")
@@ -211,7 +212,7 @@ def evaluate(
     img_size: int | str | None = None,
     features_of: Features | None = None,
     details: bool = True,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score the test pictures of a dataset and compare with their labels and masks.
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Cache = MemoryCache | DiskCache
+Progress = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop, e.g. in a bar with the given title
 Report = Callable[[str, pictures.ImageError], None]  # told the content of a picture, and what is wrong with it
 
 
@@ -114,7 +115,7 @@ def feature_set(
     cache_limit: int | str | None = None,
     skip_bad: bool = False,
     on_bad: Callable[[pictures.ImageError], None] | None = None,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> FeatureSet:
     """Features of normal pictures, in whatever form they come.
@@ -224,7 +225,7 @@ def _fill(
     extractor: _Extractor,
     files: Mapping[str, Path],
     report: Report,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]],
+    progress: Progress,
     say: Callable[[str], None],
 ) -> None:
     """Put into the cache what it lacks of the features of files, by content; processes share the work."""

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata, resources
@@ -31,6 +30,7 @@ from .train import BEST, METRICS, MODEL, RUN
 
 if TYPE_CHECKING:
     from .calibrate import Calibration
+    from .features import Progress
     from .model import HGADModel
 
 EVALUATION = "evaluation.json"
@@ -48,7 +48,7 @@ def write_report(
     output: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the report of a training run.
 
@@ -139,7 +139,7 @@ def _evaluated(
     model: HGADModel,
     dataset: pictures.Dataset,
     folder: Path,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None,
+    progress: Progress | None,
 ) -> Evaluation:
     """The evaluation kept in the folder if it is of this model, these pictures and this version; else a new one."""
     masks = [replace(sample, path=sample.mask) for sample in dataset.test if sample.mask is not None]
