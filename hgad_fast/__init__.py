@@ -1,9 +1,10 @@
 """Unified anomaly detection with hierarchical Gaussian mixture normalizing flows (HGAD, arXiv 2403.13349)."""
 
-from .config import HGADConfig
-from .model import HGADModel
-from .score import ScoreResult
-from .scorer import Scorer
+from .environment import VERSION as __version__
+from .methods import load
+from .models.config import HGADConfig
+from .models.hgad import HGADModel
+from .scoring.result import ScoreResult
+from .scoring.scorer import Scorer
 
-__version__ = "0.1.0"
-__all__ = ["HGADConfig", "HGADModel", "ScoreResult", "Scorer", "__version__"]
+__all__ = ["HGADConfig", "HGADModel", "ScoreResult", "Scorer", "__version__", "load"]

@@ -15,13 +15,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from .config import HGADConfig
-    from .model import HGADModel
 
 app = typer.Typer(
     name="hgad-fast",
@@ -31,13 +27,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Method = Annotated[str, typer.Option(help="The method of detection: hgad.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig).")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
+]
+Backbone = Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")]
+Weights = Annotated[str | None, typer.Option(help="'pretrained', a state-dict file, or 'random'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON on stdout.")]
 ImgSize = Annotated[
     str | None,
     typer.Option(
         metavar="[native|N]",
-        help="See pictures as they are (native), or with a short side of N pixels; default: as in training. Thresholds "
+        help="See images as they are (native), or with a short side of N pixels; default: as in training. Thresholds "
         "fit if the model was calibrated at the same size: hgad-fast calibrate.",
     ),
 ]
@@ -48,8 +52,8 @@ def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from .processes import LostProcessError
-        from .train import NonFiniteLossError
+        from .training.fit import NonFiniteLossError
+        from .training.processes import LostProcessError
 
         try:
             with warnings.catch_warnings():
@@ -79,21 +83,17 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model, checkpoint and metrics.")] = Path(
         "run"
     ),
-    config: Annotated[Path | None, typer.Option(help="JSON file with fields of HGADConfig.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A field of HGADConfig, e.g. --set img_size=512; may be repeated."),
-    ] = None,
-    backbone: Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")] = None,
-    weights: Annotated[str | None, typer.Option(help="'pretrained', a state-dict file, or 'random'.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Normal pictures to calibrate on, laid out like DATA.")
-    ] = None,
-    false_alarm_rate: Annotated[float, typer.Option(help="Share of normal pictures that may raise an alarm.")] = 0.01,
+    method: Method = "hgad",
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    backbone: Backbone = None,
+    weights: Weights = None,
+    calibration: Annotated[Path | None, typer.Option(help="Normal images to calibrate on, laid out like DATA.")] = None,
+    false_alarm_rate: Annotated[float, typer.Option(help="Share of normal images that may raise an alarm.")] = 0.01,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT, if there is one.")] = False,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out pictures that cannot be decoded, and report them.")] = False,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out images that cannot be decoded, and report them.")] = False,
     keep_best: Annotated[
-        bool, typer.Option(help="Also keep best.safetensors: of all meta-epochs the best on DATA's test pictures.")
+        bool, typer.Option(help="Also keep best.safetensors: of all meta-epochs the best on DATA's test images.")
     ] = False,
     cache: Annotated[
         str, typer.Option(help="Where features are kept between passes: ram, disk, or none (the backbone runs again).")
@@ -110,18 +110,18 @@ def train(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal pictures.
+    """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal images.
 
     On several GPUs: torchrun --nproc-per-node=GPUS -m hgad_fast train ...
     """
-    from . import data as pictures
-    from .evaluate import BestCheckpoint
-    from .model import HGADModel
-    from .train import BEST
+    from .data.datasets import discover
+    from .evaluation.evaluate import BestCheckpoint
+    from .methods import create
+    from .training.checkpoint import BEST, MODEL
 
     _require_rate(false_alarm_rate)
-    dataset = pictures.discover(data)
-    model = HGADModel(_config(dataset.class_names, config, set_, backbone, weights)).to(_device(device))
+    dataset = discover(data)
+    model = create(_config(method, dataset.class_names, config, set_, backbone, weights)).to(_device(device))
     callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []
     model.fit(
         dataset,
@@ -137,21 +137,21 @@ def train(
         cache_limit=cache_limit,
     )
     if os.environ.get("RANK", "0") == "0":  # torchrun's first process, which writes for all
-        print(f"model: {output / 'model.safetensors'}")
+        print(f"model: {output / MODEL}")
 
 
 @app.command()
 @_plain_errors
 def score(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Pictures, or folders of pictures.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, or folders of images.")],
     class_: Annotated[
         str | None, typer.Option("--class", help="Their class, name or number; default: inferred for each.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for scores.csv and overlays/*.png.")
     ] = None,
-    maps: Annotated[bool, typer.Option(help="Also write the maps, maps/*.npy (float32, picture size).")] = False,
+    maps: Annotated[bool, typer.Option(help="Also write the maps, maps/*.npy (float32, image size).")] = False,
     map_format: Annotated[
         str | None,
         typer.Option(
@@ -161,14 +161,14 @@ def score(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Keep what an interrupted run left in OUTPUT, and go on.")] = False,
     throughput: Annotated[
-        bool, typer.Option(help="Neighbouring pictures of one size share batches; scores agree to 1e-5.")
+        bool, typer.Option(help="Neighbouring images of one size share batches; scores agree to 1e-5.")
     ] = False,
     img_size: ImgSize = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory that scoring a picture may take, e.g. 1.5GB, beyond the model, the picture and its map; one "
+            help="Memory that scoring an image may take, e.g. 1.5GB, beyond the model, the image and its map; one "
             "that needs more is refused.",
             show_default="4GB",
         ),
@@ -177,8 +177,8 @@ def score(
         str,
         typer.Option(
             metavar="[auto|always|never]",
-            help="Whether the backbone cuts large pictures. auto: where tiles give the features of the whole; a "
-            "backbone that looks at the whole picture cuts only what does not fit into --max-memory, and a warning "
+            help="Whether the backbone cuts large images. auto: where tiles give the features of the whole; a "
+            "backbone that looks at the whole image cuts only what does not fit into --max-memory, and a warning "
             "says so.",
         ),
     ] = "auto",
@@ -186,15 +186,15 @@ def score(
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """Score pictures: how anomalous each is, whether that passes the threshold, and where.
+    """Score images: how anomalous each is, whether that passes the threshold, and where.
 
     With --output: scores.csv, regions.csv (what is above the threshold, where and how large), scores.jsonl (both, and
-    what --resume needs) and overlays. Started by torchrun, the processes share the pictures.
+    what --resume needs) and overlays. Started by torchrun, the processes share the images.
     """
-    from . import data as pictures
-    from . import pipeline
-    from .backbone import TILES
-    from .score import memory_bytes
+    from .data.images import ImageError, list_images
+    from .features.backbone import TILES
+    from .features.preprocess import memory_bytes
+    from .scoring import pipeline
 
     if map_format is not None and map_format not in pipeline.MAP_FORMATS:
         raise ValueError(f"--map-format is {map_format!r}; allowed are {', '.join(pipeline.MAP_FORMATS)}")
@@ -208,10 +208,10 @@ def score(
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--output draws overlays, which need matplotlib: pip install 'hgad-fast[plot]'")
     detector = _load(model, device, false_alarm_rate)
-    files = [file for path in images for file in (pictures.list_images(path) if path.is_dir() else [path])]
+    files = [file for path in images for file in (list_images(path) if path.is_dir() else [path])]
     if not files:
-        raise ValueError(f"there are no pictures in {', '.join(map(str, images))}")
-    class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.class_names else class_
+        raise ValueError(f"there are no images in {', '.join(map(str, images))}")
+    class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.groups else class_
     job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput, options)
     with _progress(len(files), "scoring") as advance:
 
@@ -228,8 +228,8 @@ def score(
     if as_json:
         print(json.dumps([record.row for record in records if record.row is not None], indent=2))
     if bad := [record.error for record in records if record.error is not None]:
-        what = "read" if all(isinstance(error, pictures.ImageError) for error in bad) else "scored"
-        raise ValueError(f"{len(bad)} of {len(files)} pictures could not be {what}; the others are scored")
+        what = "read" if all(isinstance(error, ImageError) for error in bad) else "scored"
+        raise ValueError(f"{len(bad)} of {len(files)} images could not be {what}; the others are scored")
 
 
 @app.command(name="eval")
@@ -238,7 +238,7 @@ def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Dataset with <class>/test and <class>/ground_truth.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write figures, curves and every picture's score here.")
+        Path | None, typer.Option("--output", "-o", help="Also write figures, curves and every image's score here.")
     ] = None,
     official: Annotated[
         Path | None,
@@ -250,7 +250,7 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """AUROC, AP, F1max and AUPRO, per class, mean and pooled, official and honest protocol side by side."""
-    from .evaluate import evaluate as run
+    from .evaluation.evaluate import evaluate as run
     from .files import replacing
 
     _require_no_folder(output)
@@ -269,16 +269,16 @@ def evaluate(
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Normal pictures that were not trained on, laid out as for train.")
+        Path, typer.Argument(metavar="DATA", help="Normal images that were not trained on, laid out as for train.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The model file to write.", show_default=False)],
     img_size: ImgSize = None,
     false_alarm_rate: Annotated[
-        float | None, typer.Option(help="Share of normal pictures that may raise an alarm; default: the model's own.")
+        float | None, typer.Option(help="Share of normal images that may raise an alarm; default: the model's own.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """Give a model new thresholds, from normal pictures: for a new camera, light or position, or another --img-size.
+    """Give a model new thresholds, from normal images: for a new camera, light or position, or another --img-size.
 
     Its weights stay as they are.
     """
@@ -297,7 +297,7 @@ def calibrate(
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that hgad-fast train wrote.")],
     data: Annotated[
-        Path | None, typer.Option(help="Dataset with test pictures; default: the one that RUN was trained on.")
+        Path | None, typer.Option(help="Dataset with test images; default: the one that RUN was trained on.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file to write; default: RUN/report.html.")
@@ -308,7 +308,7 @@ def report(
 
     Needs the packages of: pip install 'hgad-fast[report]'
     """
-    from .report import write_report
+    from .evaluation.report import write_report
 
     _require_no_folder(output)
     print(f"report: {write_report(run, data, output, device=_device(device), progress=_tracked)}")
@@ -321,22 +321,22 @@ def data(
         list[Path],
         typer.Argument(metavar="ROOT...", help="Folders of datasets, or CSV files; several are one dataset."),
     ],
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too: finds truncated files.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too: finds truncated files.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Count the pictures of a dataset by class and split, and say what looks wrong with them.
+    """Count the images of a dataset by class and split, and say what looks wrong with them.
 
     MVTec AD, MVTec AD 2, BTAD, VisA, MVTec 3D-AD, MVTec LOCO, Real-IAD and MPDD are recognised as they are published.
     The exit code is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same
-    picture in training and test.
+    image in training and test.
     """
-    from .data import discover
-    from .survey import survey
+    from .data.datasets import discover
+    from .data.survey import survey
 
-    found = survey(discover(roots), decode=decode)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found.table())
-    if found.errors:
-        raise ValueError(f"{len(found.errors)} errors in {found.root}: figures of it are wrong until they are fixed")
+    result = survey(discover(roots), decode=decode)
+    print(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
+    if result.errors:
+        raise ValueError(f"{len(result.errors)} errors in {result.root}: figures of it are wrong until they are fixed")
 
 
 @app.command()
@@ -356,37 +356,36 @@ def ablate(
     centres: Annotated[
         str, typer.Option(help="HGAD with other numbers of centres a class, e.g. 1,5; '' for none.")
     ] = "1",
-    training_pictures: Annotated[
-        int | None, typer.Option(help="How many normal pictures of a class are trained on; default: nine in ten.")
+    training_images: Annotated[
+        int | None, typer.Option(help="How many normal images of a class are trained on; default: nine in ten.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON file with fields of HGADConfig.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A field of HGADConfig, e.g. --set img_size=512; may be repeated."),
-    ] = None,
-    backbone: Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")] = None,
-    weights: Annotated[str | None, typer.Option(help="'pretrained', a state-dict file, or 'random'.")] = None,
+    config: ConfigFile = None,
+    set_: Assignments = None,
+    backbone: Backbone = None,
+    weights: Weights = None,
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
     """Train variants of HGAD on the same features, and compare their maps: what each part contributes."""
-    from . import ablate as ablation
-    from . import data as pictures
+    from .data.datasets import discover
+    from .evaluation import ablate as ablation
+    from .methods import METHODS
 
-    dataset = pictures.discover(data)
-    found = ablation.run(
+    dataset = discover(data)
+    method = "hgad"  # the only one that has variants
+    settings = _config(method, dataset.class_names, config, set_, backbone, weights)
+    comparison = ablation.run(
         dataset,
-        _config(dataset.class_names, config, set_, backbone, weights),
+        settings,
         output,
-        variants=variant or tuple(ablation.VARIANTS),
-        centres=_numbers("--centres", centres),
-        training_pictures=training_pictures,
+        variants=METHODS[method].variants(settings, variant, _numbers("--centres", centres)),
+        training_images=training_images,
         device=_device(device),
         say=_to_stderr if as_json else print,
         progress=_tracked,
     )
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(comparison, indent=2))
 
 
 @app.command()
@@ -403,7 +402,7 @@ def bench(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file, or folder for <device>-<date>.json.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Roofline picture (PNG).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Roofline image (PNG).")] = None,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Time the official formulation under torch.compile too.")
     ] = False,
@@ -417,12 +416,12 @@ def bench(
     """
     import torch
 
-    from . import bench as benchmarks
+    from .bench import measure, results
 
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'hgad-fast[plot]'")
     where = torch.device(_device(device))
-    outcomes = benchmarks.run(
+    outcomes = measure.run(
         cases or (),
         quick,
         device=where,
@@ -431,12 +430,12 @@ def bench(
         progress=functools.partial(print, file=sys.stderr),
     )
     if as_json:
-        print(json.dumps(benchmarks.document(outcomes, benchmarks.environment(where)), indent=2))
+        print(json.dumps(results.document(outcomes, measure.about_run(where)), indent=2))
     else:
-        print(benchmarks.table(outcomes))
+        print(results.table(outcomes))
     if plot is not None:
-        benchmarks.plot(outcomes, plot)
-    if wrong := benchmarks.wrong_results(outcomes):
+        results.plot(outcomes, plot)
+    if wrong := results.wrong_results(outcomes):
         raise ValueError("; ".join(wrong))
 
 
@@ -451,36 +450,35 @@ def info(
 
     import torch
 
-    from . import __version__, ops
+    from . import ops
+    from .environment import VERSION, package_versions
 
     device = torch.device(_device(None))
-    found: dict[str, Any] = {
-        "hgad_fast": __version__,
+    facts: dict[str, Any] = {
+        "hgad_fast": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
+        **package_versions("triton", "timm"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "backend": ops.path(torch.empty(0, device=device)),
     }
     if model is not None:
-        found["model"] = _describe(_load(model, "cpu", None), model)
+        facts["model"] = _describe(_load(model, "cpu", None), model)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(facts, indent=2))
         return
-    for key, value in found.pop("model", {}).items():
-        found[key] = value
-    for key, value in found.items():
+    facts |= facts.pop("model", {})
+    for key, value in facts.items():
         print(f"{key:<20} {value if value is not None else '-'}")
 
 
 @app.command()
 @_plain_errors
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, model and pictures.")] = Path("demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, model and images.")] = Path("demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Train on pictures that come with the packages of the extra "demo", and show what the model finds."""
+    """Train on images that come with the packages of the extra "demo", and show what the model finds."""
     from .demo import run
 
     outcome = run(output, say=_to_stderr if as_json else print)
@@ -493,15 +491,18 @@ def _to_stderr(text: str) -> None:
 
 
 def _config(
+    method: str,
     class_names: tuple[str, ...],
     file: Path | None,
     assignments: list[str] | None,
     backbone: str | None,
     weights: str | None,
-) -> HGADConfig:
-    """The configuration that the options of `train` and `ablate` ask for."""
-    from .config import HGADConfig
+) -> Any:
+    """Return the configuration that the options of `train` and `ablate` ask for."""
+    from .methods import METHODS
 
+    if method not in METHODS:
+        raise ValueError(f"--method is {method!r}; allowed are {', '.join(METHODS)}")
     fields: dict[str, Any] = {"n_classes": len(class_names), "class_names": class_names}
     if file is not None:
         fields |= _json_object(file)
@@ -510,7 +511,7 @@ def _config(
         fields["backbone_arch"] = backbone
     if weights is not None:
         fields["backbone_weights"] = None if weights == "random" else weights
-    return HGADConfig.from_fields(fields)
+    return METHODS[method].config_class.from_fields(fields)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -519,7 +520,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}; it must hold an object of HGADConfig fields")
+        raise ValueError(f"{path} holds a {type(fields).__name__}; it must hold the fields of a configuration")
     return fields
 
 
@@ -568,10 +569,10 @@ def _require_no_folder(output: Path | None) -> None:
         raise ValueError(f"--output is {output}, a folder; name the file to write")
 
 
-def _load(path: Path, device: str | None, false_alarm_rate: float | None) -> HGADModel:
-    from .model import HGADModel
+def _load(path: Path, device: str | None, false_alarm_rate: float | None) -> Any:
+    from .methods import load
 
-    model = HGADModel.load(path, _device(device))
+    model = load(path, _device(device))
     if false_alarm_rate is not None:
         _require_rate(false_alarm_rate)
         if model.calibration is None:
@@ -613,28 +614,21 @@ def _numbers(option: str, text: str) -> list[int]:
         raise ValueError(f"{option} is {text!r}; write whole numbers with commas between them, such as 1,5") from error
 
 
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _describe(model: HGADModel, path: Path) -> dict[str, Any]:
+def _describe(model: Any, path: Path) -> dict[str, Any]:
+    """Return what a model file holds, for people."""
     config, calibration = model.config, model.calibration
+    size = f"short side {config.img_size}" if isinstance(config.img_size, int) else config.img_size
+    rate = "none"
+    if calibration is not None:
+        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
     return {
         "model file": str(path),
         "size": f"{path.stat().st_size / 1e6:.1f} MB",
-        "classes": ", ".join(model.class_names),
+        "method": config.method,
+        "classes" if model.groups_are_classes else "groups": ", ".join(model.groups),
         "backbone": config.backbone_arch,
-        "feature channels": ", ".join(map(str, model.feat_dims)),
-        "coupling layers": config.coupling_layers,
-        "centres per class": config.n_intra_centers,
-        "picture size": (f"short side {config.img_size}" if isinstance(config.img_size, int) else config.img_size)
-        + (", centre crop" if config.center_crop else ""),
-        "calibration": "none"
-        if calibration is None
-        else f"{len(calibration.scores)} pictures, false-alarm rate {calibration.false_alarm_rate:.1%}",
+        "feature channels": ", ".join(map(str, model.feature_dims)),
+        **model.describe(),
+        "image size": size + (", centre crop" if config.center_crop else ""),
+        "calibration": rate,
     }

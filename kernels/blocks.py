@@ -1,21 +1,21 @@
-"""Whole coupling blocks: the Triton twin of `coupling_blocks` in ops.py, one launch a block.
+"""Whole coupling blocks: the Triton twin of `coupling_blocks` in ops/blocks.py, one launch per block.
 
 A program owns a patch of one image. It multiplies its x1 by W1 a chunk of hidden units at a time, adds what the
-position contributes, and multiplies the chunk by W2 at once: the hidden layer never leaves the chip. Then it couples
+position contributes, and multiplies the chunk by W2 at once: the hidden layer never leaves the chip. Then it transforms
 x2, parks [x1, y2] in its rows of the output, reads them back from the cache and multiplies by the rotation.
 
 The position contributes table[column] + table[row]. A patch has few columns and rows, so that a product with a one-hot
 matrix adds both; loading rows of the table for every pixel would double the traffic with the cache. The table is more
-exact than bfloat16: a sum of bfloat16 pieces, which the product adds up too.
+exact than bfloat16, being a sum of bfloat16 pieces, which the product adds up too.
 
 A product's extents are sums of powers of two: 100 channels are computed as 64 + 32 + 16, not as 128. The channels
-themselves are a multiple of 8, with zeros behind x1 and x2 if need be: so few kernels serve all models that each has
-been compiled in advance, and up to 200 channels none spills a register in a loop.
+themselves are a multiple of 8, with zeros behind x1 and x2 if need be. So all models share a few kernels, few enough
+that each has been compiled in advance, and up to 200 channels none spills a register in a loop.
 
 `flow` takes this kernel for bfloat16 subnets alone. Compiled for 200 channels in tf32, with operands twice as wide, a
 patch of 64 pixels spills 74 registers on sm_90 (6 of them in the rotation's loop), 18 on sm_100 and 427 on sm_80; in
-fp32 it is 281 on sm_90 (127 in loops) and 659 on sm_80. Larger patches, for less traffic with the cache, hold twice the
-sums. At 112 channels tf32 fits; whether it would be faster than products in torch is not known.
+fp32 it spills 281 on sm_90 (127 in loops) and 659 on sm_80. Larger patches, for less traffic with the cache, hold twice
+the sums. At 112 channels tf32 fits; whether it would be faster than products in torch is not known.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from torch import Tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies float32 only
 IEEE = bool(torch.version.hip) or triton.knobs.runtime.interpret  # AMD multiplies float32 as it is
-NUM_STAGES = 1 if torch.version.hip else 2  # with three, what consumer cards have of shared memory does not suffice
+NUM_STAGES = 1 if torch.version.hip else 2  # with three, the shared memory of consumer cards does not suffice
 BLOCK_HIDDEN = 32
 BLOCK_K = 32
 CHANNEL_MULTIPLE = 8  # halves of rows begin at multiples of 16 bytes; others load value by value, and spill registers
-ROTATED_MULTIPLE = 64  # an odd number of chunks the compiler unrolls altogether
+ROTATED_MULTIPLE = 64  # an even number of chunks: the loop over an odd number the compiler unrolls altogether
 SLOTS = tl.constexpr(32)  # columns, then rows of a patch, in the one-hot product
-FEW_PIXELS = 8192  # up to here half a patch each keeps more processors busy
+FEW_PIXELS = 8192  # up to so many, programs take patches of half the size, to keep more processors busy
 
 
 class _Variant(NamedTuple):
-    """How a precision is computed."""
+    """How the products of a precision are computed."""
 
-    subnet: str  # input_precision of its products; of rounded operands where they have fewer bits
-    rotation: str  # of the rotation's
+    subnet: str  # input_precision of the subnet's products, whose operands are rounded before if they have fewer bits
+    rotation: str  # input_precision of the rotation's product
     table_pieces: int
 
 
@@ -242,27 +242,20 @@ def _block_kernel(
 def coupling_blocks(
     x: Tensor,
     conditions: list[Tensor],
-    w1: list[Tensor],
-    b1: list[Tensor],
-    w2: list[Tensor],
-    b2: list[Tensor],
-    global_scale: list[Tensor],
-    global_offset: list[Tensor],
-    w_perm: list[Tensor],
+    parameters: tuple[Tensor, ...],
     clamp: float = 1.9,
     precision: str = "fp32",
 ) -> tuple[Tensor, Tensor]:
-    """Triton twin of `coupling_blocks` in ops.py: z (N, C) and log_det (N,), both float32.
+    """Compute `coupling_blocks` of ops/blocks.py: z (N, C) and log_det (N,), both float32.
 
-    The parameters are padded and rounded for the kernel anew in each call, all blocks at once: some forty short
-    launches, next to which nothing has to be kept true to parameters that change.
+    The parameters are padded and rounded for the kernel anew in each call, all blocks at once: this costs some forty
+    short launches, and no copy has to follow parameters that change.
     """
     if len(conditions) == 1 or x.dtype != torch.float32:
         raise ValueError("the block kernel takes float32 features and a separable position or none; `flow` takes any")
     N, channels = x.shape
     C = triton.cdiv(channels, CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE
     variant = VARIANTS[precision]
-    parameters = [torch.stack(group) for group in (w1, b1, w2, b2, global_scale, global_offset, w_perm)]
     packed, log_gain = _pack(conditions, parameters, C, precision)
     log_det = log_gain.repeat(N)
     W, H = map(len, conditions) if conditions else (N, 1)
@@ -272,7 +265,7 @@ def coupling_blocks(
     if patches == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), log_det
     x = _spread(x, C).contiguous()
-    buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(len(w1), 2))]
+    buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(len(parameters[0]), 2))]
     for i, constants in enumerate(map(_Constants._make, zip(*packed, strict=True))):
         out = buffers[i % 2]
         _block_kernel[(patches,)](
@@ -289,7 +282,7 @@ def coupling_blocks(
 
 
 class _Constants(NamedTuple):
-    """A block's parameters as the kernel reads them, in its order; packed together, all have the blocks in front."""
+    """A block's parameters as the kernel reads them, in its order; those of all blocks have the blocks in front."""
 
     w1: Tensor
     w2: Tensor
@@ -299,8 +292,10 @@ class _Constants(NamedTuple):
     shift: Tensor
 
 
-def _pack(conditions: list[Tensor], parameters: list[Tensor], C: int, precision: str) -> tuple[_Constants, Tensor]:
-    """The constants of all blocks, with zeros up to C channels, and the sum of their log-gains (1,)."""
+def _pack(
+    conditions: list[Tensor], parameters: tuple[Tensor, ...], C: int, precision: str
+) -> tuple[_Constants, Tensor]:
+    """Return the constants of all blocks, with zeros up to C channels, and the sum of their log-gains (1,)."""
     w1, b1, w2, b2, global_scale, global_offset, w_perm = parameters  # the blocks in front
     blocks, units = w1.shape[:2]
     C2 = w2.shape[1] // 2
@@ -322,8 +317,8 @@ def _pack(conditions: list[Tensor], parameters: list[Tensor], C: int, precision:
         rotation = torch.cat([*_pieces(rotation, 2).unbind(1), rotation.to(torch.bfloat16)], 2)
     packed = _Constants(
         w1=_operands(F.pad(w1[:, :, :C1], (0, width - C1, 0, hidden - units)), precision),
-        w2=_operands(F.pad(w2.view(blocks, 2, C2, units), (0, hidden - units, 0, half - C2)), precision),
-        b2=F.pad(b2.view(blocks, 2, C2), (0, half - C2)),
+        w2=_operands(F.pad(w2.reshape(blocks, 2, C2, units), (0, hidden - units, 0, half - C2)), precision),
+        b2=F.pad(b2.reshape(blocks, 2, C2), (0, half - C2)),
         table=_pieces(table, VARIANTS[precision].table_pieces) if conditions else table,
         rotation=F.pad(rotation, (0, -rotation.shape[2] % ROTATED_MULTIPLE, 0, full - C)),
         shift=F.pad(shift, (0, full - C)),
@@ -332,7 +327,7 @@ def _pack(conditions: list[Tensor], parameters: list[Tensor], C: int, precision:
 
 
 def _spread(t: Tensor, C: int) -> Tensor:
-    """(..., channels) with zeros behind x1 and behind x2, (..., C)."""
+    """Return (..., channels) with zeros behind x1 and behind x2, (..., C)."""
     channels = t.shape[-1]
     if channels == C:
         return t
@@ -341,23 +336,23 @@ def _spread(t: Tensor, C: int) -> Tensor:
 
 
 def _edges(n: int) -> tuple[int, ...]:
-    """0 and the ends of pieces that are powers of two from 16, cover n, and get smaller: 100 gives 0, 64, 96, 112."""
-    edges, left = [0], triton.cdiv(n, 16) * 16
-    while left:
-        edges.append(edges[-1] + 2 ** (left.bit_length() - 1))
-        left -= edges[-1] - edges[-2]
+    """Return 0 and the ends of shrinking pieces that cover n, powers of two from 16 up: 100 gives 0, 64, 96, 112."""
+    edges, remaining = [0], triton.cdiv(n, 16) * 16
+    while remaining:
+        edges.append(edges[-1] + 2 ** (remaining.bit_length() - 1))
+        remaining -= edges[-1] - edges[-2]
     return tuple(edges)
 
 
 def _operands(w: Tensor, precision: str) -> Tensor:
-    """Weights rounded to nearest, once for all programs."""
+    """Return weights rounded to nearest, once for all programs."""
     if precision == "bf16":
         return w.to(torch.bfloat16)
     return ((w.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if precision == "tf32" else w
 
 
 def _pieces(t: Tensor, count: int) -> Tensor:
-    """(L, ...) as a sum of bfloat16 tensors, (L, count, ...): each holds the next 8 bits of the mantissa."""
+    """Split (L, ...) into a sum of bfloat16 tensors, (L, count, ...): each holds the next 8 bits of the mantissa."""
     pieces = []
     for _ in range(count):
         pieces.append(t.to(torch.bfloat16))
@@ -367,7 +362,7 @@ def _pieces(t: Tensor, count: int) -> Tensor:
 
 @contextmanager
 def _float32_products() -> Iterator[None]:
-    """Products of float32 on CUDA with all their bits, whatever the process's default is."""
+    """Multiply float32 on CUDA with all its bits, whatever the process's default is."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:

@@ -1,4 +1,4 @@
-"""Affine coupling: the Triton twins of `affine_coupling` and `affine_coupling_backward` in ops.py.
+"""Affine coupling: the Triton twins of `affine_coupling` and `affine_coupling_backward` in ops/coupling.py.
 
 One program owns BLOCK_N rows and walks over the channels: a row's log-determinant is one program's sum.
 Arithmetic is float32; tensors are read and written in their own dtype. The raw subnet output `a` (N, 2*C2)
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_N = 16  # more rows a program double its registers and gain nothing: the kernels are bound by memory
+BLOCK_N = 16  # more rows per program double its registers and gain nothing: the kernels are bound by memory
 MAX_BLOCK_C = 256
 NUM_WARPS = 4
 
@@ -124,7 +124,7 @@ def _backward_kernel(
 
 
 def affine_coupling_into(x2: Tensor, a: Tensor, clamp: float, *, inverse: bool, out: Tensor, log_det: Tensor) -> None:
-    """`affine_coupling` into memory the caller owns: y2 into `out`, the log-determinants added to `log_det`.
+    """Write `affine_coupling` to memory that the caller owns: y2 to `out`, and add its log-determinants to `log_det`.
 
     `out` (N, C2) may be a column slice of a wider row-major buffer, and may be x2 itself. `log_det` (N,) is
     float32 and contiguous.
@@ -142,10 +142,9 @@ def affine_coupling_into(x2: Tensor, a: Tensor, clamp: float, *, inverse: bool, 
 def affine_coupling_backward_into(
     gy2: Tensor, glog_det: Tensor, y2: Tensor, a: Tensor, clamp: float, *, gx2: Tensor, x2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`affine_coupling_backward` into memory the caller owns: `gx2`, and the rebuilt input into `x2`.
+    """Write `affine_coupling_backward` to memory that the caller owns: gx2 and the rebuilt x2; return (ga, gb).
 
-    Both are (N, C2), may be column slices of wider row-major buffers, and may be gy2 and y2 themselves.
-    Returns (ga, gb).
+    `gx2` and `x2` are (N, C2), may be column slices of wider row-major buffers, and may be gy2 and y2 themselves.
     """
     N, C2 = y2.shape
     programs = triton.cdiv(N, BLOCK_N)
@@ -162,7 +161,7 @@ def affine_coupling_backward_into(
 
 
 def affine_coupling(x2: Tensor, a: Tensor, clamp: float = 1.9, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Triton twin of `affine_coupling` in ops.py: y2 (N, C2) in the dtype of x2, log_det (N,) in float32."""
+    """Compute `affine_coupling` of ops/coupling.py: y2 (N, C2) in the dtype of x2, log_det (N,) in float32."""
     y2 = torch.empty(x2.shape, dtype=x2.dtype, device=x2.device)
     log_det = torch.zeros(x2.shape[0], dtype=torch.float32, device=x2.device)
     affine_coupling_into(x2, a, clamp, inverse=inverse, out=y2, log_det=log_det)
@@ -172,7 +171,7 @@ def affine_coupling(x2: Tensor, a: Tensor, clamp: float = 1.9, *, inverse: bool 
 def affine_coupling_backward(
     gy2: Tensor, glog_det: Tensor, y2: Tensor, a: Tensor, clamp: float = 1.9
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Triton twin of `affine_coupling_backward` in ops.py: (gx2, ga, gb, x2), gb (2*C2,) in float32."""
+    """Compute `affine_coupling_backward` of ops/coupling.py: (gx2, ga, gb, x2), with gb (2*C2,) in float32."""
     gx2 = torch.empty(y2.shape, dtype=gy2.dtype, device=y2.device)
     x2 = torch.empty(y2.shape, dtype=y2.dtype, device=y2.device)
     ga, gb = affine_coupling_backward_into(gy2, glog_det, y2, a, clamp, gx2=gx2, x2=x2)
@@ -180,7 +179,7 @@ def affine_coupling_backward(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """`t` where each of its rows is contiguous (so is a column slice's), else a copy (expanded gradients)."""
+    """Return `t` if its rows are contiguous (those of a column slice are), else a copy (of expanded gradients)."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 

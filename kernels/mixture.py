@@ -1,4 +1,4 @@
-"""The hierarchical mixture: Triton twins of `mixture_terms`, its backward, and `mixture_scores` in ops.py.
+"""The hierarchical mixture: Triton twins of `mixture_terms`, its backward, and `mixture_scores` in ops/mixture.py.
 
 Training. All rows of a tile share the class y, and everything is taken relative to its main centre. With
 z' = z - mu_y, one table of offsets o_j holds mu_k - mu_y for the K classes, then delta_ym for the M centres of y
@@ -332,8 +332,8 @@ def _scores_kernel(
     Z_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # classes a block
-    SLOTS: tl.constexpr,  # columns a class: M rounded up to a power of two
+    BLOCK_K: tl.constexpr,  # classes per block
+    SLOTS: tl.constexpr,  # columns per class: M rounded up to a power of two
     BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -408,7 +408,7 @@ def mixture_terms(
     label_smoothing: float,
     stage: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Triton twin of `mixture_terms` in ops.py; nothing but z has to be kept for the backward pass."""
+    """Compute `mixture_terms` of ops/mixture.py; nothing but z has to be kept for the backward pass."""
     N = z.shape[0]
     lse, entropy, information, own = (_empty(z, n, dtype=z.dtype) for n in (N, N, N, N if stage == 2 else 0))
     if N > 0:
@@ -433,17 +433,17 @@ def mixture_terms_backward(
     label_smoothing: float,
     stage: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Triton twin of `mixture_terms_backward` in ops.py.
+    """Compute `mixture_terms_backward` of ops/mixture.py.
 
     Each tile writes its share of the parameters' gradients, and a second pass adds the shares up in a fixed
     order: no atomics, so that a gradient is the same to the bit in every run. The shares take min(K + M, 64) C
-    floats a tile of 64 rows.
+    floats per tile of 64 rows.
     """
     gdelta, gphi_intra = _empty(z, *delta.shape, dtype=delta.dtype).zero_(), torch.zeros_like(phi_intra)
     if z.numel() == 0:
         return torch.zeros_like(z), torch.zeros_like(mu), gdelta, torch.zeros_like(phi_inter), gphi_intra
     operands = _operands(z, labels, mu, delta, phi_inter, phi_intra, stage)
-    upstream = [g.contiguous() for g in (glse, gentropy, ginformation, gown)]
+    upstream = [gterm.contiguous() for gterm in (glse, gentropy, ginformation, gown)]
     (N, C), (K, M), T = z.shape, operands.log_w.shape, operands.tiles.shape[1]
     block = _terms_block(K + M, backward=True)
     width = min(K + M, block.J)
@@ -452,7 +452,7 @@ def mixture_terms_backward(
     glog_pi, glog_w = _empty(z, K), _empty(z, K, M)
     goffset, gweight = _empty(z, T, width, C), _empty(z, T, width)
     relative = [_empty(z, N if K + M > width else 0) for _ in range(4)]
-    if K + M > width:  # with the same block, so that S is rounded alike here and there: its error cancels
+    if K + M > width:  # with the same block, so that S is rounded alike in both kernels: its error cancels
         _launch_terms(operands, relative, label_smoothing, block, relative=True)
     for j0 in range(0, K + M, width):
         _terms_backward_kernel[(T,)](
@@ -487,7 +487,7 @@ def mixture_scores(
     *,
     per_class: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Triton twin of `mixture_scores` in ops.py: the fields of `MixtureScores`, in order."""
+    """Compute `mixture_scores` of ops/mixture.py: the fields of `MixtureScores`, in order."""
     (N, C), (K, M) = z.shape, phi_intra.shape
     log_density, best, entropy = (_empty(z, N, dtype=z.dtype) for _ in range(3))
     best_class = _empty(z, N, dtype=torch.int64)
@@ -516,7 +516,7 @@ def mixture_scores(
 
 
 class _Operands(NamedTuple):
-    """What both training kernels read, in their order."""
+    """Inputs of both training kernels, in their order."""
 
     z: Tensor  # (N, C), rows contiguous
     mu: Tensor  # (K, C)
@@ -538,18 +538,19 @@ class _Block(NamedTuple):
 def _operands(
     z: Tensor, labels: Tensor, mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor, stage: int
 ) -> _Operands:
+    """Return the inputs of the training kernels; in stage 1 without the centres of each class."""
     log_w = _log_weights(phi_intra)[:, : phi_intra.shape[1] if stage == 2 else 0]
     parameters = mu.float().contiguous(), delta.float().contiguous(), _log_weights(phi_inter), log_w
     return _Operands(_rows(z), *parameters, *_tiles(labels, z.shape[0], mu.shape[0]))
 
 
 def _tiles(labels: Tensor, N: int, K: int) -> tuple[Tensor, Tensor | None]:
-    """Cut N rows in tiles of at most BLOCK_N rows and one class, and the order that makes their rows neighbours.
+    """Return tiles (3, T), at most BLOCK_N rows of one class each, and the order that makes their rows neighbours.
 
     Nothing here waits for the device. So per-pixel labels get as many tiles as their classes could need at most,
     and the tiles left over are empty.
     """
-    if labels.numel() < N:  # one an image
+    if labels.numel() < N:  # one per image
         rows = N // labels.numel()
         tiles_per_image = triton.cdiv(rows, BLOCK_N)
         image = torch.arange(labels.numel(), device=labels.device)[:, None]
@@ -567,9 +568,9 @@ def _tiles(labels: Tensor, N: int, K: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _terms_block(columns: int, *, backward: bool) -> _Block:
-    """Static: block sizes order the sums, so that tuned ones would let a result depend on the machine.
+    """Return fixed block sizes: they order the sums, so that tuned ones would let a result depend on the machine.
 
-    These are the largest whose backward pass spills no register (tests/test_aot.py).
+    These are the largest whose backward pass spills no register (tests/kernels/test_aot.py).
     """
     J = min(max(triton.next_power_of_2(columns), 16), MAX_BLOCK_J)
     return _Block(J, 16 if backward and J >= 32 else 32, warps=8 if J == 64 else 4)
@@ -578,6 +579,7 @@ def _terms_block(columns: int, *, backward: bool) -> _Block:
 def _launch_terms(
     operands: _Operands, terms: list[Tensor], label_smoothing: float, block: _Block, *, relative: bool
 ) -> None:
+    """Launch `_terms_kernel`, which writes A, H, I and B of all rows to `terms`; `relative` is its RELATIVE."""
     (K, M), C, T = operands.log_w.shape, operands.z.shape[1], operands.tiles.shape[1]
     _terms_kernel[(T,)](
         *operands, *terms, T, label_smoothing, C, K, M, operands.z.stride(0), relative,
@@ -597,12 +599,13 @@ def _sum_by_class(part: Tensor, tiles: Tensor, out: Tensor) -> None:
 
 
 def _log_weights(phi: Tensor) -> Tensor:
-    """log softmax over the last axis; a row of -inf stays -inf."""
+    """Return log softmax over the last axis, in float32; a row of -inf stays -inf."""
     phi = phi.float().contiguous()
     return phi - phi.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(phi.dtype).min)
 
 
 def _rows(z: Tensor) -> Tensor:
+    """Return `z` if its rows are contiguous, else a copy."""
     return z if z.stride(1) == 1 and z.stride(0) >= z.shape[1] else z.contiguous()
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibrate import Calibration
-from .config import HGADConfig
-from .model import HGADModel
-from .score import prepare, score_images, seen_features
-from .scorer import Scorer
+from ..features.preprocess import preprocess, seen_features
+from ..models.config import HGADConfig
+from ..models.hgad import HGADModel
+from ..scoring.calibration import Calibration
+from ..scoring.score import score_images
+from ..scoring.scorer import Scorer
 
 CLASSES = 15
 
@@ -90,7 +91,7 @@ def of_model(model: HGADModel, size: tuple[int, int], device_name: str, seconds:
     }
 
     def prepared(frame: np.ndarray) -> torch.Tensor:
-        return prepare(torch.from_numpy(frame.transpose(2, 0, 1) / np.float32(255)), model.config)
+        return preprocess(torch.from_numpy(frame.transpose(2, 0, 1) / np.float32(255)), model.config)
 
     seen = {id(frame): prepared(frame) for frame in frames}
     stages: dict[str, Callable[[np.ndarray], Any]] = {

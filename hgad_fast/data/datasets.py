@@ -1,11 +1,12 @@
-"""Datasets by their published layouts: which images they hold, of which class, normal or not, with which masks.
+"""Datasets in their published layouts: which images they hold, of which class, normal or not, with which masks.
 
-What lies on disk tells the layout. Class names are free, and classes in several of the folder layouts may lie side
-by side. Images and masks may be of any of the `IMAGE_SUFFIXES`, and a mask's need not be its image's.
+The layout is recognised by the folders and files on disk. Class names are free, and classes in several of the folder
+layouts may lie side by side. Images and masks may have any of the `IMAGE_SUFFIXES`, and a mask need not have its
+image's.
 
     MVTec AD      <class>/train/good/*  test/good/*  test/<defect>/*  ground_truth/<defect>/*
                   also MPDD, VisA prepared for one class (VisA_pytorch/1cls), and a dataset of your own
-    MVTec LOCO    as MVTec AD, with validation/good/*, and several masks an image: ground_truth/<defect>/<image>/*
+    MVTec LOCO    as MVTec AD, with validation/good/*, and several masks per image: ground_truth/<defect>/<image>/*
     MVTec AD 2    <class>/train/good/*  validation/good/*  test_public/{good,bad}/*  test_public/ground_truth/bad/*
     BTAD          <class>/train/ok/*  test/{ok,ko}/*  ground_truth/ko/*
     MVTec 3D-AD   <class>/{train,validation}/good/rgb/*  test/{good,<defect>}/rgb/*  test/<defect>/gt/*
@@ -14,9 +15,9 @@ by side. Images and masks may be of any of the `IMAGE_SUFFIXES`, and a mask's ne
     CSV           a file with the columns path, class, split, label and, where there are masks, mask
     normals       <class>/*, normal images only
 
-A mask of the folder layouts has the name of its image, with or without `_mask`: `000.png` has `000_mask.png` or
-`000.bmp`. Where there is none, all masks in the folder `000` are its parts. The masks of normal images, and test
-images without published labels (MVTec AD 2's `test_private`), are passed over.
+In the folder layouts a mask has the name of its image, with or without `_mask`: `000.png` has `000_mask.png` or
+`000.bmp`. Where there is no such file, all masks in the folder `000` are parts of the mask. The masks of normal images,
+and test images without published labels (MVTec AD 2's `test_private`), are ignored.
 """
 
 from __future__ import annotations
@@ -32,46 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .images import (
-    IMAGE_SUFFIXES,
-    ImageError,
-    centre_crop,
-    centre_crop_geometry,
-    from_pil,
-    list_images,
-    read_image,
-    read_mask,
-    resize_image,
-    resize_mask,
-    visible,
-    whole_picture,
-    whole_picture_size,
-)
-
-__all__ = [
-    "GOOD",
-    "IMAGE_SUFFIXES",
-    "Dataset",
-    "DatasetError",
-    "ImageError",
-    "Sample",
-    "centre_crop",
-    "centre_crop_geometry",
-    "check_images",
-    "content_hash",
-    "content_hashes",
-    "discover",
-    "fingerprint",
-    "from_pil",
-    "list_images",
-    "read_image",
-    "read_mask",
-    "resize_image",
-    "resize_mask",
-    "union",
-    "whole_picture",
-    "whole_picture_size",
-]
+from .images import IMAGE_SUFFIXES, ImageError, list_images, read_image, read_mask, visible
 
 GOOD = "good"
 _NORMAL_LABELS = ("good", "normal", "ok", "0")
@@ -84,9 +46,9 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of class `class_id`; `defect` is "good" for a normal one.
+    """An image of class `class_id`; `defect` is "good" if it is normal.
 
-    `mask` is the file of its mask, or a folder with the parts of it; None if it has none.
+    `mask` is the file of its mask, or a folder with the parts of the mask; None if it has no mask.
     """
 
     path: Path
@@ -96,16 +58,17 @@ class Sample:
 
     @property
     def is_anomalous(self) -> bool:
+        """True if the image shows a defect."""
         return self.defect != GOOD
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The images under `root`, by class and path; `class_id` indexes `class_names`.
+    """The images under `root`, sorted by class and path; `class_id` indexes `class_names`.
 
-    `train` and `validation` are all normal; `validation` is empty where a dataset publishes none. Nothing uses it of
-    its own accord: `model.fit(dataset, calibration=dataclasses.replace(dataset, train=dataset.validation))` trains on
-    all of `train` and calibrates on it. `layout` names the layouts that were read, and `stray_masks` are mask files
+    `train` and `validation` are all normal; `validation` is empty where a dataset publishes none. It is used only on
+    request: `model.fit(dataset, calibration=dataclasses.replace(dataset, train=dataset.validation))` trains on all of
+    `train` and calibrates on `validation`. `layout` names the layouts of the dataset, and `stray_masks` are mask files
     that belong to none of the images.
     """
 
@@ -122,26 +85,27 @@ Root = str | os.PathLike[str] | Dataset
 
 
 def discover(root: Root | Sequence[Root]) -> Dataset:
-    """The dataset at `root`, in one of the layouts of this module; of several roots, their `union`.
+    """Return the dataset at `root`, in one of the layouts of this module; for several roots, their `union`.
+
+    Classes are sorted by name, images by class and path. Below the folders that a layout names, files may lie in
+    subfolders, the same for an image and its mask. In CSV files a relative path starts at the folder of the file,
+    `split` is train, validation or test, and the labels good, normal, ok and 0 stand for normal images, any other label
+    for a defect. Hidden files, and files with none of the `IMAGE_SUFFIXES`, are ignored. Files are listed, not opened:
+    `check_images` and `hgad_fast.data.survey` check that they can be decoded.
 
     Args:
         root: the folder of a dataset or of one class of it, or a CSV file; several of them in a list, or in a string
-            or path with `+` between them. Of Real-IAD the largest pictures are taken, and its multi-view lists; name
-            `realiad_256`, or another folder of lists such as `realiad_jsons_sv`, to have others.
+            or path with `+` between them. For Real-IAD the largest images and the multi-view lists are taken; give
+            `realiad_256`, or another folder of lists such as `realiad_jsons_sv`, to take others.
 
-    Classes come sorted by name, images by class and path. Below the folders that a layout names, files may lie in
-    folders, the same for an image and its mask. In CSV files a relative path starts at the file, `split` is train,
-    validation or test, and the labels good, normal, ok and 0 stand for normal images, any other for a defect. Hidden
-    files, and files with none of the `IMAGE_SUFFIXES`, are passed over. Files are listed, not opened: that they can
-    be decoded is for `check_images` and `hgad_fast.survey` to find out.
-
-    Raises DatasetError for a missing folder or file, a class without training images, images of which their place
-    does not say whether they are normal, and masks of a defect that fit none of its images.
+    Raises:
+        DatasetError: a folder or file is missing, a class has no training images, the place of an image does not say
+            whether it is normal, the masks of a defect fit none of its images, or a list cannot be read.
     """
     if isinstance(root, Dataset):
         return root
     if isinstance(root, Sequence) and not isinstance(root, str):
-        return union([discover(one) for one in root])
+        return union([discover(member) for member in root])
     path = Path(root)
     if "+" in os.fspath(path) and not path.exists():
         return discover(os.fspath(path).split("+"))
@@ -154,17 +118,18 @@ def discover(root: Root | Sequence[Root]) -> Dataset:
     if parts := _realiad_parts(path):
         return _realiad_dataset(*parts)
     if (path / "1cls").is_dir():
-        return discover(path / "1cls")  # what VisA's own preparation makes, beside its splits for other tasks
+        return discover(path / "1cls")  # VisA's own preparation makes it, beside its splits for other tasks
     return _folder_dataset(path)
 
 
 def union(datasets: Sequence[Dataset]) -> Dataset:
-    """One dataset of several, with the classes of each in turn.
+    """Join several datasets into one, with the classes of each in turn.
 
-    A class name that more than one of them has is put behind the name of its dataset's folder: `mvtec-bottle`. The
-    root is the folder that all of them share.
+    A class name that more than one of them has is prefixed with the name of its dataset's folder: `mvtec-bottle`. The
+    root is the innermost folder that contains them all.
 
-    Raises ValueError for no dataset at all, and where class names cannot be told apart even so.
+    Raises:
+        ValueError: there are no datasets, or class names cannot be told apart even with the prefix.
     """
     if len(datasets) < 2:
         if not datasets:
@@ -176,8 +141,7 @@ def union(datasets: Sequence[Dataset]) -> Dataset:
     for dataset in datasets:
         for split, samples in splits.items():
             samples += (
-                # abspath makes them relative to one root, wherever the datasets were looked up from
-                replace(
+                replace(  # with absolute paths, as the common root is absolute, too
                     sample,
                     path=Path(os.path.abspath(sample.path)),
                     class_id=sample.class_id + len(names),
@@ -198,19 +162,22 @@ def union(datasets: Sequence[Dataset]) -> Dataset:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the parts of a class lie below its folder; `marks` are folders that only this layout has."""
+    """A folder layout: where the images and masks of a class lie below its folder.
+
+    Images lie in one folder per kind, which is normal or a defect. `marks` are folders that only this layout has.
+    """
 
     name: str
     marks: tuple[str, ...]
     normal: str = GOOD  # the name of the folders of normal images
     test: str = "test"
     masks: str = "ground_truth"
-    pictures: str = ""  # below the folder of each kind, in `test` and beside it
+    image_folder: str = ""  # below the folder of each kind, in `test`, `train` and `validation`
     masks_of_kind: str = ""  # below the folder of each kind, in `masks`
 
 
-_LAYOUTS = (  # the first whose mark is there is the one
-    _Layout("MVTec 3D-AD", ("train/good/rgb", "train/good/xyz"), masks="test", pictures="rgb", masks_of_kind="gt"),
+_LAYOUTS = (  # the first one with a mark on disk is taken
+    _Layout("MVTec 3D-AD", ("train/good/rgb", "train/good/xyz"), masks="test", image_folder="rgb", masks_of_kind="gt"),
     _Layout("MVTec AD 2", ("test_public",), test="test_public", masks="test_public/ground_truth"),
     _Layout("BTAD", ("train/ok",), normal="ok"),
     _Layout("MVTec AD", ("train", "test")),
@@ -218,11 +185,12 @@ _LAYOUTS = (  # the first whose mark is there is the one
 
 
 def _layout(folder: Path) -> _Layout | None:
-    """How the class in `folder` is laid out; None if it is in none of the folder layouts."""
+    """Return the layout of the class in `folder`; None if it is in none of the folder layouts."""
     return next((layout for layout in _LAYOUTS if any((folder / mark).is_dir() for mark in layout.marks)), None)
 
 
 def _folder_dataset(root: Path) -> Dataset:
+    """Return the dataset of one class folder, of a folder of them, or of a folder with normal images by class."""
     if layout := _layout(root):
         return _classes_dataset(root, {root: layout})
     folders = _folders(root)
@@ -233,17 +201,19 @@ def _folder_dataset(root: Path) -> Dataset:
                 raise DatasetError(f"{folder}: images, but no train/{GOOD}; add it, or move the folder away")
         return _classes_dataset(root, classes)
     if datasets := [folder for folder in folders if _holds_classes(folder)]:
-        together = f", or all of them: {'+'.join(map(str, datasets))}" if len(datasets) > 1 else ""
-        raise DatasetError(f"{root}: no classes, but folders of classes; give {datasets[0]}{together}")
+        or_all = f", or all of them: {'+'.join(map(str, datasets))}" if len(datasets) > 1 else ""
+        raise DatasetError(f"{root}: no classes, but folders of classes; give {datasets[0]}{or_all}")
     return _normals_dataset(root, folders)
 
 
 def _holds_classes(folder: Path) -> bool:
-    lists = ("split_csv", "realiad_jsons", "1cls")
-    return any((folder / name).is_dir() for name in lists) or any(map(_layout, _folders(folder)))
+    """Return whether `folder` looks like the root of a dataset, by its lists or by the folders of its classes."""
+    list_folders = ("split_csv", "realiad_jsons", "1cls")
+    return any((folder / name).is_dir() for name in list_folders) or any(map(_layout, _folders(folder)))
 
 
 def _folders(root: Path) -> list[Path]:
+    """Return the visible folders in `root`, without those that are known to be no class."""
     return [entry for entry in visible(root) if entry.is_dir() and entry.name not in _NOT_A_CLASS]
 
 
@@ -253,20 +223,21 @@ def _classes_dataset(root: Path, classes: dict[Path, _Layout]) -> Dataset:
     test: list[Sample] = []
     stray: list[Path] = []
     for class_id, (folder, layout) in enumerate(classes.items()):
-        normal = Path(layout.normal) / layout.pictures
+        normal = Path(layout.normal) / layout.image_folder
+        test_folder, mask_folder = folder / layout.test, folder / layout.masks
         train += _normals(folder / "train" / normal, class_id)
         if (folder / "validation").is_dir():
             validation += _normals(folder / "validation" / normal, class_id, "validation")
-        for entry in visible(folder / layout.test) if (folder / layout.test).is_dir() else []:
+        for entry in visible(test_folder) if test_folder.is_dir() else []:
             if not entry.is_dir():
                 _require_no_image(entry, layout)
             elif entry.name not in _NOT_A_CLASS:
-                samples, unused = _test_samples(folder, entry, layout, class_id)
+                samples, unused_masks = _test_samples(folder, entry, layout, class_id)
                 test += samples
-                stray += unused
-        for entry in _folders(folder / layout.masks) if (folder / layout.masks).is_dir() else []:
-            if not (folder / layout.test / entry.name).is_dir():
-                stray += list_images(entry)
+                stray += unused_masks
+        for masks_of_kind in _folders(mask_folder) if mask_folder.is_dir() else []:
+            if not (test_folder / masks_of_kind.name).is_dir():
+                stray += list_images(masks_of_kind)
     # abspath names the class of `discover(".")`, and leaves the names of linked folders as they are
     names = tuple(os.path.basename(os.path.abspath(folder)) for folder in classes)
     layouts = " + ".join(dict.fromkeys(layout.name for layout in classes.values()))
@@ -274,6 +245,7 @@ def _classes_dataset(root: Path, classes: dict[Path, _Layout]) -> Dataset:
 
 
 def _normals_dataset(root: Path, classes: list[Path]) -> Dataset:
+    """Return a dataset of training images alone, which lie directly in the folders of their classes."""
     if not classes:
         raise DatasetError(f"{root}: no class folders; put the normal images into {root / '<class>'}")
     if root / GOOD in classes:
@@ -291,33 +263,36 @@ def _normals_dataset(root: Path, classes: list[Path]) -> Dataset:
     return Dataset(root, tuple(folder.name for folder in classes), tuple(train), (), layout="normals")
 
 
-def _normals(folder: Path, class_id: int, kind: str = "training") -> list[Sample]:
+def _normals(folder: Path, class_id: int, split: str = "training") -> list[Sample]:
+    """Return the normal images below `folder`; a DatasetError where there are none."""
     images = list_images(folder) if folder.is_dir() else []
     if not images:
-        raise DatasetError(f"{folder}: no {kind} images; put normal ones here ({' '.join(IMAGE_SUFFIXES)})")
+        raise DatasetError(f"{folder}: no {split} images; put normal ones here ({' '.join(IMAGE_SUFFIXES)})")
     return [Sample(path, class_id) for path in images]
 
 
 def _require_no_image(entry: Path, layout: _Layout) -> None:
+    """Raise a DatasetError if `entry`, which lies in the test folder itself, is an image: its kind is unknown."""
     if entry.suffix.lower() in IMAGE_SUFFIXES:
-        normal, defect = (entry.parent / kind / layout.pictures for kind in (layout.normal, "<defect>"))
+        normal, defect = (entry.parent / kind / layout.image_folder for kind in (layout.normal, "<defect>"))
         raise DatasetError(f"{entry}: nothing says whether this image is normal; move it to {normal} or {defect}")
 
 
 def _test_samples(class_folder: Path, folder: Path, layout: _Layout, class_id: int) -> tuple[list[Sample], list[Path]]:
-    """The test images of one kind, normal or a defect, and the masks that fit none of them."""
+    """Return the test images of one kind, normal or a defect, which lie in `folder`, and the masks that fit none."""
     defect = GOOD if folder.name == layout.normal else folder.name
     if defect != GOOD and defect.lower() in _NORMAL_LABELS:
         raise DatasetError(f"{folder}: is this a defect? Normal images belong into {folder.with_name(layout.normal)}")
-    if layout.pictures and not (folder / layout.pictures).is_dir():
-        raise DatasetError(f"{folder / layout.pictures}: no such folder; put the pictures of {folder.name!r} here")
-    images = list_images(folder / layout.pictures)
+    if layout.image_folder and not (folder / layout.image_folder).is_dir():
+        raise DatasetError(f"{folder / layout.image_folder}: no such folder; put the images of {folder.name!r} here")
+    images = list_images(folder / layout.image_folder)
     mask_folder = class_folder / layout.masks / folder.name / layout.masks_of_kind
     masks = _masks(mask_folder) if defect != GOOD and mask_folder.is_dir() else {}
-    folders = {mask.parent.relative_to(mask_folder): mask.parent for mask in masks.values()}
-    keys = [image.relative_to(folder / layout.pictures).with_suffix("") for image in images]
-    found = [masks.get(key, folders.get(key)) for key in keys]
-    samples = [Sample(image, class_id, defect, mask) for image, mask in zip(images, found, strict=True)]
+    folders_of_parts = {mask.parent.relative_to(mask_folder): mask.parent for mask in masks.values()}
+    samples = []
+    for image in images:
+        key = image.relative_to(folder / layout.image_folder).with_suffix("")
+        samples.append(Sample(image, class_id, defect, masks.get(key, folders_of_parts.get(key))))
     used = {sample.mask for sample in samples}
     if masks and samples and used == {None}:
         raise DatasetError(
@@ -327,7 +302,7 @@ def _test_samples(class_folder: Path, folder: Path, layout: _Layout, class_id: i
 
 
 def _masks(folder: Path) -> dict[Path, Path]:
-    """Masks by the relative path of their image without its suffix; `<stem>_mask` goes before `<stem>`."""
+    """Return masks by the relative path of their image without its suffix; `<stem>_mask` goes before `<stem>`."""
     masks: dict[Path, Path] = {}
     for path in list_images(folder):
         key = path.relative_to(folder).with_suffix("")
@@ -339,7 +314,7 @@ def _masks(folder: Path) -> dict[Path, Path]:
 
 @dataclass(frozen=True)
 class _Row:
-    """An image as a list names it; `line` says where, for error messages."""
+    """An image as a list names it; `line` is its place in the list, for error messages."""
 
     line: str
     path: Path
@@ -350,7 +325,7 @@ class _Row:
 
 
 def _listed_dataset(source: Path, root: Path, layout: str, rows: Iterable[_Row]) -> Dataset:
-    """The images that the rows of `source` name."""
+    """Return the dataset of the images that the rows of `source` name."""
     rows = sorted(rows, key=lambda row: (row.class_name, row.path))
     if not rows:
         raise DatasetError(f"{source}: names no images")
@@ -374,22 +349,19 @@ def _listed_dataset(source: Path, root: Path, layout: str, rows: Iterable[_Row])
             f"{source}: {len(missing)} of the {len(files)} files that it names do not exist; "
             f"add them, or take them off the list. The first: {missing[0]}"
         )
-    trained = {sample.class_id for sample in splits["train"]}
-    if untrained := [name for k, name in enumerate(names) if k not in trained]:
+    trained_ids = {sample.class_id for sample in splits["train"]}
+    if untrained := [name for k, name in enumerate(names) if k not in trained_ids]:
         raise DatasetError(f"{source}: no training images of {', '.join(untrained)}; name some normal ones")
     train, validation, test = map(tuple, splits.values())
     return Dataset(root, names, train, test, validation, layout)
 
 
 def _csv_dataset(path: Path) -> Dataset:
-    def file(name: str) -> Path:
-        return path.parent / name  # an absolute name stays as it is
-
-    rows = [
-        _Row(line, file(row["path"]), row["class"], row["split"], row["label"], file(mask) if mask else None)
-        for line, row in _table(path, ("path", "class", "split", "label"))
-        for mask in [row.get("mask")]
-    ]
+    rows: list[_Row] = []
+    for line, row in _table(path, ("path", "class", "split", "label")):
+        image = path.parent / row["path"]  # an absolute path stays as it is
+        mask = path.parent / row["mask"] if row.get("mask") else None
+        rows.append(_Row(line, image, row["class"], row["split"], row["label"], mask))
     return _listed_dataset(path, path.parent, "CSV", rows)
 
 
@@ -397,20 +369,19 @@ def _visa_dataset(root: Path) -> Dataset:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():
         raise DatasetError(f"{path}: no such file; it comes with VisA and says which images are for training")
-    rows = [
-        _Row(line, root / row["image"], row["object"], row["split"], row["label"], root / mask if mask else None)
-        for line, row in _table(path, ("object", "split", "label", "image", "mask"))
-        for mask in [row["mask"]]
-    ]
+    rows: list[_Row] = []
+    for line, row in _table(path, ("object", "split", "label", "image", "mask")):
+        mask = root / row["mask"] if row["mask"] else None
+        rows.append(_Row(line, root / row["image"], row["object"], row["split"], row["label"], mask))
     dataset = _listed_dataset(path, root, "VisA", rows)
-    folders = [root / name / "Data" / "Masks" for name in dataset.class_names]
+    mask_folders = [root / name / "Data" / "Masks" for name in dataset.class_names]
     used = {sample.mask for sample in dataset.test}
-    stray = [mask for folder in folders if folder.is_dir() for mask in list_images(folder) if mask not in used]
+    stray = [file for folder in mask_folders if folder.is_dir() for file in list_images(folder) if file not in used]
     return replace(dataset, stray_masks=tuple(stray))
 
 
 def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV file, in UTF-8 and with commas or semicolons, each with the name of its line."""
+    """Yield the place, "<path>:<line>", and the cells of each row of a CSV file, in UTF-8 with commas or semicolons."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             header = file.readline()
@@ -428,28 +399,29 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, 
 
 
 def _realiad_parts(root: Path) -> tuple[Path, Path, Path] | None:
-    """Real-IAD's folder, that of its lists and that of its pictures; None if `root` is none of the three."""
-    around = [*reversed(root.parents[:2]), root] if root.name.startswith("realiad_") else [root]
-    base = next((folder for folder in around if (folder / "realiad_jsons").is_dir()), None)
+    """Return the folders of Real-IAD, of its lists and of its images; None if `root` is none of the three."""
+    candidates = [*reversed(root.parents[:2]), root] if root.name.startswith("realiad_") else [root]
+    base = next((folder for folder in candidates if (folder / "realiad_jsons").is_dir()), None)
     if base is None:
         return None
     lists = root if root.name.startswith("realiad_jsons") else base / "realiad_jsons"
-    lists = lists / "realiad_jsons" if (lists / "realiad_jsons").is_dir() else lists  # the variants' folder
+    if (lists / "realiad_jsons").is_dir():  # the folder holds one folder per variant of the lists
+        lists = lists / "realiad_jsons"
     sizes = {folder: size[1] for folder in _folders(base) if (size := re.fullmatch(r"realiad_(\d+|raw)", folder.name))}
     if not sizes:
-        raise DatasetError(f"{base / 'realiad_1024'}: no such folder; put Real-IAD's pictures here, or those of a size")
+        raise DatasetError(f"{base / 'realiad_1024'}: no such folder; put Real-IAD's images here, or those of a size")
     largest = max(sizes, key=lambda folder: float(sizes[folder].replace("raw", "inf")))
     return base, lists, root if root in sizes else largest
 
 
-def _realiad_dataset(root: Path, lists: Path, pictures: Path) -> Dataset:
+def _realiad_dataset(root: Path, lists: Path, image_root: Path) -> Dataset:
     rows: list[_Row] = []
     for path in sorted(lists.glob("*.json")):
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
-            first, prefix = listed["train"][0]["image_path"], listed.get("meta", {}).get("prefix", "")
-            bases = [pictures / path.stem, pictures / prefix, root / prefix]
-            base = next((folder for folder in bases if (folder / first).is_file()), bases[0])
+            first_image, prefix = listed["train"][0]["image_path"], listed.get("meta", {}).get("prefix", "")
+            bases = [image_root / path.stem, image_root / prefix, root / prefix]
+            base = next((folder for folder in bases if (folder / first_image).is_file()), bases[0])
             for split in ("train", "test"):
                 for i, item in enumerate(listed[split]):
                     line, image = f"{path}: {split}[{i}]", base / item["image_path"]
@@ -463,13 +435,13 @@ def _realiad_dataset(root: Path, lists: Path, pictures: Path) -> Dataset:
 def check_images(
     samples: Sequence[Sample], *, skip_bad: bool = False
 ) -> tuple[tuple[Sample, ...], tuple[ImageError, ...]]:
-    """Decode every image and mask; the sound samples in their order, and what is wrong with the others.
+    """Decode every image and mask; return the sound samples in their order, and what is wrong with the others.
 
-    A mask must have the size of its image. Files are decoded to their last pixel, since a header says
-    nothing about a truncated file. Damage inside a JPEG stream that decodes without an error goes unseen.
+    A mask must have the size of its image. Files are decoded to their last pixel, since a header says nothing about a
+    truncated file. Damage inside a JPEG stream that decodes without an error goes unseen.
 
-    Raises DatasetError with every unusable file and its reason, unless `skip_bad`; and with `skip_bad` where
-    that would leave a class without images.
+    Raises:
+        DatasetError: files cannot be used, each with its reason; with `skip_bad` only if a class has no others.
     """
     # Decoding releases the GIL. Few threads: each holds one decoded image, which may be of gigabytes.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -488,6 +460,7 @@ def check_images(
 
 
 def _fault(sample: Sample) -> ImageError | None:
+    """Return why an image or its mask cannot be used; None if both can."""
     try:
         image = read_image(sample.path)
         if sample.mask is not None and (mask := read_mask(sample.mask)).shape != image.shape[1:]:
@@ -499,13 +472,13 @@ def _fault(sample: Sample) -> ImageError | None:
 
 
 def content_hashes(samples: Sequence[Sample]) -> list[str]:
-    """SHA-256 in hexadecimal of each image file's content; "" for one that cannot be read."""
+    """Return the SHA-256, in hexadecimal, of each image file's content; "" for one that cannot be read."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
         return list(pool.map(lambda sample: content_hash(sample.path), samples))
 
 
 def content_hash(path: Path) -> str:
-    """One of `content_hashes`; of a folder of masks, that of all of them."""
+    """Return a hash as in `content_hashes`, of one file; for a folder of masks, one hash of all of them."""
     try:
         if path.is_dir():
             return hashlib.sha256("".join(map(content_hash, list_images(path))).encode()).hexdigest()
@@ -515,10 +488,10 @@ def content_hash(path: Path) -> str:
 
 
 def fingerprint(samples: Sequence[Sample], root: str | os.PathLike[str], contents: Sequence[str] | None = None) -> str:
-    """SHA-256 in hexadecimal of each sample's class, path relative to `root` and file content, in this order.
+    """Return one SHA-256, in hexadecimal, of the samples in order: class, path relative to `root` and file content.
 
     It is the same for a copy of the dataset elsewhere, and differs for the same samples in another order. `contents`
-    are the samples' `content_hashes`, where they are known.
+    are the samples' `content_hashes`, if they are known already.
     """
     digest = hashlib.sha256()
     for sample, content in zip(samples, contents or content_hashes(samples), strict=True):

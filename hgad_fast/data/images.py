@@ -23,6 +23,7 @@ MAX_IMAGE_PIXELS = 2**29
 
 # Pillow would otherwise try every format it knows, and hand PostScript in a file named .png to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+_warned_of_16_bits = False
 
 
 class ImageError(ValueError):
@@ -38,7 +39,7 @@ class ImageError(ValueError):
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """The image files at any depth below `folder`, sorted by name within each folder, without hidden ones."""
+    """Return the image files at any depth below `folder`, sorted by name within each folder, without hidden ones."""
     images = []
     for entry in visible(Path(folder)):
         if entry.is_dir():
@@ -49,17 +50,19 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in `folder`, sorted by name, without what is hidden."""
+    """Return the files and folders in `folder`, sorted by name, without hidden ones."""
     entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
     return sorted(entries, key=lambda entry: entry.name)  # paths themselves sort without case on Windows
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """The image file as (3, H, W) float32 in [0, 1], upright, its values converted as by `from_pil`.
+    """Read an image file as (3, H, W) float32 in [0, 1], upright, its values converted as by `from_pil`.
 
-    A file of several pages gives the first. Of the first 16-bit colour file a warning says that it is cut to 8 bits.
-    Raises ImageError if the file is missing, not of a format that is
-    read, damaged or truncated anywhere, or of more than `MAX_IMAGE_PIXELS` pixels.
+    Of a file with several pages the first is read. 16-bit colour is cut to 8 bits, with one warning per process.
+
+    Raises:
+        ImageError: the file is missing, in an unknown format, damaged or truncated anywhere, its values are refused by
+            `from_pil`, or it has more than `MAX_IMAGE_PIXELS` pixels.
     """
     with _opened(Path(path)) as image:
         _warn_of_16_bit_colour(Path(path), image)
@@ -67,26 +70,28 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
 
 def _warn_of_16_bit_colour(path: Path, image: PIL.Image.Image) -> None:
-    """Once a process, of an image that is not decoded yet: what its pixels are like is said by Pillow's decoder."""
+    """Warn, once per process, if an image has 16 bits per colour; it must not be decoded yet.
+
+    Only the decoder that Pillow chose tells: Pillow's mode is RGB for 8 and for 16 bits.
+    """
     global _warned_of_16_bits
-    raw = "".join(str(tile.args) for tile in getattr(image, "tile", []))  # such as "RGB;16B", or ("RGBA;16L", ...)
-    if image.mode.startswith("RGB") and ";16" in raw and not _warned_of_16_bits:
+    raw_modes = "".join(str(tile.args) for tile in getattr(image, "tile", []))  # "RGB;16B", or ("RGBA;16L", ...)
+    if image.mode.startswith("RGB") and ";16" in raw_modes and not _warned_of_16_bits:
         _warned_of_16_bits = True
         warnings.warn(
             f"{path} has 16 bits a colour, of which Pillow reads the upper 8; so for all such files. To keep all, "
-            "score arrays of uint16, or store grey pictures of 16 bits",
+            "score arrays of uint16, or store grey images of 16 bits",
             stacklevel=3,
         )
 
 
-_warned_of_16_bits = False
-
-
 def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:
-    """Height, width and Pillow's mode of an image file, without decoding its pixels.
+    """Return height, width and Pillow's mode of an image file, without decoding its pixels.
 
-    Upright too, save where a file says only behind its pixels, or only in XMP, that it is to be turned.
-    Raises ImageError as `read_image` does, but not for damage within the pixels.
+    Height and width are those of the upright image, unless the orientation stands behind the pixels or only in XMP.
+
+    Raises:
+        ImageError: as in `read_image`, but not for damage within the pixels.
     """
     with _opened(Path(path)) as image:
         width, height = image.size
@@ -97,7 +102,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[PIL.Image.Image]:
-    """The image file, open and not yet decoded; what goes wrong with it inside the block becomes an ImageError."""
+    """Yield the opened image, not decoded yet; an error inside the block becomes an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -105,13 +110,15 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
         with _unlimited_pixels(), open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(
-                    f"{image.width} x {image.height} pixels, more than hgad_fast.images.MAX_IMAGE_PIXELS = "
+                    f"{image.width} x {image.height} pixels, more than hgad_fast.data.images.MAX_IMAGE_PIXELS = "
                     f"{MAX_IMAGE_PIXELS}: cut it into tiles, unless it is a decompression bomb"
                 )
             yield image
     except UnidentifiedImageError as error:
-        known = f"no image, or a truncated or damaged one; read are {', '.join(_FORMATS)}"
-        raise ImageError(path, known if path.stat().st_size else "the file is empty") from error
+        reason = f"no image, or a truncated or damaged one; read are {', '.join(_FORMATS)}"
+        if path.stat().st_size == 0:
+            reason = "the file is empty"
+        raise ImageError(path, reason) from error
     except OSError as error:
         raise ImageError(path, error.strerror or str(error)) from error
     except Exception as error:  # on a damaged file Pillow raises anything from SyntaxError to struct.error
@@ -119,17 +126,18 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
 
 
 def from_pil(image: PIL.Image.Image) -> Tensor:
-    """A Pillow image of any mode as (3, H, W) float32 in [0, 1], rotated as its EXIF orientation says.
+    """Convert a Pillow image of any mode to (3, H, W) float32 in [0, 1], rotated as its EXIF orientation says.
 
-    - 8 bits a channel are divided by 255. Grey is repeated over the channels, a palette is looked up.
+    - 8 bits per channel are divided by 255. Grey is repeated over the channels, a palette is looked up.
     - 16-bit grey is divided by 65535, its whole range: 12-bit values in 16-bit words stay dark.
     - 16-bit colour is cut to 8 bits (the upper byte): Pillow reads no more of it.
     - 32-bit integers must lie in 0..65535 and count as 16-bit. Floats must lie in [0, 1] and are kept.
-    - Alpha is dropped, as `convert("RGB")` does: a pixel is what the camera wrote, also where the fourth byte
-      of its 32-bit pixels stayed zero, and compositing would blank the picture.
+    - Alpha is dropped, as `convert("RGB")` does: a pixel is what the camera wrote. Some leave the fourth byte of their
+      32-bit pixels zero, so that compositing would blank the image.
     - CMYK is converted without colour management; embedded ICC profiles are not applied.
 
-    Raises ValueError for values outside these ranges, and for 16-bit TIFFs whose white is zero.
+    Raises:
+        ValueError: values are outside these ranges, or the image is a 16-bit TIFF whose white is zero.
     """
     from PIL import ImageOps
 
@@ -151,6 +159,7 @@ def _grey(values: np.ndarray) -> Tensor:
 
 
 def _within(values: np.ndarray, upper: float) -> np.ndarray:
+    """Return the values if they are in [0, upper]; a ValueError otherwise."""
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= upper):  # a NaN fails both
         raise ValueError(
@@ -161,15 +170,15 @@ def _within(values: np.ndarray, upper: float) -> np.ndarray:
 
 
 _decoding_lock = threading.Lock()
-_decoding = 0
+_decoding = 0  # threads inside `_unlimited_pixels`
 _pillow_limit: int | None = None
 
 
 @contextmanager
 def _unlimited_pixels() -> Iterator[None]:
-    """Lift Pillow's process-wide limit, and its warnings below it, while any thread is in here.
+    """Lift Pillow's process-wide limit on pixels, and its warnings below it, while any thread is in the block.
 
-    Line-scan and microscope images are beyond it; ours, `MAX_IMAGE_PIXELS`, takes its place.
+    Line-scan and microscope images are beyond that limit; `MAX_IMAGE_PIXELS` takes its place.
     """
     from PIL import Image
 
@@ -188,26 +197,28 @@ def _unlimited_pixels() -> Iterator[None]:
 
 
 def read_mask(path: str | os.PathLike[str]) -> Tensor:
-    """The mask file as (H, W) bool: true where any channel is above zero (0/1, 0/255, coloured masks).
+    """Read a mask file as (H, W) bool: true where any channel is above zero (0/1, 0/255, coloured masks).
 
-    In a JPEG, whose edges ring, above one half. Of a folder, the union of the mask files in it. Raises ImageError as
-    `read_image` does, and for a folder without masks or with masks of several sizes.
+    In a JPEG, whose edges ring, the bound is one half. For a folder, return the union of the masks in it.
+
+    Raises:
+        ImageError: as in `read_image`, and for a folder without masks or with masks of several sizes.
     """
     if os.path.isdir(path):
         masks = [read_mask(file) for file in list_images(path)]
         if len({mask.shape for mask in masks}) != 1:
             reason = "its masks differ in size" if masks else "there is no mask in this folder"
-            raise ImageError(Path(path), f"{reason}; they belong to one picture, and have its size")
+            raise ImageError(Path(path), f"{reason}; they belong to one image, and have its size")
         return torch.stack(masks).any(0)
     lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
     return (read_image(path) > (0.5 if lossy else 0.0)).any(0)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """`image` (C, H, W) float, resampled to `size` (h, w) by Pillow's Lanczos filter, as float32 in [0, 1].
+    """Resample an image (C, H, W) float to `size` (h, w) by Pillow's Lanczos filter, as float32 in [0, 1].
 
-    Channels are resampled as floats: 8-bit, 16-bit and computed images take one path, without rounding.
-    The filter's overshoot at edges is clipped. An image of the right size is returned as it is.
+    Channels are resampled as floats: 8-bit, 16-bit and computed images take one path, without rounding. The filter's
+    overshoot at edges is clipped. An image that has this size already is returned as it is.
     """
     from PIL import Image
 
@@ -222,45 +233,45 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """`mask` (H, W) bool, resampled to `size` (h, w) by Pillow's nearest neighbour."""
+    """Resample a mask (H, W) bool to `size` (h, w) by Pillow's nearest neighbour."""
     from PIL import Image
 
     height, width = size
-    picture = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
-    resized = np.array(picture.resize((width, height), Image.Resampling.NEAREST))
+    image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
+    resized = np.array(image.resize((width, height), Image.Resampling.NEAREST))
     return torch.from_numpy(resized).to(mask.device, torch.bool)
 
 
-def whole_picture(picture: Tensor, img_size: int | str) -> Tensor:
-    """`picture`, an image (3, H, W) float or a mask (H, W) bool, resized to `whole_picture_size`."""
-    height, width = picture.shape[-2:]
-    return _resize(picture, whole_picture_size(height, width, img_size))
+def whole_image(image: Tensor, img_size: int | str) -> Tensor:
+    """Resize a whole image (3, H, W) float or mask (H, W) bool to `whole_image_size`."""
+    height, width = image.shape[-2:]
+    return _resize(image, whole_image_size(height, width, img_size))
 
 
-def whole_picture_size(height: int, width: int, img_size: int | str) -> tuple[int, int]:
-    """(h, w) of the whole picture: the short side is `img_size`, the long one follows the aspect, rounded.
+def whole_image_size(height: int, width: int, img_size: int | str) -> tuple[int, int]:
+    """Return the (h, w) of `whole_image`: the short side is `img_size`, the long one keeps the proportions, rounded.
 
-    With ``"native"`` it is the picture's own.
+    With ``"native"`` it is the size of the image itself.
     """
     short = min(height, width)
     side = _side(short, img_size)
     return round(side * height / short), round(side * width / short)
 
 
-def centre_crop(picture: Tensor, img_size: int | str) -> Tensor:
-    """`picture`, an image (3, H, W) float or a mask (H, W) bool, cut to a square of side `img_size`.
+def centre_crop(image: Tensor, img_size: int | str) -> Tensor:
+    """Resize an image (3, H, W) float or a mask (H, W) bool, and cut a square of side `img_size` from its centre.
 
-    The official protocol: short side to `img_size`, then the centre, as torchvision's Resize and CenterCrop. With
-    ``"native"`` the side is the picture's short one.
+    This is the official protocol: the short side is resized to `img_size`, then the centre is cut out, as by
+    torchvision's Resize and CenterCrop. With ``"native"`` the side of the square is the image's short side.
     """
-    height, width = picture.shape[-2:]
+    height, width = image.shape[-2:]
     size, top, left = centre_crop_geometry(height, width, img_size)
     side = _side(min(height, width), img_size)
-    return _resize(picture, size)[..., top : top + side, left : left + side].contiguous()
+    return _resize(image, size)[..., top : top + side, left : left + side].contiguous()
 
 
 def centre_crop_geometry(height: int, width: int, img_size: int | str) -> tuple[tuple[int, int], int, int]:
-    """Of `centre_crop`: (h, w) to which the picture is resized, and the top and left of the crop in it."""
+    """Return the (h, w) to which `centre_crop` resizes an image, and the top and left of the crop in it."""
     short = min(height, width)
     side = _side(short, img_size)
     h, w = side * height // short, side * width // short
@@ -268,8 +279,10 @@ def centre_crop_geometry(height: int, width: int, img_size: int | str) -> tuple[
 
 
 def _side(short: int, img_size: int | str) -> int:
+    """Return the short side after resizing: `img_size`, or with ``"native"`` the image's own."""
     return short if isinstance(img_size, str) else img_size
 
 
-def _resize(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    return resize_mask(picture, size) if picture.dtype == torch.bool else resize_image(picture, size)
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resample an image, or a mask, which is bool."""
+    return resize_mask(image, size) if image.dtype == torch.bool else resize_image(image, size)

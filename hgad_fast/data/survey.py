@@ -1,13 +1,13 @@
-"""What a dataset holds and what looks wrong with it, before a training or an evaluation spends hours on it.
+"""A survey of a dataset: what it holds and what looks wrong with it, before hours are spent on training or evaluation.
 
-A finding is an error where figures or a training would be wrong, or a file is of no use:
+A finding is an error if it makes results or a training wrong, or a file useless:
 
-- a picture or a mask that cannot be opened (with `decode`: decoded to its last pixel);
-- a mask of another size than its picture, or without a single pixel on;
-- the same file content in training and test pictures, or in two classes, or once as normal and once as a defect.
+- an image or a mask that cannot be opened (with `decode`: decoded to its last pixel);
+- a mask of another size than its image, or a mask that marks no pixel;
+- the same file content in two of the splits (training, validation, test), in two classes, or as normal and as defect.
 
-It is a warning where less is measured than could be: a picture of a defect without a mask, a mask without a picture,
-a class of too few pictures or with nothing to test, the same content twice in one place.
+It is a warning if less can be measured than the images would allow: an image of a defect without a mask, a mask without
+an image, a class with few training images or with nothing to test on, the same content twice in one place.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .data import Dataset, Sample
+from .datasets import Dataset, Sample
 from .images import ImageError, read_header, read_image, read_mask
 
 FEW_TRAINING_IMAGES = 16
-"""With fewer, the eight pictures that calibration holds out would be more than half of a class."""
-_SHOWN = 5  # sizes, and findings of each kind
+"""With fewer, the eight images that calibration holds out would be more than half of a class."""
+_SHOWN = 5  # sizes, and findings of each kind, that a table lists
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Pictures of one class; `with_mask` counts the anomalous test pictures that have one."""
+    """The numbers of images of one class; `with_mask` counts the anomalous test images that have a mask."""
 
     train: int
     validation: int
@@ -43,7 +43,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that looks wrong: `kind` is the same for all of its sort, `detail` says where and what to do."""
+    """Something that looks wrong: `kind` names the problem, `detail` says where it is and what to do."""
 
     kind: str
     detail: str
@@ -52,69 +52,70 @@ class Finding:
 
 @dataclass(frozen=True)
 class Survey:
-    """Counts by class name, how many pictures there are of each "width x height mode", and the findings."""
+    """The counts by class name, the number of images of each "width x height mode", and the findings."""
 
     root: Path
     layout: str
     counts: dict[str, Counts]
-    pictures: dict[str, int]
+    images: dict[str, int]
     findings: tuple[Finding, ...]
 
     @property
     def errors(self) -> tuple[Finding, ...]:
+        """The findings that are errors."""
         return tuple(finding for finding in self.findings if finding.is_error)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON takes it."""
+        """Return everything in types that JSON has."""
         return {**asdict(self), "root": str(self.root), "findings": [asdict(finding) for finding in self.findings]}
 
     def table(self) -> str:
-        """The counts, the sizes and the findings as text; of many findings of one kind, the first few."""
+        """Return the counts, the sizes and the findings as text; of many findings of one kind, the first few."""
         titles = ("train", "validation", "test normal", "anomalous", "with mask")
         rows = {name: tuple(vars(counts).values()) for name, counts in self.counts.items()}
         rows["all"] = tuple(map(sum, zip(*rows.values(), strict=True)))
         width = max(map(len, rows)) + 2
         lines = [f"{self.layout}: {self.root}", " " * width + "".join(f"{title:>13}" for title in titles)]
         lines += [f"{name:<{width}}" + "".join(f"{count:>13}" for count in row) for name, row in rows.items()]
-        sizes = [f"{count} of {size}" for size, count in self.pictures.items()]
+        sizes = [f"{count} of {size}" for size, count in self.images.items()]
         rarer = f", and {len(sizes) - _SHOWN} rarer sizes" if len(sizes) > _SHOWN else ""
-        lines.append(f"pictures: {', '.join(sizes[:_SHOWN])}{rarer}")
+        lines.append(f"images: {', '.join(sizes[:_SHOWN])}{rarer}")
         for kind, group in groupby(self.findings, lambda finding: finding.kind):
-            found = list(group)
-            lines.append(f"{'error' if found[0].is_error else 'warning'}: {kind} ({len(found)})")
-            lines += [f"  {finding.detail}" for finding in found[:_SHOWN]]
-            if len(found) > _SHOWN:
-                lines.append(f"  ... and {len(found) - _SHOWN} more; --json lists them all")
+            findings = list(group)
+            lines.append(f"{'error' if findings[0].is_error else 'warning'}: {kind} ({len(findings)})")
+            lines += [f"  {finding.detail}" for finding in findings[:_SHOWN]]
+            if len(findings) > _SHOWN:
+                lines.append(f"  ... and {len(findings) - _SHOWN} more; --json lists them all")
         return "\n".join(lines)
 
 
 def survey(dataset: Dataset, *, decode: bool = False) -> Survey:
-    """Count the pictures of `dataset` and look for what is wrong with its files.
+    """Count the images of `dataset` and look for what is wrong with its files.
 
-    Headers of all pictures are read, all masks are decoded, and files of equal size are compared by content. `decode`
-    decodes every picture too, which takes as long as reading them for a training does, and finds truncated files.
+    The headers of all images are read, all masks are decoded, and files of equal size are compared by content. With
+    `decode` every image is decoded too, which finds truncated files and takes as long as reading them for a training.
     """
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     samples = [sample for split in splits.values() for sample in split]
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # decoding releases the GIL
-        looked = list(pool.map(lambda sample: _look(sample, decode), samples))
-    sizes = Counter(size for size, _ in looked if size)
-    findings = [finding for _, found in looked for finding in found]
+        inspected = list(pool.map(lambda sample: _inspect(sample, decode), samples))
+    sizes = Counter(size for size, _ in inspected if size)
+    findings = [finding for _, of_sample in inspected for finding in of_sample]
     findings += _duplicates(dataset, splits)
     findings += [
         Finding("defect without mask", f"{sample.path}: counts for image metrics only", False)
         for sample in dataset.test
         if sample.is_anomalous and sample.mask is None
     ]
-    findings += [Finding("mask without picture", str(mask), False) for mask in dataset.stray_masks]
+    findings += [Finding("mask without image", str(mask), False) for mask in dataset.stray_masks]
     counts = {name: _counts(k, splits) for k, name in enumerate(dataset.class_names)}
-    findings += [finding for name, of_class in counts.items() for finding in _thin(name, of_class)]
-    findings.sort(key=lambda finding: (not finding.is_error, finding.kind))  # in each kind the order stays
+    findings += [finding for name, of_class in counts.items() for finding in _missing_images(name, of_class)]
+    findings.sort(key=lambda finding: (not finding.is_error, finding.kind))  # the order within a kind stays
     return Survey(dataset.root, dataset.layout, counts, dict(sizes.most_common()), tuple(findings))
 
 
-def _look(sample: Sample, decode: bool) -> tuple[str | None, list[Finding]]:
-    """Size and mode of a picture, None if it cannot be opened, and what is wrong with it and its mask."""
+def _inspect(sample: Sample, decode: bool) -> tuple[str | None, list[Finding]]:
+    """Return size and mode of an image, None if it cannot be opened, and what is wrong with it and its mask."""
     try:
         height, width, mode = read_header(sample.path)
         if decode:
@@ -126,7 +127,7 @@ def _look(sample: Sample, decode: bool) -> tuple[str | None, list[Finding]]:
         try:
             mask = read_mask(sample.mask)
             if tuple(mask.shape) != (height, width) and tuple(mask.shape) != tuple(read_image(sample.path).shape[1:]):
-                sizes = f"{mask.shape[1]} x {mask.shape[0]}, its picture {width} x {height}"
+                sizes = f"{mask.shape[1]} x {mask.shape[0]}, its image {width} x {height}"
                 findings.append(Finding("mask of another size", f"{sample.mask} is {sizes}: {sample.path}", True))
             if not mask.any():
                 findings.append(Finding("empty mask", f"{sample.mask}: draw the defect, or remove the mask", True))
@@ -136,7 +137,7 @@ def _look(sample: Sample, decode: bool) -> tuple[str | None, list[Finding]]:
 
 
 def _duplicates(dataset: Dataset, splits: dict[str, tuple[Sample, ...]]) -> Iterator[Finding]:
-    """Pictures of the same content, told by their bytes; only files of equal size are read."""
+    """Yield a finding for each image whose file has the bytes of another one; only files of equal size are read."""
     places = [(split, sample) for split, samples in splits.items() for sample in samples]
     for same_size in _grouped(places, lambda place: _size(place[1].path)):
         for same_start in _grouped(same_size, lambda place: _digest(place[1].path, 1 << 16)):
@@ -147,16 +148,16 @@ def _duplicates(dataset: Dataset, splits: dict[str, tuple[Sample, ...]]) -> Iter
                         (dataset.class_names[first.class_id], dataset.class_names[sample.class_id]),
                         ("normal", "defect") if first.is_anomalous != sample.is_anomalous else ("", ""),
                     ]
-                    differing = ", ".join(f"{one} and {other}" for one, other in pairs if one != other)
+                    differences = ", ".join(f"{this} and {that}" for this, that in pairs if this != that)
                     detail = f"{first.path} and {sample.path}"
-                    if differing:
-                        yield Finding("same picture in two places", f"{detail} ({differing}): remove one", True)
+                    if differences:
+                        yield Finding("same image in two places", f"{detail} ({differences}): remove one", True)
                     else:
-                        yield Finding("same picture twice", detail, False)
+                        yield Finding("same image twice", detail, False)
 
 
 def _grouped(places: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    """Groups of two or more with the same key; what has none (None) belongs to no group."""
+    """Return the groups of two or more places with the same key; places whose key is None belong to no group."""
     groups = defaultdict(list)
     for place in places:
         groups[key(place)].append(place)
@@ -165,14 +166,15 @@ def _grouped(places: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[list[
 
 
 def _size(path: Path) -> int | None:
+    """Return the bytes of a file; None if it is empty or cannot be read."""
     try:
-        return path.stat().st_size or None  # empty ones are no copies of each other
+        return path.stat().st_size or None  # empty files are no copies of each other
     except OSError:
         return None  # reported as unreadable
 
 
 def _digest(path: Path, size: int = -1) -> bytes | None:
-    """Of the first `size` bytes, or of all."""
+    """Return a hash of the first `size` bytes, or of all; None if the file cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.blake2b(file.read(size)).digest()
@@ -181,6 +183,7 @@ def _digest(path: Path, size: int = -1) -> bytes | None:
 
 
 def _counts(class_id: int, splits: dict[str, tuple[Sample, ...]]) -> Counts:
+    """Return the counts of one class."""
     train, validation, test = (
         [sample for sample in samples if sample.class_id == class_id] for samples in splits.values()
     )
@@ -189,11 +192,12 @@ def _counts(class_id: int, splits: dict[str, tuple[Sample, ...]]) -> Counts:
     return Counts(len(train), len(validation), len(test) - len(anomalous), len(anomalous), with_mask)
 
 
-def _thin(name: str, counts: Counts) -> Iterator[Finding]:
+def _missing_images(name: str, counts: Counts) -> Iterator[Finding]:
+    """Yield what a class has too few images for."""
     if counts.train < FEW_TRAINING_IMAGES:
-        yield Finding(
-            "few training pictures", f"{name}: {counts.train}; calibration would hold half of them out", False
-        )
-    missing = [kind for kind, n in (("normal", counts.test_normal), ("anomalous", counts.test_anomalous)) if not n]
+        yield Finding("few training images", f"{name}: {counts.train}; calibration would hold half of them out", False)
+    missing = [
+        label for label, count in (("normal", counts.test_normal), ("anomalous", counts.test_anomalous)) if not count
+    ]
     if missing:
-        yield Finding("nothing to evaluate on", f"{name}: no {' and no '.join(missing)} test pictures", False)
+        yield Finding("nothing to evaluate on", f"{name}: no {' and no '.join(missing)} test images", False)

@@ -1,9 +1,7 @@
-"""What each part of HGAD contributes: variants of one training, compared map by map (`hgad-fast ablate DATA`).
+"""Ablation: variants of one training, compared to see what each part of a method contributes (`hgad-fast ablate DATA`).
 
-The likelihood map says where a pixel is improbable for its class. The entropy map says where the class is in doubt,
-which only a model of several well-separated classes can tell: mutual information teaches it. Where a single Gaussian
-maps all classes to one place (the "homogeneous mapping" of the paper), anomalous pixels land among the normal ones; the
-histograms of log-density show by how much.
+The method names its variants (`Detector.variants`). They are compared by the anomaly maps of each part of the densities
+alone and of all parts together, and by how much the log-densities of normal and anomalous pixels overlap.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,128 +19,131 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import data as pictures
-from . import metrics, score
-from .bench import environment
-from .calibrate import Calibration, calibration_of, held_out_densities, largest
-from .config import HGADConfig
+from .. import methods
+from ..data.datasets import Dataset, Sample
+from ..data.images import read_image
+from ..environment import environment
+from ..features.extract import FeatureSet, ShowProgress, feature_set
+from ..features.preprocess import image_features
+from ..files import replacing
+from ..protocol import Densities, Detector
+from ..scoring.calibration import (
+    Calibration,
+    calibration_of,
+    held_out_densities,
+    largest_densities,
+    required_calibration,
+)
+from ..scoring.densities import densities
+from ..scoring.maps import calibrated_maps, official_maps
+from . import metrics
 from .evaluate import Features, mean, seen_mask, test_set, without_nan
-from .features import FeatureSet, Progress, feature_set
-from .files import replacing
-from .model import HGADModel
 
-VARIANTS: dict[str, dict[str, Any]] = {  # fields of the configuration that differ
-    "single-gaussian": {"n_classes": 1, "class_names": ("all",), "n_intra_centers": 1, "loss_terms": ("L_g",)},
-    "inter-class": {"n_intra_centers": 1, "loss_terms": ("L_g",)},
-    "mutual-information": {"n_intra_centers": 1, "loss_terms": ("L_g", "L_mi", "L_e")},
-    "hgad": {},
-    "hgad-lambda2-1": {"lambda2": 1.0},
-}
-CENTRES = (1,)  # of a class, tried besides the configured number
-MAPS = ("likelihood", "entropy", "product", "standardised")
 SETTINGS = ("official", "class given", "class inferred")
-SPLITS = 5  # of the held-out pictures, for the false-alarm rate
-RATES = (0.05, 0.01)
-STRIDE = 2  # of the pixels that the pixel AUROC looks at, in both directions
+FUSIONS = ("product", "standardised")
+SPLITS = 5  # draws of calibration images from the held-out ones, to measure the false-alarm rate
+RATES = (0.05, 0.01)  # target false-alarm rates
+STRIDE = 2  # the pixel AUROC takes every second pixel in both directions
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What all variants share; `test` holds the features of each test picture."""
+    """The data that all variants share; `test` holds the features of each test image, one (1, C, h, w) a level."""
 
-    dataset: pictures.Dataset
+    dataset: Dataset
     train: FeatureSet
     held_out: FeatureSet
     test: list[list[Tensor]]
 
 
 def run(
-    data: pictures.Dataset | str,
-    config: HGADConfig,
+    data: Dataset | str,
+    config: Any,
     output: str | Path,
     *,
-    variants: Sequence[str] = tuple(VARIANTS),
-    centres: Sequence[int] = CENTRES,
-    training_pictures: int | None = None,
+    variants: Mapping[str, Any] | None = None,
+    training_images: int | None = None,
     features: FeatureSet | None = None,
     features_of: Features | None = None,
     device: str = "cpu",
     say: Callable[[str], None] = print,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> dict[str, Any]:
-    """Train every variant on the same features and compare them on the test pictures.
+    """Train every variant on the same features and compare them on the test images.
 
-    Written to `output`: the model and a histogram (``log-density.png``) of each variant in a folder of its own, and
-    ``ablation.json``. A training that lies there already goes on where it stopped, or is not repeated.
+    The model and a histogram (``log-density.png``) of each variant are written to a folder of its own in `output`, and
+    the comparison to ``ablation.json``. A training that lies there already is resumed, or kept if it is finished.
 
     Args:
-        data: a dataset with test pictures, or its root.
+        data: a dataset with test images, or its root.
         config: what the variants have in common, with the dataset's classes.
         output: the folder, made if need be.
-        variants: names of `VARIANTS`.
-        centres: numbers of centres of a class that HGAD is trained with besides the configured one; its variants
-            ``hgad-1-centre``, ``hgad-5-centres``, ...
-        training_pictures: how many normal pictures of a class are trained on, drawn from ``config.seed``; the others
+        variants: configurations by name; None: all those of `Detector.variants`.
+        training_images: how many normal images of a class are trained on, drawn with ``config.seed``; the others
             calibrate. None: all but a tenth.
-        features: features of all training pictures of the dataset, where they are at hand already.
-        features_of: gives the features of a test picture, likewise.
+        features: features of all training images of the dataset, where they are at hand already.
+        features_of: returns the features of a test image, where they are at hand already.
         device: where to compute.
-        say: told what comes next, and the table.
-        progress: wraps the long loops over pictures, e.g. in a progress bar with the given title.
+        say: called with a line of text before each step, and with the table at the end.
+        progress: wraps the long loops over images, e.g. in a progress bar with the given title.
 
     Returns:
-        What ``ablation.json`` holds: variant -> "figures" (setting -> map -> image and pixel AUROC, mean and per
-        class), "confusion", "log_density_overlap" (of normal and anomalous pixels, by class and mean: 1 where the
-        density cannot tell them apart, 0 where it does without fail) and "false_alarms". The settings are the official
-        normalisation with the class given, and the calibrated one with the class given and inferred.
+        The content of ``ablation.json``; under "variants" it has of each "figures" (setting -> map -> image and pixel
+        AUROC, mean and per class), "confusion", "log_density_overlap" (of normal and anomalous pixels, by class and
+        mean: 1 where the density cannot tell them apart, 0 where it always does) and "false_alarms". The settings are
+        the official normalisation with the class given, and the calibrated one with the class given and inferred. The
+        maps are those of each part of the densities and, where there are several, their product and standardised sum.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
-        ValueError: an unknown variant, centres below 1, a class without pictures to calibrate on, a dataset without
-            test pictures, or a folder with the training of another configuration or of other pictures.
+        ValueError: a class has no images to calibrate on, the dataset has no test images, or a folder holds the
+            training of another configuration or of other images.
     """
-    if unknown := [name for name in variants if name not in VARIANTS]:
-        raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-    chosen = {name: config.replace(**VARIANTS[name]) for name in variants}
-    chosen |= {f"hgad-{n}-centre{'s' * (n != 1)}": config.replace(n_intra_centers=n) for n in centres}
+    chosen = methods.METHODS[config.method].variants(config) if variants is None else variants
     progress = progress or (lambda items, title: items)
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError("the ablation draws histograms, which need matplotlib: pip install 'hgad-fast[plot]'")
-    base = HGADModel(config).to(device)
+    base = methods.create(config).to(device)
     dataset = test_set(base, data)
-    say("features of the training pictures")
+    say("features of the training images")
     normals = features or feature_set(base, dataset, progress=progress)
-    rows, held_out = _drawn(normals.class_ids, base.class_names, training_pictures, config.seed)
-    say("features of the test pictures")
-    features_of = features_of or (lambda sample: score.picture_features(base, pictures.read_image(sample.path)))
-    test = [list(features_of(sample)) for sample in progress(dataset.test, "test pictures")]
-    shared = _Data(dataset, normals.subset(rows), normals.subset(held_out), test)
-    found: dict[str, Any] = environment(torch.device(device))
-    found |= {"config": json.loads(config.to_json()), "training_pictures": len(rows), "variants": {}}
-    for name, its_config in chosen.items():
+    training_rows, held_out_rows = _drawn(normals.class_ids, dataset.class_names, training_images, config.seed)
+    say("features of the test images")
+    features_of = features_of or (lambda sample: image_features(base, read_image(sample.path)))
+    test = [list(features_of(sample)) for sample in progress(dataset.test, "test images")]
+    shared = _Data(dataset, normals.subset(training_rows), normals.subset(held_out_rows), test)
+    report: dict[str, Any] = environment(torch.device(device))
+    report |= {"config": json.loads(config.to_json()), "training_images": len(training_rows), "variants": {}}
+    for name, variant in chosen.items():
         folder = Path(output) / name
-        model = _trained(its_config, shared, folder, device, say)
+        model = _trained(variant, shared, folder, device, say)
         say(f"{name}: comparing")
-        found["variants"][name] = _compare(model, shared, folder, progress)
+        report["variants"][name] = _compare(model, shared, folder, progress)
         with replacing(Path(output) / "ablation.json") as file:
-            file.write_text(json.dumps(found, indent=2) + "\n")
-    say(table(found))
-    return found
+            file.write_text(json.dumps(report, indent=2) + "\n")
+    say(table(report))
+    return report
 
 
-def table(found: dict[str, Any]) -> str:
-    """Mean image / pixel AUROC in percent, a row a variant and setting, a column a map."""
-    lines = [f"{'mean AUROC in %, image / pixel':<38}" + "".join(f"{name:>16}" for name in MAPS)]
-    for name, variant in found["variants"].items():
-        for setting, maps in variant["figures"].items():
-            cells = (maps[kind]["mean"] if kind in maps else None for kind in MAPS)
-            texts = (" / ".join("-" if x is None else f"{100 * x:.1f}" for x in cell or [None]) for cell in cells)
-            lines.append(f"{name + ', ' + setting:<38}" + "".join(f"{text:>16}" for text in texts))
+def table(report: dict[str, Any]) -> str:
+    """Return a table of mean image / pixel AUROC in percent: a row a variant and setting, a column a map."""
+    rows = [
+        (f"{variant}, {setting}", maps)
+        for variant, results in report["variants"].items()
+        for setting, maps in results["figures"].items()
+    ]
+    kinds = dict.fromkeys(kind for _, maps in rows for kind in maps)
+    columns = [kind for kind in kinds if kind not in FUSIONS] + [kind for kind in FUSIONS if kind in kinds]
+    lines = [f"{'mean AUROC in %, image / pixel':<38}" + "".join(f"{kind:>16}" for kind in columns)]
+    for name, maps in rows:
+        cells = (maps[kind]["mean"] if kind in maps else [None] for kind in columns)
+        texts = (" / ".join("-" if auroc is None else f"{100 * auroc:.1f}" for auroc in cell) for cell in cells)
+        lines.append(f"{name:<38}" + "".join(f"{text:>16}" for text in texts))
     return "\n".join(lines)
 
 
 def _drawn(class_ids: Tensor, names: Sequence[str], count: int | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on, `count` of each class, and the others."""
+    """Return the rows to train on, `count` of each class (None: all but a tenth), and the others; both sorted."""
     generator = torch.Generator().manual_seed(seed)
     chosen: list[Tensor] = []
     others: list[Tensor] = []
@@ -152,7 +153,7 @@ def _drawn(class_ids: Tensor, names: Sequence[str], count: int | None, seed: int
         n = len(members) - max(1, len(members) // 10) if count is None else count
         if not 0 < n < len(members):
             raise ValueError(
-                f"class {names[k]!r} has {len(members)} training pictures, of which {n} cannot be trained on: at least "
+                f"class {names[k]!r} has {len(members)} training images, of which {n} cannot be trained on: at least "
                 "one, and fewer than all, for the others calibrate"
             )
         chosen.append(members[:n])
@@ -160,121 +161,140 @@ def _drawn(class_ids: Tensor, names: Sequence[str], count: int | None, seed: int
     return torch.cat(chosen).sort().values, torch.cat(others).sort().values
 
 
-def _trained(config: HGADConfig, shared: _Data, folder: Path, device: str, say: Callable[[str], None]) -> HGADModel:
+def _trained(config: Any, shared: _Data, folder: Path, device: str, say: Callable[[str], None]) -> Any:
+    """Return the model of a variant, trained in its folder, or read from it if its training is finished."""
     say(f"{folder.name}: training")
-    model = HGADModel(config.replace(calibration_fraction=0.0)).to(device)  # what calibrates is held out already
-    model.fit(_known_as(model, shared.train), output_dir=folder, resume=True)
+    model = methods.create(config.replace(calibration_fraction=0.0)).to(device)  # what calibrates is held out already
+    model.fit(_with_classes_of(model, shared.train), output_dir=folder, resume=True)
     return model
 
 
-def _known_as(model: HGADModel, features: FeatureSet) -> FeatureSet:
-    """The features with the classes that the model has: one for all, where it has one."""
-    one = model.config.n_classes == 1
-    return dataclasses.replace(features, class_ids=features.class_ids * 0) if one else features
+def _with_classes_of(model: Detector, features: FeatureSet) -> FeatureSet:
+    """Return the features with the class ids that the model knows: 0 for all, where it has a single class."""
+    single_class = model.groups_are_classes and len(model.groups) == 1
+    return dataclasses.replace(features, class_ids=features.class_ids * 0) if single_class else features
 
 
-def _compare(model: HGADModel, shared: _Data, folder: Path, progress: Progress) -> dict[str, Any]:
+def _compare(model: Detector, shared: _Data, folder: Path, progress: ShowProgress) -> dict[str, Any]:
+    """Return the results of a variant, as `run` describes them, and write its histogram."""
     dataset = shared.dataset
-    held_out = held_out_densities(model, _known_as(model, shared.held_out), progress)
-    ids = torch.tensor([sample.class_id for sample in dataset.test])
-    own = ids * 0 if model.config.n_classes == 1 else ids
-    tested = progress(list(zip(shared.test, own.tolist(), strict=True)), "densities of the test pictures")
+    held_out = held_out_densities(model, _with_classes_of(model, shared.held_out), progress)
+    class_ids = torch.tensor([sample.class_id for sample in dataset.test])
+    known_ids = class_ids * 0 if len(model.groups) == 1 else class_ids  # see `_with_classes_of`
+    tests = list(zip(shared.test, known_ids.tolist(), strict=True))
     inferred, given = [], []
-    for features, k in tested:
-        inferred += score.densities(model, features, None)
-        right = int(inferred[-1].class_id) == k
-        given += inferred[-1:] if right else score.densities(model, features, torch.tensor([k]))
+    for features, k in progress(tests, "densities of the test images"):
+        inferred += densities(model, features, None)
+        # Where the inferred class is the given one, the densities are the same.
+        same = not model.groups_are_classes or int(inferred[-1].group_ids) == k
+        given += inferred[-1:] if same else densities(model, features, torch.tensor([k]))
     model.calibration = _calibration(model, held_out, "standardised")
-    classes = [(name, (ids == k).nonzero().flatten().tolist()) for k, name in enumerate(dataset.class_names)]
+    classes = [(name, (class_ids == k).nonzero().flatten().tolist()) for k, name in enumerate(dataset.class_names)]
     classes = [(name, rows) for name, rows in classes if rows]
-    figures: dict[str, dict[str, dict[str, Any]]] = {setting: {} for setting in SETTINGS}
-    for name, rows in progress(classes, "maps of the test pictures"):
+    settings = {
+        setting: images
+        for setting, images in zip(SETTINGS, (given, given, inferred), strict=True)
+        if model.groups_are_classes or setting != "class given"
+    }
+    figures: dict[str, dict[str, dict[str, Any]]] = {setting: {} for setting in settings}
+    for name, rows in progress(classes, "maps of the test images"):
         samples = [dataset.test[i] for i in rows]
-        for setting, densities in zip(SETTINGS, (given, given, inferred), strict=True):
-            mine = [densities[i] for i in rows]
-            maps = (_official if setting == "official" else _calibrated)(mine, model)
-            for kind, values in maps.items():
-                figures[setting].setdefault(kind, {})[name] = _aurocs(model, samples, values)
-    for setting in SETTINGS:
-        for rows_of_map in figures[setting].values():
-            rows_of_map["mean"] = [mean(figures) for figures in zip(*rows_of_map.values(), strict=True)]
-    names = [model.class_names[int(found.class_id)] for found in inferred]
+        for setting, images in settings.items():
+            maps_of = _official if setting == "official" else _calibrated
+            for kind, maps in maps_of([images[i] for i in rows], model).items():
+                figures[setting].setdefault(kind, {})[name] = _aurocs(model, samples, maps)
+    for by_kind in figures.values():
+        for by_class in by_kind.values():
+            by_class["mean"] = [mean(aurocs) for aurocs in zip(*by_class.values(), strict=True)]
+    group_names = [model.groups[int(image.group_ids)] for image in inferred]
     confusion = {
-        name: {other: [names[i] for i in rows].count(other) for other in model.class_names} for name, rows in classes
+        name: {group: [group_names[i] for i in rows].count(group) for group in model.groups} for name, rows in classes
     }
-    found = {
-        "figures": figures,
-        "confusion": confusion,
-        "log_density_overlap": _histogram(model, shared, given, folder / "log-density.png"),
-        "false_alarms": _false_alarms(model, shared, held_out, inferred, progress),
-    }
-    return without_nan(found)
+    return without_nan(
+        {
+            "figures": figures,
+            "confusion": confusion,
+            "log_density_overlap": _histogram(model, shared, given, folder / "log-density.png"),
+            "false_alarms": _false_alarms(model, shared, held_out, inferred, progress),
+        }
+    )
 
 
-def _calibration(model: HGADModel, held_out: Sequence[score.Densities], fusion: str) -> Calibration:
-    model.config = config = model.config.replace(fusion=fusion)
-    level_max = largest(held_out, config.n_classes, config.feature_levels)
-    return calibration_of(model, held_out, level_max, config.img_size)
+def _calibration(model: Detector, held_out: Sequence[Densities], fusion: str) -> Calibration:
+    """Return the calibration of the model on the densities of held-out images, for maps of the given fusion."""
+    return calibration_of(model, held_out, largest_densities(model, held_out), model.config.img_size, fusion)
 
 
-def _likelihood(found: score.Densities) -> score.Densities:
-    """As of a model of one class, whose map is the likelihood alone."""
-    return dataclasses.replace(found, n_classes=1)
+def _part_alone(image: Densities, part: str) -> Densities:
+    """Return densities whose map is that of a single part of an image's."""
+    return dataclasses.replace(image, logps=image.parts[part], neg_entropy=[])
 
 
-def _entropy(found: score.Densities) -> score.Densities:
-    """The entropy in the place of the likelihood."""
-    return dataclasses.replace(found, logps=found.neg_entropy, n_classes=1)
-
-
-def _official(parts: list[score.Densities], model: HGADModel) -> dict[str, list[Tensor]]:
+def _official(images: list[Densities], model: Detector) -> dict[str, list[Tensor]]:
+    """Return the official maps of the images of a class: of each part and, if there are several, their product."""
     size = model.config.msk_size
-    maps = {"likelihood": score.official_maps([_likelihood(part) for part in parts], size)}
-    if model.config.n_classes > 1:
-        maps["entropy"] = score.official_maps([_entropy(part) for part in parts], size)
-        maps["product"] = maps["likelihood"] * maps["entropy"]
-    return {kind: list(values) for kind, values in maps.items()}
+    maps = {part: official_maps([_part_alone(image, part) for image in images], size) for part in images[0].parts}
+    if len(maps) > 1:
+        first, *others = maps.values()
+        maps["product"] = math.prod(others, start=first)
+    return {kind: list(of_images) for kind, of_images in maps.items()}
 
 
-def _calibrated(parts: list[score.Densities], model: HGADModel) -> dict[str, list[Tensor]]:
-    calibration, size = model.calibration, model.config.msk_size
-    assert calibration is not None
-    likelihood = [score.calibrated_maps(_likelihood(part), calibration.level_max, size)[0] for part in parts]
-    if calibration.weights is None:  # one class
-        return {"likelihood": likelihood}
-    certain = torch.zeros_like(calibration.level_max)
-    entropy = [score.calibrated_maps(_entropy(part), certain, size)[0] for part in parts]
-    weights = [calibration.weights[int(part.class_id)] for part in parts]
-    return {
-        "likelihood": likelihood,
-        "entropy": entropy,
-        "product": [first * second for first, second in zip(likelihood, entropy, strict=True)],
-        "standardised": [w[0] * a + w[1] * b for w, a, b in zip(weights, likelihood, entropy, strict=True)],
+def _calibrated(images: list[Densities], model: Detector) -> dict[str, list[Tensor]]:
+    """Return the calibrated maps of images: of each part and, if there are several, their two `FUSIONS`."""
+    calibration, size = required_calibration(model), model.config.msk_size
+    # The maxima of the levels: those of the log-densities are calibrated, the other parts cannot pass 0.
+    maxima = [calibration.level_max, *[torch.zeros_like(calibration.level_max)] * (len(images[0].parts) - 1)]
+    maps = {
+        part: [calibrated_maps(_part_alone(image, part), level_max, size)[0] for image in images]
+        for part, level_max in zip(images[0].parts, maxima, strict=True)
     }
+    if calibration.weights is None:  # a single part
+        return maps
+    by_image = list(zip(*maps.values(), strict=True))  # the maps of the parts of each image
+    products, sums = [], []
+    for image, (first, *others) in zip(images, by_image, strict=True):
+        products.append(math.prod(others, start=first))
+        weights = calibration.weights[int(image.group_ids)]
+        sums.append(torch.stack([w * m for w, m in zip(weights, (first, *others), strict=True)]).sum(0))
+    return maps | {"product": products, "standardised": sums}
 
 
-def _aurocs(model: HGADModel, samples: list[pictures.Sample], maps: list[Tensor]) -> tuple[float, float]:
-    """Image and pixel AUROC of one class, NaN where its test set cannot tell."""
+def _aurocs(model: Detector, samples: list[Sample], maps: list[Tensor]) -> tuple[float, float]:
+    """Return image and pixel AUROC of one class; NaN where its test images are all normal or all anomalous.
+
+    Anomalous images without a mask do not count for the pixels.
+    """
     labels = [sample.is_anomalous for sample in samples]
-    image = metrics.auroc([float(m.max()) for m in maps], labels) if 0 < sum(labels) < len(labels) else math.nan
-    told = [(s, m.cpu()) for s, m in zip(samples, maps, strict=True) if s.mask or not s.is_anomalous]
-    truth = torch.cat([seen_mask(model, s, m)[::STRIDE, ::STRIDE].flatten() for s, m in told])
-    if truth.all() or not truth.any():
-        return image, math.nan
-    return image, metrics.auroc(torch.cat([m[::STRIDE, ::STRIDE].flatten() for _, m in told]), truth)
+    image_auroc = math.nan
+    if 0 < sum(labels) < len(labels):
+        image_auroc = metrics.auroc([float(anomaly_map.max()) for anomaly_map in maps], labels)
+    scores, truth = [], []
+    for sample, anomaly_map in zip(samples, (m.cpu() for m in maps), strict=True):
+        if sample.mask or not sample.is_anomalous:
+            scores.append(anomaly_map[::STRIDE, ::STRIDE].flatten())
+            truth.append(seen_mask(model, sample, anomaly_map)[::STRIDE, ::STRIDE].flatten())
+    pixel_labels = torch.cat(truth)
+    if pixel_labels.all() or not pixel_labels.any():
+        return image_auroc, math.nan
+    return image_auroc, metrics.auroc(torch.cat(scores), pixel_labels)
 
 
 def _false_alarms(
-    model: HGADModel,
+    model: Detector,
     shared: _Data,
-    held_out: Sequence[score.Densities],
-    inferred: list[score.Densities],
-    progress: Progress,
+    held_out: Sequence[Densities],
+    inferred: list[Densities],
+    progress: ShowProgress,
 ) -> dict[str, Any]:
-    """Pictures called anomalous over several calibrations, each on a third of the held-out pictures of every class."""
+    """Count the test images called anomalous after each of several calibrations.
+
+    A calibration takes a third of the held-out images of every group. Returns the counts of each one and target rate,
+    and the rates pooled over the calibrations.
+    """
     anomalous = torch.tensor([sample.is_anomalous for sample in shared.dataset.test])
-    class_ids = torch.cat([found.class_id for found in inferred])
-    held_out_ids = torch.cat([found.class_id for found in held_out])
+    group_ids = torch.cat([image.group_ids for image in inferred])
+    held_out_ids = torch.cat([image.group_ids for image in held_out])
     splits: list[dict[str, Any]] = []
     for seed in progress(range(SPLITS), "false alarms"):
         generator, rows = torch.Generator().manual_seed(seed), []
@@ -283,44 +303,45 @@ def _false_alarms(
             chosen = torch.randperm(len(members), generator=generator)[: max(1, len(members) // 3)]
             rows += members[chosen].tolist()
         calibration = _calibration(model, [held_out[i] for i in sorted(rows)], "product")
-        scores = torch.stack([calibration.maps(found, model.config.msk_size).max() for found in inferred])
+        scores = torch.stack([calibration.maps(image, model.config.msk_size).max() for image in inferred])
         for rate in RATES:
             calibration.false_alarm_rate = rate
-            _, flagged, _, attainable = calibration.judge(scores, class_ids)
+            _, flagged, _, attainable = calibration.judge(scores, group_ids)
             splits.append(
                 {
                     "seed": seed,
                     "nominal": rate,
                     "attainable": mean(attainable[~anomalous].tolist()),
-                    "calibration_pictures": len(calibration.scores),
-                    "normal_pictures": int((~anomalous).sum()),
+                    "calibration_images": len(calibration.scores),
+                    "normal_images": int((~anomalous).sum()),
                     "false_alarms": int(flagged[~anomalous].sum()),
                     "recall": mean(flagged[anomalous].tolist()),
                 }
             )
     pooled = {}
     for rate in RATES:
-        mine = [split for split in splits if split["nominal"] == rate]
-        alarms, pictures_seen = (sum(s[key] for s in mine) for key in ("false_alarms", "normal_pictures"))
+        at_rate = [split for split in splits if split["nominal"] == rate]
+        false_alarms = sum(split["false_alarms"] for split in at_rate)
+        normal_images = sum(split["normal_images"] for split in at_rate)
         pooled[str(rate)] = {
-            "false_alarm_rate": alarms / pictures_seen if pictures_seen else None,
-            "recall": mean(s["recall"] for s in mine),
-            "interval_95_of_one_split": _binomial(rate, mine[0]["normal_pictures"]),
+            "false_alarm_rate": false_alarms / normal_images if normal_images else None,
+            "recall": mean(split["recall"] for split in at_rate),
+            "interval_95_of_one_split": _binomial(rate, at_rate[0]["normal_images"]),
         }
     return {"splits": splits, "pooled": pooled}
 
 
 def _binomial(rate: float, n: int) -> list[float]:
-    """Where 95% of the shares lie that n pictures give at a rate."""
+    """Return the bounds between which the share of alarms among n images at a rate lies in 95% of cases."""
     from scipy.stats import binom
 
-    return [float(binom.ppf(q, n, rate)) / max(n, 1) for q in (0.025, 0.975)]
+    return [float(binom.ppf(quantile, n, rate)) / max(n, 1) for quantile in (0.025, 0.975)]
 
 
-def _histogram(model: HGADModel, shared: _Data, given: list[score.Densities], path: Path) -> dict[str, float]:
-    """Draw the log-density over C of normal and anomalous pixels of the finest level, a panel a class.
+def _histogram(model: Detector, shared: _Data, given: list[Densities], path: Path) -> dict[str, float]:
+    """Draw histograms of the log-density, divided by C, of normal and anomalous pixels of the finest level.
 
-    Returns how much of the two distributions overlaps, by class and mean.
+    Each class has a panel. Returns the share of the two distributions that overlaps, by class and mean.
     """
     from matplotlib.figure import Figure
 
@@ -328,18 +349,17 @@ def _histogram(model: HGADModel, shared: _Data, given: list[score.Densities], pa
     overlap: dict[str, float] = {}
     figure = Figure(figsize=(3 * len(names), 2.6), layout="constrained")
     for k, (name, axes) in enumerate(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True)):
-        pixels: dict[bool, list[Tensor]] = {False: [], True: []}
-        for sample, found in zip(shared.dataset.test, given, strict=True):
+        pixels: dict[str, list[Tensor]] = {"normal": [], "anomalous": []}
+        for sample, image in zip(shared.dataset.test, given, strict=True):
             if sample.class_id == k and (sample.mask or not sample.is_anomalous):
-                density = found.logps[0][0].cpu()
-                mask = seen_mask(model, sample, density)
-                for is_anomalous, some in pixels.items():
-                    some.append(density[mask == is_anomalous])
-        both = {key: torch.cat(some).numpy() for key, some in pixels.items() if any(map(len, some))}
-        edges = np.histogram_bin_edges(np.concatenate([np.empty(0), *both.values()]), bins=60)
+                logps = image.logps[0][0].cpu()
+                mask = seen_mask(model, sample, logps)
+                pixels["normal"].append(logps[~mask])
+                pixels["anomalous"].append(logps[mask])
+        present = {label: torch.cat(values).numpy() for label, values in pixels.items() if any(map(len, values))}
+        edges = np.histogram_bin_edges(np.concatenate([np.empty(0), *present.values()]), bins=60)
         shares = []
-        for is_anomalous, values in both.items():
-            label = "anomalous" if is_anomalous else "normal"
+        for label, values in present.items():
             density, *_ = axes.hist(values, edges, density=True, histtype="stepfilled", alpha=0.5, label=label)
             shares.append(density * np.diff(edges))
         overlap[name] = float(np.minimum(*shares).sum()) if len(shares) == 2 else math.nan

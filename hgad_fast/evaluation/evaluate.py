@@ -1,9 +1,9 @@
 """Figures of a trained model on a labelled test set, under two protocols side by side.
 
-``official``: the class of each picture is given, and maps are normalised by maxima over the test set of the class, as
-published; the published checkpoint is moreover the best one on the test set (`BestCheckpoint` keeps it).
-``honest``: the class is inferred and every score depends on its picture alone, with the last checkpoint and thresholds
-from held-out normal pictures, as in use.
+``official``: as published. The class of each image is given, and the maps of a class are normalised by maxima over its
+test images. Published figures are moreover those of the checkpoint that is best on the test set (see `BestCheckpoint`).
+``honest``: as in use. The class is inferred, every score depends on its image alone, the thresholds come from held-out
+normal images, and the checkpoint is the last one.
 """
 
 from __future__ import annotations
@@ -17,31 +17,38 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import data as pictures
-from . import metrics, score
-
-if TYPE_CHECKING:
-    from .features import Progress
-    from .model import HGADModel
+from ..data.datasets import Dataset, Sample, discover
+from ..data.images import centre_crop, read_image, read_mask, resize_mask, whole_image
+from ..features.extract import ShowProgress
+from ..features.preprocess import image_features, seeing
+from ..methods import load
+from ..protocol import Densities, Detector
+from ..scoring.calibration import required_calibration
+from ..scoring.densities import densities
+from ..scoring.maps import official_maps
+from ..scoring.score import seen_at
+from . import metrics
 
 PROTOCOLS = ("official", "honest")
-Features = Callable[[pictures.Sample], Sequence[Tensor]]  # of a picture: one (1, C, h, w) a level
-Curve = tuple[list[float], list[float]]  # x and y of a line to draw
+Features = Callable[[Sample], Sequence[Tensor]]  # returns prepared features of a test image, (1, C, h, w) a level
+Curve = tuple[list[float], list[float]]  # x and y of its points
 
 
 @dataclass
 class Figures:
-    """Figures of one class, of all pictures together or a mean, in [0, 1]; NaN where the test set cannot tell.
+    """Figures in [0, 1] of one class or of all images together, or means over the classes.
+
+    A figure is NaN where the test images do not have what it takes: normal ones, anomalous ones, or masks.
 
     Attributes:
         pixel_aupro_30, pixel_aupro_5: per-region overlap up to the false-positive rates 0.3 and 0.05.
-        intervals: 95% bootstrap intervals over the pictures, by the names of the figures.
+        intervals: 95% bootstrap intervals over the images, by the names of the figures.
         curves: "image_roc", "image_pr", "pixel_roc", "pixel_pr" and "pixel_pro", see `metrics.pixel_curves`.
     """
 
@@ -57,17 +64,17 @@ class Figures:
     curves: dict[str, Curve] = field(default_factory=dict)
 
 
-FIGURES = tuple(f.name for f in fields(Figures) if f.name not in ("intervals", "curves"))
+FIGURES = tuple(figure.name for figure in fields(Figures) if figure.name not in ("intervals", "curves"))
 
 
 @dataclass
-class Picture:
-    """What one protocol says of a test picture.
+class ScoredImage:
+    """A test image with its score and verdict under one protocol.
 
     Attributes:
-        path: below the dataset's root where it lies there.
-        class_name, inferred_class: its own, and the one that the model takes it for.
-        score: the class's own unit; compare it within a class.
+        path: relative to the dataset's root if the image lies below it.
+        class_name, inferred_class: the image's own class, and the class (or other group) that the model takes it for.
+        score: the image score; each class has its own scale, so compare scores within a class only.
         p_value, threshold, is_flagged: None without a threshold, as always under the official protocol.
     """
 
@@ -88,18 +95,20 @@ class Evaluation:
 
     Attributes:
         figures: protocol -> class name -> figures.
-        pooled: protocol -> figures of all pictures together, one threshold for all classes.
-        pictures: protocol -> every test picture.
-        checkpoints: protocol -> which state of the training was tested: "last", or how it was chosen.
+        pooled: protocol -> figures of all images together, with one threshold for all classes.
+        images: protocol -> every test image.
+        checkpoints: protocol -> which checkpoint was tested: "last", or how it was chosen.
+        knows_classes: whether the model's groups are the classes, so that the class of an image can be given.
     """
 
     figures: dict[str, dict[str, Figures]]
     pooled: dict[str, Figures]
-    pictures: dict[str, list[Picture]]
+    images: dict[str, list[ScoredImage]]
     checkpoints: dict[str, str]
+    knows_classes: bool = True
 
     def mean(self, protocol: str) -> Figures:
-        """Unweighted mean over the classes that have the figure."""
+        """Return the unweighted mean of each figure over the classes that have it."""
         figures = Figures()
         for name in FIGURES:
             setattr(figures, name, mean(getattr(row, name) for row in self.figures[protocol].values()))
@@ -107,182 +116,206 @@ class Evaluation:
 
     @property
     def confusion(self) -> dict[str, dict[str, int]]:
-        """Class -> inferred class -> number of pictures."""
+        """Class -> inferred class -> number of images."""
         counts: dict[str, Counter[str]] = {}
-        for picture in self._any():
-            counts.setdefault(picture.class_name, Counter())[picture.inferred_class] += 1
+        for image in self._test_images:
+            counts.setdefault(image.class_name, Counter())[image.inferred_class] += 1
         return {name: dict(row) for name, row in counts.items()}
 
     @property
     def inferred_class_accuracy(self) -> float:
-        """Share of pictures whose inferred class is their own."""
-        return mean(picture.inferred_class == picture.class_name for picture in self._any())
+        """Share of images whose inferred class is their own; NaN where the model's groups are not the classes."""
+        if not self.knows_classes:
+            return math.nan
+        return mean(image.inferred_class == image.class_name for image in self._test_images)
 
     @property
     def false_alarm_rate(self) -> float:
-        """Share of normal test pictures called anomalous, of those with a threshold; NaN without any."""
-        return self._flagged(False)
+        """Share of normal test images called anomalous, of those with a threshold; NaN without any."""
+        return self._flagged_share(False)
 
     @property
     def recall(self) -> float:
-        """Share of anomalous test pictures called anomalous, of those with a threshold; NaN without any."""
-        return self._flagged(True)
+        """Share of anomalous test images called anomalous, of those with a threshold; NaN without any."""
+        return self._flagged_share(True)
 
     @property
     def n_normal(self) -> int:
-        return sum(not picture.is_anomalous for picture in self._any())
+        """Number of normal test images."""
+        return sum(not image.is_anomalous for image in self._test_images)
 
     @property
     def n_anomalous(self) -> int:
-        return sum(picture.is_anomalous for picture in self._any())
+        """Number of anomalous test images."""
+        return sum(image.is_anomalous for image in self._test_images)
 
-    def _any(self) -> list[Picture]:
-        return next(iter(self.pictures.values()))
+    @property
+    def _test_images(self) -> list[ScoredImage]:
+        """The test images under the first protocol: classes, inferred classes and labels are the same under all."""
+        return next(iter(self.images.values()))
 
-    def _flagged(self, is_anomalous: bool) -> float:
-        judged = (p for p in self.pictures.get("honest", ()) if p.is_anomalous == is_anomalous)
-        return mean(picture.is_flagged for picture in judged if picture.is_flagged is not None)
+    def _flagged_share(self, is_anomalous: bool) -> float:
+        """Return the share of the normal or anomalous images with a threshold that are called anomalous."""
+        images = (image for image in self.images.get("honest", ()) if image.is_anomalous == is_anomalous)
+        return mean(image.is_flagged for image in images if image.is_flagged is not None)
 
     def to_dict(self, details: bool = True) -> dict[str, Any]:
-        """Everything as JSON takes it, NaN as None; without `details` no curves and no single pictures."""
+        """Return the evaluation as JSON takes it, NaN as None; without `details` no curves and no single images."""
 
-        def plain(row: Figures) -> dict[str, Any]:
-            return {k: v for k, v in asdict(row).items() if details or k != "curves"}
+        def as_json(figures: Figures) -> dict[str, Any]:
+            return {name: value for name, value in asdict(figures).items() if details or name != "curves"}
 
         protocols = {
             protocol: {
                 "checkpoint": self.checkpoints[protocol],
-                "classes": {name: plain(row) for name, row in rows.items()},
+                "classes": {name: as_json(figures) for name, figures in by_class.items()},
                 "mean": {name: getattr(self.mean(protocol), name) for name in FIGURES},
-                "pooled": plain(self.pooled[protocol]),
+                "pooled": as_json(self.pooled[protocol]),
             }
-            for protocol, rows in self.figures.items()
+            for protocol, by_class in self.figures.items()
         }
         summary = ("inferred_class_accuracy", "confusion", "false_alarm_rate", "recall", "n_normal", "n_anomalous")
-        whole: dict[str, Any] = {"protocols": protocols, **{name: getattr(self, name) for name in summary}}
+        content: dict[str, Any] = {"protocols": protocols, **{name: getattr(self, name) for name in summary}}
+        content["knows_classes"] = self.knows_classes
         if details:
-            whole["pictures"] = {p: [asdict(picture) for picture in found] for p, found in self.pictures.items()}
-        return without_nan(whole)
+            content["images"] = {
+                protocol: [asdict(image) for image in images] for protocol, images in self.images.items()
+            }
+        return without_nan(content)
 
     @classmethod
-    def from_dict(cls, read: dict[str, Any]) -> Evaluation:
-        """What `to_dict` gave with its details, perhaps through JSON."""
-        protocols = read["protocols"]
+    def from_dict(cls, content: dict[str, Any]) -> Evaluation:
+        """Return the evaluation that `to_dict` gave, with its details, even if it went through JSON."""
+        protocols = content["protocols"]
         return cls(
-            figures={p: {name: _figures_from(row) for name, row in protocols[p]["classes"].items()} for p in protocols},
-            pooled={p: _figures_from(protocols[p]["pooled"]) for p in protocols},
-            pictures={p: [Picture(**picture) for picture in found] for p, found in read["pictures"].items()},
-            checkpoints={p: protocols[p]["checkpoint"] for p in protocols},
+            figures={
+                protocol: {name: _figures_from(figures) for name, figures in part["classes"].items()}
+                for protocol, part in protocols.items()
+            },
+            pooled={protocol: _figures_from(part["pooled"]) for protocol, part in protocols.items()},
+            images={
+                protocol: [ScoredImage(**image) for image in images] for protocol, images in content["images"].items()
+            },
+            checkpoints={protocol: part["checkpoint"] for protocol, part in protocols.items()},
+            knows_classes=content["knows_classes"],
         )
 
     def table(self) -> str:
-        """Text tables in percent: AUROC, average precision and F1max of pictures and pixels, and AUPRO."""
+        """Return tables in percent: AUROC, average precision and F1max of images and pixels, and AUPRO."""
         lines = []
-        for protocol, rows in self.figures.items():
-            lines.append(f"{protocol} protocol: {_DESCRIPTIONS[protocol]}, checkpoint: {self.checkpoints[protocol]}")
+        for protocol, by_class in self.figures.items():
+            description = _DESCRIPTIONS[protocol, self.knows_classes]
+            lines.append(f"{protocol} protocol: {description}, checkpoint: {self.checkpoints[protocol]}")
             lines.append(f"{'':<22}" + "".join(f"{head:>9}" for head in _HEADS))
-            last = {"mean": self.mean(protocol), "pooled": self.pooled[protocol]}
-            for name, row in (*rows.items(), *last.items()):
-                lines.append(f"{name:<22}" + "".join(f"{_percent(getattr(row, figure)):>9}" for figure in FIGURES))
+            summary = {"mean": self.mean(protocol), "pooled": self.pooled[protocol]}
+            for row_name, row in (*by_class.items(), *summary.items()):
+                lines.append(f"{row_name:<22}" + "".join(f"{_percent(getattr(row, name)):>9}" for name in FIGURES))
             lines.append("")
-        total = self.n_normal + self.n_anomalous
-        lines.append(f"inferred class right in {self.inferred_class_accuracy:.1%} of {total} pictures")
+        if self.knows_classes:
+            total = self.n_normal + self.n_anomalous
+            lines.append(f"inferred class right in {self.inferred_class_accuracy:.1%} of {total} images")
         if not (math.isnan(self.recall) and math.isnan(self.false_alarm_rate)):
             lines.append(
                 f"at the thresholds: {_percent(self.recall)}% of the {self.n_anomalous} defects found, "
-                f"{_percent(self.false_alarm_rate)}% false alarms among the {self.n_normal} normal pictures"
+                f"{_percent(self.false_alarm_rate)}% false alarms among the {self.n_normal} normal images"
             )
         return "\n".join(lines)
 
 
-_DESCRIPTIONS = {
-    "official": "class given, maps normalised over the test set of the class",
-    "honest": "class inferred, each score from its picture alone",
+_DESCRIPTIONS = {  # of the protocols, for a model whose groups are the classes and for another
+    ("official", True): "class given, maps normalised over the test set of the class",
+    ("official", False): "maps normalised over the test set of the class",
+    ("honest", True): "class inferred, each score from its image alone",
+    ("honest", False): "each score from its image alone",
 }
-# i: of pictures, p: of pixels
+# Of FIGURES in their order; i: of images, p: of pixels.
 _HEADS = ("i-AUROC", "i-AP", "i-F1max", "p-AUROC", "p-AP", "p-F1max", "AUPRO.3", "AUPRO.05")
 
 
 @torch.no_grad()
 def evaluate(
-    model: HGADModel,
-    data: pictures.Dataset | str | os.PathLike[str],
+    model: Detector,
+    data: Dataset | str | os.PathLike[str],
     *,
-    official: HGADModel | None = None,
+    official: Detector | None = None,
     img_size: int | str | None = None,
     features_of: Features | None = None,
     details: bool = True,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Evaluation:
-    """Score the test pictures of a dataset and compare with their labels and masks.
+    """Score the test images of a dataset and compare the scores with their labels, the maps with their masks.
 
     Maps and masks are compared at the size that scores are computed on (`msk_size`), after the model's own
-    preprocessing. With another `img_size` the maps of the honest protocol grow along, as in `score`; those of the
-    official one do not. Without calibration only the official protocol is reported. A picture of a defect without a
-    mask counts for the image figures alone.
+    preprocessing. With another `img_size` the maps of the honest protocol grow with it, as in `score`; those of the
+    official one do not. Without calibration only the official protocol is reported. An anomalous image without a mask
+    counts for the image figures alone.
 
     Args:
         model: the detector.
-        data: a dataset with test pictures, or its root.
+        data: a dataset with test images, or its root.
         official: another checkpoint of the same training, for the official protocol (see `BestCheckpoint`).
-        img_size: short side at which pictures are seen, or ``"native"``; default the model's.
-        features_of: gives the features of a test picture where they are at hand already.
-        details: also bootstrap intervals and curves.
-        progress: wraps the loop over the pictures, e.g. in a progress bar with the given title.
+        img_size: short side at which images are seen, or ``"native"``; default the model's.
+        features_of: returns the features of a test image, where they are at hand already.
+        details: also compute bootstrap intervals and curves.
+        progress: wraps the loop over the images, e.g. in a progress bar with the given title.
 
     Raises:
-        ValueError: the dataset's classes are not the model's, or it has no test pictures.
+        ValueError: the dataset's classes are not the model's, or it has no test images.
     """
     dataset = test_set(model, data)
-    _, cells = score.seen_at(model, img_size)
-    model = score.seeing(model, img_size)
-    official = model if official is None else score.seeing(official, img_size)
+    _, cells = seen_at(model, img_size)
+    model = seeing(model, img_size)
+    official = model if official is None else seeing(official, img_size)
     features_of = features_of or functools.partial(_features, model)
+    msk_size = model.config.msk_size
     tallies = {"official": _Tally(official, dataset, False, details)}
     if model.calibration is not None:
         tallies["honest"] = _Tally(model, dataset, True, details)
-    for class_id, samples in _classes(model, dataset):
+    for name, group_id, samples in _classes(model, dataset):
         given, inferred = [], []
-        for sample in progress(samples, f"scoring {model.class_names[int(class_id)]}") if progress else samples:
+        for sample in progress(samples, f"scoring {name}") if progress else samples:
             features = list(features_of(sample))
-            inferred += score.densities(model, features, None)
-            own = official is model and bool(inferred[-1].class_id == class_id)
-            given += inferred[-1:] if own else score.densities(official, features, class_id)
-        names = [model.class_names[int(guess.class_id)] for guess in inferred]
-        tallies["official"].add(samples, list(score.official_maps(given, model.config.msk_size)), names)
+            inferred += densities(model, features, None)
+            # Where the inferred class is the given one, the densities of the official protocol are the same.
+            same = official is model and (group_id is None or bool(inferred[-1].group_ids == group_id))
+            given += inferred[-1:] if same else densities(official, features, group_id)
+        group_names = [model.groups[int(image.group_ids)] for image in inferred]
+        tallies["official"].add(samples, list(official_maps(given, msk_size)), group_names)
         if model.calibration is not None:
-            maps = [model.calibration.maps(guess, model.config.msk_size, cells)[0] for guess in inferred]
-            tallies["honest"].add(samples, maps, names)
+            calibration = required_calibration(model)
+            maps = [calibration.maps(image, msk_size, cells)[0] for image in inferred]
+            tallies["honest"].add(samples, maps, group_names)
     return Evaluation(
         figures={protocol: tally.figures for protocol, tally in tallies.items()},
         pooled={protocol: tally.pooled() for protocol, tally in tallies.items()},
-        pictures={protocol: tally.pictures for protocol, tally in tallies.items()},
+        images={protocol: tally.images for protocol, tally in tallies.items()},
         checkpoints={protocol: tally.model.checkpoint for protocol, tally in tallies.items()},
+        knows_classes=model.groups_are_classes,
     )
 
 
 class BestCheckpoint:
     """A callback of `fit` that keeps the checkpoint with the best official mean image AUROC on a test set.
 
-    That is what the published figures are of. The model is tested after every meta-epoch, and the best so far is
-    written to `path`, to be given as ``evaluate(..., official=)``. Its figures flatter, as it is chosen by the very
-    pictures that it is then measured on: `HGADModel.checkpoint` says so, and it has no thresholds.
+    Published figures are those of such a checkpoint. The model is tested after every meta-epoch, and the best one so
+    far is written to `path`, for ``evaluate(..., official=)``. Its figures flatter, because it is chosen by the very
+    images that it is then measured on: its `Detector.checkpoint` says so, and it has no thresholds.
 
     Args:
         model: the detector that is trained.
-        data: a dataset with test pictures, or its root.
-        path: the file.
-        resume: go on from the checkpoint that lies there, if one does, instead of replacing it.
+        data: a dataset with test images, or its root.
+        path: the file to write.
+        resume: start with the checkpoint at `path`, if there is one, as the best so far; else it will be replaced.
         features_of: see `evaluate`; by default the features are computed anew each time.
 
     Raises:
-        ValueError: no class has normal and anomalous test pictures, or the classes are not the model's.
+        ValueError: no class has normal and anomalous test images, or the classes are not the model's.
     """
 
     def __init__(
         self,
-        model: HGADModel,
-        data: pictures.Dataset | str | os.PathLike[str],
+        model: Detector,
+        data: Dataset | str | os.PathLike[str],
         path: str | os.PathLike[str],
         *,
         resume: bool = False,
@@ -290,15 +323,16 @@ class BestCheckpoint:
     ) -> None:
         self.model, self.dataset, self.path = model, test_set(model, data), Path(path)
         self.features_of = features_of or functools.partial(_features, model)
-        if not any(len({s.is_anomalous for s in samples}) == 2 for _, samples in _classes(model, self.dataset)):
+        if not any(_has_both_labels(samples) for *_, samples in _classes(model, self.dataset)):
             raise ValueError(
-                f"{self.dataset.root} has no class with both normal and anomalous test pictures: no checkpoint is best"
+                f"{self.dataset.root} has no class with both normal and anomalous test images: no checkpoint is best"
             )
         self.best = -math.inf
         if resume and self.path.is_file():
-            self.best = self._auroc(type(model).load(self.path, model.device))
+            self.best = self._auroc(load(self.path, model.device))
 
     def __call__(self, record: dict[str, Any]) -> None:
+        """Test the model at the end of a meta-epoch, and save it if it is the best so far."""
         if record["sub_epoch"] < self.model.config.sub_epochs - 1:
             return
         auroc = self._auroc(self.model)
@@ -309,88 +343,101 @@ class BestCheckpoint:
             self.model.checkpoint = checkpoint
 
     @torch.no_grad()
-    def _auroc(self, model: HGADModel) -> float:
-        found = []
-        for class_id, samples in _classes(model, self.dataset):
-            labels = [sample.is_anomalous for sample in samples]
-            if 0 < sum(labels) < len(labels):
-                given = [part for s in samples for part in score.densities(model, list(self.features_of(s)), class_id)]
-                found.append(metrics.auroc(score.official_maps(given, model.config.msk_size).amax((1, 2)), labels))
-        return mean(found)
+    def _auroc(self, model: Detector) -> float:
+        """Return the mean image AUROC, under the official protocol, of the classes that have one."""
+        aurocs = []
+        for _, group_id, samples in _classes(model, self.dataset):
+            if _has_both_labels(samples):
+                given: list[Densities] = []
+                for sample in samples:
+                    given += densities(model, list(self.features_of(sample)), group_id)
+                scores = official_maps(given, model.config.msk_size).amax((1, 2))
+                aurocs.append(metrics.auroc(scores, [sample.is_anomalous for sample in samples]))
+        return mean(aurocs)
 
 
-def _classes(model: HGADModel, dataset: pictures.Dataset) -> Iterator[tuple[Tensor, list[pictures.Sample]]]:
-    """The class, as the model counts (1,), and its test pictures."""
+def _has_both_labels(samples: Sequence[Sample]) -> bool:
+    """Return whether there are both normal and anomalous images, as an AUROC needs."""
+    return len({sample.is_anomalous for sample in samples}) == 2
+
+
+def _classes(model: Detector, dataset: Dataset) -> Iterator[tuple[str, Tensor | None, list[Sample]]]:
+    """Yield each class that has test images: its name, its group id (1,) where groups are classes, and the images."""
     in_order = sorted(dataset.test, key=lambda sample: sample.class_id)
     for k, samples in groupby(in_order, lambda sample: sample.class_id):
-        yield torch.tensor([model.class_names.index(dataset.class_names[k])]), list(samples)
+        name = dataset.class_names[k]
+        group_id = torch.tensor([model.groups.index(name)]) if model.groups_are_classes else None
+        yield name, group_id, list(samples)
 
 
-def _features(model: HGADModel, sample: pictures.Sample) -> list[Tensor]:
-    return score.picture_features(model, pictures.read_image(sample.path))
+def _features(model: Detector, sample: Sample) -> list[Tensor]:
+    """Return the features of a test image, computed anew."""
+    return image_features(model, read_image(sample.path))
 
 
-def test_set(model: HGADModel, data: pictures.Dataset | str | os.PathLike[str]) -> pictures.Dataset:
-    """A dataset with test pictures, of classes that the model knows.
+def test_set(model: Detector, data: Dataset | str | os.PathLike[str]) -> Dataset:
+    """Return the dataset, if it is fit to test the model on.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it has no test images, or classes that are not among the model's groups where these are classes.
     """
-    dataset = data if isinstance(data, pictures.Dataset) else pictures.discover(data)
-    unknown = set(dataset.class_names) - set(model.class_names)
-    if unknown:
+    dataset = data if isinstance(data, Dataset) else discover(data)
+    unknown = set(dataset.class_names) - set(model.groups)
+    if unknown and model.groups_are_classes:
         raise ValueError(f"{dataset.root} has classes the model does not know: {', '.join(sorted(unknown))}")
     if not dataset.test:
         raise ValueError(
-            f"{dataset.root} has no test pictures; put them into <class>/test/good and <class>/test/<defect>"
+            f"{dataset.root} has no test images; put them into <class>/test/good and <class>/test/<defect>"
         )
     return dataset
 
 
 class _Tally:
-    """What one protocol gives, class by class; the maps wait in a file for the figures of all classes together."""
+    """The results of one protocol, class by class; the maps wait in a file for the figures of all classes together."""
 
-    def __init__(self, model: HGADModel, dataset: pictures.Dataset, judged: bool, details: bool) -> None:
+    def __init__(self, model: Detector, dataset: Dataset, judged: bool, details: bool) -> None:
         self.model, self.dataset, self.judged, self.details = model, dataset, judged, details
         self.figures: dict[str, Figures] = {}
-        self.pictures: list[Picture] = []
+        self.images: list[ScoredImage] = []
         self.maps, self.masks = _Shelf(np.float32), _Shelf(np.bool_)
 
-    def add(self, samples: list[pictures.Sample], maps: list[Tensor], inferred: list[str]) -> None:
-        """All test pictures of one class."""
-        start, maps = len(self.maps), [m.cpu() for m in maps]
-        scores = torch.stack([m.max() for m in maps])
-        name = self.dataset.class_names[samples[0].class_id]
-        found = []
-        for sample, m, value, guess in zip(samples, maps, scores.tolist(), inferred, strict=True):
+    def add(self, samples: list[Sample], maps: list[Tensor], group_names: list[str]) -> None:
+        """Add all test images of one class, with their maps and the groups that they are taken for."""
+        start, maps = len(self.maps), [anomaly_map.cpu() for anomaly_map in maps]
+        scores = torch.stack([anomaly_map.max() for anomaly_map in maps])
+        class_name = self.dataset.class_names[samples[0].class_id]
+        images = []
+        for sample, anomaly_map, score, group in zip(samples, maps, scores.tolist(), group_names, strict=True):
             if sample.mask or not sample.is_anomalous:
-                self.maps.append(m.numpy())
-                self.masks.append(seen_mask(self.model, sample, m).numpy())
+                self.maps.append(anomaly_map.numpy())
+                self.masks.append(seen_mask(self.model, sample, anomaly_map).numpy())
             path = sample.path
             if path.is_relative_to(self.dataset.root):
                 path = path.relative_to(self.dataset.root)
-            found.append(Picture(path.as_posix(), name, guess, sample.defect, sample.is_anomalous, value))
+            images.append(ScoredImage(path.as_posix(), class_name, group, sample.defect, sample.is_anomalous, score))
         if self.judged:
-            self._judge(found, scores)
-        self.pictures += found
-        self.figures[name] = self._figures(found, self.maps[start:], self.masks[start:])
+            self._judge(images, scores)
+        self.images += images
+        self.figures[class_name] = self._figures(images, self.maps[start:], self.masks[start:])
 
     def pooled(self) -> Figures:
-        return self._figures(self.pictures, self.maps, self.masks)
+        """Return the figures of all images together."""
+        return self._figures(self.images, self.maps, self.masks)
 
-    def _judge(self, found: list[Picture], scores: Tensor) -> None:
-        calibration = self.model.calibration
-        assert calibration is not None
-        class_ids = torch.tensor([self.model.class_names.index(picture.inferred_class) for picture in found])
-        p_values, verdicts, thresholds, _ = calibration.judge(scores, class_ids)
-        for i, picture in enumerate(found):
+    def _judge(self, images: list[ScoredImage], scores: Tensor) -> None:
+        """Set p-value, threshold and verdict of the images that have a threshold."""
+        group_ids = torch.tensor([self.model.groups.index(image.inferred_class) for image in images])
+        p_values, verdicts, thresholds, _ = required_calibration(self.model).judge(scores, group_ids)
+        for i, image in enumerate(images):
             if not thresholds[i].isnan():
-                picture.p_value, picture.threshold = float(p_values[i]), float(thresholds[i])
-                picture.is_flagged = bool(verdicts[i])
+                image.p_value, image.threshold = float(p_values[i]), float(thresholds[i])
+                image.is_flagged = bool(verdicts[i])
 
-    def _figures(self, found: list[Picture], maps: Sequence[Any], masks: Sequence[Any]) -> Figures:
+    def _figures(self, images: list[ScoredImage], maps: Sequence[Any], masks: Sequence[Any]) -> Figures:
+        """Return the figures of images; `maps` and `masks` are of those that count for the pixel figures."""
         figures = Figures()
-        scores, labels = np.array([p.score for p in found]), np.array([p.is_anomalous for p in found])
+        scores = np.array([image.score for image in images])
+        labels = np.array([image.is_anomalous for image in images])
         if labels.any() and not labels.all():
             for name, value in metrics.image_metrics(scores, labels).items():
                 setattr(figures, f"image_{name}", value)
@@ -398,7 +445,7 @@ class _Tally:
                 for name in ("auroc", "average_precision", "f1_max"):
                     interval = metrics.bootstrap_interval(scores, labels, getattr(metrics, name))
                     figures.intervals[f"image_{name}"] = interval
-                figures.curves |= _lines("image", metrics.image_curves(scores, labels))
+                figures.curves |= _curves_from("image", metrics.image_curves(scores, labels))
         if any(mask.any() for mask in masks) and any(not mask.all() for mask in masks):
             values = metrics.pixel_metrics(maps, masks)
             figures.pixel_aupro_30, figures.pixel_aupro_5 = values.pop("aupro_0.3"), values.pop("aupro_0.05")
@@ -409,24 +456,25 @@ class _Tally:
                 figures.intervals["pixel_aupro_30"] = intervals.pop("aupro_0.3")
                 figures.intervals["pixel_aupro_5"] = intervals.pop("aupro_0.05")
                 figures.intervals |= {f"pixel_{name}": interval for name, interval in intervals.items()}
-                figures.curves |= _lines("pixel", metrics.pixel_curves(maps, masks))
+                figures.curves |= _curves_from("pixel", metrics.pixel_curves(maps, masks))
         return figures
 
 
-def _figures_from(read: dict[str, Any]) -> Figures:
-    known = {name: math.nan if read[name] is None else read[name] for name in FIGURES}
-    intervals = {name: (low, high) for name, (low, high) in read["intervals"].items()}
-    curves = {name: (x, y) for name, (x, y) in read.get("curves", {}).items()}
-    return Figures(**known, intervals=intervals, curves=curves)
+def _figures_from(content: dict[str, Any]) -> Figures:
+    """Return the figures that `Evaluation.to_dict` gave."""
+    values = {name: math.nan if content[name] is None else content[name] for name in FIGURES}
+    intervals = {name: (low, high) for name, (low, high) in content["intervals"].items()}
+    curves = {name: (x, y) for name, (x, y) in content.get("curves", {}).items()}
+    return Figures(**values, intervals=intervals, curves=curves)
 
 
-def _lines(kind: str, curves: dict[str, np.ndarray]) -> dict[str, Curve]:
-    """Curves (2, n) as JSON takes them."""
+def _curves_from(kind: str, curves: dict[str, np.ndarray]) -> dict[str, Curve]:
+    """Return curves (2, n) of `metrics`, of the kind "image" or "pixel", as `Figures` holds them."""
     return {f"{kind}_{name}": (x.round(5).tolist(), y.round(5).tolist()) for name, (x, y) in curves.items()}
 
 
 class _Shelf(Sequence[np.ndarray]):
-    """Arrays of one type in a temporary file, each read when asked for."""
+    """Arrays of one type in a temporary file, each read when it is indexed."""
 
     def __init__(self, dtype: type[np.generic]) -> None:
         self.dtype = dtype
@@ -448,17 +496,17 @@ class _Shelf(Sequence[np.ndarray]):
         return np.memmap(self.file, self.dtype, "r", offset, shape)
 
 
-def seen_mask(model: HGADModel, sample: pictures.Sample, anomaly_map: Tensor) -> Tensor:
-    """What the model sees of the mask, at the size of the map, (h, w) bool."""
+def seen_mask(model: Detector, sample: Sample, anomaly_map: Tensor) -> Tensor:
+    """Return what the model sees of an image's mask, (h, w) bool, at the size of its anomaly map (h, w)."""
     if sample.mask is None:
         return torch.zeros_like(anomaly_map, dtype=torch.bool)
-    prepare = pictures.centre_crop if model.config.center_crop else pictures.whole_picture
-    seen = prepare(pictures.read_mask(sample.mask), model.config.img_size)
-    return pictures.resize_mask(seen, (anomaly_map.shape[0], anomaly_map.shape[1]))
+    prepare = centre_crop if model.config.center_crop else whole_image
+    seen = prepare(read_mask(sample.mask), model.config.img_size)
+    return resize_mask(seen, (anomaly_map.shape[0], anomaly_map.shape[1]))
 
 
 def mean(values: Iterable[float]) -> float:
-    """Of those that are no NaN; NaN without any."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = [float(value) for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -468,9 +516,9 @@ def _percent(value: float) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """What JSON takes: NaN as None, tuples as lists."""
+    """Return a value as JSON takes it: NaN as None, tuples as lists."""
     if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,8 +1,8 @@
 """Exact metrics of detection and localisation, over images or pixels: AUROC, average precision, F1max, AUPRO.
 
-Every metric here is a function of few numbers: at each distinct score of an *anomalous* item, how many normal
+Every metric here is a function of a few numbers: for each distinct score of an *anomalous* item, how many normal
 items score less and how many score the same. Normal pixels are therefore never kept, only counted, and pixel
-metrics run over any number of maps at native resolution in memory that grows with the anomalous pixels alone.
+metrics take any number of maps at native resolution, in memory that grows with the anomalous pixels alone.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 _PIECE = 1 << 21  # anomalous pixels ranked at a time
 _STREAM = 1 << 24  # normal pixels sorted and counted at a time: 64 MiB of float32
 _BLOCK = 1 << 16  # thresholds handled at a time: bounds temporaries, keeps binary searches in the cache
-_BINS = 1000  # of scores, where pictures are resampled
+_BINS = 1000  # bins of scores, where images are resampled
 
 
 def auroc(scores: Any, labels: Any) -> float:
-    """Area under the ROC curve; a tie between a normal and an anomalous item counts one half.
+    """Return the area under the ROC curve; a tie between a normal and an anomalous item counts one half.
 
     scores: (n,), higher is more anomalous; labels: (n,), 1 or True for anomalous. Arrays, tensors or lists.
     Raises ValueError for a score that is not finite, labels of one class only, or lengths that differ.
@@ -35,7 +35,7 @@ def auroc(scores: Any, labels: Any) -> float:
 
 
 def average_precision(scores: Any, labels: Any) -> float:
-    """Precision summed over the steps in recall, without interpolation. Takes what `auroc` does."""
+    """Return the sum of precision times step in recall, without interpolation. Arguments and errors as for `auroc`."""
     from sklearn.metrics import average_precision_score
 
     scores, labels = _scores_and_labels(scores, labels)
@@ -43,34 +43,34 @@ def average_precision(scores: Any, labels: Any) -> float:
 
 
 def f1_max(scores: Any, labels: Any) -> tuple[float, float]:
-    """The largest F1 of alarms at score >= threshold, and the highest threshold that attains it.
+    """Return the largest F1 of alarms at score >= threshold, and the highest threshold that attains it.
 
-    Takes what `auroc` does.
+    Arguments and errors as for `auroc`.
     """
     return _Ranking.of(*_scores_and_labels(scores, labels)).f1_max()
 
 
 def aupro(maps: Iterable[Any], masks: Iterable[Any], limit: float = 0.3) -> float:
-    """Area under the per-region-overlap curve up to the false-positive rate `limit`, divided by `limit`.
+    """Return the area under the per-region-overlap curve up to the false-positive rate `limit`, divided by `limit`.
 
     The PRO curve (Bergmann et al., IJCV 2021) is the overlap averaged over all defect regions of all images,
-    against the false-positive rate over all normal pixels. It is taken at every distinct score, joined
-    linearly and cut at exactly `limit`. A region is an 8-connected component of a mask, as MVTec evaluates it.
+    against the false-positive rate over all normal pixels. It has a point at every distinct score, is linear between
+    them, and is cut at exactly `limit`. A region is an 8-connected component of a mask, as MVTec evaluates it.
 
-    maps, masks: see `pixel_metrics`. Raises ValueError as it does.
+    maps, masks and errors: see `pixel_metrics`.
     """
     _check_limit(limit)
     return sum(ranking.area(overlap, limit) for ranking, overlap in _rank_pixels(maps, masks)) / limit
 
 
 def pixel_metrics(maps: Iterable[Any], masks: Iterable[Any], limits: Sequence[float] = (0.3, 0.05)) -> dict[str, float]:
-    """AUROC, average precision and F1max over all pixels of all images, and AUPRO at each of `limits`.
+    """Return AUROC, average precision and F1max over all pixels of all images, and AUPRO at each of `limits`.
 
-    maps: one (H, W) anomaly map an image, higher is more anomalous; sizes and dtypes may differ between
-    images and no precision is lost. masks: as many (H, W) masks, non-zero where anomalous, or None for an image
-    without defect. Arrays, tensors, or any iterables of them.
+    maps: one (H, W) anomaly map an image, higher is more anomalous; sizes and dtypes may differ between images, and no
+    precision is lost. masks: as many (H, W) masks, non-zero where anomalous, or None for an image without a defect.
+    Both are arrays, tensors, or any iterables of them.
 
-    Memory beyond the maps is about 0.35 GB and 9 bytes an anomalous pixel (float32 maps whose scores do not tie
+    Memory beyond the maps is about 0.35 GB and 9 bytes an anomalous pixel (for float32 maps whose scores do not tie
     by the million). The maps are read once, and once more for every two million anomalous pixels. A generator
     is kept as a list: where the maps do not fit in memory, pass memory-mapped arrays, or a sequence that reads
     its files on access.
@@ -93,7 +93,7 @@ def pixel_metrics(maps: Iterable[Any], masks: Iterable[Any], limits: Sequence[fl
 
 
 def image_metrics(scores: Any, labels: Any) -> dict[str, float]:
-    """{"auroc", "average_precision", "f1_max"} over images. Takes what `auroc` does."""
+    """Return {"auroc", "average_precision", "f1_max"} over images. Arguments and errors as for `auroc`."""
     return {
         "auroc": auroc(scores, labels),
         "average_precision": average_precision(scores, labels),
@@ -102,12 +102,12 @@ def image_metrics(scores: Any, labels: Any) -> dict[str, float]:
 
 
 def image_curves(scores: Any, labels: Any, points: int = 500) -> dict[str, np.ndarray]:
-    """The curves behind `image_metrics`, to be drawn. Takes what `auroc` does.
+    """Return the curves behind `image_metrics`, to be drawn. Arguments and errors as for `auroc`.
 
     Returns {"roc": false-positive rate and recall, "pr": recall and precision}, (2, at most `points`) float64 each,
-    from the strictest threshold to the loosest. The first is a polyline with every corner of the exact curve, the
-    second a step function (precision holds back to the recall before): their areas are AUROC and average precision.
-    Where there are more points than asked for, those that stay are evenly spaced along the curve.
+    from the strictest threshold to the loosest. "roc" is a polyline with every corner of the exact curve, "pr" a step
+    function (each precision holds back to the recall of the point before): their areas are AUROC and average
+    precision. A curve of more than `points` points is thinned to points that are evenly spaced along it.
     """
     ranking = _Ranking.of(*_scores_and_labels(scores, labels))
     roc = _from_corner_to_corner([ranking.rate_curve(ranking.recall_rise(), 0.0)])
@@ -115,12 +115,13 @@ def image_curves(scores: Any, labels: Any, points: int = 500) -> dict[str, np.nd
 
 
 def pixel_curves(maps: Iterable[Any], masks: Iterable[Any], points: int = 500) -> dict[str, np.ndarray]:
-    """The curves behind `pixel_metrics`, as `image_curves`, and "pro": false-positive rate and mean region overlap.
+    """Return the curves behind `pixel_metrics`, as `image_curves`, and "pro": false-positive rate and mean overlap.
 
-    Takes what `pixel_metrics` does, as often, and some 0.3 GB more.
+    Arguments, errors and the number of times that the maps are read are those of `pixel_metrics`; memory is some 0.3 GB
+    more.
     """
     roc, pr, pro = [], [], []
-    lost = uncovered = 0.0  # recall and overlap of the pieces below
+    lost = uncovered = 0.0  # recall and overlap below the piece: what a threshold in it misses at least
     for ranking, overlap in _rank_pixels(maps, masks):
         recall = ranking.recall_rise()
         roc.append(_thinned(ranking.rate_curve(recall, lost), points))
@@ -135,16 +136,16 @@ def pixel_curves(maps: Iterable[Any], masks: Iterable[Any], points: int = 500) -
 
 
 def _from_corner_to_corner(pieces: list[np.ndarray]) -> np.ndarray:
-    """Pieces of a curve, thresholds ascending, as one from (0, 0) to (1, 1)."""
+    """Return pieces of a curve, their thresholds ascending, as one curve from (0, 0) to (1, 1)."""
     return np.concatenate([np.ones((2, 1)), *pieces, np.zeros((2, 1))], 1)[:, ::-1]
 
 
 def _thinned(line: np.ndarray, points: int) -> np.ndarray:
-    """At most `points` of the points of a line (2, n), its ends among them, evenly spaced along it."""
+    """Return at most `points` of the points of a line (2, n), its ends among them, evenly spaced along it."""
     if line.shape[1] <= points:
         return line
-    way = np.concatenate([[0.0], np.abs(np.diff(line)).sum(0).cumsum()])
-    return line[:, np.unique(np.searchsorted(way, np.linspace(0, way[-1], points)))]
+    distances = np.concatenate([[0.0], np.abs(np.diff(line)).sum(0).cumsum()])  # from the start of the line
+    return line[:, np.unique(np.searchsorted(distances, np.linspace(0, distances[-1], points)))]
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def by_class(
     targets: Any,
     classes: Sequence[Hashable],
 ) -> ByClass:
-    """`image_metrics` or `pixel_metrics` per class, averaged over classes, and pooled.
+    """Return `image_metrics` or `pixel_metrics` of each class, their mean over the classes, and those of all images.
 
     predictions, targets: what `metrics` takes, indexable by image; classes: the class of each image.
     Raises the ValueError of `metrics` with the class named.
@@ -171,8 +172,10 @@ def by_class(
     for name, values in (("predictions", predictions), ("targets", targets)):
         if len(values) != len(classes):
             raise ValueError(f"{name} holds {len(values)} images and classes {len(classes)}: pass as many")
-    # Rows of a tensor on another device or in bfloat16 mean nothing to NumPy.
-    predictions, targets = (_array(x) if isinstance(x, Tensor) else x for x in (predictions, targets))
+    # NumPy cannot read the rows of a tensor on another device or in bfloat16.
+    predictions, targets = (
+        _array(values) if isinstance(values, Tensor) else values for values in (predictions, targets)
+    )
     per_class = {}
     for class_ in dict.fromkeys(classes):
         images = [i for i, other in enumerate(classes) if other == class_]
@@ -193,15 +196,16 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap confidence interval (low, high) of an image-level metric.
+    """Return the percentile bootstrap confidence interval (low, high) of an image-level metric.
 
-    Normal and anomalous images are resampled separately, `n` times: a test set fixes how many there are of
+    Normal and anomalous images are resampled separately, `n` times, because a test set fixes how many there are of
     each. metric: `auroc`, `average_precision`, `f1_max` (the interval of F1, not of its threshold), or any
-    function of (scores, labels) that returns a number. Other arguments and errors as `auroc`.
+    function of (scores, labels) that returns a number. level: the share of the resamples between the bounds. Other
+    arguments and errors as for `auroc`.
     """
     _check_bootstrap(n, level)
     scores, labels = _scores_and_labels(scores, labels)
-    statistic = _RANKED.get(metric)
+    statistic = _STATISTICS.get(metric)
     values = []
     for rows in _resamples(labels, n, seed):
         if statistic is None:
@@ -219,28 +223,27 @@ def pixel_intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap confidence intervals (low, high) of the figures of `pixel_metrics`, under its names.
+    """Return percentile bootstrap confidence intervals (low, high) of the figures of `pixel_metrics`, by their names.
 
-    Resampled are images, not pixels, which depend on their neighbours: those with a defect and those without
-    separately, `n` times. Each enters by its histogram: scores fall into a thousand bins, with about as many
-    anomalous pixels in each, and those of one bin count as ties. That moves a bound by a hundredth of the interval's
-    width or so.
+    Images are resampled, not pixels, which depend on their neighbours: those with a defect and those without
+    separately, `n` times. Each image counts by its histogram: its scores fall into a thousand bins, with about as many
+    anomalous pixels of all images in each, and the scores in one bin count as ties. That moves a bound by about a
+    hundredth of the interval's width.
 
-    Takes what `pixel_metrics` does, and raises what it raises. Memory beyond the maps is 25 kB an image and 9 bytes
-    an anomalous pixel; the maps are read twice.
+    Other arguments and errors as for `pixel_metrics` and `bootstrap_interval`. Memory beyond the maps is 25 kB an image
+    and 9 bytes an anomalous pixel; the maps are read twice.
     """
     _check_bootstrap(n, level)
     for limit in limits:
         _check_limit(limit)
-    maps, masks = (list(items) if iter(items) is items else items for items in (maps, masks))
-    binned = _Binned.of(maps, masks)
+    binned = _Binned.of(_rereadable(maps), _rereadable(masks))
     figures: dict[str, list[float]] = {}
     for rows in _resamples(binned.regions > 0, n, seed):
         if ranked := binned.ranking(rows):
             ranking, overlap = ranked
-            found = {name: statistic(ranking) for name, statistic in _BY_NAME.items()}
-            found |= {f"aupro_{limit:g}": ranking.area(overlap, limit) / limit for limit in limits}
-            for name, value in found.items():
+            sample = {metric.__name__: statistic(ranking) for metric, statistic in _STATISTICS.items()}
+            sample |= {f"aupro_{limit:g}": ranking.area(overlap, limit) / limit for limit in limits}
+            for name, value in sample.items():
                 figures.setdefault(name, []).append(value)
     return {name: _middle(values, level) for name, values in figures.items()}
 
@@ -251,28 +254,29 @@ def _check_bootstrap(n: int, level: float) -> None:
 
 
 def _resamples(labels: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
-    """Rows of `n` resamples, each with as many normal and as many anomalous items as there are."""
+    """Yield the rows of `n` resamples, each with as many normal and as many anomalous items as there are."""
     normal, anomalous = np.flatnonzero(~labels), np.flatnonzero(labels)
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        yield np.concatenate([rng.choice(some, len(some)) for some in (normal, anomalous) if len(some)])
+        yield np.concatenate([rng.choice(rows, len(rows)) for rows in (normal, anomalous) if len(rows)])
 
 
 def _middle(values: Sequence[float], level: float) -> tuple[float, float]:
-    """The bounds between which the middle `level` of the values lies."""
+    """Return the bounds between which the middle share `level` of the values lies."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Where T distinct scores of anomalous items stand among all items.
+    """The ranks of T distinct scores of anomalous items, the thresholds, among all items.
 
-    The scores may be a piece of the whole: metrics of consecutive pieces add up, and F1max is the largest.
+    They may be those of a piece of the range of scores: to get a metric of the whole, add those of its pieces, or take
+    their largest F1max.
     """
 
     thresholds: np.ndarray  # (T,) ascending
-    positives_below: np.ndarray  # (T + 1,) int64: anomalous items that score less; last, up to the last score
+    positives_below: np.ndarray  # (T + 1,) int64: anomalous items that score less; last: up to the last threshold
     negatives_below: np.ndarray  # (T,) int64: normal items that score less
     negatives_up_to: np.ndarray  # (T,) int64: normal items that score less or the same
     n_positives: int
@@ -280,13 +284,14 @@ class _Ranking:
 
     @classmethod
     def of(cls, scores: np.ndarray, labels: np.ndarray) -> _Ranking:
+        """Return the ranking of items with scores (n,) and labels (n,) bool."""
         positives, negatives = np.sort(scores[labels]), np.sort(scores[~labels])
         thresholds, starts = _distinct(positives)
         below, up_to = (np.searchsorted(negatives, thresholds, side) for side in ("left", "right"))
         return cls(thresholds, starts, below, up_to, len(positives), len(negatives))
 
     def area(self, rise: np.ndarray, limit: float) -> float:
-        """Integral of the curve of recall against false-positive rate, over rates from 0 to `limit`.
+        """Return the integral of the curve of recall against false-positive rate, over rates from 0 to `limit`.
 
         rise: (T,), by how much recall grows at each threshold. Where normal items tie with a threshold, it
         grows linearly between the rates a (above the threshold) and b (from the threshold on). A rise r adds r
@@ -302,18 +307,18 @@ class _Ranking:
         return area
 
     def recall_rise(self) -> np.ndarray:
-        """By how much recall grows at each threshold, (T,)."""
+        """Return by how much recall grows at each threshold, (T,)."""
         return np.diff(self.positives_below) / self.n_positives
 
     def rate_curve(self, rise: np.ndarray, below: float) -> np.ndarray:
-        """The curve that `area` integrates, (2, 2T), thresholds ascending; `below`: the rise at lower pieces."""
+        """Return the curve that `area` integrates, (2, 2T), thresholds ascending; `below`: the rise in lower pieces."""
         lost = below + np.cumsum(rise)
         from_threshold_on, above = self.negatives_below, self.negatives_up_to
         rates = 1 - np.stack([from_threshold_on, above], 1) / self.n_negatives
         return np.stack([rates, 1 - np.stack([lost - rise, lost], 1)]).reshape(2, -1)
 
     def precision_curve(self) -> np.ndarray:
-        """Recall and precision of alarms at each score >= threshold, (2, T)."""
+        """Return recall and precision of alarms at score >= threshold, (2, T), thresholds ascending."""
         true, false = self._alarms(slice(0, len(self.thresholds)))
         return np.stack([true / self.n_positives, true / (true + false)])
 
@@ -338,32 +343,34 @@ class _Ranking:
         return best, threshold
 
     def _alarms(self, t: slice) -> tuple[np.ndarray, np.ndarray]:
-        """True and false alarms when every score >= threshold raises one."""
+        """Return the numbers of true and false alarms, if every score >= threshold raises one, for thresholds `t`."""
         return self.n_positives - self.positives_below[t], self.n_negatives - self.negatives_below[t]
 
 
-# The same metrics in 0.1 ms, where a call to scikit-learn takes some milliseconds.
-_RANKED: dict[Callable, Callable[[_Ranking], float]] = {
+# The metrics that a ranking gives in 0.1 ms, where a call to scikit-learn takes some milliseconds.
+_STATISTICS: dict[Callable, Callable[[_Ranking], float]] = {
     auroc: _Ranking.auroc,
     average_precision: _Ranking.average_precision,
     f1_max: lambda ranking: ranking.f1_max()[0],
 }
-_BY_NAME = {metric.__name__: statistic for metric, statistic in _RANKED.items()}
 
 
 def _rank_pixels(maps: Iterable[Any], masks: Iterable[Any]) -> Iterator[tuple[_Ranking, np.ndarray]]:
-    """The ranking of all pixels in pieces of ascending score, and the rise of the mean region overlap (T,)."""
-    maps, masks = (list(items) if iter(items) is items else items for items in (maps, masks))
+    """Yield the ranking of all pixels in pieces of ascending score, each with the rise of the mean overlap (T,).
+
+    The rise is that of the overlap averaged over all regions, at each threshold.
+    """
+    maps, masks = _rereadable(maps), _rereadable(masks)
     pixels = _anomalous_pixels(_images(maps, masks))
     positives_below = negatives_below = 0
     for low, high in pairwise(_edges(pixels.scores)):
-        within = [(some >= low) & (some < high) for some in pixels.scores]
-        scores = np.concatenate([some[inside] for some, inside in zip(pixels.scores, within, strict=True)])
-        region = np.concatenate([some[inside] for some, inside in zip(pixels.regions, within, strict=True)])
+        inside = [(of_image >= low) & (of_image < high) for of_image in pixels.scores]
+        scores = np.concatenate([x[rows] for x, rows in zip(pixels.scores, inside, strict=True)])
+        regions = np.concatenate([x[rows] for x, rows in zip(pixels.regions, inside, strict=True)])
         order = np.argsort(scores)
         thresholds, starts = _distinct(scores[order])
-        overlap = np.add.reduceat(pixels.shares[region[order]], starts[:-1])
-        del within, scores, region, order
+        overlap = np.add.reduceat(pixels.shares[regions[order]], starts[:-1])
+        del inside, scores, regions, order
 
         images = _images(maps, masks)
         negatives = (map_[~mask & (map_ >= low) & (map_ < high)] for map_, mask in images)
@@ -381,16 +388,24 @@ def _rank_pixels(maps: Iterable[Any], masks: Iterable[Any]) -> Iterator[tuple[_R
         yield _Ranking(thresholds, starts, below, up_to, pixels.n_positives, pixels.n_negatives), overlap
 
 
+def _rereadable(items: Iterable[Any]) -> Iterable[Any]:
+    """Return items that can be iterated over more than once: those of a generator as a list."""
+    return list(items) if iter(items) is items else items
+
+
 @dataclass(frozen=True)
 class _AnomalousPixels:
-    scores: list[np.ndarray]  # of each image with a defect, (P_i,)
-    regions: list[np.ndarray]  # of each of these pixels, (P_i,) int32, counted over all images
+    """The P_i anomalous pixels of each image with a defect, and the numbers of pixels of all images."""
+
+    scores: list[np.ndarray]  # (P_i,) each
+    regions: list[np.ndarray]  # (P_i,) int32 each: the pixels' regions, numbered over all images
     shares: np.ndarray  # (R,): what a pixel of each region adds to the mean overlap
     n_positives: int
     n_negatives: int
 
 
 def _anomalous_pixels(images: Iterable[tuple[np.ndarray, np.ndarray]]) -> _AnomalousPixels:
+    """Return the anomalous pixels of images, each given as map and mask; errors as for `pixel_metrics`."""
     from scipy import ndimage
 
     scores, regions, areas = [], [], []
@@ -416,33 +431,38 @@ def _anomalous_pixels(images: Iterable[tuple[np.ndarray, np.ndarray]]) -> _Anoma
 
 @dataclass(frozen=True)
 class _Binned:
-    """What images add to the metrics of some of them: histograms over B bins of ascending scores."""
+    """Histograms of each of n images over B bins of ascending scores, from which any sample of them can be ranked."""
 
-    pixels: np.ndarray  # (n, 3, B) float64: normal pixels, anomalous pixels, shares of regions
-    regions: np.ndarray  # (n,) int64: regions of each image
+    pixels: np.ndarray  # (n, 3, B) float64: numbers of normal and of anomalous pixels, and shares of regions
+    regions: np.ndarray  # (n,) int64: number of regions of each image
 
     @classmethod
     def of(cls, maps: Iterable[Any], masks: Iterable[Any]) -> _Binned:
-        found = _anomalous_pixels(_images(maps, masks))
-        sample = np.sort(np.concatenate([some[:: 1 + found.n_positives // _PIECE] for some in found.scores]))
+        """Return the histograms of maps and masks, which are read twice; errors as for `pixel_metrics`."""
+        anomalous = _anomalous_pixels(_images(maps, masks))
+        step = 1 + anomalous.n_positives // _PIECE
+        sample = np.sort(np.concatenate([of_image[::step] for of_image in anomalous.scores]))
         edges = np.unique(sample[len(sample) * np.arange(1, _BINS) // _BINS])
-        defects = zip(found.scores, found.regions, strict=True)
-        pixels, regions = [], []
+        defects = zip(anomalous.scores, anomalous.regions, strict=True)
+        pixels, counts = [], []
         for map_, mask in _images(maps, masks):
             row, count = np.zeros((3, len(edges) + 1)), 0
             row[0] = np.bincount(np.searchsorted(edges, map_[~mask], "right"), minlength=row.shape[1])
             if mask.any():
-                scores, region = next(defects)
+                scores, regions = next(defects)
                 bins = np.searchsorted(edges, scores, "right")
                 row[1] = np.bincount(bins, minlength=row.shape[1])
-                row[2] = np.bincount(bins, found.shares[region] * len(found.shares), minlength=row.shape[1])
-                count = int(region.max() - region.min()) + 1
+                row[2] = np.bincount(bins, anomalous.shares[regions] * len(anomalous.shares), minlength=row.shape[1])
+                count = int(regions.max() - regions.min()) + 1
             pixels.append(row)
-            regions.append(count)
-        return cls(np.stack(pixels), np.array(regions))
+            counts.append(count)
+        return cls(np.stack(pixels), np.array(counts))
 
     def ranking(self, rows: np.ndarray) -> tuple[_Ranking, np.ndarray] | None:
-        """As `_rank_pixels` gives it, of some images, one or more times each; None if they have no normal pixel."""
+        """Return what `_rank_pixels` yields, in one piece, for images of which any may occur more than once.
+
+        None if these images have no normal pixel.
+        """
         images, times = np.unique(rows, return_counts=True)
         normal, anomalous, overlap = np.tensordot(times, self.pixels[images], 1)
         bins = np.flatnonzero(anomalous)
@@ -455,17 +475,17 @@ class _Binned:
 
 
 def _edges(scores: list[np.ndarray]) -> np.ndarray:
-    """Edges (E + 1, 1) of E pieces [edge, next edge), none empty, of about _PIECE of these scores each."""
+    """Return the edges (E + 1, 1) of E pieces [edge, next edge), none empty, of about _PIECE of these scores each."""
     n_pieces = -(-sum(map(len, scores)) // _PIECE)
-    sample = np.sort(np.concatenate([some[:: 1 + _PIECE // 4096] for some in scores]))
+    sample = np.sort(np.concatenate([of_image[:: 1 + _PIECE // 4096] for of_image in scores]))
     quantiles = sample[[len(sample) * i // n_pieces for i in range(1, n_pieces)]]
     inner = np.unique(quantiles[quantiles > sample[0]])
-    # Rows of one rather than scalars: NumPy 1 would round a float64 scalar to compare it with float32.
+    # Rows of one edge rather than scalars: NumPy 1 would round a float64 scalar to compare it with float32.
     return np.concatenate([[-np.inf], inner, [np.inf]]).astype(sample.dtype)[:, None]
 
 
 def _images(maps: Iterable[Any], masks: Iterable[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each image's map, (H, W) float32 or float64, and mask, (H, W) bool."""
+    """Yield each image's map, (H, W) float32 or float64, and mask, (H, W) bool; errors as for `pixel_metrics`."""
     end = object()
     for i, (map_, mask) in enumerate(zip_longest(maps, masks, fillvalue=end)):
         if map_ is end or mask is end:
@@ -487,14 +507,14 @@ def _images(maps: Iterable[Any], masks: Iterable[Any]) -> Iterator[tuple[np.ndar
 
 
 def _sorted_chunks(arrays: Iterable[np.ndarray], size: int, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """All values, `size` at a time, sorted, in `dtype` or a wider one. A chunk is valid until the next."""
+    """Yield all values, `size` at a time, sorted, in `dtype` or a wider one. A chunk is valid until the next."""
     buffer, used = np.empty(size, dtype), 0
     for array in arrays:
         buffer = buffer.astype(np.promote_types(array.dtype, buffer.dtype), copy=False)
         while len(array):
-            taken = array[: size - used]
-            buffer[used : used + len(taken)] = taken
-            used, array = used + len(taken), array[len(taken) :]
+            head = array[: size - used]
+            buffer[used : used + len(head)] = head
+            used, array = used + len(head), array[len(head) :]
             if used == size:
                 buffer.sort()
                 yield buffer
@@ -504,7 +524,7 @@ def _sorted_chunks(arrays: Iterable[np.ndarray], size: int, dtype: np.dtype) -> 
 
 
 def _scores_and_labels(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
-    """scores (n,) float64 and labels (n,) bool, checked."""
+    """Return scores (n,) as float64 and labels (n,) as bool; errors as for `auroc`."""
     scores, labels = _array(scores).astype(np.float64), _array(labels)
     if scores.ndim != 1 or scores.shape != labels.shape:
         raise ValueError(f"scores has shape {scores.shape} and labels {labels.shape}: pass both as (n,)")
@@ -526,16 +546,18 @@ def _check_limit(limit: float) -> None:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The T distinct values of a sorted, non-empty array, and where each starts, the array's length last."""
+    """Return the T distinct values of a sorted, non-empty array, and where each starts, the array's length last."""
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1], [True]]))
     return values[starts[:-1]], starts
 
 
 def _blocks(length: int) -> Iterator[slice]:
+    """Return consecutive slices of at most _BLOCK items, up to `length`."""
     return (slice(start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
 
 
 def _array(values: Any) -> np.ndarray:
+    """Return an array, or a tensor on any device and of any dtype, or a list, as an array; bfloat16 as float32."""
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
@@ -543,7 +565,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 class _Subset(Sequence):
-    """Some items of a sequence, each read when asked for."""
+    """Items of a sequence at the given indices, each read when it is indexed."""
 
     def __init__(self, items: Any, indices: Sequence[int]):
         self.items, self.indices = items, indices

@@ -1,7 +1,8 @@
 """One HTML file that says how good a trained model is, to somebody who has never seen this library.
 
-Everything is inside the file: no network, no fonts, no other file. ``report.html`` is the page, `charts` draws, this
-module decides what is shown and in which words. Needs Jinja2 and matplotlib: `pip install hgad-fast[report]`.
+The file is complete in itself: it loads no fonts, no other files, nothing from the network. ``report.html`` is the
+template of the page, `charts` draws, and this module decides what is shown and in which words. Needs Jinja2 and
+matplotlib: `pip install hgad-fast[report]`.
 """
 
 from __future__ import annotations
@@ -15,31 +16,35 @@ import os
 import platform
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from . import __version__, charts
-from . import data as pictures
-from .evaluate import Evaluation, Picture, evaluate, test_set
-from .files import replacing
-from .train import BEST, METRICS, MODEL, RUN
-
-if TYPE_CHECKING:
-    from .calibrate import Calibration
-    from .features import Progress
-    from .model import HGADModel
+from ..data.datasets import GOOD, Dataset, discover, fingerprint
+from ..data.images import read_image, read_mask, resize_image, resize_mask
+from ..environment import VERSION, package_versions
+from ..features.extract import ShowProgress
+from ..files import replacing
+from ..methods import load
+from ..protocol import Detector
+from ..scoring import plot
+from ..scoring.calibration import Calibration
+from ..scoring.score import score_images
+from ..training.checkpoint import BEST, METRICS, MODEL, RUN
+from . import charts
+from .evaluate import Evaluation, Figures, ScoredImage, evaluate, test_set
 
 EVALUATION = "evaluation.json"
+EVALUATION_FORMAT = 2
 REPORT = "report.html"
-SHOWN = 6  # pictures of each kind of mistake
+SHOWN = 6  # images shown of each kind of mistake
 LISTED = 300  # mistakes named in the list
-THUMBNAIL = 320  # long side of a picture in the page, pixels
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # wished false-alarm rates of the table
-BAND = 0.95  # of the binomial distribution
+THUMBNAIL = 320  # long side of an image on the page, pixels
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # target false-alarm rates of the table
+BAND = 0.95  # share of the binomial distribution that the expected numbers of false alarms cover
 
 
 def write_report(
@@ -48,22 +53,22 @@ def write_report(
     output: str | os.PathLike[str] | None = None,
     *,
     device: str | torch.device | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Path:
     """Write the report of a training run.
 
-    The evaluation behind it is kept in ``evaluation.json`` in the folder, and used again while model, test pictures,
+    The evaluation behind it is kept in ``evaluation.json`` in the folder, and used again as long as model, test images,
     masks and version stay the same.
 
     Args:
         run: the folder that `fit` wrote (``model.safetensors``, ``metrics.jsonl``, ``run.json``). Where it holds
             ``best.safetensors`` too, that is the checkpoint of the official protocol.
-        data: root of the dataset with the test pictures; None: the one that the model was trained on, where
-            ``run.json`` names it and it is still there. Without test pictures the report says that they are missing,
-            and shows the rest.
+        data: root of the dataset with the test images; None: the one that the model was trained on, if ``run.json``
+            names it and it is still there. Without test images the report says that they are missing, and shows the
+            rest.
         output: the file to write; None: ``report.html`` in the folder.
-        device: where the test pictures are scored; None: on a CPU.
-        progress: wraps the loops over the test pictures, e.g. in a progress bar with the given title.
+        device: where the test images are scored; None: on a CPU.
+        progress: wraps the loops over the test images, e.g. in a progress bar with the given title.
 
     Returns:
         The path of the report.
@@ -72,14 +77,12 @@ def write_report(
         ModuleNotFoundError: Jinja2 or matplotlib is missing.
         ValueError: the folder holds no model, or `data` cannot be used.
     """
-    from .model import HGADModel
-
     _require_packages()
     folder = Path(run)
     if not (folder / MODEL).is_file():
         raise ValueError(f"{folder} holds no {MODEL}; give the folder that training wrote, and finish it with --resume")
     output = Path(output or folder / REPORT)
-    model = HGADModel.load(folder / MODEL, device)
+    model = load(folder / MODEL, device)
     record = _read_json(folder / RUN)
     dataset, missing = _test_data(model, data, record.get("data"))
     evaluation = None if dataset is None else _evaluated(model, dataset, folder, progress)
@@ -90,13 +93,14 @@ def write_report(
 
 
 def _require_packages() -> None:
+    """Raise a ModuleNotFoundError that says how to install what is missing."""
     for module, name in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib")):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"the report needs {name}: pip install 'hgad-fast[report]'", name=module)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file."""
+    """Return the JSON object in a file; an empty one where there is no file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -106,18 +110,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _test_data(
-    model: HGADModel, given: str | os.PathLike[str] | None, recorded: str | None
-) -> tuple[pictures.Dataset | None, str]:
-    """The dataset to test on, or None and what the reader should be told.
+    model: Detector, given: str | os.PathLike[str] | None, recorded: str | None
+) -> tuple[Dataset | None, str]:
+    """Return the dataset to test on, or None and the text that tells the reader why there is none.
 
-    A dataset that was asked for must do. One that is only recorded may be gone or have changed since; and of several
-    datasets in one, the folder that they share is recorded, which need not be a dataset.
+    A dataset that is given must be fit for it. One that is only recorded may be gone or have changed since; and of
+    several datasets in one, the folder that they share is recorded, which need not be a dataset.
     """
     root = given or recorded
     if root is None:
         return None, _WITHOUT_TEST.format("none were named")
     try:
-        dataset = pictures.discover(root)
+        dataset = discover(root)
         if dataset.test:
             return test_set(model, dataset), ""
     except ValueError as error:
@@ -130,29 +134,30 @@ def _test_data(
 
 
 _WITHOUT_TEST = (
-    "There are no test pictures: {}. hgad-fast report RUN --data ROOT names some. So this report cannot say how well "
-    "the model detects; it shows how it was trained, calibrated and configured."
+    "There are no test images: {}. Name some with hgad-fast report RUN --data ROOT. Without them this report cannot say "
+    "how well the model detects; it shows how it was trained, calibrated and configured."
 )
 
 
 def _evaluated(
-    model: HGADModel,
-    dataset: pictures.Dataset,
+    model: Detector,
+    dataset: Dataset,
     folder: Path,
-    progress: Progress | None,
+    progress: ShowProgress | None,
 ) -> Evaluation:
-    """The evaluation kept in the folder if it is of this model, these pictures and this version; else a new one."""
+    """Return the evaluation kept in the folder if it is of this model, dataset and version; else make and keep one."""
     masks = [replace(sample, path=sample.mask) for sample in dataset.test if sample.mask is not None]
     models = [path for path in (folder / MODEL, folder / BEST) if path.is_file()]
     identity = {
-        "version": __version__,
+        "format": EVALUATION_FORMAT,
+        "version": VERSION,
         "models": [hashlib.sha256(path.read_bytes()).hexdigest() for path in models],
-        "data": pictures.fingerprint([*dataset.test, *masks], dataset.root),
+        "data": fingerprint([*dataset.test, *masks], dataset.root),
     }
     kept = _read_json(folder / EVALUATION)
     if kept.get("identity") == identity:
         return Evaluation.from_dict(kept["evaluation"])
-    official = type(model).load(folder / BEST, model.device) if (folder / BEST).is_file() else None
+    official = load(folder / BEST, model.device) if (folder / BEST).is_file() else None
     evaluation = evaluate(model, dataset, official=official, progress=progress)
     with replacing(folder / EVALUATION) as file:
         file.write_text(json.dumps({"identity": identity, "evaluation": evaluation.to_dict()}) + "\n", encoding="utf-8")
@@ -163,13 +168,14 @@ def _evaluated(
 
 
 def _page(
-    model: HGADModel,
+    model: Detector,
     folder: Path,
     record: dict[str, Any],
-    dataset: pictures.Dataset | None,
+    dataset: Dataset | None,
     evaluation: Evaluation | None,
     missing: str,
 ) -> str:
+    """Return the page; `missing` tells why there is no evaluation."""
     from jinja2 import Environment, StrictUndefined
 
     page: dict[str, Any] = {
@@ -182,9 +188,9 @@ def _page(
         "scores": _scores(model, evaluation),
         "calibration": _calibration(model, evaluation),
         "mistakes": None,
-        "training": _training(folder / METRICS),
+        "training": _training(folder / METRICS, model),
         "setup": _setup(model, folder, record, dataset),
-        "version": __version__,
+        "version": VERSION,
     }
     if dataset is not None and evaluation is not None:
         page["tiles"] = _tiles(model, evaluation)
@@ -195,23 +201,26 @@ def _page(
     return Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(page)
 
 
-def _lead(model: HGADModel, evaluation: Evaluation | None) -> str:
-    names = model.class_names
+def _lead(model: Detector, evaluation: Evaluation | None) -> str:
+    """Return the first sentences of the page."""
+    names = model.groups
     classes = f"{len(names)} classes ({', '.join(names)})" if len(names) > 1 else f"one class ({names[0]})"
-    lead = f"One model that has seen normal pictures of {classes} and nothing else."
+    lead = f"One model that has seen normal images of {classes} and nothing else."
+    if not model.groups_are_classes:
+        lead = f"One model that has seen normal images and nothing else; it tells {len(names)} groups of them apart."
     if evaluation is None:
         return lead
-    tested = f"{evaluation.n_normal:,} other normal pictures and {evaluation.n_anomalous:,} defective ones"
+    tested = f"{evaluation.n_normal:,} other normal images and {evaluation.n_anomalous:,} defective ones"
     return f"{lead} Here it is tested on {tested}."
 
 
 def _protocols(evaluation: Evaluation) -> list[str]:
-    """The honest protocol first; a model without calibration has only the official one."""
+    """Return the protocols, the honest one first; a model without calibration has only the official one."""
     return sorted(evaluation.figures)
 
 
-def _tiles(model: HGADModel, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The figures that a reader wants first."""
+def _tiles(model: Detector, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return the figures that a reader wants first."""
     main, *others = _protocols(evaluation)
     tiles = []
     for figure, name in (
@@ -222,15 +231,16 @@ def _tiles(model: HGADModel, evaluation: Evaluation) -> list[dict[str, Any]]:
         words = [f"{main}{', mean of the classes' if len(evaluation.figures[main]) > 1 else ''}"]
         words += [f"{protocol}: {_percent(getattr(evaluation.mean(protocol), figure))}" for protocol in others]
         tiles.append({"name": name, "value": _percent(getattr(evaluation.mean(main), figure)), "words": words})
-    judged = [p for p in evaluation.pictures[main] if p.is_flagged is not None]
+    judged = [image for image in evaluation.images[main] if image.is_flagged is not None]
     for is_anomalous, name in ((True, "Defects found"), (False, "False alarms")):
-        flags = [p.is_flagged for p in judged if p.is_anomalous == is_anomalous]
+        flags = [image.is_flagged for image in judged if image.is_anomalous == is_anomalous]
         if flags and model.calibration is not None:
-            words = ["at the model's thresholds" if is_anomalous else "among the normal pictures"]
-            words += [] if is_anomalous else [f"asked for: {_percent(model.calibration.false_alarm_rate)}"]
+            words = ["at the model's thresholds"]
+            if not is_anomalous:
+                words = ["among the normal images", f"target: {_percent(model.calibration.false_alarm_rate)}"]
             tiles.append({"name": name, "value": f"{sum(map(bool, flags))} of {len(flags)}", "words": words})
-    if len(model.class_names) > 1:
-        words = ["of the pictures were taken for what they show"]
+    if evaluation.knows_classes and len(model.groups) > 1:
+        words = ["of the images were taken for what they show"]
         tiles.append(
             {"name": "Class recognised", "value": _percent(evaluation.inferred_class_accuracy), "words": words}
         )
@@ -238,33 +248,35 @@ def _tiles(model: HGADModel, evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    """Both protocols side by side, a table for pictures and one for pixels."""
+    """Return a table for images and one for pixels, with both protocols side by side, and the classes confused."""
     protocols = _protocols(evaluation)
+    by_class = {
+        name: [evaluation.figures[protocol][name] for protocol in protocols]
+        for name in evaluation.figures[protocols[0]]
+    }
+    summary = {
+        "mean": [evaluation.mean(protocol) for protocol in protocols],
+        "pooled": [evaluation.pooled[protocol] for protocol in protocols],
+    }
     tables = []
     for kind, caption in _TABLES.items():
-        rows = [(name, [evaluation.figures[p][name] for p in protocols]) for name in evaluation.figures[protocols[0]]]
-        summary = [("mean", [evaluation.mean(p) for p in protocols])]
-        summary += [("pooled", [evaluation.pooled[p] for p in protocols])]
-        figures = [name for name in _NAMES if name.startswith(kind)]
+        names = [name for name in _NAMES if name.startswith(kind)]
         tables.append(
             {
                 "caption": caption,
-                "metrics": [_NAMES[figure] for figure in figures],
+                "metrics": [_NAMES[name] for name in names],
                 "protocols": protocols,
                 "groups": [
-                    [
-                        (name, [(_known(getattr(row, f)), row.intervals.get(f)) for f in figures for row in columns])
-                        for name, columns in group
-                    ]
-                    for group in (rows, summary)
+                    [(row_name, _cells(columns, names)) for row_name, columns in rows.items()]
+                    for rows in (by_class, summary)
                 ],
             }
         )
-    wrong = [
-        (name, other, count, sum(row.values()))
+    confusion = [
+        (name, inferred, count, sum(row.values()))
         for name, row in evaluation.confusion.items()
-        for other, count in sorted(row.items())
-        if other != name
+        for inferred, count in sorted(row.items())
+        if inferred != name and evaluation.knows_classes
     ]
     return {
         "tables": tables,
@@ -273,19 +285,26 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
             for name, words in _PROTOCOLS.items()
             if name in protocols
         ],
-        "confusion": wrong,
+        "confusion": confusion,
     }
 
 
+def _cells(columns: list[Figures], names: list[str]) -> list[tuple[float | None, tuple[float, float] | None]]:
+    """Return each named figure of each column, the columns of one figure side by side, with its interval."""
+    return [
+        (_finite_or_none(getattr(column, name)), column.intervals.get(name)) for name in names for column in columns
+    ]
+
+
 _PROTOCOLS = {
-    "honest": "As in use: nobody tells the model which class a picture shows, and normalisation and thresholds come "
-    "from normal pictures that were held out of the training. A score depends on its picture alone. Checkpoint: {}.",
-    "official": "As published: the model is told the class of each picture, and the maps of a class are normalised by "
-    "maxima over its test pictures. Comparable with published tables, but out of reach in use. Checkpoint: {}.",
+    "honest": "As in use: nobody tells the model which class an image shows, and normalisation and thresholds come "
+    "from normal images that were held out of the training. A score depends on its image alone. Checkpoint: {}.",
+    "official": "As published: the model is told the class of each image, and the maps of a class are normalised by "
+    "maxima over its test images. Comparable with published tables, but out of reach in use. Checkpoint: {}.",
 }
 _TABLES = {
-    "image": "Pictures: is a defective one told from a normal one? In percent.",
-    "pixel": "Pixels: is the defect found within the picture? In percent.",
+    "image": "Images: is a defective one told from a normal one? In percent.",
+    "pixel": "Pixels: is the defect found within the image? In percent.",
 }
 _NAMES = {
     "image_auroc": "AUROC",
@@ -300,20 +319,21 @@ _NAMES = {
 
 
 def _panel(svg: str, title: str, words: str) -> dict[str, Any]:
+    """Return a chart with its title and explanation, as the page takes it."""
     from markupsafe import Markup
 
     return {"svg": Markup(svg), "title": title, "words": words}
 
 
 def _curves(evaluation: Evaluation) -> dict[str, Any] | None:
-    """ROC and precision-recall of pictures and of pixels, and PRO: all classes together, and each for itself."""
+    """Return ROC and precision-recall curves of images and of pixels, and PRO, of all classes together and of each."""
     main, *others = _protocols(evaluation)
     classes = evaluation.figures[main] if len(evaluation.figures[main]) > 1 else {}
     panels = []
     for name, title, words, x, y in _CURVES:
-        rows = [("muted", row) for row in classes.values()]
-        rows += [(protocol, evaluation.pooled[protocol]) for protocol in (*others, main)]  # the last lies on top
-        if lines := [(row.curves[name], colour) for colour, row in rows if name in row.curves]:
+        layers = [("muted", figures) for figures in classes.values()]
+        layers += [(protocol, evaluation.pooled[protocol]) for protocol in (*others, main)]  # the last lies on top
+        if lines := [(figures.curves[name], colour) for colour, figures in layers if name in figures.curves]:
             end = 0.3 if name == "pixel_pro" else 1.0
             panels.append(_panel(charts.curves(lines, x, y, f"{title}. {words}", end=end), title, words))
     legend = [(protocol, protocol, f"{protocol} protocol, all classes together") for protocol in (main, *others)]
@@ -324,16 +344,16 @@ def _curves(evaluation: Evaluation) -> dict[str, Any] | None:
 _CURVES = (
     (
         "image_roc",
-        "Pictures: ROC",
-        "How many defective pictures are found for how many false alarms.",
+        "Images: ROC",
+        "How many defective images are found for how many false alarms.",
         "false-alarm rate",
-        "defective pictures found",
+        "defective images found",
     ),
     (
         "image_pr",
-        "Pictures: precision and recall",
-        "How many alarms are true while more and more defective pictures are found.",
-        "defective pictures found",
+        "Images: precision and recall",
+        "How many alarms are true while more and more defective images are found.",
+        "defective images found",
         "alarms that are true",
     ),
     (
@@ -363,55 +383,58 @@ _CURVES = (
 # ------------------------------------------------------------------------------------------------ scores, calibration
 
 
-def _ratio(picture: Picture) -> float:
-    """A picture's score in multiples of its threshold; NaN without one."""
-    return picture.score / picture.threshold if picture.threshold else math.nan
+def _ratio(image: ScoredImage) -> float:
+    """Return an image's score in multiples of its threshold; NaN without one."""
+    return image.score / image.threshold if image.threshold else math.nan
 
 
-def _scores(model: HGADModel, evaluation: Evaluation | None) -> dict[str, Any] | None:
-    """Histograms of each class: of the test pictures, else of those held out for calibration."""
+def _scores(model: Detector, evaluation: Evaluation | None) -> dict[str, Any] | None:
+    """Return a histogram of the scores of each class: of its test images, else of those held out for calibration."""
     if evaluation is not None:
-        found = evaluation.pictures[_protocols(evaluation)[0]]
+        images = evaluation.images[_protocols(evaluation)[0]]
     elif model.calibration is not None:
-        found = _calibration_pictures(model, model.calibration)
+        images = _calibration_images(model, model.calibration)
     else:
         return None
-    judged = any(picture.threshold is not None for picture in found)
+    judged = any(image.threshold is not None for image in images)
+    class_names = model.groups if model.groups_are_classes else dict.fromkeys(image.class_name for image in images)
     panels = []
-    for name in model.class_names:
-        own = [picture for picture in found if picture.class_name == name and (picture.threshold is not None) == judged]
-        if own:
-            values = [_ratio(picture) if judged else picture.score for picture in own]
-            normal, defective = (
-                [v for v, p in zip(values, own, strict=True) if p.is_anomalous == d] for d in (False, True)
-            )
-            words = f"{len(normal)} normal pictures, {len(defective)} defective ones."
-            if judged:
-                words = f"Above the threshold: {sum(v > 1 for v in normal)} of {len(normal)} normal pictures"
-                words += f", {sum(v > 1 for v in defective)} of {len(defective)} defective ones." if evaluation else "."
-            x = "score / threshold" if judged else "score"
-            svg = charts.histogram(
-                normal, defective, x, f"Histogram of the scores of {name}. {words}", 1.0 if judged else None
-            )
-            panels.append(_panel(svg, name, words))
-    legend = [("normal", "", "normal pictures")]
-    legend += [("defect", "", "defective pictures")] if evaluation else []
+    for name in class_names:
+        own = [image for image in images if image.class_name == name and (image.threshold is not None) == judged]
+        if not own:
+            continue
+        values: dict[bool, list[float]] = {False: [], True: []}
+        for image in own:
+            values[image.is_anomalous].append(_ratio(image) if judged else image.score)
+        normal, defective = values[False], values[True]
+        words = f"{len(normal)} normal images, {len(defective)} defective ones."
+        if judged:
+            words = f"Above the threshold: {sum(ratio > 1 for ratio in normal)} of {len(normal)} normal images"
+            if evaluation is not None:
+                words += f", {sum(ratio > 1 for ratio in defective)} of {len(defective)} defective ones"
+            words += "."
+        x, mark = ("score / threshold", 1.0) if judged else ("score", None)
+        svg = charts.histogram(normal, defective, x, f"Histogram of the scores of {name}. {words}", mark)
+        panels.append(_panel(svg, name, words))
+    legend = [("normal", "", "normal images")]
+    legend += [("defect", "", "defective images")] if evaluation else []
     legend += [("ink", "official", "threshold")] if judged else []
-    what = "the test pictures" if evaluation else "the normal pictures held out for calibration"
-    return {"what": what, "judged": judged, "panels": panels, "legend": legend} if panels else None
+    subject = "the test images" if evaluation else "the normal images held out for calibration"
+    return {"subject": subject, "judged": judged, "panels": panels, "legend": legend} if panels else None
 
 
-def _calibration_pictures(model: HGADModel, calibration: Calibration) -> list[Picture]:
+def _calibration_images(model: Detector, calibration: Calibration) -> list[ScoredImage]:
+    """Return the images that the thresholds come from, with their scores and thresholds, but without paths."""
     _, _, thresholds, _ = calibration.judge(calibration.scores, calibration.class_ids)
-    names = [model.class_names[k] for k in calibration.class_ids.tolist()]
+    names = [model.groups[k] for k in calibration.class_ids.tolist()]
     return [
-        Picture("", name, name, pictures.GOOD, False, score, threshold=_known(threshold))
+        ScoredImage("", name, name, GOOD, False, score, threshold=_finite_or_none(threshold))
         for name, score, threshold in zip(names, calibration.scores.tolist(), thresholds.tolist(), strict=True)
     ]
 
 
-def _calibration(model: HGADModel, evaluation: Evaluation | None) -> dict[str, Any] | None:
-    """Nominal against actual false-alarm rate, and the recall it leaves; what each class's threshold rests on."""
+def _calibration(model: Detector, evaluation: Evaluation | None) -> dict[str, Any] | None:
+    """Return what each threshold rests on, and target against actual false-alarm rate, with the recall it leaves."""
     calibration = model.calibration
     if calibration is None or not len(calibration.scores):
         return None
@@ -430,10 +453,10 @@ def _calibration(model: HGADModel, evaluation: Evaluation | None) -> dict[str, A
 
 @dataclass(frozen=True)
 class _AtRate:
-    """What the thresholds do to the test pictures where `wished` is the false-alarm rate asked for."""
+    """Test images called defective by the thresholds for a target false-alarm rate; images without one do not count."""
 
-    wished: float
-    attainable: float  # what the thresholds stand for, mean over the normal pictures
+    target: float
+    attainable: float  # the rate that the thresholds stand for, mean over the normal images
     false_alarms: int
     normal: int
     found: int
@@ -441,34 +464,38 @@ class _AtRate:
 
     @property
     def expected(self) -> tuple[int, int]:
-        """False alarms in `BAND` of all cases, if the thresholds keep what they stand for."""
+        """Bounds of the number of false alarms in `BAND` of all cases, if they occur at the attainable rate."""
         from scipy.stats import binom
 
         low, high = binom.interval(BAND, self.normal, self.attainable)
         return int(low), int(high)
 
 
-def _at_rate(model: HGADModel, calibration: Calibration, evaluation: Evaluation, rate: float) -> _AtRate:
+def _at_rate(model: Detector, calibration: Calibration, evaluation: Evaluation, rate: float) -> _AtRate:
+    """Return what the thresholds for a target false-alarm rate do to the test images."""
     calibration = replace(calibration, false_alarm_rate=rate)
-    counts: dict[bool, tuple[int, int]] = {}
-    for is_anomalous in (True, False):
-        found = [picture for picture in evaluation.pictures["honest"] if picture.is_anomalous == is_anomalous]
-        scores = torch.tensor([picture.score for picture in found], dtype=torch.float64)
-        classes = torch.tensor([model.class_names.index(p.inferred_class) for p in found], dtype=torch.int64)
-        _, flags, thresholds, rates = calibration.judge(scores, classes)
+    counts: dict[bool, tuple[int, int]] = {}  # images flagged, of images with a threshold
+    attainable = math.nan
+    for is_anomalous in (False, True):
+        images = [image for image in evaluation.images["honest"] if image.is_anomalous == is_anomalous]
+        scores = torch.tensor([image.score for image in images], dtype=torch.float64)
+        groups = torch.tensor([model.groups.index(image.inferred_class) for image in images], dtype=torch.int64)
+        _, flags, thresholds, rates = calibration.judge(scores, groups)
         known = thresholds.isfinite()
         counts[is_anomalous] = int(flags[known].sum()), int(known.sum())
-    attainable = float(rates[known].mean()) if known.any() else math.nan  # of the normal ones
+        if not is_anomalous and known.any():
+            attainable = float(rates[known].mean())
     return _AtRate(rate, attainable, *counts[False], *counts[True])
 
 
 def _rates_table(rows: list[_AtRate]) -> dict[str, Any]:
+    """Return the table of false alarms and defects found at several target false-alarm rates."""
     return {
-        "caption": "What other rates would do to these test pictures",
-        "heads": ["Rate asked for", "Rate attainable", "False alarms", "Expected (95 %)", "Defects found"],
+        "caption": "What other target rates would do to these test images",
+        "heads": ["Target rate", "Attainable rate", "False alarms", "Expected (95 %)", "Defects found"],
         "rows": [
             [
-                _percent(row.wished),
+                _percent(row.target),
                 _percent(row.attainable),
                 _share(row.false_alarms, row.normal),
                 "{} to {}".format(*row.expected) if row.normal else "–",
@@ -480,43 +507,43 @@ def _rates_table(rows: list[_AtRate]) -> dict[str, Any]:
 
 
 def _rate_panels(rows: list[_AtRate]) -> list[dict[str, Any]]:
-    wished = [row.wished for row in rows]
+    """Return charts of the false alarms and of the defects found against the target false-alarm rate."""
+    targets = [row.target for row in rows]
     panels = []
     if normal := rows[0].normal:
         band = np.array([row.expected for row in rows]) / normal
         actual = [row.false_alarms / normal for row in rows]
         words = "Thresholds that keep their promise stay within the band."
-        svg = charts.rates(wished, actual, "normal pictures called defective", f"False alarms. {words}", band=band.T)
+        svg = charts.rates(targets, actual, "normal images called defective", f"False alarms. {words}", band=band.T)
         panels.append(_panel(svg, "False alarms", words))
     if defective := rows[0].defective:
-        found = [row.found / defective for row in rows]
+        recall = [row.found / defective for row in rows]
         words = "What fewer false alarms cost."
-        panels.append(
-            _panel(
-                charts.rates(wished, found, "defective pictures found", f"Defects found. {words}"),
-                "Defects found",
-                words,
-            )
-        )
+        svg = charts.rates(targets, recall, "defective images found", f"Defects found. {words}")
+        panels.append(_panel(svg, "Defects found", words))
     return panels
 
 
-def _threshold_table(model: HGADModel, calibration: Calibration, evaluation: Evaluation | None) -> dict[str, Any]:
-    ids = torch.arange(len(model.class_names))
+def _threshold_table(model: Detector, calibration: Calibration, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return the table of thresholds: how many images each rests on, and what it does to the test images."""
+    ids = torch.arange(len(model.groups))
     _, _, thresholds, rates = calibration.judge(torch.zeros(len(ids)), ids)
     counts = torch.bincount(calibration.class_ids, minlength=len(ids)).tolist()
     rows = []
-    for name, count, threshold, rate in zip(
-        model.class_names, counts, thresholds.tolist(), rates.tolist(), strict=True
-    ):
+    for name, count, threshold, rate in zip(model.groups, counts, thresholds.tolist(), rates.tolist(), strict=True):
         row = [name, str(count), f"{threshold:.4g}" if math.isfinite(threshold) else "–", _percent(rate)]
-        for is_anomalous in (False, True) if evaluation else ():
-            assert evaluation is not None
-            own = [p for p in evaluation.pictures["honest"] if p.class_name == name and p.is_anomalous == is_anomalous]
-            flags = [picture.is_flagged for picture in own if picture.is_flagged is not None]
-            row.append(_share(sum(map(bool, flags)), len(flags)))
+        if evaluation is not None:
+            judged = [
+                image
+                for image in evaluation.images["honest"]
+                if (image.class_name if model.groups_are_classes else image.inferred_class) == name
+                and image.is_flagged is not None
+            ]
+            for is_anomalous in (False, True):
+                flags = [image.is_flagged for image in judged if image.is_anomalous == is_anomalous]
+                row.append(_share(sum(map(bool, flags)), len(flags)))
         rows.append(row)
-    heads = ["Class", "Calibration pictures", "Threshold", "Rate attainable"]
+    heads = ["Class", "Calibration images", "Threshold", "Attainable rate"]
     heads += ["False alarms", "Defects found"] if evaluation else []
     return {"caption": "What the threshold of each class rests on", "heads": heads, "rows": rows}
 
@@ -524,74 +551,73 @@ def _threshold_table(model: HGADModel, calibration: Calibration, evaluation: Eva
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-def _mistakes(model: HGADModel, dataset: pictures.Dataset, evaluation: Evaluation) -> dict[str, Any] | None:
-    """The pictures that are most wrong, or came closest to it."""
-    judged = [picture for picture in evaluation.pictures[_protocols(evaluation)[0]] if picture.is_flagged is not None]
+def _mistakes(model: Detector, dataset: Dataset, evaluation: Evaluation) -> dict[str, Any] | None:
+    """Return the images that are most wrong, or closest to it, and the names of all that are wrong."""
+    judged = [image for image in evaluation.images[_protocols(evaluation)[0]] if image.is_flagged is not None]
     if not judged:
         return None
     parts = []
     for is_anomalous in (True, False):
-        # The worst come first: defective pictures that score lowest, normal ones that score highest.
-        group = [picture for picture in judged if picture.is_anomalous == is_anomalous]
+        # The worst come first: defective images that score lowest, normal ones that score highest.
+        group = [image for image in judged if image.is_anomalous == is_anomalous]
         group.sort(key=_ratio, reverse=not is_anomalous)
         if group:
-            count = sum(picture.is_flagged != is_anomalous for picture in group)
-            shown = [_shown(model, dataset, picture) for picture in group[:SHOWN]]
-            parts.append({"is_anomalous": is_anomalous, "wrong": count, "total": len(group), "pictures": shown})
-    wrong = [picture for picture in judged if picture.is_flagged != picture.is_anomalous]
-    wrong.sort(key=lambda picture: (picture.is_anomalous, picture.class_name, -_ratio(picture)))
+            count = sum(image.is_flagged != is_anomalous for image in group)
+            shown = [_shown(model, dataset, image) for image in group[:SHOWN]]
+            parts.append({"is_anomalous": is_anomalous, "wrong": count, "total": len(group), "images": shown})
+    wrong = [image for image in judged if image.is_flagged != image.is_anomalous]
+    wrong.sort(key=lambda image: (image.is_anomalous, image.class_name, -_ratio(image)))
     rows = [
-        (picture.path, picture.class_name, _truth(picture), f"{_ratio(picture):.2f}", f"{picture.p_value:.3f}")
-        for picture in wrong[:LISTED]
+        (image.path, image.class_name, _truth(image), f"{_ratio(image):.2f}", f"{image.p_value:.3f}")
+        for image in wrong[:LISTED]
     ]
     return {"parts": parts, "rows": rows, "total": len(wrong)}
 
 
-def _shown(model: HGADModel, dataset: pictures.Dataset, picture: Picture) -> dict[str, Any]:
-    """A picture and its map, small, and what is to be said of them."""
-    from . import plot
-
-    path = dataset.root / picture.path
+def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, Any]:
+    """Return an image and its anomaly map as small JPEGs, and what the page says about them."""
+    path = dataset.root / scored.path
     sample = next(sample for sample in dataset.test if sample.path == path)
-    image = pictures.read_image(path)
+    image = read_image(path)
     scale = min(1.0, THUMBNAIL / max(image.shape[1:]))
     height, width = (max(1, round(side * scale)) for side in image.shape[1:])
     case = plot.Case(
-        image=pictures.resize_image(image, (height, width)),
-        anomaly_map=model.score(image, map_size=(height, width)).anomaly_map[0],
-        threshold=picture.threshold or math.nan,
-        mask=pictures.resize_mask(pictures.read_mask(sample.mask), (height, width)) if sample.mask else None,
-        is_anomalous=picture.is_flagged,
-        is_defective=picture.is_anomalous,
+        image=resize_image(image, (height, width)),
+        anomaly_map=score_images(model, image, map_size=(height, width)).anomaly_map[0],
+        threshold=scored.threshold or math.nan,
+        mask=resize_mask(read_mask(sample.mask), (height, width)) if sample.mask else None,
+        is_anomalous=scored.is_flagged,
+        is_defective=scored.is_anomalous,
     )
-    verdict = "called defective" if picture.is_flagged else "called normal"
+    verdict = "called defective" if scored.is_flagged else "called normal"
     if case.is_wrong:
-        verdict = "missed" if picture.is_anomalous else "false alarm"
+        verdict = "missed" if scored.is_anomalous else "false alarm"
     images = ["data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for jpeg in plot.thumbnails(case)]
     return {
         "images": images,
         "width": width,
         "height": height,
-        "kind": f"{picture.class_name}: {_truth(picture)}",
+        "kind": f"{scored.class_name}: {_truth(scored)}",
         "verdict": verdict,
         "is_wrong": case.is_wrong,
-        "ratio": f"{_ratio(picture):.2f}",
-        "p_value": f"{picture.p_value:.3f}",
-        "taken_for": picture.inferred_class if picture.inferred_class != picture.class_name else "",
-        "file": picture.path,
+        "ratio": f"{_ratio(scored):.2f}",
+        "p_value": f"{scored.p_value:.3f}",
+        "taken_for": scored.inferred_class if scored.inferred_class != scored.class_name else "",
+        "file": scored.path,
         "has_mask": case.mask is not None,
     }
 
 
-def _truth(picture: Picture) -> str:
-    return picture.defect if picture.is_anomalous else "normal"
+def _truth(image: ScoredImage) -> str:
+    """Return the name of an image's defect, or "normal"."""
+    return image.defect if image.is_anomalous else "normal"
 
 
 # ------------------------------------------------------------------------------------------------ training, setup
 
 
-def _training(path: Path) -> dict[str, Any]:
-    """Loss terms, learning rate and speed over the passes."""
+def _training(path: Path, model: Detector) -> dict[str, Any]:
+    """Return charts of loss terms, learning rate and speed over the passes, and where the stages begin."""
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
     except FileNotFoundError:
@@ -601,78 +627,70 @@ def _training(path: Path) -> dict[str, Any]:
     if not records:
         return {"records": 0, "panels": []}
     levels = range(len(records[0]["losses"]))
-    second_stage = next((i + 0.5 for i, record in enumerate(records) if i and record["stage"] == 2), None)
+    stages = [record["stage"] for record in records]
+    # Passes are counted from 1: a stage begins between pass i, the last one of the stage before, and pass i + 1.
+    changes = {i + 0.5: stages[i] for i in range(1, len(stages)) if stages[i] != stages[i - 1]}
+    terms = dict.fromkeys(term for record in records for term in record["losses"][0])
     curves = [
-        (term, *words, [[record["losses"][level].get(term, math.nan) for record in records] for level in levels])
-        for term, words in _TERMS.items()
+        (
+            term,
+            *model.loss_terms.get(term, (term, "")),
+            [[record["losses"][level].get(term, math.nan) for record in records] for level in levels],
+        )
+        for term in terms
     ]
-    curves.append(("learning rate", "Learning rate", "Rises at first, then falls.", [[r["lr"] for r in records]]))
+    learning_rates = [record["lr"] for record in records]
+    curves.append(("learning rate", "Learning rate", "Rises at first, then falls.", [learning_rates]))
     speeds = [record["images_per_second"] for record in records]
-    curves.append(("pictures a second", "Speed", "How many pictures were trained in a second.", [speeds]))
+    curves.append(("images a second", "Speed", "How many images were trained in a second.", [speeds]))
     panels = [
-        _panel(charts.training(lines, y, f"{title}. {words}", second_stage), title, words)
+        _panel(charts.training(lines, y, f"{title}. {words}", list(changes)), title, words)
         for y, title, words, lines in curves
         if np.isfinite(lines).any()
     ]
     return {
         "records": len(records),
-        "pictures": round(records[-1]["images_per_second"] * records[-1]["seconds"]),
+        "images": round(records[-1]["images_per_second"] * records[-1]["seconds"]),
         "minutes": sum(record["seconds"] for record in records) / 60,
-        "stages": second_stage is not None,
+        "stages": [(stage, model.stages.get(stage, "")) for stage in changes.values()],
         "panels": panels,
-        "legend": [(charts.level_colour(level), f"dash-{level % 4}", f"level {level}") for level in levels],
+        "legend": [(charts.level_colour(level), charts.level_dash(level), f"level {level}") for level in levels],
     }
 
 
-_TERMS = {
-    "L_g": ("Likelihood, all classes", "How surprising the normal pictures are; it should fall."),
-    "L_mi": ("Mutual information", "How well the classes keep apart; it should rise."),
-    "L_e": ("Entropy", "How unsure the class of a pixel is; small is good."),
-    "L_g_intra": (
-        "Likelihood, own class",
-        "How surprising the normal pictures are to their own class; it should fall.",
-    ),
-    "L_z": ("Log-density, own class", "The same on the scale of the anomaly map; it should fall."),
-}
-
-
 def _setup(
-    model: HGADModel, folder: Path, record: dict[str, Any], dataset: pictures.Dataset | None
+    model: Detector, folder: Path, record: dict[str, Any], dataset: Dataset | None
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Tables of two columns, each with its caption."""
+    """Return tables of two columns, each with its caption: files, versions and configuration."""
     files = [
         ("model", f"{folder / MODEL} ({(folder / MODEL).stat().st_size / 1e6:.1f} MB)"),
         ("trained on", record.get("data") or "not recorded"),
         ("tested on", "nothing" if dataset is None else str(dataset.root)),
         ("report made", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
     ]
+    versions = {"hgad_fast": VERSION, "python": platform.python_version()}
+    packages = package_versions("torch", "triton", "timm", "numpy", "scikit-learn", "scipy")
+    versions |= {name: version or "not installed" for name, version in packages.items()}
     settings = [(name, _setting(value)) for name, value in asdict(model.config).items()]
-    return [("Files", files), ("Versions", list(_versions().items())), ("Configuration", settings)]
-
-
-def _versions() -> dict[str, str]:
-    found = {"hgad_fast": __version__, "python": platform.python_version()}
-    for package in ("torch", "triton", "timm", "numpy", "scikit-learn", "scipy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return [("Files", files), ("Versions", list(versions.items())), ("Configuration", settings)]
 
 
 def _setting(value: Any) -> str:
+    """Return the value of a configuration's field as text."""
     if value is None:
         return "–"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _share(part: int, whole: int) -> str:
+    """Return a share as text, e.g. "5.0 % (1 of 20)"; a dash of nothing."""
     return f"{_percent(part / whole)} ({part} of {whole})" if whole else "–"
 
 
 def _percent(value: float) -> str:
+    """Return a share in percent as text; a dash for NaN."""
     return "–" if math.isnan(value) else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
-def _known(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The frozen feature extractor: picture (B, 3, H, W) -> one feature map (B, C, h, w) a level."""
+"""The frozen feature extractor: images (B, 3, H, W) -> one feature map (B, C, h, w) per level."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import tiles
-from .config import HGADConfig
 from .interpolate import between, bilinear
 
 TILE_MEMORY = 1000 * 2**20
-"""Bytes that the backbone may take for a tile. It fixes the tiles, so that they depend on the picture's size alone."""
-ALWAYS_WHOLE = 2**20  # pixels of a picture that is not worth cutting
+"""Bytes that the backbone may take for a tile: a constant, so that the tiles depend on the image's size alone."""
+ALWAYS_WHOLE = 2**20  # pixels of an image up to which it is never cut
 TILES = ("auto", "always", "never")
 _libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class BackboneSettings(Protocol):
+    """The fields of a configuration that define the backbone."""
+
+    backbone_arch: str | None
+    backbone_weights: str | None
+    feature_levels: int
+    feature_mode: str
+    out_indices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class FeatureMaps:
 
     Attributes:
         batch, sizes: B, and (h, w) of each level.
-        pieces: gives level, top, left and features (B, C, rows, columns) of each piece; may be called again.
+        pieces: returns level, top, left and features (B, C, rows, columns) of each piece; may be called repeatedly.
     """
 
     batch: int
@@ -45,12 +54,12 @@ class FeatureMaps:
 
     @classmethod
     def of(cls, levels: Sequence[Tensor]) -> FeatureMaps:
-        """From one (B, C, h, w) a level."""
+        """Wrap features that are computed already, one (B, C, h, w) per level."""
         sizes = [(x.shape[2], x.shape[3]) for x in levels]
         return cls(len(levels[0]), sizes, lambda: ((level, 0, 0, x) for level, x in enumerate(levels)))
 
     def whole(self) -> list[Tensor]:
-        """One (B, C, h, w) a level."""
+        """Return the features as one (B, C, h, w) per level."""
         levels: dict[int, Tensor] = {}
         for level, top, left, x in self.pieces():
             size = self.sizes[level]
@@ -64,7 +73,7 @@ class FeatureMaps:
 
 @dataclass(frozen=True)
 class Pass:
-    """How the network goes over a picture: at which size, in which tiles, and what size its stages have."""
+    """One pass of the network over an image: the size to which it is resized, the (h, w) of the stages, the tiles."""
 
     size: tuple[int, int]
     stages: list[tuple[int, int]]
@@ -73,14 +82,14 @@ class Pass:
 
     @property
     def tile_pixels(self) -> int:
-        """Of the largest tile, halo included."""
+        """Pixels of the largest tile, halo included."""
         return max(c.stop - c.start for c in self.rows) * max(c.stop - c.start for c in self.columns)
 
 
 class Backbone(nn.Module):
     """A timm model, frozen and always in eval mode.
 
-    With ``feature_mode="image_pyramid"`` level s is one stage of the picture at (H >> s, W >> s) (bilinear, aligned
+    With ``feature_mode="image_pyramid"`` level s is one stage of the image at (H >> s, W >> s) (bilinear, aligned
     corners, as official); with ``"stages"`` the levels are several stages of one pass.
 
     Attributes:
@@ -97,7 +106,7 @@ class Backbone(nn.Module):
     std: Tensor
     net: Any
 
-    def __init__(self, config: HGADConfig) -> None:
+    def __init__(self, config: BackboneSettings) -> None:
         super().__init__()
         self.arch = config.backbone_arch
         self.levels = config.feature_levels
@@ -114,23 +123,24 @@ class Backbone(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
+        """Stay in eval mode, whatever `mode` is."""
         return super().train(False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1] as the backbone's weights expect them."""
+        """Normalise images in [0, 1] as the backbone's weights expect them."""
         return (images - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, fast: bool = False) -> list[Tensor]:
-        """Features of normalised pictures (B, 3, H, W): one (B, C, h, w) a level.
+        """Return the features of normalised images (B, 3, H, W): one (B, C, h, w) per level.
 
         Args:
-            images: the pictures.
-            fast: in half the time and less memory; see `streamlined`. So `fit` and `score` see them; without it they
-                are timm's to the bit.
+            images: the images.
+            fast: take half the time and less memory, as `fit` and `score` do; see `streamlined`. Without it the
+                features are timm's to the bit.
 
         Raises:
-            ValueError: the architecture takes pictures of one size only, and not of this one.
+            ValueError: the architecture takes images of one size only, and not of this one.
         """
         net = self._fast().net if fast else self.net
         features = []
@@ -142,108 +152,116 @@ class Backbone(nn.Module):
         return features
 
     def feature_values(self, height: int, width: int) -> int:
-        """How many numbers the features of a picture are, about: its sides over timm's strides, rounded up."""
-        about = self.net.feature_info
-        stages = list(zip(about.channels(), about.reduction(), strict=True))
+        """Return about how many values the features of an image have: its sides over timm's strides are rounded up."""
+        stages = list(zip(self.net.feature_info.channels(), self.strides, strict=True))
         return sum(
             channels * math.ceil((height >> level) / stride) * math.ceil((width >> level) / stride)
             for level in range(self.levels if self.mode == "image_pyramid" else 1)
             for channels, stride in stages
         )
 
-    def feature_maps(self, picture: Tensor, cut: bool = True) -> FeatureMaps:
-        """Features of a picture (3, H, W) in [0, 1], with `cut` in tiles where it is large: see `passes`."""
-        if not cut or picture[0].numel() <= ALWAYS_WHOLE:
-            return FeatureMaps.of(self(self.normalize(picture[None].to(self.mean.device)), fast=True))
-        plan = self.passes(*picture.shape[1:])
-        sizes = [size for one in plan for size in one.stages]
-        return FeatureMaps(1, sizes, functools.partial(self._pieces, picture, plan))
+    def feature_maps(self, image: Tensor, cut: bool = True) -> FeatureMaps:
+        """Return the features of an image (3, H, W) in [0, 1], with `cut` in tiles if it is large: see `passes`."""
+        if not cut or image[0].numel() <= ALWAYS_WHOLE:
+            return FeatureMaps.of(self(self.normalize(image[None].to(self.mean.device)), fast=True))
+        passes = self.passes(*image.shape[1:])
+        sizes = [size for image_pass in passes for size in image_pass.stages]
+        return FeatureMaps(1, sizes, functools.partial(self._pieces, image, passes))
 
     def passes(self, height: int, width: int, cut: bool = True) -> list[Pass]:
-        """Those over a picture of this size, in tiles of at most `TILE_MEMORY`, or whole without `cut`.
+        """Plan the passes over an image of this size, in tiles of at most `TILE_MEMORY`, or whole without `cut`.
 
-        The halo of a network that looks at the whole picture is no more than a quarter of a tile: no halo would do.
+        A network that looks at the whole image gets a halo of at most a quarter of a tile, as none would be enough.
         """
         fast = self._fast()
-        about, empty = fast.footprint, fast.shadow
-        plan = []
+        footprint = fast.footprint
+        passes = []
         for size in self._sizes(height, width):
             with torch.no_grad():
-                found = self._stages(torch.empty(1, 3, *size, device="meta"), empty)
-            stages = [(x.shape[2], x.shape[3]) for x in found]
+                features = self._stages(torch.empty(1, 3, *size, device="meta"), fast.shadow)
+            stages = [(x.shape[2], x.shape[3]) for x in features]
             cells = min(stages)
-            limit = math.inf
-            if cut and about.bytes_per_pixel:
-                limit = max(TILE_MEMORY / about.bytes_per_pixel, ALWAYS_WHOLE)
-            halo = about.halo
-            if not about.is_local and limit < math.inf:
-                halo = min(halo, int(math.sqrt(limit) / 4 / about.stride) * about.stride)
-            rows, columns = tiles.tiling(size, cells, about.stride, halo, limit)
-            plan.append(Pass(size, stages, rows, columns))
-        return plan
+            max_pixels = math.inf
+            if cut and footprint.bytes_per_pixel:
+                max_pixels = max(TILE_MEMORY / footprint.bytes_per_pixel, ALWAYS_WHOLE)
+            halo = footprint.halo
+            if not footprint.is_local and max_pixels < math.inf:
+                halo = min(halo, int(math.sqrt(max_pixels) / 4 / footprint.stride) * footprint.stride)
+            rows, columns = tiles.tiling(size, cells, footprint.stride, halo, max_pixels)
+            passes.append(Pass(size, stages, rows, columns))
+        return passes
 
     @property
     def footprint(self) -> tiles.Footprint:
-        """What the network takes for a picture."""
+        """The memory and the surroundings that the network needs."""
         return self._fast().footprint
 
     @property
     def is_local(self) -> bool:
-        """Whether tiles give the features of the whole picture."""
+        """True if tiles give the features of the whole image."""
         return self.footprint.is_local
 
     @property
     def strides(self) -> list[int]:
-        """Pixels of a cell of each stage."""
+        """The stride of each stage: pixels per cell."""
         return self.net.feature_info.reduction()
 
     def working_set(self, height: int, width: int, cut: bool = True) -> int:
-        """Bytes that the features of a picture of this size need beyond it, about, those of one tile counted."""
-        each = self.footprint.bytes_per_pixel + 36  # the tile in float32, normalised, with channels last
-        return int(max(each * one.tile_pixels for one in self.passes(height, width, cut)))
+        """Return about how many bytes it takes to compute the features of an image, beyond the image.
+
+        The features of one tile are counted, not those of the whole image.
+        """
+        bytes_per_pixel = self.footprint.bytes_per_pixel + 36  # the tile in float32, normalised, with channels last
+        return int(max(bytes_per_pixel * image_pass.tile_pixels for image_pass in self.passes(height, width, cut)))
 
     def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Of the pictures that the network sees."""
+        """Return the sizes of the images that the network sees, one for each pass."""
         levels = self.levels if self.mode == "image_pyramid" else 1
         return [(max(height >> level, 1), max(width >> level, 1)) for level in range(levels)]
 
     @torch.no_grad()
-    def _pieces(self, picture: Tensor, plan: list[Pass]) -> Iterator[tuple[int, int, int, Tensor]]:
+    def _pieces(self, image: Tensor, passes: list[Pass]) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Yield the `FeatureMaps.pieces` of an image, tile by tile."""
         fast = self._fast()
-        for i, one in enumerate(plan):
-            for rows, columns in itertools.product(one.rows, one.columns):
-                tile = self.normalize(_part(picture, one.size, rows, columns).to(self.mean.device))
-                found = self._stages(tile[None], fast.net)
-                for j, (x, size, stride) in enumerate(zip(found, one.stages, self.strides, strict=True)):
-                    finer = fast.footprint.stride // stride
+        for i, image_pass in enumerate(passes):
+            for rows, columns in itertools.product(image_pass.rows, image_pass.columns):
+                tile = self.normalize(_part(image, image_pass.size, rows, columns).to(self.mean.device))
+                features = self._stages(tile[None], fast.net)
+                for j, (x, size, stride) in enumerate(zip(features, image_pass.stages, self.strides, strict=True)):
+                    scale = fast.footprint.stride // stride  # cells of this stage per cell of the coarsest one
                     (top, bottom), (left, right) = (
-                        (c.first * finer, n if c is cuts[-1] else c.last * finer)
-                        for c, cuts, n in ((rows, one.rows, size[0]), (columns, one.columns, size[1]))
+                        (c.first * scale, n if c is cuts[-1] else c.last * scale)
+                        for c, cuts, n in ((rows, image_pass.rows, size[0]), (columns, image_pass.columns, size[1]))
                     )
-                    above, before = rows.start // stride, columns.start // stride
-                    core = x[:, :, top - above : bottom - above, left - before : right - before]
-                    yield i * len(one.stages) + j, top, left, core
+                    tile_top, tile_left = rows.start // stride, columns.start // stride
+                    core = x[:, :, top - tile_top : bottom - tile_top, left - tile_left : right - tile_left]
+                    yield i * len(image_pass.stages) + j, top, left, core
                 _trim()
 
     def _fast(self) -> _Fast:
-        """The network as it is run on pictures, made anew when its weights have changed or moved."""
+        """Return the network as it is run on images, made anew when its weights have changed or moved."""
         weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
         if self._made_fast is None or self._made_fast[0] != weights:
             self._made_fast = weights, _Fast(self.net)
         return self._made_fast[1]
 
     def _stages(self, images: Tensor, net: nn.Module) -> list[Tensor]:
+        """Return the features that a form of the network gives, (B, C, h, w) of each stage.
+
+        Raises:
+            ValueError: the network does not take images of this size.
+        """
         if net is not self.net:
             images = images.contiguous(memory_format=torch.channels_last)
         try:
             features = net(images)
-        except (AssertionError, RuntimeError) as error:  # how networks refuse a size
+        except (AssertionError, RuntimeError) as error:  # networks refuse a size by one of these
             if isinstance(error, RuntimeError) and images.device.type != "meta":
-                self._stages(images.to("meta"), self._fast().shadow)  # not the size, but memory or the device?
-                raise
+                self._stages(images.to("meta"), self._fast().shadow)  # a ValueError if it is the size
+                raise  # memory or the device
             h, w = images.shape[-2:]
             raise ValueError(
-                f"{self.arch} cannot take pictures of {h} x {w} pixels: {error}. Choose a backbone_arch that takes any "
+                f"{self.arch} cannot take images of {h} x {w} pixels: {error}. Choose a backbone_arch that takes any "
                 "size, such as a convolutional network, or feature_mode='stages' with center_crop=True and its size as "
                 "img_size."
             ) from error
@@ -251,13 +269,13 @@ class Backbone(nn.Module):
 
 
 def _trim() -> None:
-    """Give memory that was freed back to the system: glibc keeps what lies in pieces, and would grow tile by tile."""
+    """Return freed memory to the system: glibc keeps what is fragmented, and would take more with every tile."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
 
 class _Fast:
-    """A network made for inference, and what it takes; the latter is found when first asked for."""
+    """A network made for inference, with its shadow and its footprint, which are made when first asked for."""
 
     def __init__(self, net: Any) -> None:
         self.strides = net.feature_info.reduction()
@@ -274,11 +292,11 @@ class _Fast:
 
 @torch.no_grad()
 def streamlined(net: Any) -> nn.Module:
-    """A copy that gives the features of a timm network, to rounding, in half the time and less memory.
+    """Copy a timm network such that it gives the same features, to rounding, in half the time and less memory.
 
-    Batch norms become part of the convolutions whose output they take, and stages after the last one wanted are left
-    out. On noise, its error against float64 must be like that of the network as it is, or that is copied; so it is for
-    one that takes pictures of one size only.
+    Batch norms become part of the convolutions whose output they take, and blocks after the last stage asked for are
+    left out. The copy is tried on noise: if its error against float64 is worse than that of the network itself, or the
+    network takes images of one size only, a plain copy is returned.
     """
     plain = copy.deepcopy(net).to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
@@ -291,8 +309,8 @@ def streamlined(net: Any) -> nn.Module:
     try:
         _fold_batch_norms(fast)
         exact = copy.deepcopy(net).double()(noise.double())
-        for x, as_it_is, reference in zip(fast(noise), plain(noise), exact, strict=True):
-            if not (x - reference).norm() <= 4 * (as_it_is - reference).norm() + 1e-6 * reference.norm():
+        for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
+            if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
                 return plain
     except (AssertionError, RuntimeError):
         return plain
@@ -300,20 +318,21 @@ def streamlined(net: Any) -> nn.Module:
 
 
 def _fold_batch_norms(net: nn.Module) -> None:
-    empty = tiles.shadow(net)
-    names = {layer: name for name, layer in empty.named_modules()}
-    made: list[tuple[Tensor, str]] = []  # holds on to the outputs: none may take the identity of another
-    pairs: list[tuple[str, str]] = []
+    """Make batch norms part of the convolutions whose output they take, in place."""
+    shadow_net = tiles.shadow(net)
+    names = {layer: name for name, layer in shadow_net.named_modules()}
+    outputs: list[tuple[Tensor, str]] = []  # kept alive: no later tensor may take the identity of an output
+    pairs: list[tuple[str, str]] = []  # names of a convolution and of the batch norm after it
 
-    def norm(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        pairs.extend((conv, names[layer]) for output, conv in made if output is inputs[0])
+    def pair(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pairs.extend((conv, names[layer]) for output, conv in outputs if output is inputs[0])
 
-    for layer in empty.modules():
+    for layer in shadow_net.modules():
         if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(lambda layer, _, output: made.append((output, names[layer])))
+            layer.register_forward_hook(lambda layer, _, output: outputs.append((output, names[layer])))
         elif isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(norm)
-    empty(torch.empty(1, 3, 64, 64, device="meta"))
+            layer.register_forward_pre_hook(pair)
+    shadow_net(torch.empty(1, 3, 64, 64, device="meta"))
     for conv_name, norm_name in pairs:
         conv, batch_norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
@@ -323,27 +342,28 @@ def _fold_batch_norms(net: nn.Module) -> None:
         net.set_submodule(norm_name, getattr(batch_norm, "act", nn.Identity()))  # timm's norms hold an activation
 
 
-def _part(picture: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.Cut) -> Tensor:
-    """A tile of a picture (3, H, W) resized to `size`."""
-    if size == picture.shape[1:]:
-        return picture[:, rows.start : rows.stop, columns.start : columns.stop]
-    at = [
-        between(torch.arange(c.start, c.stop, device=picture.device), n, resized, align_corners=True)
-        for c, n, resized in zip((rows, columns), picture.shape[1:], size, strict=True)
+def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.Cut) -> Tensor:
+    """Return a tile of an image (3, H, W) that is resized to `size`, without resizing the rest."""
+    if size == image.shape[1:]:
+        return image[:, rows.start : rows.stop, columns.start : columns.stop]
+    positions = [
+        between(torch.arange(c.start, c.stop, device=image.device), n, resized, align_corners=True)
+        for c, n, resized in zip((rows, columns), image.shape[1:], size, strict=True)
     ]
-    return bilinear(picture, *at)
+    return bilinear(image, *positions)
 
 
-def _create(config: HGADConfig) -> nn.Module:
+def _create(config: BackboneSettings) -> nn.Module:
+    """Return timm's feature extractor with its weights; see `Backbone` for the errors."""
     import timm
 
     arch, weights = config.backbone_arch, config.backbone_weights
     assert arch is not None
     if not timm.is_model(arch):
-        close = ", ".join(difflib.get_close_matches(arch, timm.list_models(), n=5))
+        similar = ", ".join(difflib.get_close_matches(arch, timm.list_models(), n=5))
         raise ValueError(
-            f"HGADConfig.backbone_arch is {arch!r}, which this timm ({timm.__version__}) does not know"
-            + (f"; close to it: {close}" if close else "")
+            f"{type(config).__name__}.backbone_arch is {arch!r}, which this timm ({timm.__version__}) does not know"
+            + (f"; close to it: {similar}" if similar else "")
         )
     pretrained = weights == "pretrained"
     state = read_state_dict(Path(weights)) if weights is not None and not pretrained else None
@@ -353,8 +373,8 @@ def _create(config: HGADConfig) -> nn.Module:
         net = timm.create_model(arch, pretrained=pretrained, features_only=True, out_indices=config.out_indices)
     except (RuntimeError, AttributeError, AssertionError, IndexError, TypeError) as error:
         raise ValueError(
-            f"timm cannot make HGADConfig.backbone_arch = {arch!r} with out_indices = {config.out_indices} and "
-            f"backbone_weights = {weights!r}: {error}"
+            f"timm cannot make {type(config).__name__}.backbone_arch = {arch!r} with out_indices = "
+            f"{config.out_indices} and backbone_weights = {weights!r}: {error}"
         ) from error
     except Exception as error:  # timm lets errors of several network libraries through
         if not pretrained:
@@ -371,44 +391,44 @@ def _create(config: HGADConfig) -> nn.Module:
 
 
 def _try_hub(arch: str) -> None:
-    """Ask the hub once for weights that are not in its cache: timm would retry for a minute before it gave up."""
+    """Ask the hub once for weights that are not in the cache, so as to fail at once: timm retries for a minute."""
     import huggingface_hub as hub
     import timm
     from huggingface_hub.utils import HfHubHTTPError
 
     source = timm.get_pretrained_cfg(arch)
     if source is None or not source.hf_hub_id:
-        return  # nothing on this hub, or nothing at all: timm knows what to do, or to say
+        return  # nothing on this hub, or nothing at all: timm knows what to do, or raises the error
     names = [source.hf_hub_filename or "model.safetensors", "pytorch_model.bin"]
     if any(hub.try_to_load_from_cache(source.hf_hub_id, name) for name in names):
         return
-    with suppress(HfHubHTTPError):  # an answer, if only that there is no file of this name
+    with suppress(HfHubHTTPError):  # the hub has answered, if only that there is no file of this name
         hub.get_hf_file_metadata(hub.hf_hub_url(source.hf_hub_id, names[0]))
 
 
-def _load_weights(net: nn.Module, state: dict[str, Tensor], config: HGADConfig) -> None:
-    """Load a state dict of the whole classifier or of the feature extractor alone."""
-    wanted = net.state_dict()
-    found = {_extractor_name(k, wanted): v for k, v in state.items()}
-    missing = [k for k in wanted if k not in found and not k.endswith("num_batches_tracked")]
-    misfits = [k for k in wanted if k in found and found[k].shape != wanted[k].shape]
+def _load_weights(net: nn.Module, state: dict[str, Tensor], config: BackboneSettings) -> None:
+    """Load a state dict of the whole classifier or of the feature extractor alone; a ValueError if it does not fit."""
+    expected = net.state_dict()
+    given = {_extractor_name(name, expected): tensor for name, tensor in state.items()}
+    missing = [name for name in expected if name not in given and not name.endswith("num_batches_tracked")]
+    misfits = [name for name in expected if name in given and given[name].shape != expected[name].shape]
     if missing or misfits:
         raise ValueError(
             f"{config.backbone_weights} does not hold weights of {config.backbone_arch!r}: {len(missing)} tensors "
             f"missing{f' (first: {missing[0]})' if missing else ''}, {len(misfits)} of another shape"
             f"{f' (first: {misfits[0]})' if misfits else ''}. Check backbone_arch, backbone_weights and out_indices."
         )
-    net.load_state_dict({k: found.get(k, wanted[k]) for k in wanted})
+    net.load_state_dict({name: given.get(name, expected[name]) for name in expected})
 
 
-def _extractor_name(name: str, wanted: Collection[str]) -> str:
-    """What timm's feature extractors make of a classifier's "stages.0.x": that, "stages_0.x" or "model.stages.0.x"."""
+def _extractor_name(name: str, expected: Collection[str]) -> str:
+    """Return a classifier's name in an extractor: "stages.0.x" stays, or is "stages_0.x" or "model.stages.0.x"."""
     candidates = (name, name.replace(".", "_", 1), f"model.{name}")
-    return next((candidate for candidate in candidates if candidate in wanted), name)
+    return next((candidate for candidate in candidates if candidate in expected), name)
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:
-    """A state dict from a safetensors or PyTorch file; nothing in the file is executed.
+    """Read a state dict from a safetensors or PyTorch file; nothing in the file is executed.
 
     Raises:
         ValueError: the file is missing, unreadable, or holds something else.
@@ -427,6 +447,6 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"backbone_weights: {file} holds no state dict (a dict of tensors)")
-    return {k.removeprefix("module."): v for k, v in state.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}

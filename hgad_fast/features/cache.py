@@ -1,9 +1,10 @@
-"""Where the features of pictures are kept: in memory, or on disk in shards that later runs and other processes share.
+"""Caches of features: in memory, or on disk in shards that later runs and other processes share.
 
-A picture goes by the SHA-256 of its file's content, so that a changed picture is a new one, and a moved one is not. On
-disk every way of making features has a folder of its own, with safetensors files of up to `SHARD_PICTURES` pictures in
-it. A shard is written under another name first, checked to its last byte before it is used, mapped into memory, and
-never changed. The folders may be deleted while nobody trains; what is missing is computed again.
+An image is identified by the SHA-256 of its file's content, here called its content, so that a changed image is a new
+one, and a moved one is not. On disk every way of making features has a folder of its own, with shards in it:
+safetensors files of up to `SHARD_IMAGES` images. A shard is written under another name first, checked to its last byte
+before it is used, mapped into memory, and never changed. The folders may be deleted while nobody trains; features that
+are missing are computed again.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import readable, replacing
-from .model import tensor_hash
+from ..files import readable, replacing, tensor_hash
 
 FORMAT = "hgad_fast features 2"
 SUFFIX = ".features"
-SHARD_PICTURES = 64  # what a killed process loses at most, and the share of the work that a process takes at a time
-SHARD_BYTES = 2**28  # fewer pictures where these would be more: they are held in memory until they are written
-SPARE_BYTES = 2**30  # of a disk, left free: the training's own files need some room too
+SHARD_IMAGES = 64  # images that a process takes on at a time, and that it loses at most when it is killed
+SHARD_BYTES = 2**28  # about the most that a shard takes, by fewer images: it is held in memory until it is written
+SPARE_BYTES = 2**30  # left free on a disk: the training's own files need some room too
 
-_SHARDS = f"[0-9a-f]*{SUFFIX}"  # no hidden ones, which are being written
+_SHARDS = f"[0-9a-f]*{SUFFIX}"  # no hidden files, which are still being written
 
-Features = list[Tensor]  # of a picture: one (h, w, C) a level
+Features = list[Tensor]  # of an image: one (h, w, C) per level
 
 
 class CacheFull(Exception):
@@ -56,18 +56,18 @@ class MemoryCache:
         return self._kept[content]
 
     def look_up(self, contents: Iterable[str]) -> None:
-        """Nothing is here that was not added."""
+        """Do nothing: there are no features in memory but those that were added."""
 
     @contextmanager
     def claim(self, contents: Sequence[str], wait: bool) -> Iterator[bool]:
-        """No other process shares this memory."""
+        """Yield True: no other process shares this memory."""
         yield True
 
     def add(self, features: Mapping[str, Features]) -> None:
-        """Keep the features of some pictures, by content.
+        """Keep the features of images, given by content.
 
         Raises:
-            CacheFull: they would pass the limit.
+            CacheFull: they would exceed the limit.
         """
         size = _size(features)
         if self.limit is not None and self._bytes + size > self.limit:
@@ -79,13 +79,13 @@ class MemoryCache:
 class DiskCache:
     """Features in a folder below `root`; all features below `root` together take at most `limit` bytes.
 
-    At the limit, shards that this run does not need make room, those longest unused first.
+    At the limit, shards that this run does not need are deleted, those longest unused first.
 
     Args:
-        root: made if need be.
-        name: of the folder, for people; a digest of the key is appended.
-        key: all that features depend on, but for the picture.
-        limit: bytes, or None.
+        root: the folder below which each key has its own; made if need be.
+        name: what the folder is called, for people; a digest of the key is appended.
+        key: all that the features depend on, except the image.
+        limit: bytes, or None for no limit.
 
     Raises:
         OSError: the folder cannot be made.
@@ -111,63 +111,68 @@ class DiskCache:
         return self._shards[content].features(content)
 
     def look_up(self, contents: Iterable[str]) -> None:
-        """Take up the shards that hold any of these pictures and are whole; damaged ones are removed."""
-        self._take(sorted(self.folder.glob(_SHARDS)), frozenset(contents))
+        """Open the shards that hold any of these images and are whole; remove those of them that are damaged."""
+        self._add_shards(sorted(self.folder.glob(_SHARDS)), frozenset(contents))
 
-    def _take(self, paths: Sequence[Path], wanted: frozenset[str]) -> None:
+    def _add_shards(self, paths: Sequence[Path], contents: frozenset[str]) -> None:
+        """Open the shards at `paths`, as `look_up` does."""
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            for shard in pool.map(lambda path: self._open(path, wanted), paths):
+            for shard in pool.map(lambda path: self._open(path, contents), paths):
                 if shard is not None:
                     self._shards |= dict.fromkeys(shard.contents, shard)
 
-    def _open(self, path: Path, wanted: frozenset[str]) -> _Shard | None:
+    def _open(self, path: Path, contents: frozenset[str]) -> _Shard | None:
+        """Return the shard, marked as used; None if it holds none of these images or cannot be read."""
         try:
             shard = _Shard(path)
-            if not shard.contents & wanted:
+            if not shard.contents & contents:
                 return None
             shard.require_whole(self.key)
         except OSError:
-            return None  # not there any more, or not for this user
+            return None  # deleted meanwhile, or not for this user to read
         except ValueError:
             with suppress(OSError):
                 path.unlink()
             return None
-        with suppress(OSError):  # of another user
+        with suppress(OSError):  # it may be another user's
             os.utime(path)
         return shard
 
     @contextmanager
     def claim(self, contents: Sequence[str], wait: bool) -> Iterator[bool]:
-        """Whether these pictures are this process's to compute: False while another one is at them, unless `wait`.
+        """Yield whether this process may compute these images: False if another one is at work on them.
 
-        What another process has computed in the meantime is there when the block begins. Claims end with the process.
-        Where files cannot be locked, two processes may do the same work, and one shard replaces the other, its equal.
+        With `wait` it waits for the other one, and yields True. When the block begins, the cache holds what another
+        process has computed in the meantime. A claim ends with the block, or with the process. Where files cannot be
+        locked, two processes may do the same work, and one shard replaces the other, its equal.
         """
         with ExitStack() as stack:
-            mine = self._lock(contents, wait, stack)
-            if mine:
+            claimed = self._lock(contents, wait, stack)
+            if claimed:
                 missing = [content for content in contents if content not in self]
-                self._take([self._path(missing)], frozenset(missing))
-            yield mine
+                self._add_shards([self._path(missing)], frozenset(missing))
+            yield claimed
 
     def _lock(self, contents: Sequence[str], wait: bool, stack: ExitStack) -> bool:
+        """Lock these images until the stack is closed; return False if another process has locked them."""
         try:
             import fcntl
 
             file = stack.enter_context(open(self.folder / "claims", "a"))
-            how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-            fcntl.lockf(file, how, 1, int(_digest(contents)[:15], 16))  # each claim is a byte of the file
+            mode = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+            fcntl.lockf(file, mode, 1, int(_digest(contents)[:15], 16))  # each claim is a byte of the file
         except BlockingIOError:
             return False
         except (ImportError, OSError):
-            pass  # not on this system, or not in this folder
+            pass  # files cannot be locked on this system, or in this folder
         return True
 
     def _path(self, contents: Iterable[str]) -> Path:
+        """Return the path of the shard of exactly these images, in this order."""
         return self.folder / f"{_digest(contents)[:32]}{SUFFIX}"
 
     def add(self, features: Mapping[str, Features]) -> None:
-        """Write the features of some pictures, by content, as one shard.
+        """Write the features of images, given by content, as one shard.
 
         Raises:
             CacheFull: there is no room for them, or they cannot be written.
@@ -175,43 +180,44 @@ class DiskCache:
         path = self._path(features)
         tensors = {f"{content}.{level}": x for content, maps in features.items() for level, x in enumerate(maps)}
         try:
-            for leftover in self.folder.glob(f".{path.stem[:20]}-*"):  # of a process that was killed
+            for leftover in self.folder.glob(f".{path.stem[:20]}-*"):  # half-written by a process that was killed
                 leftover.unlink()
             self._make_room(_size(features))
             _write_shard(path, tensors, self.key)
         except OSError as error:
             raise CacheFull(f"{path} cannot be written ({error})") from error
-        self._take([path], frozenset(features))
+        self._add_shards([path], frozenset(features))
 
     def _make_room(self, size: int) -> None:
+        """Delete unused shards so that `size` bytes more keep to the limit; raise CacheFull if there is no room."""
         if self.limit is not None:
-            found: list[tuple[float, int, Path]] = []
+            shards: list[tuple[float, int, Path]] = []  # time of last use, bytes, path
             for path in self.root.glob(f"*/{_SHARDS}"):
                 with suppress(FileNotFoundError):  # another process makes room, too
-                    found.append((path.stat().st_mtime, path.stat().st_size, path))
-            mine = {shard.path for shard in self._shards.values()}
-            others = sorted(shard for shard in found if shard[2] not in mine)
-            excess = sum(taken for _, taken, _ in found) + size - self.limit
-            if excess > sum(taken for _, taken, _ in others):
+                    shards.append((path.stat().st_mtime, path.stat().st_size, path))
+            used = {shard.path for shard in self._shards.values()}
+            unused = sorted(shard for shard in shards if shard[2] not in used)
+            excess = sum(shard_size for _, shard_size, _ in shards) + size - self.limit
+            if excess > sum(shard_size for _, shard_size, _ in unused):
                 raise CacheFull(f"the cache limit of {readable(self.limit)} is reached")
-            for _, taken, path in others:
+            for _, shard_size, path in unused:
                 if excess > 0:
                     path.unlink(missing_ok=True)
-                    excess -= taken
+                    excess -= shard_size
         free = shutil.disk_usage(self.folder).free
         if free < size + SPARE_BYTES:
             raise CacheFull(f"the disk of {self.folder} has only {readable(free)} left")
 
 
 class _Shard:
-    """A safetensors file with the features of some pictures, mapped into memory.
+    """A safetensors file with the features of images, mapped into memory.
 
     Attributes:
-        path: where it is, or was: what is mapped stays there.
-        contents: of the pictures.
+        path: where the file is, or was: what is mapped outlives it.
+        contents: the contents of the images.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no safetensors file.
         OSError: it cannot be opened.
     """
 
@@ -227,18 +233,20 @@ class _Shard:
         self.contents = {name.partition(".")[0] for name in self._names}
 
     def require_whole(self, key: str) -> None:
-        """Read it all; a ValueError if anything is not as it was written."""
-        about = self._file.metadata() or {}
-        found = {name: self._file.get_tensor(name) for name in self._names}
-        if about.get("key") != key or about.get("sha256") != tensor_hash(found):
+        """Read it all; raise a ValueError if anything is not as it was written."""
+        metadata = self._file.metadata() or {}
+        tensors = {name: self._file.get_tensor(name) for name in self._names}
+        if metadata.get("key") != key or metadata.get("sha256") != tensor_hash(tensors):
             raise ValueError(f"{self.path} is damaged")
 
     def features(self, content: str) -> Features:
+        """Return the features of one image."""
         levels = len(self._names) // len(self.contents)
         return [self._file.get_tensor(f"{content}.{level}") for level in range(levels)]
 
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+    """Write what `_Shard` reads; raise an OSError if that fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -254,4 +262,5 @@ def _digest(contents: Iterable[str]) -> str:
 
 
 def _size(features: Mapping[str, Features]) -> int:
+    """Return the bytes of features."""
     return sum(level.nbytes for maps in features.values() for level in maps)

@@ -1,4 +1,4 @@
-"""Features of the frozen backbone, computed once a picture."""
+"""Features of normal images for training and calibration, computed once per image by the frozen backbone."""
 
 from __future__ import annotations
 
@@ -10,37 +10,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import data as pictures
-from . import images, score
+from ..data.datasets import Dataset, Sample, check_images, content_hash, content_hashes, discover, fingerprint
+from ..data.images import ImageError, read_header, read_image
+from ..files import byte_count, readable, state_hash
 from .backbone import Backbone
-from .cache import SHARD_BYTES, SHARD_PICTURES, CacheFull, DiskCache, Features, MemoryCache
-from .files import byte_count, readable
-from .model import state_hash
-
-if TYPE_CHECKING:
-    from .model import HGADModel
+from .cache import SHARD_BYTES, SHARD_IMAGES, CacheFull, DiskCache, Features, MemoryCache
+from .preprocess import FeatureSource, may_cut, preprocess, seen_features, seen_shape
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Cache = MemoryCache | DiskCache
-Progress = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop, e.g. in a bar with the given title
-Report = Callable[[str, pictures.ImageError], None]  # told the content of a picture, and what is wrong with it
+ShowProgress = Callable[[Sequence[Any], str], Iterable[Any]]  # wraps a loop, e.g. in a bar with the given title
+Report = Callable[[str, ImageError], None]  # called with the content hash of an image and what is wrong with it
 
 
 @dataclass
 class FeatureSet:
-    """Features of n normal pictures, ready for training.
+    """Features of n normal images, prepared for the method (see `Detector.prepare`) and ready for training.
 
     Attributes:
-        images: for each picture a list of one (C, h, w) float32 tensor a level; pictures may differ in size.
+        images: for each image a list of one (C, h, w) float32 tensor per level; images may differ in size.
         class_ids: (n,) int64.
-        fingerprint: names the data, so that training is not resumed on other data; made from them where it is empty.
-        exact: like `images`, but as `score` computes them, where those have been rounded; calibration takes these.
+        fingerprint: identifies the data, so that training is not resumed on other data; made from the data if empty.
+        exact: the features as `score` computes them, for calibration, if those in `images` are rounded; else None.
     """
 
     images: Sequence[list[Tensor]]
@@ -51,7 +48,7 @@ class FeatureSet:
     def __post_init__(self) -> None:
         self.class_ids = torch.as_tensor(self.class_ids, dtype=torch.int64).cpu()
         if self.class_ids.shape != (len(self.images),):
-            raise ValueError(f"{len(self.images)} pictures and class ids of shape {tuple(self.class_ids.shape)}")
+            raise ValueError(f"{len(self.images)} images and class ids of shape {tuple(self.class_ids.shape)}")
         self.fingerprint = self.fingerprint or _fingerprint(self.images, self.class_ids)
 
     def __len__(self) -> int:
@@ -59,7 +56,11 @@ class FeatureSet:
 
     @classmethod
     def from_levels(cls, levels: Sequence[Tensor], class_ids: Tensor | Sequence[int]) -> FeatureSet:
-        """From one (n, C, h, w) tensor a level."""
+        """Return the set of features that are given as one (n, C, h, w) tensor per level.
+
+        Raises:
+            ValueError: the tensors have other shapes, or there is not one class id for each image.
+        """
         shapes = [tuple(getattr(level, "shape", ())) for level in levels]
         if any(len(shape) != 4 or shape[0] != shapes[0][0] for shape in shapes):
             raise ValueError(f"features must be one (n, C, h, w) tensor a level with one n; the shapes are {shapes}")
@@ -67,17 +68,15 @@ class FeatureSet:
         return cls(images, torch.as_tensor(class_ids))
 
     def subset(self, indices: Tensor) -> FeatureSet:
-        """Some of the pictures, in the order of `indices`."""
+        """Return the set of the images at `indices`, in this order."""
         fingerprint = hashlib.sha256(self.fingerprint.encode() + indices.numpy().tobytes()).hexdigest()
-        images, exact = (
-            None if sequence is None else _Selected(sequence, indices.tolist())
-            for sequence in (self.images, self.exact)
-        )
-        assert images is not None
-        return FeatureSet(images, self.class_ids[indices], fingerprint, exact)
+        positions = indices.tolist()
+        exact = None if self.exact is None else _Selected(self.exact, positions)
+        return FeatureSet(_Selected(self.images, positions), self.class_ids[indices], fingerprint, exact)
 
 
 def _fingerprint(images: Sequence[list[Tensor]], class_ids: Tensor) -> str:
+    """Return the SHA-256, in hexadecimal, of class ids and features."""
     digest = hashlib.sha256(class_ids.numpy().tobytes())
     for image in images:
         for level in image:
@@ -88,7 +87,7 @@ def _fingerprint(images: Sequence[list[Tensor]], class_ids: Tensor) -> str:
 
 
 class _Selected(Sequence[list[Tensor]]):
-    """Some items of a sequence; none is touched before it is asked for."""
+    """The items of a sequence at `indices`; each is taken when it is asked for."""
 
     def __init__(self, items: Sequence[list[Tensor]], indices: list[int]) -> None:
         self.items, self.indices = items, indices
@@ -101,12 +100,12 @@ class _Selected(Sequence[list[Tensor]]):
 
 
 def channels_last(features: Tensor) -> Tensor:
-    """A map (C, h, w) in float32 whose pixels are contiguous, so that its rows of pixels are a view."""
+    """Return a map (C, h, w) in float32, with the channels of a pixel side by side: (h * w, C) is a view of it."""
     return features.detach().float().permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def feature_set(
-    model: HGADModel,
+    model: FeatureSource,
     data: Any,
     *,
     cache: str | None = "ram",
@@ -114,36 +113,37 @@ def feature_set(
     cache_dtype: str = "float32",
     cache_limit: int | str | None = None,
     skip_bad: bool = False,
-    on_bad: Callable[[pictures.ImageError], None] | None = None,
-    progress: Progress | None = None,
+    on_bad: Callable[[ImageError], None] | None = None,
+    progress: ShowProgress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> FeatureSet:
-    """Features of normal pictures, in whatever form they come.
+    """Return the features of normal images, which are given as image files or as features.
 
-    Pictures are decoded and go through the backbone once, unless their features are in the cache already; of those the
-    files' content is hashed, no more. Each goes by itself, so that its features have the bits that `score` sees.
+    Images are decoded and go through the backbone once; of those whose features are in the cache already, the files
+    are hashed, no more. Each image goes by itself, so that its features have the bits that `score` computes.
 
     Args:
         model: gives the backbone, the preprocessing and the classes; takes the dataset's class names if it has none.
-        data: a `FeatureSet`, a `data.Dataset` or the root of one (its training pictures), or a pair (one (n, C, h, w)
-            tensor a level, n class ids).
-        cache: ``"ram"`` keeps the features of pictures in memory, ``"disk"`` in `cache_dir`, from which later runs and
-            other processes take them too; None computes those of a picture each time they are needed.
+        data: a `FeatureSet`, a `Dataset` or the root of one (its training images), or a pair (one (n, C, h, w) tensor
+            per level, n class ids).
+        cache: ``"ram"`` keeps the features of images in memory, ``"disk"`` in `cache_dir`, from which later runs and
+            other processes take them too; None computes the features of an image each time they are needed.
         cache_dir: folder of ``"disk"``. It may serve any models and datasets, and be deleted while nobody trains.
-        cache_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the precision of the features, whether and wherever
-            they are kept. With half of it they take half of the room; `FeatureSet.exact` has them unrounded.
-        cache_limit: bytes, or a size such as ``"20GB"``, which the features in memory, or all in `cache_dir`, may take.
+        cache_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the precision of the features, whether they are
+            kept or not. In half precision they take half of the room; `FeatureSet.exact` has them unrounded.
+        cache_limit: bytes, or a size such as ``"20GB"``, that the features in memory, or all in `cache_dir`, may take.
             To stay below it, features in `cache_dir` that this run does not need are deleted, those longest unused
-            first. What still does not fit, or finds the disk full, is computed each time it is needed; a warning
-            says so.
-        skip_bad: leave out pictures that cannot be decoded, and report each to `on_bad`, instead of an error that lists
-            them all.
-        on_bad: told of each picture that is left out.
-        progress: wraps the loop over the pictures, e.g. in a progress bar with the given title.
-        say: told how large the features will be, before they are written.
+            first. Features that still do not fit, or find the disk full, are computed each time they are needed; a
+            warning says so.
+        skip_bad: leave out images that cannot be decoded, and report each to `on_bad`, instead of raising an error that
+            lists them all.
+        on_bad: called with the error of each image that is left out.
+        progress: wraps the loop over the images, e.g. in a progress bar with the given title.
+        say: called with a text that says how large the features will be, before they are written.
 
     Raises:
-        ValueError: the classes or the features' shapes are not those of the model; pictures cannot be decoded.
+        ValueError: an argument has a value that is not allowed, the classes or the features' shapes are not those of
+            the model, images cannot be decoded, or features do not fit into float16.
         OSError: there is no folder `cache_dir`, and it cannot be made.
     """
     if cache not in ("ram", "disk", None):
@@ -156,15 +156,18 @@ def feature_set(
     if isinstance(data, FeatureSet):
         return _checked(model, data)
     if isinstance(data, (tuple, list)) and len(data) == 2:
-        return _checked(model, FeatureSet.from_levels(*data))
+        levels, class_ids = data
+        if model.preparation:
+            levels = model.prepare([torch.as_tensor(level) for level in levels])
+        return _checked(model, FeatureSet.from_levels(levels, class_ids))
     extractor = _Extractor(model, DTYPES[cache_dtype])
     if cache == "disk" and not isinstance(extractor.encoder, Backbone):
         raise ValueError(
             "cache='disk' tells features by the name and weights of a timm backbone, which an encoder of your own does "
             "not have; take cache='ram'"
         )
-    dataset = data if isinstance(data, pictures.Dataset) else pictures.discover(data)
-    _take_classes(model, dataset)
+    dataset = data if isinstance(data, Dataset) else discover(data)
+    model.adopt_classes(dataset.class_names, str(dataset.root))
     store: Cache | None = None
     if cache == "ram":
         store = MemoryCache(limit)
@@ -172,52 +175,42 @@ def feature_set(
         name = f"{model.config.backbone_arch}-{model.config.img_size}-{cache_dtype}"
         store = DiskCache(Path(cache_dir).absolute(), name, extractor.key(), limit)
 
-    contents = pictures.content_hashes(dataset.train)
+    contents = content_hashes(dataset.train)
     files = {content: sample.path for content, sample in zip(contents, dataset.train, strict=True)}
-    bad: dict[str, pictures.ImageError] = {}
+    errors: dict[str, ImageError] = {}  # by content
 
-    def report(content: str, error: pictures.ImageError) -> None:
+    def report(content: str, error: ImageError) -> None:
         if not skip_bad:
-            pictures.check_images(dataset.train)  # raises an error that lists them all
+            check_images(dataset.train)  # raises an error that lists them all
             raise error
-        bad[content] = error
+        errors[content] = error
 
     if store is not None:
         store.look_up(files)
         _fill(store, extractor, files, report, progress or (lambda items, title: items), say or (lambda text: None))
-    unkept = {c: path for c, path in files.items() if c not in bad and (store is None or c not in store)}
-    for content, seen in zip(unkept, extractor.seen_ahead(unkept), strict=True):
-        if isinstance(seen, pictures.ImageError):
+    uncached = {
+        content: path
+        for content, path in files.items()
+        if content not in errors and (store is None or content not in store)
+    }
+    # their features are computed later, but damaged files are reported now
+    for content, seen in zip(uncached, extractor.seen_ahead(uncached), strict=True):
+        if isinstance(seen, ImageError):
             report(content, seen)
 
-    sound: dict[pictures.Sample, str] = {}
+    sound: dict[Sample, str] = {}  # the content of each sample
     for sample, content in zip(dataset.train, contents, strict=True):
-        if content not in bad:
+        if content not in errors:
             sound[sample] = content
         elif on_bad is not None:
-            on_bad(pictures.ImageError(sample.path, bad[content].reason))
-    found = [(content, sample.path) for sample, content in sound.items()]
+            on_bad(ImageError(sample.path, errors[content].reason))
+    sound_files = [(content, sample.path) for sample, content in sound.items()]
     class_ids = torch.tensor([sample.class_id for sample in sound], dtype=torch.int64)
-    fingerprint = pictures.fingerprint(list(sound), dataset.root, list(sound.values()))
+    data_fingerprint = fingerprint(list(sound), dataset.root, list(sound.values()))
     if cache_dtype == "float32":
-        return FeatureSet(_Pictures(extractor, found, store), class_ids, fingerprint)
-    exact = _Pictures(_Extractor(model, torch.float32), found, None)
-    return FeatureSet(_Pictures(extractor, found, store), class_ids, f"{fingerprint} {cache_dtype}", exact)
-
-
-def _take_classes(model: HGADModel, dataset: pictures.Dataset) -> None:
-    """The classes of model and dataset must be the same; made-up names of the model give way."""
-    if model.config.class_names is not None and model.config.class_names != dataset.class_names:
-        raise ValueError(
-            f"{dataset.root} has the classes {', '.join(dataset.class_names)}; the model was made for "
-            f"{', '.join(model.config.class_names)}"
-        )
-    if len(dataset.class_names) != model.config.n_classes:
-        raise ValueError(
-            f"{dataset.root} has {len(dataset.class_names)} classes ({', '.join(dataset.class_names)}), the model has "
-            f"n_classes={model.config.n_classes}"
-        )
-    model.config = model.config.replace(class_names=dataset.class_names)
+        return FeatureSet(_Images(extractor, sound_files, store), class_ids, data_fingerprint)
+    exact = _Images(_Extractor(model, torch.float32), sound_files, None)
+    return FeatureSet(_Images(extractor, sound_files, store), class_ids, f"{data_fingerprint} {cache_dtype}", exact)
 
 
 def _fill(
@@ -225,37 +218,39 @@ def _fill(
     extractor: _Extractor,
     files: Mapping[str, Path],
     report: Report,
-    progress: Progress,
+    progress: ShowProgress,
     say: Callable[[str], None],
 ) -> None:
-    """Put into the cache what it lacks of the features of files, by content; processes share the work."""
+    """Add to the cache the features that it lacks of the files, given by content; processes share the work."""
     missing = {content for content in files if content not in cache}
     if not missing:
         return
     size = sum(extractor.size(files[content]) for content in missing)
-    about = f", about {readable(size)}," if size else ""
-    say(f"features of {len(missing)} pictures{about} go to {cache}")
-    together = max(1, min(SHARD_PICTURES, SHARD_BYTES * len(missing) // max(size, 1)))
-    together = 2 ** (together.bit_length() - 1)  # other processes, which miss others, should come to the same groups
+    size_text = f", about {readable(size)}," if size else ""
+    say(f"features of {len(missing)} images{size_text} go to {cache}")
+    group_size = max(1, min(SHARD_IMAGES, SHARD_BYTES * len(missing) // max(size, 1)))
+    # a power of two: other processes, which lack other images, should arrive at the same groups
+    group_size = 2 ** (group_size.bit_length() - 1)
     contents = list(files)
-    groups = deque((contents[i : i + together], False) for i in range(0, len(contents), together))
-    done = iter(progress(sorted(missing), "features"))
-    next(done)
+    groups = deque((contents[i : i + group_size], False) for i in range(0, len(contents), group_size))
+    ticks = iter(progress(sorted(missing), "features"))
+    next(ticks)  # starts the display; each further one tells it that an image is done
     try:
         while groups:
             group, wait = groups.popleft()
             if missing.isdisjoint(group):
                 continue
-            with cache.claim(group, wait) as mine:
-                if mine:
-                    _fill_group(cache, extractor, [c for c in group if c in missing], files, report, done)
-                else:
+            with cache.claim(group, wait) as claimed:
+                if claimed:
+                    lacking = [content for content in group if content in missing]
+                    _fill_group(cache, extractor, lacking, files, report, ticks)
+                else:  # another process is at work on it: wait for that only when all other groups are done
                     groups.append((group, True))
-    except CacheFull as full:
-        rest = sum(content not in cache for content in missing)
+    except CacheFull as error:
+        remaining = sum(content not in cache for content in missing)
         warnings.warn(
-            f"{full}; the features of {rest} pictures are computed anew each time they are needed, which is slow. Give "
-            "the cache more room, or cache_dtype='float16', and start again",
+            f"{error}; the features of {remaining} images are computed anew each time they are needed, which is slow. "
+            "Give the cache more room, or cache_dtype='float16', and start again",
             stacklevel=3,
         )
 
@@ -266,25 +261,26 @@ def _fill_group(
     group: Sequence[str],
     files: Mapping[str, Path],
     report: Report,
-    done: Iterator[Any],
+    ticks: Iterator[Any],
 ) -> None:
-    wanted = [content for content in group if content not in cache]  # another process may have come first
-    ahead = extractor.seen_ahead({content: files[content] for content in wanted})
-    found: dict[str, Features] = {}
+    """Add the features of a claimed group to the cache, with one of the `ticks` per image."""
+    missing = [content for content in group if content not in cache]  # another process may have come first
+    images = extractor.seen_ahead({content: files[content] for content in missing})
+    features: dict[str, Features] = {}
     for content in group:
         if content not in cache:
-            seen = next(ahead)
-            if isinstance(seen, pictures.ImageError):
+            seen = next(images)
+            if isinstance(seen, ImageError):
                 report(content, seen)
             else:
-                found[content] = extractor.features(seen)
-        next(done, None)
-    if found:
-        cache.add(found)
+                features[content] = extractor.features(seen)
+        next(ticks, None)
+    if features:
+        cache.add(features)
 
 
-class _Pictures(Sequence[list[Tensor]]):
-    """Features of picture files (content, path): from the cache, or computed each time they are asked for."""
+class _Images(Sequence[list[Tensor]]):
+    """Features of image files (content, path): from the cache, or computed each time they are asked for."""
 
     def __init__(self, extractor: _Extractor, files: Sequence[tuple[str, Path]], cache: Cache | None) -> None:
         self.extractor, self.files, self.cache = extractor, files, cache
@@ -302,95 +298,98 @@ class _Pictures(Sequence[list[Tensor]]):
 
 
 class _Extractor:
-    """Makes features of picture files, each by itself."""
+    """The way from image files to their features in one precision, each image by itself."""
 
-    def __init__(self, model: HGADModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: FeatureSource, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
         self.encoder = model.require_encoder()
 
     def key(self) -> dict[str, Any]:
-        """All that the features depend on, but for the picture."""
+        """Return all that the features depend on, except the image."""
         config = self.model.config
         fields = ("backbone_arch", "feature_mode", "feature_levels", "out_indices", "img_size", "center_crop")
-        return {name: getattr(config, name) for name in fields} | {
+        key = {name: getattr(config, name) for name in fields} | {
             "backbone": state_hash(self.encoder),  # with mean and std
-            "device": self.model.device.type,  # another one rounds otherwise
+            "device": self.model.device.type,  # each type of device rounds in its own way
             "dtype": str(self.dtype),
         }
+        if self.model.preparation:
+            key["preparation"] = self.model.preparation
+        return key
 
     def seen(self, path: Path) -> Tensor:
-        """The picture (3, h, w) as the backbone sees it, but for the normalisation.
+        """Read an image (3, h, w) as the backbone sees it, except for the normalisation.
 
         Raises:
-            ImageError: it cannot be had.
+            ImageError: the file cannot be read, or scoring the image would take too much memory.
         """
         try:
-            picture = pictures.read_image(path)
-            score.may_cut(self.model, self.model.config, (picture.shape[1], picture.shape[2]))  # or says why not
-            return score.prepare(picture, self.model.config)
-        except pictures.ImageError:
+            image = read_image(path)
+            may_cut(self.model, self.model.config, (image.shape[1], image.shape[2]))  # for its errors and warnings
+            return preprocess(image, self.model.config)
+        except ImageError:
             raise
         except ValueError as error:
-            raise pictures.ImageError(path, str(error)) from error
+            raise ImageError(path, str(error)) from error
 
-    def seen_ahead(self, files: Mapping[str, Path]) -> Iterator[Tensor | pictures.ImageError]:
-        """`seen` of each file, or what is wrong with it, a few of them ahead, in threads."""
-        workers = min(4, os.cpu_count() or 1)  # few: each holds one decoded picture, which may be of gigabytes
-        waiting: deque[Future[Tensor | pictures.ImageError]] = deque()
+    def seen_ahead(self, files: Mapping[str, Path]) -> Iterator[Tensor | ImageError]:
+        """Yield each file, given by content, as `seen` returns it, or its error; threads read a few files ahead."""
+        workers = min(4, os.cpu_count() or 1)  # few: each holds one decoded image, which may be of gigabytes
+        pending: deque[Future[Tensor | ImageError]] = deque()
         with ThreadPoolExecutor(workers) as pool:
             for content, path in files.items():
-                waiting.append(pool.submit(self._seen_or_error, content, path))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                pending.append(pool.submit(self._seen_or_error, content, path))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
-    def _seen_or_error(self, content: str, path: Path) -> Tensor | pictures.ImageError:
+    def _seen_or_error(self, content: str, path: Path) -> Tensor | ImageError:
+        """Return what `seen` returns, or an ImageError: that of `seen`, or that the file has changed meanwhile."""
         try:
             seen = self.seen(path)
-        except pictures.ImageError as error:
+        except ImageError as error:
             return error
-        if pictures.content_hash(path) != content:
-            return pictures.ImageError(path, "the file was changed while it was read; start again")
+        if content_hash(path) != content:
+            return ImageError(path, "the file was changed while it was read; start again")
         return seen
 
     def features(self, seen: Tensor) -> Features:
-        """Features (h, w, C) of a picture (3, h, w), one tensor a level, on the CPU.
+        """Return the features (h, w, C) of an image (3, h, w) from `seen`, one tensor per level, on the CPU.
 
         Raises:
             ValueError: they are beyond the range of float16.
         """
-        levels = score.seen_features(self.model, seen)
+        levels = seen_features(self.model, seen)
         features = [level[0].permute(1, 2, 0).to(self.dtype).contiguous().cpu() for level in levels]
         if self.dtype == torch.float16 and not all(level.isfinite().all() for level in features):
             raise ValueError("the backbone's features are beyond the range of float16; use cache_dtype='bfloat16'")
         return features
 
     def size(self, path: Path) -> int:
-        """How many bytes the features take, about; 0 if not known: of a user's own encoder, or a damaged file."""
+        """Return about how many bytes the features of a file take; 0 for a user's own encoder, or a damaged file."""
         if not isinstance(self.encoder, Backbone):
             return 0
         try:
-            height, width, _ = images.read_header(path)
-        except pictures.ImageError:
+            height, width, _ = read_header(path)
+        except ImageError:
             return 0
-        height, width = score.seen_shape((height, width), self.model.config)
+        height, width = seen_shape((height, width), self.model.config)
         return self.encoder.feature_values(height, width) * self.dtype.itemsize
 
 
-def _checked(model: HGADModel, features: FeatureSet) -> FeatureSet:
-    dims = model.feat_dims
+def _checked(model: FeatureSource, features: FeatureSet) -> FeatureSet:
+    """Return the features if they fit the model; raise a ValueError otherwise."""
+    dims = model.feature_dims
     for i, levels in enumerate(features.images):
         if [level.shape[0] for level in levels] != dims or any(
             level.dim() != 3 or level.dtype != torch.float32 or level.numel() == 0 for level in levels
         ):
-            found = [(*level.shape, level.dtype) for level in levels]
+            shapes = [(*level.shape, level.dtype) for level in levels]
             raise ValueError(
-                f"picture {i} has features {found}; the model takes one float32 (C, h, w) a level, with C = {dims}"
+                f"image {i} has features {shapes}; the model takes one float32 (C, h, w) a level, with C = {dims}"
             )
-    ids = features.class_ids
-    if len(ids) and not (ids.min() >= 0 and ids.max() < model.config.n_classes):
-        raise ValueError(
-            f"class ids run from {ids.min()} to {ids.max()}; the model has n_classes={model.config.n_classes}"
-        )
+    ids, classes = features.class_ids, len(model.groups)
+    if model.groups_are_classes and len(ids) and not (ids.min() >= 0 and ids.max() < classes):
+        raise ValueError(f"class ids run from {ids.min()} to {ids.max()}; the model has n_classes={classes}")
     return features

@@ -7,40 +7,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+BAND_PIXELS = 2**20  # pixels of a map that are computed together
+
 
 class Between(NamedTuple):
-    """Where positions of a resized axis lie on the original one: between two of its positions."""
+    """Positions (r,) of a resized axis on the original one: each lies between two positions of that."""
 
     first: Tensor  # int64
     second: Tensor  # int64, one more, except at the end
-    share: Tensor  # float32, how far from the first
+    share: Tensor  # float32, the distance from the first
 
     def part(self, start: int, stop: int, origin: int) -> Between:
-        """Some of the positions, for a piece of the axis that begins at `origin`."""
-        first, second, share = (t[start:stop] for t in self)
+        """Return positions start to stop, counted on a piece of the original axis that begins at `origin`."""
+        first, second, share = (field[start:stop] for field in self)
         return Between(first - origin, second - origin, share)
 
 
 def between(index: Tensor, n: int, resized: int, *, align_corners: bool) -> Between:
-    """Of positions `index` (r,) int64 on an axis of n positions that becomes one of `resized`.
+    """Locate positions `index` (r,) int64 of an axis of `resized` positions on the original axis of n positions.
 
     Coordinates are float32, as `torch.nn.functional.interpolate` has them.
     """
-    at = index.float()
+    coordinate = index.float()
     if align_corners:
-        at = at * (torch.tensor(n - 1.0) / max(resized - 1, 1)).item()
+        coordinate = coordinate * (torch.tensor(n - 1.0) / max(resized - 1, 1)).item()
     else:
-        at = ((at + 0.5) * (torch.tensor(float(n)) / resized).item() - 0.5).clamp(min=0)
-    first = at.long().clamp(max=n - 1)
-    return Between(first, (first + 1).clamp(max=n - 1), (at - first).clamp(max=1))
+        coordinate = ((coordinate + 0.5) * (torch.tensor(float(n)) / resized).item() - 0.5).clamp(min=0)
+    first = coordinate.long().clamp(max=n - 1)
+    return Between(first, (first + 1).clamp(max=n - 1), (coordinate - first).clamp(max=1))
 
 
 def bilinear(x: Tensor, rows: Between, columns: Between) -> Tensor:
-    """Maps (..., h, w) at rows (r,) and columns (c,): (..., r, c)."""
-    across, down = columns.share.to(x.dtype), rows.share.to(x.dtype)[:, None]
+    """Interpolate maps (..., h, w) at rows (r,) and columns (c,): (..., r, c)."""
+    row_share, column_share = rows.share.to(x.dtype)[:, None], columns.share.to(x.dtype)
 
-    def row(at: Tensor) -> Tensor:
-        at = at[:, None]
-        return torch.lerp(x[..., at, columns.first], x[..., at, columns.second], across)
+    def along_rows(index: Tensor) -> Tensor:
+        index = index[:, None]
+        return torch.lerp(x[..., index, columns.first], x[..., index, columns.second], column_share)
 
-    return torch.lerp(row(rows.first), row(rows.second), down)
+    return torch.lerp(along_rows(rows.first), along_rows(rows.second), row_share)

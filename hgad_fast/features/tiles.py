@@ -1,9 +1,10 @@
-"""Pictures too large for a network at once: tiles that give the features of the whole.
+"""Tiles of images that are too large for a network at once; they give the features of the whole image.
 
-A tile is seen with a halo, the pixels around it that decide about its features, and only the features of its core are
-kept. Padding and phase are those of the whole picture: a tile begins at a multiple of the network's stride, and ends a
-multiple of it before the picture's end, so that every layer finds a size of the same remainder by its stride. Padding
-in TensorFlow's way ("SAME") depends on that remainder, on the left and top too; other padding does not mind.
+A tile is a core and a halo, the pixels around the core on which its features depend; only the features of the core are
+kept. Padding and phase are those of the whole image: a tile begins at a multiple of the network's stride, and ends a
+multiple of it before the image's end, so that at every layer its size has the same remainder, divided by the layer's
+stride, as that of the image. TensorFlow's padding ("SAME") depends on that remainder, on the left and top too; other
+padding does not.
 """
 
 from __future__ import annotations
@@ -21,21 +22,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-STUDIED = 1024  # height and width of the picture on which a network's memory and reach are counted
-MAX_CHANGE = 1e-6  # of features, relative, by pixels that do not matter
+STUDIED = 1024  # height and width of the image on which a network's memory and reach are counted
+MAX_CHANGE = 1e-6  # relative change of features that pixels without influence may cause
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a network takes for a picture, from running it on shapes alone (and, for `is_local`, on a small strip).
+    """The memory and the surroundings that a network needs, found on shapes alone (`is_local`: on a small strip).
 
     Attributes:
         stride: pixels of a cell of the coarsest stage.
         halo: pixels on each side of a cell that its features can depend on, by kernels, strides and dilations; a
             multiple of `stride`.
-        is_local: no pixel beyond the halo changes the features. False for what pools over the whole picture
-            (squeeze-and-excitation, attention): its tiles differ from the whole.
-        bytes_per_pixel: activations alive at the worst moment; 0 where they could not be counted.
+        is_local: no pixel beyond the halo changes the features. False for networks that pool over the whole image
+            (squeeze-and-excitation, attention): their tiles differ from the whole.
+        bytes_per_pixel: activations alive at the worst moment, in bytes per pixel of the image; 0 where they could not
+            be counted.
     """
 
     stride: int
@@ -55,65 +57,68 @@ class Cut:
 
 
 def shadow(net: nn.Module) -> nn.Module:
-    """A copy without weights, on the meta device, which computes shapes."""
+    """Copy a network without its weights to the meta device, where it computes shapes alone."""
     tensors = itertools.chain(net.parameters(), net.buffers())
     return copy.deepcopy(net, {id(t): nn.Parameter(t.detach().to("meta"), requires_grad=False) for t in tensors})
 
 
 @torch.no_grad()
 def footprint(net: nn.Module, strides: list[int]) -> Footprint:
-    """Of a network that returns stages of these strides; one that takes pictures of one size only has no halo."""
+    """Return the footprint of a network that returns stages of these strides.
+
+    A network that takes images of one size only has no halo, is not local, and its bytes are 0.
+    """
     stride = max(strides)
     reach = 0.0
 
-    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def add_reach(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal reach
         if inputs[0].dim() == 4:
             reach += _reach(layer) * STUDIED / max(inputs[0].shape[2], 1)
 
-    empty = shadow(net)
-    for layer in empty.modules():
+    shadow_net = shadow(net)
+    for layer in shadow_net.modules():
         if hasattr(layer, "kernel_size") and hasattr(layer, "stride"):
-            layer.register_forward_pre_hook(look)
+            layer.register_forward_pre_hook(add_reach)
     try:
         with _Memory() as memory:
-            stages = channels_first(net, empty(torch.empty(1, 3, STUDIED, STUDIED, device="meta")))
-    except (AssertionError, RuntimeError):  # how networks tell what they do not take
+            stages = channels_first(net, shadow_net(torch.empty(1, 3, STUDIED, STUDIED, device="meta")))
+    except (AssertionError, RuntimeError):  # networks refuse a size by one of these
         return Footprint(stride, 0, False, 0.0)
     halo = math.ceil(reach / stride) * stride
-    if any(x.shape[2] < STUDIED // each for x, each in zip(stages, strides, strict=True)):
+    if any(x.shape[2] < STUDIED // stage_stride for x, stage_stride in zip(stages, strides, strict=True)):
         halo *= 2  # layers without padding: all that a cell depends on lies on one side of it
     return Footprint(stride, halo, _is_local(net, stride, halo), memory.peak / STUDIED**2)
 
 
 def _reach(layer: Any) -> int:
-    """How many of its input's pixels a layer's output can lie away from what it depends on, on the worse side."""
+    """Return how far, in pixels of its input, a layer's output can be from what it depends on, on the worse side."""
 
-    def number(value: Any) -> int:
+    def largest(value: Any) -> int:
         return max(value) if isinstance(value, (tuple, list)) else int(value)
 
-    extent = (number(layer.kernel_size) - 1) * number(getattr(layer, "dilation", 1)) + 1
-    return extent - 1 - max(extent - number(layer.stride), 0) // 2
+    extent = (largest(layer.kernel_size) - 1) * largest(getattr(layer, "dilation", 1)) + 1
+    return extent - 1 - max(extent - largest(layer.stride), 0) // 2
 
 
 def _is_local(net: nn.Module, stride: int, halo: int) -> bool:
-    """Whether pixels further than the halo from a row of cells leave its features alone; seen on a strip of noise.
+    """Return whether pixels further than the halo from a row of cells leave its features as they are.
 
-    A network that does not take the strip is not known to be local.
+    It is tried on a strip of noise. A network that does not take the strip is not known to be local: False.
     """
-    like = next(net.parameters())
+    device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(0)
     length, width = 2 * halo + 2 * stride, max(2 * stride, 64)
-    one, other = (torch.randn(1, 3, length, width, generator=generator).to(like.device) for _ in range(2))
+    strip, noise = (torch.randn(1, 3, length, width, generator=generator).to(device) for _ in range(2))
     border = halo + stride
-    above, below = torch.cat([other[:, :, :border], one[:, :, border:]], 2), one.clone()
-    below[:, :, border:] = 3 * other[:, :, border:]
+    changed_above = torch.cat([noise[:, :, :border], strip[:, :, border:]], 2)
+    changed_below = torch.cat([strip[:, :, :border], 3 * noise[:, :, border:]], 2)
     try:
-        plain = channels_first(net, net(one))
-        for changed, end in ((above, -1), (below, 0)):
-            for x, y in zip(plain, channels_first(net, net(changed)), strict=True):
-                x, y = x[:, :, end], y[:, :, end]
-                if not (x - y).norm() <= MAX_CHANGE * x.norm():
+        features = channels_first(net, net(strip))
+        for changed, row in ((changed_above, -1), (changed_below, 0)):
+            for x, y in zip(features, channels_first(net, net(changed)), strict=True):
+                x, y = x[:, :, row], y[:, :, row]
+                if not (x - y).norm() <= MAX_CHANGE * x.norm():  # NaN is not local
                     return False
     except (AssertionError, RuntimeError):
         return False
@@ -121,13 +126,14 @@ def _is_local(net: nn.Module, stride: int, halo: int) -> bool:
 
 
 def channels_first(net: Any, features: list[Tensor]) -> list[Tensor]:
+    """Return the features of a network as (B, C, h, w), in whichever order it gives them."""
     if getattr(net, "output_fmt", "NCHW") == "NHWC":
         return [x.permute(0, 3, 1, 2) for x in features]
     return features
 
 
 class _Memory(TorchDispatchMode):
-    """Counts the bytes of tensors alive, of all that operations return while it is active."""
+    """A count of the bytes of the tensors alive, among those that operations return while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,29 +162,30 @@ class _Memory(TorchDispatchMode):
 
 
 def cuts(length: int, cells: int, parts: int, stride: int, halo: int) -> list[Cut]:
-    """Cut an axis of `length` pixels and `cells` cells in at most `parts` tiles of one extent, halo included.
+    """Cut an axis of `length` pixels and `cells` cells into at most `parts` tiles of one extent, halo included.
 
-    Memory freed by a tile fits the next one of its shape; the last tile sees more of what lies before its core.
+    The extent is the same so that memory freed by a tile fits the next one; the last tile sees more than the halo of
+    what lies before its core.
     """
-    repeated = 2 * halo + length % stride  # of each tile after the first: cores are whole cells
+    repeated = 2 * halo + length % stride  # pixels that each tile after the first repeats, as cores are whole cells
     extent = max(math.ceil((length + (parts - 1) * repeated) / parts), 2 * halo + 2 * stride)
     extent = min(extent + (length - extent) % stride, length)
-    found: list[Cut] = []
+    axis: list[Cut] = []
     last = 0
     while last < cells:
         first, start = last, max(0, min(last * stride - halo, length - extent))
         stop = start + extent
         last = cells if stop == length else (stop - halo) // stride
-        found.append(Cut(first, last, start, stop))
-    return found
+        axis.append(Cut(first, last, start, stop))
+    return axis
 
 
 def tiling(
     size: tuple[int, int], cells: tuple[int, int], stride: int, halo: int, max_pixels: float
 ) -> tuple[list[Cut], list[Cut]]:
-    """Cuts of height and width with the least work, none of their tiles of more than `max_pixels` with its halo.
+    """Return the cuts of height and width with the least work and tiles of at most `max_pixels`, halo included.
 
-    Where the halo alone is too much for that, tiles are as small as a core of twice the halo allows.
+    Where the halo alone takes more than that, tiles are as small as a core of twice the halo allows.
     """
     max_pixels = max(max_pixels, (4 * halo + 4 * stride) ** 2)
     best: tuple[float, list[Cut], list[Cut]] | None = None
@@ -193,14 +200,15 @@ def tiling(
 def _candidates(
     size: tuple[int, int], cells: tuple[int, int], stride: int, halo: int, max_pixels: float
 ) -> Iterator[tuple[list[Cut], list[Cut]]]:
+    """Yield cuts of height and width for each number of rows, with as few columns as `max_pixels` allows."""
     height, width = size
-    for parts in range(1, cells[0] + 1):
-        rows = cuts(height, cells[0], parts, stride, halo)
-        wide = max_pixels / max(c.stop - c.start for c in rows)
-        if wide >= width:
+    for n_rows in range(1, cells[0] + 1):
+        rows = cuts(height, cells[0], n_rows, stride, halo)
+        max_width = max_pixels / max(c.stop - c.start for c in rows)
+        if max_width >= width:
             yield rows, cuts(width, cells[1], 1, stride, halo)
             return  # more rows only repeat more of the halo
         repeated = 2 * halo + width % stride
-        core = wide - repeated - stride  # pixels; a stride for the remainder that `cuts` may add
+        core = max_width - repeated - stride  # pixels; a stride for the remainder that `cuts` may add
         if core >= stride:
             yield rows, cuts(width, cells[1], math.ceil((width - repeated) / core), stride, halo)

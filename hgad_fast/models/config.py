@@ -1,4 +1,4 @@
-"""Every choice of a model in one dataclass, checked where it is made."""
+"""The settings of a model in one dataclass, which checks them when it is made."""
 
 from __future__ import annotations
 
@@ -7,77 +7,67 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-_COUNTS = (
-    "n_classes",
-    "n_intra_centers",
-    "feature_levels",
-    "coupling_layers",
-    "msk_size",
-    "meta_epochs",
-    "sub_epochs",
-    "batch_size",
-)
 LOSS_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")  # the last two are those of stage 2
+
+Settings = TypeVar("Settings", bound="Config")
 
 
 @dataclass
-class HGADConfig:
-    """Settings of an `HGADModel`. Names and defaults are the official ones where the official code has one.
+class Config:
+    """The settings that all methods have. Names and defaults are those of the official codes where they have one.
 
-    NumPy's numbers are taken as Python's, and any sequence as a tuple.
+    NumPy's numbers become Python's, and any sequence becomes a tuple.
+
+    Attributes:
+        method: the method's name, in files and on the command line.
+        without_effect: fields that change no result, each with the value that replaces its own where a training run is
+            compared with one that resumes it.
 
     Raises:
         ValueError: a field has a value that cannot work; the message names the field, the value and what is allowed.
     """
 
+    method: ClassVar[str]
+    without_effect: ClassVar[dict[str, Any]] = {
+        "accumulate": 1,  # only the last bits differ
+        "backbone_weights": None,  # weights count by value, not by path
+    }
+
     n_classes: int = 15
     class_names: tuple[str, ...] | None = None  # None: "class 0", "class 1", ...
-    n_intra_centers: int = 10  # M, Gaussian centres of each class
+    _: KW_ONLY
     backbone_arch: str | None = "tf_efficientnet_b6"  # a timm model; None: features come from the user
     backbone_weights: str | None = "pretrained"  # "pretrained" (timm's hub), path of a state dict, or None: random
-    feature_levels: int = 3  # S, each with a flow and a mixture of its own
+    feature_levels: int = 3  # S
     feature_dims: tuple[int, ...] | None = None  # channels of each level; from the backbone where there is one
     feature_mode: str = "image_pyramid"  # or "stages": several stages (out_indices) of one pass
     out_indices: tuple[int, ...] = (3,)
-    flow_arch: str = "conditional_flow_model"  # or "flow_model": without positions
-    coupling_layers: int = 12  # L
-    clamp_alpha: float = 1.9
-    pos_embed_dim: int = 256  # P
-    lambda1: float = 1.0  # weight of the inter-class likelihood (paper, equation 10)
-    lambda2: float = 100.0  # weight of the mutual information
-    label_smoothing: float = 0.02
-    loss_terms: tuple[str, ...] = LOSS_TERMS  # those trained; an ablation leaves some out
-    img_size: int | str = 1024  # short side of the picture that the backbone sees, pixels, or "native": its own size
+    img_size: int | str = 1024  # short side of the image that the backbone sees, pixels, or "native": its own size
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
-    fusion: str = "product"  # of likelihood and entropy map (official), or "standardised": see `Calibration`
-    center_crop: bool = False  # True: the official protocol, which does not see the picture's ends
+    center_crop: bool = False  # True: the official protocol, which sees the centre square of the image only
     lr: float = 2e-4
     meta_epochs: int = 25
     sub_epochs: int = 8
-    batch_size: int = 8  # pictures a step, of all processes together
-    accumulate: int = 1  # parts that a batch is worked off in: the same step in less memory
-    clip_grad_norm: float | None = None  # longest gradient of a level; None: as it comes
+    batch_size: int = 8  # images per step, of all processes together
+    accumulate: int = 1  # parts in which a batch is processed: the same step in less memory
+    clip_grad_norm: float | None = None  # largest norm of a gradient, beyond which it is scaled down; None: any
     calibration_fraction: float = 0.1  # normal training images held out for thresholds; 0: none
     seed: int = 0
-    precision: str = "fp32"  # fp32 | tf32 | bf16
-    memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
-    checkpoint_every: int = 0  # blocks from one kept input to the next when memory is reversible; 0: none
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _plain(getattr(self, field.name)))
-        for name in _COUNTS:
-            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
+        self._require_counts("n_classes", "feature_levels", "msk_size", "meta_epochs", "sub_epochs", "batch_size")
         size: Any = self.img_size
         self._require(
             "img_size",
             size == "native" if isinstance(size, str) else _is_int(size) and size >= 1,
-            "a whole number from 1, or 'native' (each picture's own size)",
+            "a whole number from 1, or 'native' (each image's own size)",
         )
         self._require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
         self._require(
@@ -85,47 +75,15 @@ class HGADConfig:
             _is_int(self.accumulate) and 1 <= self.accumulate <= self.batch_size,
             f"a whole number from 1 to {self.batch_size} (batch_size)",
         )
-        self._require(
-            "checkpoint_every",
-            _is_int(self.checkpoint_every) and self.checkpoint_every >= 0,
-            "a whole number from 0, where 0 keeps no input of a block",
-        )
-        self._require(
-            "pos_embed_dim",
-            _is_int(self.pos_embed_dim) and self.pos_embed_dim >= 4 and self.pos_embed_dim % 4 == 0,
-            "a positive multiple of 4 (sine and cosine, of column and row)",
-        )
-        for name in ("lambda1", "lambda2"):
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "a finite number from 0")
-        for name in ("clamp_alpha", "lr"):
-            self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a finite number above 0")
-        self._require(
-            "label_smoothing",
-            _is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
-            "a number in [0, 1)",
-        )
-        self._require(
+        self._require_number("lr", lambda value: value > 0, "a finite number above 0")
+        self._require_number(
             "calibration_fraction",
-            _is_number(self.calibration_fraction) and 0 <= self.calibration_fraction < 1,
+            lambda value: 0 <= value < 1,
             "a number in [0, 1), where 0 trains on every image and leaves the scores without p-values",
         )
         if self.clip_grad_norm is not None:
-            holds = _is_number(self.clip_grad_norm) and self.clip_grad_norm > 0
-            self._require("clip_grad_norm", holds, "a finite number above 0, or None")
-            self.clip_grad_norm = float(self.clip_grad_norm)
-        for name in ("lambda1", "lambda2", "clamp_alpha", "lr", "label_smoothing", "calibration_fraction"):
-            setattr(self, name, float(getattr(self, name)))  # 1 and 1.0 are one setting, also in JSON
-        terms = self.loss_terms
-        self._require(
-            "loss_terms",
-            isinstance(terms, tuple) and "L_g" in terms and terms == tuple(t for t in LOSS_TERMS if t in terms),
-            f"some of {LOSS_TERMS}, in this order, L_g among them",
-        )
+            self._require_number("clip_grad_norm", lambda value: value > 0, "a finite number above 0, or None")
         self._require_choice("feature_mode", "image_pyramid", "stages")
-        self._require_choice("fusion", "product", "standardised")
-        self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
-        self._require_choice("precision", "fp32", "tf32", "bf16")
-        self._require_choice("memory", "auto", "standard", "reversible")
         self._require("center_crop", isinstance(self.center_crop, bool), "True or False")
         for name in ("backbone_arch", "backbone_weights"):
             value = getattr(self, name)
@@ -166,46 +124,123 @@ class HGADConfig:
                 f"{self.feature_levels} whole numbers from 2 (one for each of feature_levels), or None",
             )
 
+    def _require_counts(self, *names: str) -> None:
+        for name in names:
+            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
+
+    def _require_number(self, name: str, holds: Any, allowed: str) -> None:
+        """Require a number for which `holds`, and make it a float, so that 1 and 1.0 are one setting, in JSON too."""
+        value = getattr(self, name)
+        self._require(name, _is_number(value) and holds(value), allowed)
+        setattr(self, name, float(value))
+
     def _require_choice(self, name: str, *allowed: str) -> None:
         value = getattr(self, name)
         self._require(name, isinstance(value, str) and value in allowed, " or ".join(map(repr, allowed)))
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"HGADConfig.{name} is {getattr(self, name)!r}; allowed: {allowed}")
+            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; allowed: {allowed}")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Class names, made up where none were given."""
         return self.class_names or tuple(f"class {k}" for k in range(self.n_classes))
 
-    @property
-    def conditional(self) -> bool:
-        return self.flow_arch == "conditional_flow_model"
-
     def to_json(self) -> str:
+        """Return the fields as a JSON object."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> HGADConfig:
+    def from_json(cls: type[Settings], text: str) -> Settings:
+        """Return the configuration that `to_json` wrote."""
         return cls.from_fields(json.loads(text))
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> HGADConfig:
-        """From names and values that a person or a file gives; an unknown name is a ValueError."""
+    def from_fields(cls: type[Settings], fields: Mapping[str, Any]) -> Settings:
+        """Return a configuration with the given fields.
+
+        Raises:
+            ValueError: there is no field of one of the names, or its value cannot work.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                raise ValueError(f"HGADConfig has no field {name!r}; it has {', '.join(known)}")
+                raise ValueError(f"{cls.__name__} has no field {name!r}; it has {', '.join(known)}")
         return cls(**fields)
 
-    def replace(self, **changes: Any) -> HGADConfig:
-        """A copy with some fields changed, checked again."""
+    def replace(self: Settings, **changes: Any) -> Settings:
+        """Return a copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+    def identity(self) -> str:
+        """Return, as JSON, the settings that a training run must share with one that resumes it."""
+        return self.replace(**self.without_effect).to_json()
+
+
+@dataclass(kw_only=True)
+class HGADConfig(Config):
+    """Settings of an `HGADModel`. Names and defaults are the official ones where the official code has one.
+
+    Raises:
+        ValueError: as `Config`.
+    """
+
+    method: ClassVar[str] = "hgad"
+    without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {"memory": "auto", "checkpoint_every": 0}
+
+    n_intra_centers: int = 10  # M, Gaussian centres of each class
+    flow_arch: str = "conditional_flow_model"  # or "flow_model": without positions
+    coupling_layers: int = 12  # L
+    clamp_alpha: float = 1.9
+    pos_embed_dim: int = 256  # P
+    lambda1: float = 1.0  # weight of the inter-class likelihood (paper, equation 10)
+    lambda2: float = 100.0  # weight of the mutual information
+    label_smoothing: float = 0.02
+    loss_terms: tuple[str, ...] = LOSS_TERMS  # those minimised; an ablation leaves some out
+    fusion: str = "product"  # of likelihood and entropy map (official), or "standardised": see `Calibration`
+    precision: str = "fp32"  # fp32 | tf32 | bf16
+    memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
+    checkpoint_every: int = 0  # blocks from one kept input to the next when memory is reversible; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_counts("n_intra_centers", "coupling_layers")
+        self._require(
+            "checkpoint_every",
+            _is_int(self.checkpoint_every) and self.checkpoint_every >= 0,
+            "a whole number from 0, where 0 keeps no input of a block",
+        )
+        self._require(
+            "pos_embed_dim",
+            _is_int(self.pos_embed_dim) and self.pos_embed_dim >= 4 and self.pos_embed_dim % 4 == 0,
+            "a positive multiple of 4 (sine and cosine, of column and row)",
+        )
+        for name in ("lambda1", "lambda2"):
+            self._require_number(name, lambda value: value >= 0, "a finite number from 0")
+        self._require_number("clamp_alpha", lambda value: value > 0, "a finite number above 0")
+        self._require_number("label_smoothing", lambda value: 0 <= value < 1, "a number in [0, 1)")
+        terms = self.loss_terms
+        self._require(
+            "loss_terms",
+            isinstance(terms, tuple)
+            and "L_g" in terms
+            and terms == tuple(term for term in LOSS_TERMS if term in terms),
+            f"some of {LOSS_TERMS}, in this order, L_g among them",
+        )
+        self._require_choice("fusion", "product", "standardised")
+        self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
+        self._require_choice("precision", "fp32", "tf32", "bf16")
+        self._require_choice("memory", "auto", "standard", "reversible")
+
+    @property
+    def conditional(self) -> bool:
+        """True if the flow is conditioned on the positions of pixels."""
+        return self.flow_arch == "conditional_flow_model"
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types that JSON gives back, where it has such a form."""
+    """Return `value` in plain Python types: NumPy's numbers as Python's, paths as strings, sequences as tuples."""
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     if isinstance(value, os.PathLike):
@@ -220,5 +255,5 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """A finite number; also a whole one that is too large for a float is none."""
+    """Return whether `value` is a finite number; a whole one that is too large for a float is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -1,145 +1,224 @@
-"""HGADModel: the parts put together, and how they are saved and loaded."""
+"""Detector: what all methods of detection share, and the parts that each method fills in.
+
+A method is a subclass that makes its parameters (`build`), says how it is trained (`objective` and the methods beside
+it) and computes the densities of feature maps (`densities`). Everything else (features, training, calibration, maps,
+scores, files, evaluation, reports, the command line) works through these parts, which `protocol.Detector` states as a
+type.
+"""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .calibrate import Calibration
-from .calibrate import calibrate as calibrate_model
-from .config import HGADConfig
-from .files import replacing
-from .flow import ConditionalFlow
-from .mixture import HierarchicalMixture
-from .official import OfficialSurface, config_from_args
-from .score import ScoreResult, score_features, score_images
+from ..features.backbone import Backbone, FeatureMaps
+from ..features.extract import FeatureSet
+from ..files import replacing, state_hash
+from ..methods import FORMAT, method_of, read_model_file
+from ..protocol import Densities, Progress
+from ..scoring.calibration import Calibration, calibrate
+from ..scoring.result import ScoreResult
+from ..scoring.score import score_features, score_images
+from ..training.fit import History, fit
+from ..training.schedule import warmed_up_cosine
+from .config import Config
 
-if TYPE_CHECKING:
-    from .train import History
-
-FORMAT = "hgad_fast 1"
+Model = TypeVar("Model", bound="Detector")
 
 
-class HGADModel(OfficialSurface):
-    """One anomaly detector for all classes: hierarchical Gaussian mixture normalizing flows on frozen features.
+class Detector(nn.Module):
+    """One anomaly detector for all classes, on the features of a frozen backbone.
 
     Args:
-        config: an `HGADConfig`, or the official code's ``argparse.Namespace`` (unknown fields are tolerated; the model
-            moves to ``args.device`` where there is one).
+        config: the settings of the method.
 
     Attributes:
         config: the settings, with `feature_dims` filled in.
         encoder: the frozen backbone, or None (``backbone_arch=None``).
-        nfs: the flow of each level.
-        mixture: the centres and weights of all levels.
-        calibration: what `score` knows of normal pictures, or None before `fit` or `calibrate`.
-        checkpoint: which state of the training this is: "last", or how it was chosen.
+        calibration: the statistics of normal images that `score` uses, or None before `fit` or `calibrate`.
+        checkpoint: the state of the training that this is: "last", or how it was chosen.
+        groups: names of the groups of images that have a threshold each: the classes, or those that a method forms.
+        groups_are_classes: whether the groups are the classes of the training images, so that the class of an image can
+            be given instead of inferred.
+        pointwise: whether pixels are independent of each other, given their position. Only then can maps be processed
+            in chunks and tiles, images be scored at another size than the trained one, and batches be accumulated.
+        preparation: name of what `prepare` does; empty where features stay as the encoder gives them. It is part of
+            the name under which features are cached.
+        fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
+            weights from the calibration.
+        loss_terms: title and explanation of each term that the objective reports, for reports.
+        stages: what a stage of the training does, by its number from 2 on, for reports.
 
     Weights are initialised from ``config.seed`` alone; the global random state is left as it was.
     """
 
-    encoder: Backbone | None
+    config_class: ClassVar[type[Config]]
+    config: Any
+    encoder: Any
+    groups_are_classes: bool = True
+    pointwise: bool = True
+    preparation: str = ""
+    loss_terms: Mapping[str, tuple[str, str]] = {}
+    stages: Mapping[int, str] = {}
 
-    def __init__(self, config: HGADConfig | argparse.Namespace | None = None) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        device = None
-        if isinstance(config, argparse.Namespace):
-            device = getattr(config, "device", None)
-            config = config_from_args(config)
-        config = config or HGADConfig()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.encoder = Backbone(config) if config.backbone_arch is not None else None
             if self.encoder is not None:
                 if config.feature_dims not in (None, self.encoder.feature_dims):
                     raise ValueError(
-                        f"HGADConfig.feature_dims is {config.feature_dims}, but {config.backbone_arch} gives "
-                        f"{self.encoder.feature_dims}; leave it None"
+                        f"{type(config).__name__}.feature_dims is {config.feature_dims}, but {config.backbone_arch} "
+                        f"gives {self.encoder.feature_dims}; leave it None"
                     )
                 config = config.replace(feature_dims=self.encoder.feature_dims)
-            dims = config.feature_dims
-            assert dims is not None
-            position_dim = config.pos_embed_dim if config.conditional else 0
-            self.nfs = nn.ModuleList(
-                ConditionalFlow(c, config.coupling_layers, position_dim, config.clamp_alpha) for c in dims
-            )
-            self.mixture = HierarchicalMixture(dims, config.n_classes, config.n_intra_centers)
-        self.config = config
-        self.calibration: Calibration | None = None
-        self.checkpoint = "last"
-        self.memory = config.memory
-        self.checkpoint_every = config.checkpoint_every
-        self.precision = config.precision
-        if device is not None:
-            self.to(device)
+            self.config = config
+            self.calibration: Calibration | None = None
+            self.checkpoint = "last"
+            self.build()
+
+    # ---- what a method fills in
+
+    def build(self) -> None:
+        """Make the parameters and buffers. The random state is that of the seed, and `config` is complete."""
+        raise NotImplementedError
 
     @property
-    def device(self) -> torch.device:
-        return self.mixture.mus[0].device
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups of images that have a threshold each; the classes of the configuration by default."""
         return self.config.names
 
     @property
-    def memory(self) -> str:
-        """How the flows remember their activations: auto, standard or reversible. May be set at any time."""
-        return self.nfs[0].memory
+    def fusion(self) -> str:
+        """The rule that makes one map of several parts: ``"product"`` or ``"standardised"``."""
+        return "product"
 
-    @memory.setter
-    def memory(self, memory: str) -> None:
-        self.config = self.config.replace(memory=memory)
-        for flow in self.nfs:
-            flow.memory = memory
+    def prepare(self, features: list[Tensor]) -> list[Tensor]:
+        """Return features (B, C, h, w) of each level as they are cached, trained on and scored; see `preparation`."""
+        return features
+
+    def begin(self, feature_set: FeatureSet) -> None:
+        """Take what the method needs from the training features, once before the first step; nothing by default."""
+
+    def objective(self, stage: int) -> nn.Module:
+        """Return the module whose value is minimised in a stage of the training.
+
+        It is called with a batch (`training.step.Batch`) and the number of pixels of each level in the batches of all
+        processes, and returns the loss and the terms that are reported, (rows, terms), one row per level: this batch's
+        part of the mean over all those pixels. Its attribute ``terms`` names the columns, and its parameters are those
+        that have a gradient in this stage, and no others.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups of parameters, with their options, that Adam is made with; one of all by default."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Return the groups of parameters whose gradients are clipped together (``clip_grad_norm``); one by default."""
+        return [[parameter for parameter in self.parameters() if parameter.requires_grad]]
+
+    def schedule(self, progress: Progress) -> tuple[int, float]:
+        """Return the stage (1, 2, ...), the same throughout a sub-epoch, and the learning rate of a step.
+
+        By default there is one stage, and the rate falls as a cosine.
+        """
+        return 1, warmed_up_cosine(progress, self.config, warm_up_epochs=0)
+
+    def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities:
+        """Return the densities of the pixels of prepared features.
+
+        Args:
+            maps: of B images. A method that is not pointwise takes `FeatureMaps.whole`.
+            group_ids: the group of each image, (B,) int64 on the CPU; None: inferred.
+        """
+        raise NotImplementedError
+
+    def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
+        """Return the memory that `densities` takes, beyond features and result, for an image with maps of these sizes.
+
+        Returns:
+            the bytes that are held until the group is known, and those of the largest step.
+        """
+        return 0, 12 * sum(c * h * w for c, (h, w) in zip(self.feature_dims, sizes, strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the method's own settings, by title, for `hgad-fast info`; none by default."""
+        return {}
+
+    @classmethod
+    def variants(cls, config: Any) -> dict[str, Any]:
+        """Return the configurations, by name, that an ablation of the method compares; the given one by default."""
+        return {config.method: config}
+
+    def convert_checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the state of a checkpoint of an older format in the current one; None where that is not possible."""
+        return None
+
+    # ---- what all of them have
 
     @property
-    def checkpoint_every(self) -> int:
-        """Blocks from one kept input to the next when memory is reversible; 0: none. May be set at any time."""
-        return self.nfs[0].checkpoint_every
-
-    @checkpoint_every.setter
-    def checkpoint_every(self, blocks: int) -> None:
-        self.config = self.config.replace(checkpoint_every=blocks)
-        for flow in self.nfs:
-            flow.checkpoint_every = self.config.checkpoint_every
+    def device(self) -> torch.device:
+        """The device of the parameters and buffers."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
 
     @property
-    def precision(self) -> str:
-        """Operand precision of the subnets' products: fp32, tf32 or bf16. May be set at any time."""
-        return self.nfs[0].precision
+    def feature_dims(self) -> list[int]:
+        """Channels of each level."""
+        return list(self.config.feature_dims)
 
-    @precision.setter
-    def precision(self, precision: str) -> None:
-        self.config = self.config.replace(precision=precision)
-        for flow in self.nfs:
-            flow.precision = precision
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names, made up where none are known."""
+        return self.config.names
 
-    def require_encoder(self) -> Backbone:
+    def adopt_classes(self, names: tuple[str, ...], source: str) -> None:
+        """Take over the class names of a dataset, called `source` in errors; the model's made-up names give way.
+
+        Raises:
+            ValueError: the model was made for other classes.
+        """
+        if not self.groups_are_classes:
+            return
+        config = self.config
+        if config.class_names is not None and config.class_names != names:
+            raise ValueError(
+                f"{source} has the classes {', '.join(names)}; the model was made for {', '.join(config.class_names)}"
+            )
+        if len(names) != config.n_classes:
+            raise ValueError(
+                f"{source} has {len(names)} classes ({', '.join(names)}), the model has n_classes={config.n_classes}"
+            )
+        self.config = config.replace(class_names=names)
+
+    def require_encoder(self) -> nn.Module:
+        """Return the encoder.
+
+        Raises:
+            ValueError: the model has none.
+        """
         if self.encoder is None:
             raise ValueError("this model has no backbone (backbone_arch=None): use score_features and fit on features")
         return self.encoder
 
     def fit(self, data: Any, **options: Any) -> History:
-        """Train on normal pictures, calibrate on held-out ones; see `hgad_fast.train.fit` for the arguments."""
-        from .train import fit
-
+        """Train on normal images, calibrate on held-out ones; see `hgad_fast.training.fit.fit` for the arguments."""
         return fit(self, data, **options)
 
     def calibrate(self, data: Any, **options: Any) -> None:
-        """Set normalisation constants and thresholds from normal pictures; see `hgad_fast.calibrate.calibrate`."""
-        calibrate_model(self, data, **options)
+        """Set normalisation constants and thresholds from normal images; see `scoring.calibration.calibrate`."""
+        calibrate(self, data, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:
-        """Anomaly maps and scores of pictures; see `hgad_fast.score.score_images` for the arguments."""
+        """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments."""
         return score_images(self, images, class_ids, **options)
 
     def score_features(
@@ -150,20 +229,21 @@ class HGADModel(OfficialSurface):
         map_size: int | tuple[int, int] | None = None,
         **options: Any,
     ) -> ScoreResult:
-        """Anomaly maps and scores of feature maps; see `hgad_fast.score.score_features` for the arguments."""
+        """Return anomaly maps and scores of feature maps; see `scoring.score.score_features` for the arguments."""
         return score_features(self, features, class_ids, normalization, map_size, **options)
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = True) -> None:
-        """Write the model to one safetensors file; with the backbone inside, loading needs no network.
+        """Write the model to one safetensors file; with the backbone included, loading needs no network.
 
         Without it (`include_backbone=False`) the file is small, and holds a hash that the backbone must match on
-        loading. An encoder of the user's own, put in the place of ``backbone_arch=None``, is never inside.
+        loading. An encoder of the user's own, with ``backbone_arch=None``, is never included.
         """
         from safetensors.torch import save_file
 
         state = self.state_dict()
         metadata = {
             "format": FORMAT,
+            "method": self.config.method,
             "config": self.config.to_json(),
             "class_names": json.dumps(self.class_names),
             "checkpoint": self.checkpoint,
@@ -173,23 +253,38 @@ class HGADModel(OfficialSurface):
             metadata["backbone_sha256"] = state_hash(self.encoder)
             metadata["backbone"] = "included" if include_backbone else "left out"
             if not include_backbone:
-                state = {k: v for k, v in state.items() if not k.startswith("encoder.")}
+                state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
         if self.calibration is not None:
-            state |= {f"calibration.{k}": v for k, v in self.calibration.tensors().items()}
+            state |= {f"calibration.{name}": tensor for name, tensor in self.calibration.tensors().items()}
             metadata["calibration"] = json.dumps(self.calibration.settings())
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
         with replacing(path) as temporary:
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in state.items()}, temporary, metadata)
+            save_file(state, temporary, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str | torch.device | None = None) -> HGADModel:
-        """Read a model that `save` wrote.
+    def load(cls: type[Model], path: str | os.PathLike[str], device: str | torch.device | None = None) -> Model:
+        """Return a model of this method that `save` wrote; `hgad_fast.load` reads one of any method.
 
         Raises:
-            ValueError: the file is missing, damaged, of another format, or the backbone that it was saved without is
-                not to be had, or is another one than the model was trained with.
+            ValueError: the file is missing, damaged, or of another format or method; or it was saved without its
+                backbone, and that cannot be loaded or is not the one that the model was trained with.
         """
-        metadata, state = _read(Path(path))
-        config = HGADConfig.from_json(metadata["config"])
+        return cls.from_file(path, *read_model_file(Path(path)), device)
+
+    @classmethod
+    def from_file(
+        cls: type[Model],
+        path: str | os.PathLike[str],
+        metadata: dict[str, str],
+        state: dict[str, Tensor],
+        device: str | torch.device | None = None,
+    ) -> Model:
+        """Return the model made from what `methods.read_model_file` read; see `load`."""
+        if (method := method_of(metadata)) != cls.config_class.method:
+            raise ValueError(
+                f"{path} holds a model of the method {method!r}, and {cls.__name__} is of another: use hgad_fast.load"
+            )
+        config = cls.config_class.from_json(metadata["config"])
         left_out = metadata.get("backbone") == "left out"
         try:
             model = cls(config if left_out else config.replace(backbone_weights=None))
@@ -200,15 +295,22 @@ class HGADModel(OfficialSurface):
         model.config = model.config.replace(backbone_weights=config.backbone_weights)
         model.checkpoint = metadata.get("checkpoint", model.checkpoint)
         prefix = "calibration."
-        calibration = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        weights = {k: v for k, v in state.items() if not k.startswith(prefix)}
-        wanted = {k: v for k, v in model.state_dict().items() if not (left_out and k.startswith("encoder."))}
-        found, expected = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (weights, wanted))
-        if found != expected:
-            odd, _ = min(found.items() ^ expected.items())
+        calibration = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        weights = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        own_weights = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if not (left_out and name.startswith("encoder."))
+        }
+        saved_shapes, expected_shapes = (
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, own_weights)
+        )
+        if saved_shapes != expected_shapes:
+            misfit, _ = min(saved_shapes.items() ^ expected_shapes.items())
             raise ValueError(
-                f"{path} does not fit its own configuration: {odd} has shape {found.get(odd)} in it, expected is "
-                f"{expected.get(odd)}; it is damaged, or this version of timm has another {config.backbone_arch}"
+                f"{path} does not fit its own configuration: {misfit} has shape {saved_shapes.get(misfit)} in it, "
+                f"expected is {expected_shapes.get(misfit)}; it is damaged, or this version of timm has another "
+                f"{config.backbone_arch}"
             )
         model.load_state_dict(weights, strict=False)
         if calibration:
@@ -220,36 +322,3 @@ class HGADModel(OfficialSurface):
                 "include_backbone=True, or provide the same weights"
             )
         return model.to(device) if device is not None else model
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ValueError(f"there is no model file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is in format {metadata.get('format')!r}, this version of hgad_fast reads {FORMAT!r}; a checkpoint "
-            "of the official code is read by HGADModel(...).load_official_checkpoint(path)"
-        )
-    return metadata, state
-
-
-def state_hash(module: nn.Module) -> str:
-    """`tensor_hash` of a module's parameters and buffers."""
-    return tensor_hash(module.state_dict())
-
-
-def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""The surface of the official HGAD class, so that `HGADModel` takes its place in the official scripts.
+"""The surface of the official HGAD class, with which `HGADModel` takes its place in the official scripts.
 
 Settings come as an `argparse.Namespace`, one level is trained at a time on dense positions, the optimizer belongs to
-the model, and official checkpoints can be read. `HGADModel` inherits all of it.
+the model, and official checkpoints can be read.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from .. import ops
+from ..modules.flow import ConditionalFlow
+from ..modules.mixture import HierarchicalMixture
+from ..training.step import make_optimizer
 from .config import HGADConfig
-from .flow import ConditionalFlow
-from .mixture import HierarchicalMixture
 
 Args = argparse.Namespace
 
 
 def config_from_args(args: Args) -> HGADConfig:
-    """The settings in the official arguments; fields that the library does not know are ignored.
+    """Return the settings in the official arguments; fields that the library does not know are ignored.
 
     Class names come from ``args.class_to_idx`` (name to index) where the script has set it.
     """
-    known = {field.name for field in dataclasses.fields(HGADConfig)}
-    settings = {name: value for name, value in vars(args).items() if name in known}
+    known_names = {field.name for field in dataclasses.fields(HGADConfig)}
+    settings = {name: value for name, value in vars(args).items() if name in known_names}
     class_to_idx = getattr(args, "class_to_idx", None)
     if class_to_idx and settings.get("class_names") is None:
         names = sorted(class_to_idx, key=class_to_idx.__getitem__)
@@ -37,43 +38,37 @@ def config_from_args(args: Args) -> HGADConfig:
     return HGADConfig(**settings)
 
 
-def make_optimizer(model: OfficialSurface) -> torch.optim.Adam:
-    """Adam as published: betas (0.95, 0.99), L2 decay of 1e-4 on the flows, none on the centres and their weights.
+class OfficialSurface:
+    """Names, shapes and meaning of the official class; see the official training script for how they are used.
 
-    The official code gives the centres three times the rate, and its schedule overwrites that at once: all groups share
-    one rate here.
+    A mixin of `HGADModel` alone: nothing else of the library calls it.
     """
-    mixture = model.mixture
-    groups = [
-        {"params": [p for p in model.nfs.parameters() if p.requires_grad], "weight_decay": 1e-4},
-        {"params": [*mixture.mus, *mixture.mu_deltas], "weight_decay": 0.0},
-        {"params": [*mixture.phi_inters, *mixture.phi_intras], "weight_decay": 0.0},
-    ]
-    return torch.optim.Adam(groups, lr=model.config.lr, betas=(0.95, 0.99), fused=True)
-
-
-class OfficialSurface(nn.Module):
-    """Names, shapes and meaning of the official class; see the official training script for how they are used."""
 
     config: HGADConfig
     nfs: Any  # an nn.ModuleList of ConditionalFlow, whose items have no type of their own
     mixture: HierarchicalMixture
+    state_dict: Any  # of nn.Module
+    load_state_dict: Any
     _optimizer: torch.optim.Adam | None = None
 
     @property
     def mus(self) -> nn.ParameterList:
+        """Main centre of each class, one (K, C) per level."""
         return self.mixture.mus
 
     @property
     def mu_deltas(self) -> nn.ParameterList:
+        """Offsets of the other centres from the main one, one (K, M - 1, C) per level."""
         return self.mixture.mu_deltas
 
     @property
     def phi_inters(self) -> nn.ParameterList:
+        """Unnormalised log-weights of the classes, one (K,) per level."""
         return self.mixture.phi_inters
 
     @property
     def phi_intras(self) -> nn.ParameterList:
+        """Unnormalised log-weights of the centres of a class, one (K, M) per level."""
         return self.mixture.phi_intras
 
     @property
@@ -83,13 +78,14 @@ class OfficialSurface(nn.Module):
 
     @property
     def n_centers_each_class(self) -> int:
+        """Number of centres of each class, M."""
         return self.config.n_intra_centers
 
     @property
     def optimizer(self) -> torch.optim.Adam:
         """The official Adam, made on first use."""
         if self._optimizer is None:
-            self._optimizer = make_optimizer(self)
+            self._optimizer = make_optimizer(self)  # type: ignore[arg-type]  # the mixin of a Detector
         return self._optimizer
 
     def forward(
@@ -100,12 +96,12 @@ class OfficialSurface(nn.Module):
         scale: int = 0,
         epoch: int = 0,
     ) -> dict[str, Tensor]:
-        """Loss terms of one level, each the mean over the pixels.
+        """Return the loss terms of one level, each the mean over the pixels.
 
         Args:
             x: features (N, C), row-major over (image, row, column).
-            y: (labels, onehot): labels int64 (B, h, w) or (N,); onehot (N, K), any smoothing or soft target, used as it
-                is given, or None for the smoothing of the configuration.
+            y: (labels, onehot): labels int64 (B, h, w) or (N,); onehot (N, K), a smoothed or any soft target, used as
+                given, or None for the smoothing of the configuration.
             pos_embed: positional code (N, P), or None to build it from labels of shape (B, h, w).
             scale: the level.
             epoch: meta-epoch; below 2 is stage 1, with the inter-class terms only.
@@ -120,11 +116,10 @@ class OfficialSurface(nn.Module):
         labels, onehot = y
         position = self._position(flow, pos_embed, labels)
         z, log_det = flow(x, position)
-        per_pixel = labels.reshape(-1)
         smoothing, targets = self.config.label_smoothing, None
         if onehot is not None:
-            found = _uniform_smoothing(onehot, per_pixel)
-            smoothing, targets = (smoothing, onehot.to(z.dtype)) if found is None else (found, None)
+            uniform = _uniform_smoothing(onehot, labels.reshape(-1))
+            smoothing, targets = (smoothing, onehot.to(z.dtype)) if uniform is None else (uniform, None)
         losses = self.mixture.losses(
             z,
             log_det,
@@ -137,6 +132,7 @@ class OfficialSurface(nn.Module):
         return {name: term.mean() for name, term in losses.items()}
 
     def _position(self, flow: ConditionalFlow, pos_embed: Tensor | None, labels: Tensor) -> ops.Position:
+        """Return the given positions, or those of a map of the labels' size; none where the flow takes none."""
         if pos_embed is not None or not flow.position_dim:
             return flow.position(pos_embed)
         if labels.dim() != 3:
@@ -147,7 +143,7 @@ class OfficialSurface(nn.Module):
         return flow.grid(labels.shape[1], labels.shape[2], labels.device)
 
     def get_logps(self, z: Tensor, mu: Tensor, log_py: Tensor, logdet_J: Tensor, C: int) -> Tensor:
-        """Log-density of x under a Gaussian mixture, (N,) in nats, not divided by C.
+        """Return the log-density of x under a Gaussian mixture, (N,) in nats, not divided by C.
 
         Args:
             z: (N, C).
@@ -160,15 +156,15 @@ class OfficialSurface(nn.Module):
         return torch.logsumexp(log_py - 0.5 * squared, -1) + logdet_J - 0.5 * C * math.log(2 * math.pi)
 
     def calculate_distances_to_inter_class_centers(self, z: Tensor, mu: Tensor | None = None) -> Tensor:
-        """Squared Euclidean distances (N, K) of z (N, C) to main centres mu (K, C); None: those of the first level."""
+        """Return the squared Euclidean distances (N, K) of z (N, C) to centres mu (K, C); None: the first level's."""
         return _squared_distances(z, self.mus[0] if mu is None else mu)
 
     def calculate_distances_to_intra_class_centers(self, z: Tensor, mu: Tensor) -> Tensor:
-        """Squared Euclidean distances of z (N, C) to centres mu (K, M, C) or (M, C): (N, K, M) or (N, M)."""
+        """Return the squared Euclidean distances of z (N, C) to centres mu (K, M, C) or (M, C): (N, K, M) or (N, M)."""
         return _squared_distances(z, mu.flatten(0, -2)).unflatten(1, mu.shape[:-1])
 
     def load_official_checkpoint(self, checkpoint: str | Path | dict[str, Any]) -> None:
-        """Take the flows, centres and weights of a checkpoint that the official code saved.
+        """Load the flows, centres and weights of a checkpoint that the official code saved.
 
         Args:
             checkpoint: a path (read with ``weights_only=True``: nothing in the file is executed) or the loaded dict.
@@ -187,11 +183,13 @@ class OfficialSurface(nn.Module):
         parts = ("nfs", "mus", "mu_deltas", "phi_inters", "phi_intras")
         if not isinstance(checkpoint, dict) or any(part not in checkpoint for part in parts):
             raise ValueError(f"{name} is no official HGAD checkpoint: it must hold {', '.join(parts)}")
-        state = {f"nfs.{i}.{k}": v for i, flow in enumerate(checkpoint["nfs"]) for k, v in flow.items()}
+        state = {
+            f"nfs.{level}.{key}": tensor for level, flow in enumerate(checkpoint["nfs"]) for key, tensor in flow.items()
+        }
         for part in parts[1:]:
-            state |= {f"mixture.{part}.{k}": v for k, v in checkpoint[part].items()}
-        own = {k: v for k, v in self.state_dict().items() if k.startswith(("nfs.", "mixture."))}
-        misfits = [k for k in own.keys() | state.keys() if _shape(own, k) != _shape(state, k)]
+            state |= {f"mixture.{part}.{level}": tensor for level, tensor in checkpoint[part].items()}
+        own = {key: tensor for key, tensor in self.state_dict().items() if key.startswith(("nfs.", "mixture."))}
+        misfits = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]
         if misfits:
             first = min(misfits)
             raise ValueError(
@@ -203,11 +201,12 @@ class OfficialSurface(nn.Module):
 
 
 def _shape(state: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor in the state; None if there is none of that key."""
     return tuple(state[key].shape) if key in state else None
 
 
 def _squared_distances(z: Tensor, centres: Tensor) -> Tensor:
-    """|z - c|^2 (N, K) by expansion around the centres' mean, so that large common norms do not cancel."""
+    """Return |z - c|^2 (N, K), expanded around the centres' mean, so that large common norms do not cancel."""
     mean = centres.detach().mean(0)
     z, centres = z - mean, centres - mean
     squared = z.square().sum(1, keepdim=True) + centres.square().sum(1) - 2 * z @ centres.T
@@ -215,7 +214,7 @@ def _squared_distances(z: Tensor, centres: Tensor) -> Tensor:
 
 
 def _per_image(labels: Tensor, position: ops.Position) -> Tensor:
-    """One label an image (B,) where the labels are constant over each image, else one a pixel (N,)."""
+    """Return one label per image (B,) where labels are constant over each image, else one per pixel (N,)."""
     if labels.dim() == 3:
         images = labels.flatten(1)
     elif isinstance(position, ops.SeparablePosition):
@@ -227,7 +226,7 @@ def _per_image(labels: Tensor, position: ops.Position) -> Tensor:
 
 
 def _uniform_smoothing(onehot: Tensor, labels: Tensor) -> float | None:
-    """e with which `onehot` is the smoothed one-hot of the labels, (1 - e) 1[y = k] + e / K, or None if none is."""
+    """Return e if `onehot` is the smoothed one-hot of the labels, (1 - e) 1[y = k] + e / K, for some e; else None."""
     n, classes = onehot.shape
     if n == 0:
         return 0.0

@@ -4,51 +4,46 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .ops import SeparablePosition
+from .. import ops
+from ..ops import Block, Blocks, SeparablePosition
+
+OFFICIAL_NAMES = {
+    "global_scale": "global_scale",
+    "global_offset": "global_offset",
+    "w_perm": "w_perm",
+    "subnet.0.weight": "w1",
+    "subnet.0.bias": "b1",
+    "subnet.2.weight": "w2",
+    "subnet.2.bias": "b2",
+}
+"""The entries of a block in a state dict, those of its subnet last, and the fields of `ops.Block` that they hold."""
+INVERSE = "w_perm_inv"  # one more entry: the transposed rotation, whose values are not read from a state dict
 
 
-class CouplingBlock(nn.Module):
-    """Parameters of one block: a subnet, a global scale and offset, and a fixed random rotation.
-
-    The names are those of the official checkpoints. `ops.flow` computes with them.
-    """
-
-    w_perm: Tensor
-
-    def __init__(self, channels: int, position_dim: int) -> None:
-        super().__init__()
-        half = channels // 2
-        width = channels - half + position_dim
-        self.subnet = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 2 * half))
-        unit_gain = 2 * math.log(math.exp(5) - 1)  # 0.1 softplus(unit_gain) = 1 at sharpness 0.5
-        self.global_scale = nn.Parameter(torch.full((1, channels), unit_gain))
-        self.global_offset = nn.Parameter(torch.zeros(1, channels))
-        rotation = _random_rotation(channels)
-        self.register_buffer("w_perm", rotation)
-        self.register_buffer("w_perm_inv", rotation.T.contiguous())
-
-    def parameters_for_ops(self) -> ops.Block:
-        first: Any = self.subnet[0]
-        last: Any = self.subnet[2]
-        return ops.Block(
-            first.weight,
-            first.bias,
-            last.weight,
-            last.bias,
-            self.global_scale,
-            self.global_offset,
-            self.w_perm,
-        )
+def _initial_block(channels: int, position_dim: int) -> Block:
+    """Return a block initialised as in the official code: PyTorch's linear layers, gain 1, a random rotation."""
+    half = channels // 2
+    width = channels - half + position_dim
+    first, last = nn.Linear(width, 2 * width), nn.Linear(2 * width, 2 * half)
+    return Block(
+        w1=first.weight.detach(),
+        b1=first.bias.detach(),
+        w2=last.weight.detach(),
+        b2=last.bias.detach(),
+        global_scale=torch.full((1, channels), 2 * math.log(math.exp(5) - 1)),  # gain = 0.1 softplus (beta 0.5) = 1
+        global_offset=torch.zeros(1, channels),
+        w_perm=_random_rotation(channels),
+    )
 
 
 def _random_rotation(channels: int) -> Tensor:
-    """Uniformly distributed over SO(C): QR of a Gaussian matrix with a positive diagonal, determinant made 1."""
+    """Return a uniform draw from SO(C): Q of a Gaussian matrix's QR, made unique by diag(R) > 0, with determinant 1."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
     q *= r.diagonal().sign()
     if torch.linalg.det(q) < 0:
@@ -59,15 +54,21 @@ def _random_rotation(channels: int) -> Tensor:
 class ConditionalFlow(nn.Module):
     """L coupling blocks, conditioned on the pixel's position (HGAD, section 3.1; FrEIA's all-in-one block).
 
+    The parameters are those of `ops.Blocks`, stacked over the blocks. The state dict has the official names, block by
+    block (``module_list.{k}.subnet.0.weight``, ...), so that this class and the official code read each other's
+    checkpoints.
+
     Args:
         channels: C of the level's features.
         coupling_layers: L.
-        position_dim: P of the positional code, 0 for an unconditional flow.
+        position_dim: P of the positional code; 0 makes the flow unconditional.
         clamp: bound of the log-scales.
 
     Attributes:
         memory, checkpoint_every, precision: see `ops.flow`; may be set at any time.
     """
+
+    w_perm: Tensor
 
     def __init__(self, channels: int, coupling_layers: int, position_dim: int, clamp: float = 1.9) -> None:
         super().__init__()
@@ -77,33 +78,44 @@ class ConditionalFlow(nn.Module):
         self.memory = "auto"
         self.checkpoint_every = 0
         self.precision = "fp32"
-        self.module_list = nn.ModuleList(CouplingBlock(channels, position_dim) for _ in range(coupling_layers))
+        blocks = Blocks.stack([_initial_block(channels, position_dim) for _ in range(coupling_layers)])
+        *trained, w_perm = map(torch.Tensor.contiguous, blocks)
+        self.w1, self.b1, self.w2, self.b2, self.global_scale, self.global_offset = map(nn.Parameter, trained)
+        self.register_buffer("w_perm", w_perm)
+
+    @property
+    def blocks(self) -> Blocks:
+        """The parameters of all blocks, as the operations take them."""
+        return Blocks._make(getattr(self, name) for name in Blocks._fields)
 
     def forward(
         self, x: Tensor, condition: ops.Position | list[Tensor] = None, rev: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """z and log|det dz/dx|, or with `rev` x and log|det dx/dz|.
+        """Return z (N, C) and log|det dz/dx| (N,), or with `rev` x and log|det dx/dz|.
 
         Args:
-            x: (N, C), row-major over (image, row, column).
-            condition: a `SeparablePosition`, a dense code (N, P) or the official [code (N, P)]. A dense code that is
-                the sinusoidal grid of a feature map (within 1e-6) is recognised and costs nothing; any other content
-                is honoured as it is.
+            x: (N, C), row-major over (image, row, column); z with `rev`.
+            condition: a `SeparablePosition`, a dense code (N, P), or as in the official code a list [code (N, P)]. A
+                dense code that is the sinusoidal grid of a feature map (within 1e-6) is recognised, and computed as
+                cheaply as a `SeparablePosition`; any other code is used as it is.
             rev: run the flow backwards.
         """
+        memory = self.memory
+        if memory == "auto":
+            memory = "reversible" if x.is_cuda else "standard"
         return ops.flow(
             x,
-            [block.parameters_for_ops() for block in self.module_list],  # type: ignore[operator]
+            self.blocks,
             self.position(condition),
             clamp=self.clamp,
             inverse=rev,
-            memory=self._resolve_memory(x),
+            memory=memory,
             checkpoint_every=self.checkpoint_every,
             precision=self.precision,
         )
 
     def position(self, condition: ops.Position | list[Tensor]) -> ops.Position:
-        """The condition in the cheapest form that is equal to it."""
+        """Return a condition in its cheapest form; None where it is None, or the flow unconditional."""
         if isinstance(condition, SeparablePosition):
             return condition
         if isinstance(condition, (list, tuple)):
@@ -113,20 +125,51 @@ class ConditionalFlow(nn.Module):
         return recognise_position(condition) or condition
 
     def grid(self, h: int, w: int, device: torch.device | None = None) -> SeparablePosition | None:
-        """The positions of an h x w map; None where the flow is unconditional."""
+        """Return the positions of an h x w map; None where the flow is unconditional."""
         return sinusoidal_position(h, w, self.position_dim, device) if self.position_dim else None
 
-    def _resolve_memory(self, x: Tensor) -> str:
-        if self.memory == "auto":
-            return "reversible" if x.is_cuda else "standard"
-        return self.memory
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, tensor in official_names(self.blocks).items():
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        with torch.no_grad():
+            expected = {prefix + name: tensor for name, tensor in official_names(self.blocks).items()}
+            for name, own in expected.items():
+                saved = state_dict.get(name)
+                if saved is None:
+                    missing_keys += [name] * strict
+                elif saved.shape != own.shape:
+                    error_msgs.append(f"size mismatch for {name}: {tuple(saved.shape)} for {tuple(own.shape)}")
+                elif not name.endswith(INVERSE):
+                    own.copy_(saved)
+        unexpected_keys += [name for name in state_dict if strict and name.startswith(prefix) and name not in expected]
+
+
+def official_names(blocks: Blocks) -> dict[str, Tensor]:
+    """Return the entries of a flow's state dict under their official names, as views of the stacked parameters."""
+    state = {}
+    for k in range(len(blocks.w1)):
+        for official, field in OFFICIAL_NAMES.items():
+            state[f"module_list.{k}.{official}"] = getattr(blocks, field)[k]
+        state[f"module_list.{k}.{INVERSE}"] = blocks.w_perm[k].mT
+    return state
 
 
 @functools.lru_cache(maxsize=64)
 def sinusoidal_position(
     h: int, w: int, dim: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> SeparablePosition:
-    """The 2-D sinusoidal code of an h x w map: sines and cosines of the column, then of the row.
+    """Return the 2-D sinusoidal code of an h x w map: sines and cosines of the column, then of the row.
 
     With D = dim / 2, channel 2i of a half is sin(p f_i) and channel 2i + 1 cos(p f_i), f_i = 1e4^(-2i / D).
     """
@@ -141,17 +184,17 @@ def sinusoidal_position(
 
 
 def dense_position(position: SeparablePosition, batch: int = 1) -> Tensor:
-    """The code of every pixel, shape (batch h w, P)."""
+    """Return the code of every pixel of `batch` maps, (batch h w, P)."""
     (w, half), h = position.column.shape, position.row.shape[0]
     grid = torch.cat([position.column.expand(h, w, half), position.row[:, None].expand(h, w, half)], -1)
     return grid.flatten(0, 1).repeat(batch, 1)
 
 
 def recognise_position(dense: Tensor, tolerance: float = 1e-6) -> SeparablePosition | None:
-    """The separable form of a dense code (N, P) if it is the sinusoidal grid of equal maps, else None.
+    """Return the separable form of a dense code (N, P) if it is the sinusoidal grid of maps of one size, else None.
 
     Height and width are read off the code: the column's half returns to its start after w pixels, the row's after h
-    rows. A code that wants a gradient is left alone.
+    rows. A code that requires a gradient is never recognised.
     """
     n, dim = dense.shape
     if n == 0 or dim % 4 or dense.requires_grad:
@@ -169,6 +212,6 @@ def recognise_position(dense: Tensor, tolerance: float = 1e-6) -> SeparablePosit
 
 
 def _period(code: Tensor, tolerance: float) -> int:
-    """Index at which the code first returns to its start; its length if it never does."""
+    """Return the index at which the code first returns to its start; its length if it never does."""
     returns = ((code[1:] - code[0]).abs().amax(1) <= tolerance).nonzero()
     return int(returns[0]) + 1 if len(returns) else len(code)

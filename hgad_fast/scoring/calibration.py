@@ -1,4 +1,4 @@
-"""Held-out normal pictures -> normalisation constants, thresholds and p-values that can be trusted."""
+"""Calibration: normalisation constants, thresholds and p-values from held-out normal images."""
 
 from __future__ import annotations
 
@@ -6,40 +6,42 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import score
+from ..features.extract import FeatureSet, ShowProgress, feature_set
+from ..features.preprocess import seeing
+from ..protocol import Densities, Detector
+from .densities import densities
+from .maps import calibrated_maps, cells_on_map
 
-if TYPE_CHECKING:
-    from .features import FeatureSet, Progress
-    from .model import HGADModel
-
-MIN_POOLED = 3  # pictures a class needs to share in standardised scores: without one, two are left to make a spread
+MIN_POOLED = 3  # images a group needs for its scores to be pooled: the others standardise each, a spread takes two
 
 
 @dataclass
 class Calibration:
-    """What normal pictures that the training never saw look like to the model.
+    """Statistics of held-out normal images, which give the p-value and the verdict of any other image.
 
-    A picture's p-value is conformal: the share, among it and n normal pictures of its class, of those that score at
-    least as high. So normal pictures fall to p or below at rate p at most, whatever the distribution, and no p-value is
-    below 1 / (n + 1). Where a class has too few pictures for `false_alarm_rate`, the scores of all classes stand in,
-    each standardised by others of its class and brought to the scale of the class in question; this takes the scores of
-    the classes to differ in location and scale alone. Where those are too few too, the lowest attainable rate stands.
+    An image's p-value is conformal: the share, among the image itself and n normal images of its group, of those that
+    score at least as high. So normal images have p-values of p or less at a rate of at most p, whatever the
+    distribution of the scores, and no p-value is below 1 / (n + 1). Where a group has too few images for
+    `false_alarm_rate`, the scores of all groups are pooled, each standardised by others of its group and brought to the
+    scale of the group in question; this assumes that the scores of the groups differ in location and scale alone. Where
+    these are too few as well, the threshold stands for the lowest attainable rate. Groups are the classes, or those
+    that a method forms by itself.
 
     Attributes:
-        level_max: (K, S) largest log-density over C that the class's normal pictures reach at each level.
-        scores: (n,) image scores of the calibration pictures.
-        class_ids: (n,) their classes.
-        false_alarm_rate: share of normal pictures that may be called anomalous; may be set at any time.
-        weights: (K, 2) of likelihood and entropy map with ``fusion="standardised"``: one over the height of each map's
-            peaks, the mean over the class's normal pictures of the map's maximum, less its mean over all their pixels.
-            Both count alike in their sum where normal pictures stand out most, whatever their tails. None: their
-            product, as published; so too where no picture was held out.
-        img_size: at which the pictures were seen; None where it is not known.
+        level_max: (G, S) largest log-density, divided by C, that the group's normal images reach at each level.
+        scores: (n,) image scores of the calibration images.
+        class_ids: (n,) their groups.
+        false_alarm_rate: target share of normal images that may be called anomalous; may be set at any time.
+        weights: (G, parts) of the maps of the parts of the densities, with ``fusion="standardised"``: one over the
+            height of the map's peaks, which is the mean over the group's normal images of the map's maximum, less its
+            mean over all their pixels. In their sum all maps count alike where normal images stand out most, whatever
+            their tails. None: the maps are multiplied, as published; so too where no image was held out.
+        img_size: the size at which the images were seen; None where it is not known.
     """
 
     level_max: Tensor
@@ -49,212 +51,238 @@ class Calibration:
     weights: Tensor | None = None
     img_size: int | str | None = None
 
-    def maps(self, found: score.Densities, msk_size: int, cells: int | None = None) -> Tensor:
-        """See `score.calibrated_maps`."""
-        return score.calibrated_maps(found, self.level_max, msk_size, self.weights, cells)
+    def maps(self, densities: Densities, msk_size: int, cells: int | None = None) -> Tensor:
+        """Return the `calibrated_maps` of densities."""
+        return calibrated_maps(densities, self.level_max, msk_size, self.weights, cells)
 
-    def judge(self, image_score: Tensor, class_id: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of images (B,)."""
-        p_value, threshold, rate = (torch.full((len(class_id),), math.nan, dtype=torch.float64) for _ in range(3))
-        scores, class_id = image_score.detach().cpu().double(), class_id.cpu()
-        for k in class_id.unique().tolist():
+    def judge(self, image_score: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of B images."""
+        p_value, threshold, rate = (torch.full((len(group_ids),), math.nan, dtype=torch.float64) for _ in range(3))
+        scores, group_ids = image_score.detach().cpu().double(), group_ids.cpu()
+        for k in group_ids.unique().tolist():
             reference = self._reference(k)
             n = len(reference)
             if n == 0:
                 continue
-            rows = class_id == k
-            at_least = n - torch.searchsorted(reference, scores[rows])
-            p_value[rows] = (1 + at_least).double() / (n + 1)
-            alarms = math.floor(self.false_alarm_rate * (n + 1) + 1e-9)  # that n + 1 normal pictures may raise
+            rows = group_ids == k
+            as_high = n - torch.searchsorted(reference, scores[rows])  # reference scores that are at least as high
+            p_value[rows] = (1 + as_high).double() / (n + 1)
+            alarms = math.floor(self.false_alarm_rate * (n + 1) + 1e-9)  # that n + 1 normal images may raise
             threshold[rows] = reference[n - min(max(alarms, 1), n)]
             rate[rows] = max(self.false_alarm_rate, 1 / (n + 1))
         return p_value, scores > threshold, threshold, rate
 
     def _reference(self, k: int) -> Tensor:
-        """Sorted scores that pictures of class k are compared with, on the scale of its scores."""
-        own, *others = (self.scores[self.class_ids == j].double() for j in self._lenders(k))
-        if others:
-            pooled = torch.cat([_standardised(scores, len(own)) for scores in (own, *others)])
-            own = pooled * own.std() + own.mean()
-        return own.sort().values
+        """Return the sorted scores that images of group k are compared with, on the scale of its own scores."""
+        own, *others = (self.scores[self.class_ids == j].double() for j in self._reference_groups(k))
+        if not others:
+            return own.sort().values
+        pooled = torch.cat([_standardised(scores, len(own)) for scores in (own, *others)])
+        return (pooled * own.std() + own.mean()).sort().values
 
-    def _lenders(self, k: int) -> list[int]:
-        """Classes whose scores class k is compared with, itself first."""
+    def _reference_groups(self, k: int) -> list[int]:
+        """Return the groups whose scores images of group k are compared with, k first."""
         counts = torch.bincount(self.class_ids, minlength=len(self.level_max)).tolist()
         if counts[k] < MIN_POOLED or (counts[k] + 1) * self.false_alarm_rate >= 1 - 1e-9:
             return [k]
         return [k, *(j for j, count in enumerate(counts) if j != k and count >= MIN_POOLED)]
 
     def attainable_rate(self, k: int) -> float:
-        """Lowest false-alarm rate at or above the wished one that the calibration pictures allow; NaN without any."""
-        n = sum(int((self.class_ids == j).sum()) for j in self._lenders(k))
+        """Return the lowest false-alarm rate, at least the target, that group k can have; NaN if it has no scores."""
+        n = sum(int((self.class_ids == j).sum()) for j in self._reference_groups(k))
         return max(self.false_alarm_rate, 1 / (n + 1)) if n else math.nan
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors, as a model file holds them."""
         tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
         return tensors if self.weights is None else tensors | {"weights": self.weights}
 
     def settings(self) -> dict[str, Any]:
+        """Return everything but the tensors, as a model file holds it."""
         return {"false_alarm_rate": self.false_alarm_rate, "img_size": self.img_size}
 
     @classmethod
     def from_tensors(
         cls, tensors: dict[str, Tensor], false_alarm_rate: float = 0.01, img_size: int | str | None = None
     ) -> Calibration:
+        """Return the calibration that `tensors` and `settings` came from."""
         return cls(**tensors, false_alarm_rate=false_alarm_rate, img_size=img_size)
 
 
 def _standardised(scores: Tensor, count: int) -> Tensor:
-    """(s_i - mean) / std with mean and std of `count` other scores, or of all others where there are fewer.
+    """Return (s_i - mean) / std with mean and std of `count` other scores, or of all others where there are fewer.
 
-    That is what a picture outside the set is given in a class of `count` pictures: had the others more to go by, their
-    scores would spread less, and the class would raise too many alarms.
+    A new image of a group of `count` images is standardised by as many scores. If the pooled scores were standardised
+    by more, they would spread less, and the group would raise too many alarms.
     """
     n = len(scores)
     others = scores[(torch.arange(n)[:, None] + torch.arange(1, min(count, n - 1) + 1)) % n]
     return (scores - others.mean(1)) / others.std(1).clamp(min=1e-12)
 
 
-def calibrate(
-    model: HGADModel, data: Any, *, false_alarm_rate: float = 0.01, img_size: int | str | None = None
-) -> None:
-    """Set `model.calibration` from normal pictures that were not trained on.
+def required_calibration(model: Detector) -> Calibration:
+    """Return the calibration of a model that is calibrated."""
+    assert isinstance(model.calibration, Calibration), "the caller has checked that the model is calibrated"
+    return model.calibration
+
+
+def calibrate(model: Detector, data: Any, *, false_alarm_rate: float = 0.01, img_size: int | str | None = None) -> None:
+    """Set `model.calibration` from normal images that were not trained on.
 
     Args:
         model: a trained detector.
         data: a dataset root or `Dataset` (its training images are used) or a `FeatureSet`.
-        false_alarm_rate: share of normal pictures that may be called anomalous.
-        img_size: short side at which the pictures are seen, or ``"native"``, as they will be scored; default the
-            model's.
+        false_alarm_rate: target share of normal images that may be called anomalous.
+        img_size: short side at which the images are seen, or ``"native"``: the one at which images will be scored;
+            default the model's.
 
     Raises:
-        ValueError: the classes are not the model's, or one has no pictures.
+        ValueError: the classes are not the model's, or one has no images.
     """
-    from .features import feature_set
-
     check_false_alarm_rate(false_alarm_rate)
-    seen = score.seeing(model, img_size)
-    features = feature_set(seen, data)
-    model.config = model.config.replace(class_names=seen.config.class_names)
-    calibrate_on(model, features, false_alarm_rate, img_size=seen.config.img_size)
+    resized = seeing(model, img_size)
+    features = feature_set(resized, data)
+    model.config = model.config.replace(class_names=resized.config.class_names)
+    calibrate_on(model, features, false_alarm_rate, img_size=resized.config.img_size)
 
 
 def calibrate_on(
-    model: HGADModel,
+    model: Detector,
     held_out: FeatureSet,
     false_alarm_rate: float = 0.01,
     stand_in: FeatureSet | None = None,
     img_size: int | str | None = None,
 ) -> None:
-    """Set `model.calibration` from features of held-out normal pictures.
+    """Set `model.calibration` from features of held-out normal images.
 
-    `stand_in` (training pictures) gives the normalisation constants of a class of which nothing was held out; such a
-    class has no p-values of its own. `img_size` is that of the pictures, default the model's.
+    `stand_in` (training images) gives the normalisation constants of a class of which no image was held out; such a
+    class has no p-values. Where a method forms the groups by itself, `stand_in` is used only if no image at all was
+    held out, and a group without any image takes the largest constants of the others. `img_size` is the size at which
+    the images were seen, default the model's.
+
+    Raises:
+        ValueError: a class has no normal images, or one has no finite density.
     """
     img_size = model.config.img_size if img_size is None else img_size
     check_false_alarm_rate(false_alarm_rate)
-    classes, levels = model.config.n_classes, model.config.feature_levels
-    found = held_out_densities(model, held_out)
-    level_max = largest(found, classes, levels)
-    for k in set(range(classes)).difference(held_out.class_ids.tolist()):
-        rows = [] if stand_in is None else (stand_in.class_ids == k).nonzero().flatten().tolist()
-        if not rows:
-            raise ValueError(
-                f"calibration needs normal pictures of every class; there is none of {model.class_names[k]!r}"
-            )
-        assert stand_in is not None
-        for i in rows:
-            level_max[k] = torch.maximum(level_max[k], _level_max(_image_densities(model, stand_in, i)))
+    image_densities = held_out_densities(model, held_out)
+    if model.groups_are_classes:
+        level_max = largest_densities(model, image_densities)
+        missing = set(range(len(model.groups))).difference(held_out.class_ids.tolist())
+        for k in sorted(missing):
+            rows = [] if stand_in is None else (stand_in.class_ids == k).nonzero().flatten().tolist()
+            if not rows:
+                raise ValueError(
+                    f"calibration needs normal images of every class; there is none of {model.groups[k]!r}"
+                )
+            assert stand_in is not None
+            for i in rows:
+                level_max[k] = torch.maximum(level_max[k], _level_max(_image_densities(model, stand_in, i)))
+    else:
+        sample = image_densities or ([] if stand_in is None else held_out_densities(model, stand_in))
+        if not sample:
+            raise ValueError("calibration needs normal images; there are none")
+        level_max = largest_densities(model, sample)
+        level_max[(level_max == -math.inf).all(1)] = level_max.amax(0)
     if not level_max.isfinite().all():
         k = int((~level_max.isfinite()).nonzero()[0, 0])
-        raise ValueError(f"normal pictures of {model.class_names[k]!r} have no finite density: the training diverged")
-    calibration = calibration_of(model, found, level_max, img_size)
+        raise ValueError(f"normal images of {model.groups[k]!r} have no finite density: the training diverged")
+    calibration = calibration_of(model, image_densities, level_max, img_size)
     calibration.false_alarm_rate = false_alarm_rate
     _warn_of_unattainable_rates(model, calibration)
     model.calibration = calibration
 
 
 def held_out_densities(
-    model: HGADModel,
+    model: Detector,
     held_out: FeatureSet,
-    progress: Progress = lambda items, title: items,
-) -> list[score.Densities]:
-    """Of each picture under its own class. `progress` may wrap the loop."""
-    return [
-        _image_densities(model, held_out, i) for i in progress(range(len(held_out)), "densities of normal pictures")
-    ]
+    progress: ShowProgress = lambda items, title: items,
+) -> list[Densities]:
+    """Return the densities of each image, under its own class where groups are classes; `progress` wraps the loop."""
+    return [_image_densities(model, held_out, i) for i in progress(range(len(held_out)), "densities of normal images")]
 
 
-def largest(found: Sequence[score.Densities], classes: int, levels: int) -> Tensor:
-    """`Calibration.level_max` of pictures; -inf for classes without any."""
-    level_max = torch.full((classes, levels), -math.inf)
-    for item in found:
-        k = int(item.class_id)
-        level_max[k] = torch.maximum(level_max[k], _level_max(item))
+def largest_densities(model: Detector, image_densities: Sequence[Densities]) -> Tensor:
+    """Return the `Calibration.level_max` of the densities of single images; -inf for groups without any."""
+    level_max = torch.full((len(model.groups), len(model.feature_dims)), -math.inf)
+    for image in image_densities:
+        k = int(image.group_ids)
+        level_max[k] = torch.maximum(level_max[k], _level_max(image))
     return level_max
 
 
 def calibration_of(
-    model: HGADModel, found: Sequence[score.Densities], level_max: Tensor, img_size: int | str
+    model: Detector,
+    image_densities: Sequence[Densities],
+    level_max: Tensor,
+    img_size: int | str,
+    fusion: str | None = None,
 ) -> Calibration:
-    """What follows from the densities of held-out normal pictures."""
-    cells = score.cells_on_map(model, img_size)
-    class_ids = torch.cat([item.class_id for item in found]) if found else torch.empty(0, dtype=torch.int64)
-    calibration = Calibration(level_max, torch.empty(0), class_ids, img_size=img_size)
-    if model.config.fusion == "standardised" and model.config.n_classes > 1 and found:
-        calibration.weights = _weights(model, found, level_max, cells)
-    maps = [calibration.maps(item, model.config.msk_size, cells) for item in found]
-    calibration.scores = torch.tensor([float(m.max()) for m in maps])
+    """Return the calibration that the densities of single held-out images give; `fusion`: default the model's."""
+    cells = cells_on_map(model, img_size)
+    groups = torch.tensor([int(image.group_ids) for image in image_densities], dtype=torch.int64)
+    calibration = Calibration(level_max, torch.empty(0), groups, img_size=img_size)
+    if (fusion or model.fusion) == "standardised" and image_densities and len(image_densities[0].parts) > 1:
+        calibration.weights = _weights(model, image_densities, level_max, cells)
+    maps = [calibration.maps(image, model.config.msk_size, cells) for image in image_densities]
+    calibration.scores = torch.tensor([float(anomaly_map.max()) for anomaly_map in maps])
     return calibration
 
 
-def _weights(model: HGADModel, found: Sequence[score.Densities], level_max: Tensor, cells: int | None) -> Tensor:
-    """(K, 2), see `Calibration`; a class of which nothing was held out takes the mean of the others."""
-    size, alone = model.config.msk_size, torch.eye(2)
-    sums = torch.zeros(len(level_max), 2, 3, dtype=torch.float64)  # of each map: pictures, maxima, means
-    for item in found:
-        for j in range(2):
-            pixels = score.calibrated_maps(item, level_max, size, alone[j].expand(len(level_max), 2), cells).double()
-            added = [1.0, float(pixels.max()), float(pixels.mean())]
-            sums[int(item.class_id), j] += torch.tensor(added, dtype=torch.float64)
+def _weights(model: Detector, image_densities: Sequence[Densities], level_max: Tensor, cells: int | None) -> Tensor:
+    """Return the weights (G, parts) of `Calibration`; a group without held-out images takes the mean of the others."""
+    groups, parts = len(level_max), len(image_densities[0].parts)
+    one_hot = torch.eye(parts)
+    sums = torch.zeros(groups, parts, 3, dtype=torch.float64)  # over the images: of 1, maximum and mean of each map
+    for image in image_densities:
+        for j in range(parts):
+            part_alone = one_hot[j].expand(groups, parts)
+            pixels = calibrated_maps(image, level_max, model.config.msk_size, part_alone, cells).double()
+            summands = [1.0, float(pixels.max()), float(pixels.mean())]
+            sums[int(image.group_ids), j] += torch.tensor(summands, dtype=torch.float64)
     count, maxima, means = sums.unbind(2)
     weights = ((maxima - means) / count).clamp(min=1e-12).reciprocal()
     return torch.where(count > 0, weights, weights[count[:, 0] > 0].mean(0)).float()
 
 
 def check_false_alarm_rate(rate: float) -> None:
+    """Raise a ValueError for a target false-alarm rate that is not between 0 and 1."""
     if not 0 < rate < 1:
         raise ValueError(f"false_alarm_rate is {rate}; allowed: above 0 and below 1")
 
 
-def _level_max(found: score.Densities) -> Tensor:
-    return torch.stack([level.max().cpu() for level in found.logps])
+def _level_max(image: Densities) -> Tensor:
+    """Return the largest log-density, divided by C, of an image at each level, (S,)."""
+    return torch.stack([level.max().cpu() for level in image.logps])
 
 
-def _image_densities(model: HGADModel, features: FeatureSet, i: int) -> score.Densities:
+def _image_densities(model: Detector, features: FeatureSet, i: int) -> Densities:
+    """Return the densities of image i, under its own class where groups are classes."""
     images = features.images if features.exact is None else features.exact
     maps = [level[None].to(model.device) for level in images[i]]
-    (found,) = score.densities(model, maps, features.class_ids[i : i + 1].cpu())
-    return found
+    (image,) = densities(model, maps, features.class_ids[i : i + 1].cpu() if model.groups_are_classes else None)
+    return image
 
 
-def _warn_of_unattainable_rates(model: HGADModel, calibration: Calibration) -> None:
-    wished = calibration.false_alarm_rate
-    rates = {name: calibration.attainable_rate(k) for k, name in enumerate(model.class_names)}
-    short = [f"{name} {rate:.1%}" for name, rate in rates.items() if rate > wished]
-    short += [f"{name} has no threshold" for name, rate in rates.items() if math.isnan(rate)]
-    if short and len(calibration.scores):
+def _warn_of_unattainable_rates(model: Detector, calibration: Calibration) -> None:
+    """Warn of groups whose images are too few for the target false-alarm rate, unless there are no images at all."""
+    target = calibration.false_alarm_rate
+    rates = {name: calibration.attainable_rate(k) for k, name in enumerate(model.groups)}
+    exceptions = [f"{name} {rate:.1%}" for name, rate in rates.items() if rate > target]
+    exceptions += [f"{name} has no threshold" for name, rate in rates.items() if math.isnan(rate)]
+    if exceptions and len(calibration.scores):
         warnings.warn(
-            f"too few calibration pictures for a false-alarm rate of {wished:.1%}; thresholds stand for: "
-            + ", ".join(short),
+            f"too few calibration images for a false-alarm rate of {target:.1%}; thresholds stand for: "
+            + ", ".join(exceptions),
             stacklevel=3,
         )
 
 
 def split(class_ids: Tensor, fraction: float, seed: int, at_least: int = 8) -> tuple[Tensor, Tensor]:
-    """Indices (train, calibration) of a seeded split of normal pictures, class by class.
+    """Return the indices (train, calibration) of a seeded split of normal images, class by class.
 
-    A class lends `fraction` of its pictures, but at least `at_least` of them, and never more than half.
+    Of each class `fraction` of the images are held out, but at least `at_least` of them, and never more than half;
+    none with a fraction of 0.
     """
     generator = torch.Generator().manual_seed(seed)
     train: list[Tensor] = []

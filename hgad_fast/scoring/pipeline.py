@@ -1,11 +1,11 @@
-"""Many picture files through one model: decoding, scoring and writing overlap, memory is bounded, a run can go on.
+"""Scoring of many image files: decoding, scoring and writing overlap, memory is bounded, and a run can be resumed.
 
-The model works in the caller's thread, picture by picture in the order of the files; other threads decode what comes
-next and look for regions, draw and write what was scored (mostly outside Python's global lock).
-So every score has the bits that `model.score` gives for the file alone.
+The model works in the caller's thread, image by image in the order of the files; other threads decode the next images,
+and find regions, draw and write for those that have been scored (mostly outside Python's global lock). So every score
+has the bits that `model.score` gives for the file alone.
 
-In the output folder `scores.jsonl` gains a line when everything that is written about a picture is whole. From it
-`scores.csv` and `regions.csv` are made at the end, also at an end by Ctrl-C, and a resumed run takes what is in it.
+In the output folder `scores.jsonl`, the journal, gains a line when all files about an image are complete. From it
+`scores.csv` and `regions.csv` are made at the end, also after Ctrl-C, and a resumed run takes over its lines.
 
 Under `torchrun` each rank scores its share of the files and keeps a journal of its own; rank 0 merges and reports.
 """
@@ -24,23 +24,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, images
-from .backbone import Backbone
-from .files import replacing
+from ..data.images import ImageError, read_header, read_image
+from ..environment import VERSION
+from ..features.backbone import Backbone
+from ..features.preprocess import memory_bytes, seeing
+from ..files import replacing, tensor_hash
+from ..protocol import Detector
+from .calibration import required_calibration
+from .inputs import check_normalization, checked_group_ids
+from .plot import overlay
 from .regions import Region, find_regions
-from .score import ScoreResult, check_class_ids, check_normalization, memory_bytes, seeing
-
-if TYPE_CHECKING:
-    from .model import HGADModel
+from .result import ScoreResult
+from .score import score_images
 
 MAX_PIXELS_IN_FLIGHT = 2**25
-"""Pixels of pictures that are decoded, scored or written at a time, some 16 bytes each; a larger picture goes alone."""
+"""Pixels of images that are decoded, scored or written at a time, some 16 bytes each; a larger image goes alone."""
 
 MAX_FILES_IN_FLIGHT = 64
 MAP_FORMATS = {"npy": ".npy", "tiff16": ".tif", "tiff32": ".tif"}
@@ -49,16 +53,17 @@ COLUMNS = ("file", "class", "score", "threshold", "p_value", "anomalous")
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with every file.
+    """The settings of a run: what is done with every file.
 
     Attributes:
-        class_id: id or name of the class of all pictures; None: inferred for each.
+        class_id: id or name of the class of all images; None: inferred for each.
         output: folder for scores.csv, regions.csv, scores.jsonl and overlays/*.png; None: nothing is written.
-        maps: write the anomaly maps too, maps/*: "npy" (float32), "tiff32" (float) or "tiff16", whose values times
-            the `scale` in the file's description, and in the row as `map_scale`, are scores; None: none.
-        resume: take over what an earlier run with the same model and settings wrote into `output`, unless the picture
-            has changed since (its size or time of modification).
-        throughput: let neighbouring pictures of one size share batches; scores then agree to 1e-5.
+        maps: format of the anomaly maps, which are written to maps/*: "npy" (float32), "tiff32" (float) or "tiff16",
+            whose values become scores when multiplied by the `scale` in the file's description, which is also
+            `map_scale` in the row; None: no maps are written.
+        resume: take over the results that an earlier run with the same model and settings wrote into `output`, except
+            of images that have changed since (in size or time of modification).
+        throughput: let consecutive images of one size share batches; scores then agree to 1e-5.
         options: further arguments of `score_images`: `img_size`, `max_memory`, `tiles`.
     """
 
@@ -70,7 +75,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def paths(self, name: str) -> dict[str, Path]:
-        """The files that are written about a picture."""
+        """Return the files that are written about an image, by kind: "overlay" and "map"."""
         if self.output is None:
             return {}
         paths = {"overlay": self.output / "overlays" / f"{name}.png"}
@@ -81,7 +86,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """A file, the name for what is written about it, and its size and time of modification: None where it has none."""
+    """One image file to score.
+
+    Attributes:
+        file: its path.
+        name: name of the files that are written about it.
+        state: its size and time of modification; None if they cannot be read.
+    """
 
     file: Path
     name: str
@@ -89,16 +100,17 @@ class Task:
 
     @classmethod
     def of(cls, file: Path, name: str) -> Task:
+        """Return the task of a file in its present state."""
         try:
             status = file.stat()
         except OSError:
-            return cls(file, name, None)  # decoding will say what is wrong
+            return cls(file, name, None)  # decoding reports what is wrong
         return cls(file, name, (status.st_size, status.st_mtime_ns))
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a task: the row of figures, or why there is none."""
+    """The result of a task: a row of figures, or the error because of which there is none."""
 
     task: Task
     row: dict[str, Any] | None = None
@@ -106,42 +118,42 @@ class Record:
 
 
 def score_files(
-    model: HGADModel, files: Sequence[Path], job: Job, report: Callable[[Record], None] = lambda record: None
+    model: Detector, files: Sequence[Path], job: Job, report: Callable[[Record], None] = lambda record: None
 ) -> list[Record]:
-    """Score picture files; see `Job` for what is written.
+    """Score image files and return their records; see `Job` for what is written.
 
-    A row has the keys of `COLUMNS` and `regions`: of each region above the threshold, the worst first, the fields of
-    `Region`. A file that cannot be read or scored has an error instead, and the others go on.
+    A row has the keys of `COLUMNS`, and `regions`: the fields of each `Region` above the threshold, the worst first. A
+    file that cannot be read or scored has an error instead of a row, and the others are scored all the same.
 
     Args:
         model: the detector.
-        files: the pictures.
+        files: the images.
         job: what to do with each.
-        report: is given the records one by one, in the order of the files; under `torchrun` on rank 0, at the end.
+        report: called with the records one by one, in the order of the files; under `torchrun` on rank 0, at the end.
 
     Returns:
         the records in the order of the files; under `torchrun` all of them on rank 0, and none on the others.
 
     Raises:
-        ValueError: the model or the class cannot be used, or what is to be resumed was made with other settings.
-        OSError: a result cannot be written. As after Ctrl-C, the tables hold what was finished.
+        ValueError: the model or the class cannot be used, or the run to resume had other settings.
+        OSError: a result cannot be written. As after Ctrl-C, the tables hold the images that were finished.
     """
     check_normalization(model, "calibrated")
-    check_class_ids(model.config, job.class_id, 1)
+    checked_group_ids(model, job.class_id, 1)
     tasks = [Task.of(file, name) for file, name in zip(files, file_names(files), strict=True)]
     with Ranks() as ranks:
         journal = None if job.output is None else Journal(job.output, _settings(model, job), ranks.rank)
-        kept = _taken_up(journal, tasks, job, ranks) if journal is not None else {}
-        done: list[Record] = []
-        mine = tasks[ranks.rank :: ranks.size]
-        fresh = _scored(model, [task for task in mine if task not in kept], job)
+        finished = _resumed(journal, tasks, job, ranks) if journal is not None else {}
+        records: list[Record] = []
+        rank_tasks = tasks[ranks.rank :: ranks.size]
+        new_records = _scored(model, [task for task in rank_tasks if task not in finished], job)
         try:
-            with contextlib.closing(fresh):
-                for task in mine:
-                    record = kept.get(task) or next(fresh)
-                    if journal is not None and task not in kept and record.row is not None:
+            with contextlib.closing(new_records):
+                for task in rank_tasks:
+                    record = finished.get(task) or next(new_records)
+                    if journal is not None and task not in finished and record.row is not None:
                         journal.append(record)
-                    done.append(record)
+                    records.append(record)
                     if ranks.size == 1:
                         report(record)
         except BaseException:
@@ -149,28 +161,31 @@ def score_files(
                 _write_tables(journal.output, journal.read(tasks).values())
             raise
         if ranks.size > 1:
-            done = ranks.gather(done)
-            for record in done:
+            records = ranks.gather(records)
+            for record in records:
                 report(record)
         if journal is not None and ranks.rank == 0:
-            journal.start([record for record in done if record.row is not None])
-            _write_tables(journal.output, done)
-    return done
+            journal.start([record for record in records if record.row is not None])
+            _write_tables(journal.output, records)
+    return records
 
 
-def _taken_up(journal: Journal, tasks: Sequence[Task], job: Job, ranks: Ranks) -> dict[Task, Record]:
-    """What need not be done again; every rank's journal is ready afterwards."""
-    kept: dict[Task, Record] = {}
+def _resumed(journal: Journal, tasks: Sequence[Task], job: Job, ranks: Ranks) -> dict[Task, Record]:
+    """Return the records of the tasks that a resumed run has finished already, and start the journals of all ranks."""
+    finished: dict[Task, Record] = {}
     if job.resume:
-        found = journal.read(tasks)
-        kept = {task: found[task] for task in found if all(p.is_file() for p in job.paths(task.name).values())}
-    ranks.wait()  # until all have read
+        finished = {
+            task: record
+            for task, record in journal.read(tasks).items()
+            if all(path.is_file() for path in job.paths(task.name).values())
+        }
+    ranks.wait()  # until all ranks have read the journals
     if ranks.rank == 0:
-        journal.start(list(kept.values()))
+        journal.start(list(finished.values()))
     ranks.wait()
     if ranks.rank:
         journal.start([])
-    return kept
+    return finished
 
 
 # ---------------------------------------------------------------------------------------------- in one process
@@ -178,113 +193,115 @@ def _taken_up(journal: Journal, tasks: Sequence[Task], job: Job, ranks: Ranks) -
 
 @dataclass
 class _Decoding:
+    """A task whose image is being decoded, with the size (height, width) that the file's header states."""
+
     task: Task
     size: tuple[int, int]
-    picture: Future[Tensor]
+    image: Future[Tensor]
 
 
-def _size(file: Path) -> tuple[int, int]:
-    """(height, width) by the file's header; nothing where decoding will say what is wrong."""
+def _header_size(file: Path) -> tuple[int, int]:
+    """Return the (height, width) that the file's header states; (0, 0) where decoding will report an error."""
     try:
-        return images.read_header(file)[:2]
-    except images.ImageError:
+        return read_header(file)[:2]
+    except ImageError:
         return 0, 0
 
 
-def _scored(model: HGADModel, tasks: Sequence[Task], job: Job) -> Generator[Record, None, None]:
-    """The record of each task in turn, while later ones are on their way."""
-    coming = deque(tasks)
+def _scored(model: Detector, tasks: Sequence[Task], job: Job) -> Generator[Record, None, None]:
+    """Yield the record of each task in turn, while the pool decodes later images and finishes earlier ones."""
+    waiting = deque(tasks)
     decoding: deque[_Decoding] = deque()
-    writing: deque[tuple[int, Future[Record]]] = deque()  # with their pixels
-    in_flight = 0
+    writing: deque[tuple[int, Future[Record]]] = deque()  # the pixels of each image, and its record
+    pixels_in_flight = 0
     batch_size = model.config.batch_size if job.throughput else 1
     pool = ThreadPoolExecutor(max(2, min(4, os.cpu_count() or 1)), thread_name_prefix="hgad-fast")
     try:
-        while coming or decoding or writing:
-            while coming:
-                size = _size(coming[0].file)
+        while waiting or decoding or writing:
+            while waiting:
+                size = _header_size(waiting[0].file)
                 pixels = math.prod(size)
-                full = in_flight + pixels > MAX_PIXELS_IN_FLIGHT or len(decoding) + len(writing) >= MAX_FILES_IN_FLIGHT
+                too_many_pixels = pixels_in_flight + pixels > MAX_PIXELS_IN_FLIGHT
+                full = too_many_pixels or len(decoding) + len(writing) >= MAX_FILES_IN_FLIGHT
                 if full and (decoding or writing):
                     break
-                task = coming.popleft()
-                decoding.append(_Decoding(task, size, pool.submit(images.read_image, task.file)))
-                in_flight += pixels
+                task = waiting.popleft()
+                decoding.append(_Decoding(task, size, pool.submit(read_image, task.file)))
+                pixels_in_flight += pixels
             if decoding:
                 batch = [decoding.popleft()]
                 while decoding and len(batch) < batch_size and decoding[0].size == batch[0].size:
                     batch.append(decoding.popleft())
                 futures = _score_batch(model, batch, job, pool)
-                writing += zip((math.prod(each.size) for each in batch), futures, strict=True)
+                writing += zip((math.prod(item.size) for item in batch), futures, strict=True)
             while writing and (writing[0][1].done() or not decoding):
                 pixels, future = writing.popleft()
-                in_flight -= pixels
+                pixels_in_flight -= pixels
                 yield future.result()
-                if coming and not decoding:
-                    break  # there may be room again
+                if waiting and not decoding:
+                    break  # there may be room for a waiting image again
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _score_batch(
-    model: HGADModel, batch: Sequence[_Decoding], job: Job, pool: ThreadPoolExecutor
+    model: Detector, batch: Sequence[_Decoding], job: Job, pool: ThreadPoolExecutor
 ) -> list[Future[Record]]:
-    """Score pictures that share a batch; the pool does the rest."""
-    pictures: dict[Task, Tensor] = {}
+    """Score images that share a batch, and return the futures of their records, which the pool completes."""
+    images: dict[Task, Tensor] = {}
     errors: dict[Task, Exception] = {}
-    for each in batch:
+    for decoding in batch:
         try:
-            pictures[each.task] = each.picture.result()
-        except images.ImageError as error:
-            errors[each.task] = error
+            images[decoding.task] = decoding.image.result()
+        except ImageError as error:
+            errors[decoding.task] = error
     rows: dict[Task, tuple[dict[str, Any], Tensor]] = {}
     try:
-        if pictures:
-            result = model.score(list(pictures.values()), job.class_id, throughput=job.throughput, **job.options)
-            rows = {task: (_row(model, task, result, i), result.anomaly_map[i]) for i, task in enumerate(pictures)}
+        if images:
+            result = score_images(model, list(images.values()), job.class_id, throughput=job.throughput, **job.options)
+            rows = {task: (_row(model, task, result, i), result.anomaly_map[i]) for i, task in enumerate(images)}
     except (ValueError, torch.OutOfMemoryError) as error:  # too long and thin, or too large
-        errors |= {task: ValueError(f"{task.file}: {error}") for task in pictures}
+        errors |= {task: ValueError(f"{task.file}: {error}") for task in images}
     futures: list[Future[Record]] = []
-    for each in batch:
-        task = each.task
+    for decoding in batch:
+        task = decoding.task
         if task in errors:
             futures.append(Future())
             futures[-1].set_result(Record(task, error=errors[task]))
         else:
-            futures.append(pool.submit(_finished, task, pictures[task], *rows[task], job))
+            futures.append(pool.submit(_finished, task, images[task], *rows[task], job))
     return futures
 
 
-def _row(model: HGADModel, task: Task, result: ScoreResult, i: int) -> dict[str, Any]:
-    p_value = _known(result.p_value[i])
+def _row(model: Detector, task: Task, result: ScoreResult, i: int) -> dict[str, Any]:
+    """Return the figures of image i of a result, without its regions."""
+    p_value = _finite(result.p_value[i])
     return {
         "file": str(task.file),
-        "class": model.class_names[int(result.class_id[i])],
+        "class": model.groups[int(result.class_id[i])],
         "score": float(result.image_score[i]),
-        "threshold": _known(result.threshold[i]),
+        "threshold": _finite(result.threshold[i]),
         "p_value": p_value,
         "anomalous": bool(result.is_anomalous[i]) if p_value is not None else None,
     }
 
 
-def _known(value: Tensor) -> float | None:
-    """A number that JSON can write, or None."""
+def _finite(value: Tensor) -> float | None:
+    """Return a number that JSON can hold; None for a NaN or an infinity."""
     number = float(value)
     return number if math.isfinite(number) else None
 
 
-def _finished(task: Task, picture: Tensor, row: dict[str, Any], anomaly_map: Tensor, job: Job) -> Record:
-    """Find the regions, and write what is to be written."""
+def _finished(task: Task, image: Tensor, row: dict[str, Any], anomaly_map: Tensor, job: Job) -> Record:
+    """Find the regions of a scored image, write its overlay and map as the job says, and return its record."""
     scores = anomaly_map.numpy()
     threshold = math.nan if row["threshold"] is None else row["threshold"]
     regions = find_regions(scores, threshold)
     row["regions"] = [asdict(region) for region in regions]
     paths = job.paths(task.name)
     if "overlay" in paths:
-        from .plot import overlay
-
         title = f"{row['class']}: {row['file']}"
-        overlay(picture, scores, threshold, path=paths["overlay"], title=title, regions=regions)
+        overlay(image, scores, threshold, path=paths["overlay"], title=title, regions=regions)
     if "map" in paths:
         scale = write_map(paths["map"], scores, job.maps)
         if scale is not None:
@@ -292,11 +309,15 @@ def _finished(task: Task, picture: Tensor, row: dict[str, Any], anomaly_map: Ten
     return Record(task, row)
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------- output files
 
 
 def file_names(files: Sequence[Path]) -> list[str]:
-    """One name a picture for what is written about it: its stem; where stems repeat, its path below all pictures."""
+    """Return a name for the files written about each image: its stem, or where stems repeat, its path.
+
+    The path is that below the folder which all images have in common, its parts joined by hyphens; a name that repeats
+    all the same is numbered.
+    """
     stems = Counter(file.stem for file in files)
     paths = [Path(os.path.abspath(file)) for file in files]
     root = os.path.commonpath([path.parent for path in paths])
@@ -312,9 +333,10 @@ def file_names(files: Sequence[Path]) -> list[str]:
 
 
 def write_map(path: Path, scores: np.ndarray, map_format: str | None) -> float | None:
-    """Write a map (H, W) float32 in one of `MAP_FORMATS`; of "tiff16" the score that a value of 1 stands for.
+    """Write a map (H, W) float32 in one of `MAP_FORMATS`, and return the scale of "tiff16", None for the others.
 
-    The scale is the picture's own, so that 65535 is its largest score; the TIFF's description states it too.
+    The scale is the score that a value of 1 stands for. Each map has its own, so that 65535 is its largest score; the
+    TIFF's description states it too.
     """
     scale = None
     with replacing(path) as temporary:
@@ -323,17 +345,17 @@ def write_map(path: Path, scores: np.ndarray, map_format: str | None) -> float |
             return None
         from PIL import Image
 
-        about: dict[str, Any] = {"content": "anomaly map"}
+        description: dict[str, Any] = {"content": "anomaly map"}
         if map_format == "tiff16":
             scale = float(scores.max()) / 65535 or 1.0
             scores = np.rint(scores / np.float32(scale)).clip(0, 65535).astype(np.uint16)
-            about["scale"] = scale
-        Image.fromarray(scores).save(temporary, format="TIFF", description=json.dumps(about))
+            description["scale"] = scale
+        Image.fromarray(scores).save(temporary, format="TIFF", description=json.dumps(description))
     return scale
 
 
 def _write_tables(output: Path, records: Iterable[Record]) -> None:
-    """scores.csv and regions.csv of those records that have a row."""
+    """Write scores.csv and regions.csv of the records that have a row."""
     rows = [record.row for record in records if record.row is not None]
     _write_csv(output / "scores.csv", COLUMNS, rows)
     regions = [
@@ -345,28 +367,27 @@ def _write_tables(output: Path, records: Iterable[Record]) -> None:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write these columns of the rows, and leave out the others."""
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _settings(model: HGADModel, job: Job) -> dict[str, Any]:
-    """What the figures of a run depend on, besides the pictures.
+def _settings(model: Detector, job: Job) -> dict[str, Any]:
+    """Return everything besides the images that the figures of a run depend on.
 
-    Not on `max_memory`, unless it may decide what is cut into tiles: what was refused can be tried again with more.
+    `max_memory` is one of these only where it may decide which images are cut into tiles; otherwise a resumed run may
+    allow more, for images that were refused.
     """
-    from .model import state_hash
-
-    calibration = model.calibration
-    assert calibration is not None
-    class_id = check_class_ids(model.config, job.class_id, 1)
+    calibration = required_calibration(model)
+    class_id = checked_group_ids(model, job.class_id, 1)
     memory_decides = isinstance(model.encoder, Backbone) and not model.encoder.is_local
-    digest = hashlib.sha256((model.config.to_json() + state_hash(model)).encode())
+    digest = hashlib.sha256((model.config.to_json() + tensor_hash(model.state_dict())).encode())
     for tensor in calibration.tensors().values():
         digest.update(tensor.cpu().numpy().tobytes())
     return {
-        "hgad_fast": __version__,
+        "hgad_fast": VERSION,
         "model": digest.hexdigest(),
         "false_alarm_rate": calibration.false_alarm_rate,
         "class": None if class_id is None else int(class_id),
@@ -379,9 +400,9 @@ def _settings(model: HGADModel, job: Job) -> dict[str, Any]:
 
 
 class Journal:
-    """`scores.jsonl` in the output folder: the settings, then a line for each finished picture.
+    """The file `scores.jsonl` in the output folder: the settings, then a line for each finished image.
 
-    Ranks other than 0 have `scores-rank<n>.jsonl` while they are at work.
+    Ranks other than 0 write to `scores-rank<n>.jsonl` while they score.
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], rank: int) -> None:
@@ -389,26 +410,26 @@ class Journal:
         self.path = output / (f"scores-rank{rank}.jsonl" if rank else "scores.jsonl")
 
     def read(self, tasks: Sequence[Task]) -> dict[Task, Record]:
-        """What the journals of all ranks know of these tasks, in their order.
+        """Return the records of those tasks that the journals of all ranks hold, in the order of the tasks.
 
         Raises:
-            ValueError: a journal was written with other settings, or is none.
+            ValueError: a journal was written with other settings, or is damaged.
         """
         rows: dict[Any, dict[str, Any]] = {}
         for path in sorted(self.output.glob("scores*.jsonl")):
             settings, *entries = _whole_lines(path)
             if settings != self.settings:
-                odd = ", ".join(key for key in self.settings if settings.get(key) != self.settings[key])
+                differing = ", ".join(key for key in self.settings if settings.get(key) != self.settings[key])
                 raise ValueError(
-                    f"{path} was written with another {odd}: give what it was written with, another --output, or start "
-                    "anew without --resume"
+                    f"{path} was written with another {differing}: give what it was written with, another --output, or "
+                    "start anew without --resume"
                 )
             rows |= {(entry["name"], *entry["state"]): entry["row"] for entry in entries}
-        found = {task: rows.get((task.name, *(task.state or ()))) for task in tasks}
-        return {task: Record(task, row) for task, row in found.items() if row and row["file"] == str(task.file)}
+        task_rows = {task: rows.get((task.name, *(task.state or ()))) for task in tasks}
+        return {task: Record(task, row) for task, row in task_rows.items() if row and row["file"] == str(task.file)}
 
     def start(self, records: Sequence[Record]) -> None:
-        """Hold these records and no others; on rank 0, those of the other ranks go."""
+        """Begin the journal anew, with these records; rank 0 deletes the journals of the other ranks."""
         with replacing(self.path) as temporary:
             temporary.write_text("".join(map(_line, [self.settings, *map(_entry, records)])))
         if self.rank == 0:
@@ -416,20 +437,23 @@ class Journal:
                 path.unlink()
 
     def append(self, record: Record) -> None:
+        """Add the line of a record."""
         with open(self.path, "a") as file:
             file.write(_line(_entry(record)))
 
 
 def _entry(record: Record) -> dict[str, Any]:
+    """Return a record as the journal holds it."""
     return {"name": record.task.name, "state": record.task.state, "row": record.row}
 
 
 def _line(entry: dict[str, Any]) -> str:
+    """Return an entry, or the settings, as a line of the journal."""
     return json.dumps(entry) + "\n"
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal but one that was cut off while it was written."""
+    """Return the lines of a journal, without one that was cut off while it was written."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     except ValueError as error:
@@ -440,14 +464,14 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Ranks:
-    """The processes that `torchrun` started, or this one alone."""
+    """The processes that `torchrun` started, or this process alone."""
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # one may have long work
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))  # a rank may work long
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -455,12 +479,12 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all ranks have called this."""
         if self.size > 1:
             torch.distributed.barrier()
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The items of all ranks, one of each in turn, as they were shared out; on ranks other than 0 nothing."""
+        """Return the items of all ranks in the order in which they were shared out; on ranks other than 0 nothing."""
         parts: list[Any] = [None] * self.size
         torch.distributed.gather_object(items, parts if self.rank == 0 else None)
         if self.rank:

@@ -1,4 +1,4 @@
-"""What lies above the threshold in an anomaly map: connected regions, found in bounded memory."""
+"""Connected regions of an anomaly map above the threshold, found in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-BAND_PIXELS = 2**20  # of the map that are looked at together; a pixel above the threshold takes some 80 bytes
+BAND_PIXELS = 2**20  # pixels of the map that are labelled together; one above the threshold takes some 80 bytes
 
-Columns = dict[str, NDArray[Any]]
+Columns = dict[str, NDArray[Any]]  # a table: fields of regions, or of parts of regions, by name
 
 
 @dataclass(frozen=True)
 class Region:
-    """Pixels above the threshold that touch each other, by sides or corners.
+    """Pixels above the threshold that touch each other by sides or corners.
 
     Attributes:
-        left, top, right, bottom: the box around them in pixels of the map; right and bottom are the first outside.
-        area: how many pixels.
-        peak: their largest score.
-        peak_x, peak_y: the pixel that has it (the first of equals in reading order).
-        mean: their mean score.
+        left, top, right, bottom: the bounding box in pixels of the map; right and bottom lie just outside.
+        area: the number of pixels.
+        peak: the largest score.
+        peak_x, peak_y: the pixel with the largest score (the first in reading order, if there are several).
+        mean: the mean score.
     """
 
     left: int
@@ -37,11 +37,11 @@ class Region:
 
 
 def find_regions(anomaly_map: ArrayLike, threshold: float) -> list[Region]:
-    """The regions of a map (H, W) whose scores are above `threshold`, the highest peak first; none if it is NaN.
+    """Return the regions of a map (H, W) with scores above `threshold`, the highest peak first; none if it is NaN.
 
-    The map is labelled in bands of `BAND_PIXELS` and what touches across their edges is joined, so that the memory
-    does not grow with the map. An image score comes from the map at `msk_size`; in a map of another size the peak may
-    be a little lower, so a picture just above the threshold may have no region.
+    The map is labelled in bands of `BAND_PIXELS`, and parts that touch across the edge of a band are joined, so that
+    the memory does not grow with the map. The image score is the maximum of the map at `msk_size`. In a map of another
+    size the peak may be a little lower, so an image just above the threshold may have no region.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -49,31 +49,31 @@ def find_regions(anomaly_map: ArrayLike, threshold: float) -> list[Region]:
     scores = np.asarray(anomaly_map)
     rows = max(1, BAND_PIXELS // scores.shape[1])
     parts: list[Columns] = []
-    joins = [np.empty((2, 0), np.int64)]
+    touching = [np.empty((2, 0), np.int64)]  # pairs of labels on both sides of a band's edge
     count = 0
-    above = np.zeros(scores.shape[1], np.int64)  # labels in the row above the band, 0 below the threshold
+    row_above = np.zeros(scores.shape[1], np.int64)  # labels in the row above the band, 0 below the threshold
     for top in range(0, len(scores), rows):
-        labels, columns = _band(scores[top : top + rows], threshold, top)
+        labels, band_parts = _labelled_band(scores[top : top + rows], threshold, top)
         labels[labels > 0] += count
-        joins.append(_touching(above, labels[0]))
-        above = labels[-1]
-        if columns is not None:
-            parts.append(columns)
-            count += len(columns["area"])
+        touching.append(_touching_labels(row_above, labels[0]))
+        row_above = labels[-1]
+        if band_parts is not None:
+            parts.append(band_parts)
+            count += len(band_parts["area"])
     if not parts:
         return []
-    first, second = np.concatenate(joins, 1) - 1
+    first, second = np.concatenate(touching, 1) - 1
     graph = coo_array((np.ones(len(first), bool), (first, second)), shape=(count, count))
-    _, region = connected_components(graph, directed=False)
-    found = _merge(region, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    found["mean"] = found.pop("total") / found["area"]
-    order = np.lexsort((found["left"], found["top"], -found["peak"]))
-    values = zip(*(found[name][order].tolist() for name in Region.__dataclass_fields__), strict=True)
+    _, region_ids = connected_components(graph, directed=False)
+    regions = _merge(region_ids, {name: np.concatenate([columns[name] for columns in parts]) for name in parts[0]})
+    regions["mean"] = regions.pop("total") / regions["area"]
+    order = np.lexsort((regions["left"], regions["top"], -regions["peak"]))
+    values = zip(*(regions[name][order].tolist() for name in Region.__dataclass_fields__), strict=True)
     return [Region(*row) for row in values]
 
 
-def _band(band: NDArray[Any], threshold: float, top: int) -> tuple[NDArray[np.int64], Columns | None]:
-    """Labels (rows, W) from 1 of a band that starts at row `top`, and of each label what `_merge` makes."""
+def _labelled_band(band: NDArray[Any], threshold: float, top: int) -> tuple[NDArray[np.int64], Columns | None]:
+    """Return labels (rows, W) from 1 of a band that starts at row `top`, and the labelled parts of regions, if any."""
     from scipy.ndimage import label
 
     labels, count = label(band > threshold, np.ones((3, 3)), output=np.int64)
@@ -86,8 +86,8 @@ def _band(band: NDArray[Any], threshold: float, top: int) -> tuple[NDArray[np.in
     return labels, _merge(ids, pixels | {"total": score, "peak": score, "peak_x": x, "peak_y": y})
 
 
-def _touching(upper: NDArray[np.int64], lower: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pairs (2, n) of labels in two neighbouring rows whose pixels touch by a side or a corner."""
+def _touching_labels(upper: NDArray[np.int64], lower: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the pairs (2, n) of labels in two neighbouring rows whose pixels touch by a side or a corner."""
     width = len(upper)
     pairs = []
     for shift in (-1, 0, 1):
@@ -97,7 +97,7 @@ def _touching(upper: NDArray[np.int64], lower: NDArray[np.int64]) -> NDArray[np.
 
 
 def _merge(ids: NDArray[Any], parts: Columns) -> Columns:
-    """One row for each id, in the order of the ids, of the parts that carry it."""
+    """Return the parts (pixels at first) merged by their ids: one row per id, in the order of the ids."""
     order = np.lexsort((-parts["peak"], ids))
     parts = {name: column[order] for name, column in parts.items()}
     starts = np.flatnonzero(np.diff(ids[order], prepend=-1))

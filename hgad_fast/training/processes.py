@@ -1,4 +1,4 @@
-"""The processes that train one model together: what they tell each other, and how long one waits for another."""
+"""Processes that train one model together: what they exchange, and how long each waits for the others."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ANSWER_WITHIN = timedelta(seconds=45)  # in a step, where all do the same work at the same time
-PATIENCE = timedelta(days=7)  # between passes, where the first process may write, calibrate or run callbacks
+ANSWER_WITHIN = timedelta(seconds=45)  # longest wait in a step, where all do the same work at the same time
+PATIENCE = timedelta(days=7)  # and between passes, where the first process may write, calibrate or run callbacks
 
 
 class LostProcessError(RuntimeError):
@@ -23,24 +23,25 @@ class LostProcessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together. The first one shows, writes and calibrates for all."""
+    """This process among those that train together. The first one shows progress, writes and calibrates for all."""
 
     rank: int = 0
     count: int = 1
-    patient: Any = None  # a group of all, for what may take its time; on the CPU, so that a GPU's queue goes on
+    patient: Any = None  # a process group of all with a long timeout; on the CPU, so that a GPU's queue goes on
 
     @property
     def is_first(self) -> bool:
+        """True for the process of rank 0, also where it trains alone."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, in place."""
+        """Sum values over the processes, in place, and return them."""
         if self.count > 1:
             dist.all_reduce(values)
         return values
 
     def from_first(self, value: Any) -> Any:
-        """What the first process passed; the others' is ignored."""
+        """Return the value that the first process passed; those of the others are ignored."""
         if self.count == 1:
             return value
         values = [value]
@@ -48,43 +49,41 @@ class Processes:
         return values[0]
 
     def wait(self) -> None:
-        """Until all are here, however long that takes; one that ends meanwhile is noticed."""
+        """Wait until all processes get here, however long that takes; if one ends meanwhile, an error is raised."""
         if self.count > 1:
             dist.barrier(group=self.patient)
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """Those of `torch.distributed` where it is initialised, those that torchrun started, or this process alone.
+    """Yield the processes of `torch.distributed` where it is initialised, those of torchrun, or this process alone.
 
-    torchrun's are known by the environment variables RANK and WORLD_SIZE; for them the process group (NCCL for a model
-    on a GPU, else Gloo) is made here, and destroyed in the end.
+    Processes that torchrun started have the environment variables RANK and WORLD_SIZE; for them the process group (NCCL
+    for a model on a GPU, else Gloo) is made here, and destroyed in the end.
 
     Raises:
-        LostProcessError: another process ended or hangs. Gloo tells of one that ended at once; one that hangs is given
-            `ANSWER_WITHIN` in a step (with a process group of the caller's, that group's own time).
+        LostProcessError: another process ended or hangs. Gloo reports at once that a process ended; one that hangs is
+            given `ANSWER_WITHIN` in a step (with a process group of the caller's, that group's own timeout).
     """
-    theirs = dist.is_available() and dist.is_initialized()
-    count = dist.get_world_size() if theirs else int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    callers_group = dist.is_available() and dist.is_initialized()
+    if callers_group:
+        count = dist.get_world_size()
+    else:
+        count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if count == 1 or not dist.is_available():
         yield Processes()
         return
     try:
-        if not theirs:
+        if not callers_group:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=ANSWER_WITHIN)
         yield Processes(dist.get_rank(), count, dist.new_group(backend="gloo", timeout=PATIENCE))
     except RuntimeError as error:
-        if not _is_lost_connection(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():  # Gloo's have no class
             raise
         raise LostProcessError(
             f"one of the {count} processes of this training ended, or did not answer for {ANSWER_WITHIN.seconds} s; "
             f"its own output says why. Go on from the last checkpoint with resume. ({error})"
         ) from error
     finally:
-        if not theirs and dist.is_initialized():
+        if not callers_group and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Gloo's errors have no class of their own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -1,0 +1,79 @@
+"""The registry of the methods of detection, and reading of model files.
+
+A model class is registered when it is defined (`register`), so that scoring, reports and the command line can load any
+model without knowing the classes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+FORMAT = "hgad_fast 1"
+
+METHODS: dict[str, Any] = {}
+"""The model classes by the names of their methods, in the order of their definition."""
+
+ModelClass = TypeVar("ModelClass", bound=type)
+
+
+def register(model_class: ModelClass) -> ModelClass:
+    """Register a subclass of `models.detector.Detector` under the method's name in its configuration."""
+    METHODS[model_class.config_class.method] = model_class  # type: ignore[attr-defined]
+    return model_class
+
+
+def create(config: Any) -> Any:
+    """Return an untrained model of the method that a configuration belongs to."""
+    return METHODS[config.method](config)
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Any:
+    """Return a model of any method that `save` wrote.
+
+    Args:
+        path: the file.
+        device: the device of the model; None: the CPU.
+
+    Raises:
+        ValueError: the file is missing, damaged, of another format or of an unknown method, or does not fit the
+            backbone at hand; see `models.detector.Detector.load`.
+    """
+    metadata, state = read_model_file(Path(path))
+    method = method_of(metadata)
+    if method not in METHODS:
+        raise ValueError(f"{path} holds a model of the method {method!r}; this version knows {', '.join(METHODS)}")
+    return METHODS[method].from_file(path, metadata, state, device)
+
+
+def method_of(metadata: dict[str, str]) -> str:
+    """Return the name of the method of a model file; the earliest files name none, and hold HGAD models."""
+    return metadata.get("method", "hgad")
+
+
+def read_model_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata and the tensors of a model file.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"there is no model file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is in format {metadata.get('format')!r}, this version of hgad_fast reads {FORMAT!r}; a checkpoint "
+            "of an official code is read by load_official_checkpoint of the model's class"
+        )
+    return metadata, state

@@ -1,0 +1,363 @@
+"""HGADModel: hierarchical Gaussian mixture normalizing flows (HGAD, arXiv 2403.13349) as a detector."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..features.backbone import Backbone, FeatureMaps
+from ..methods import register
+from ..modules.flow import OFFICIAL_NAMES, ConditionalFlow
+from ..modules.mixture import HierarchicalMixture
+from ..ops import Blocks, SeparablePosition
+from ..protocol import Densities, Progress
+from ..scoring.densities import CHUNK_PIXELS
+from ..scoring.result import ScoreResult
+from ..training.schedule import warmed_up_cosine
+from ..training.step import Batch
+from .config import LOSS_TERMS, HGADConfig
+from .detector import Detector
+from .official import OfficialSurface, config_from_args
+
+WARM_UP_EPOCHS = 2  # meta-epochs of rising learning rate; also those of stage 1
+STAGE_2 = LOSS_TERMS[3:]
+MAX_KEPT = 2**28  # bytes of densities that are kept until the class is known; beyond it, the pixels are scored twice
+
+# The variants of an ablation, by the fields of the configuration that differ. The likelihood map says where a pixel is
+# improbable for its class, the entropy map where the class is in doubt, which only a model of several well-separated
+# classes can tell: mutual information teaches it. Where a single Gaussian maps all classes to one place (the
+# "homogeneous mapping" of the paper), anomalous pixels land among the normal ones.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "single-gaussian": {"n_classes": 1, "class_names": ("all",), "n_intra_centers": 1, "loss_terms": ("L_g",)},
+    "inter-class": {"n_intra_centers": 1, "loss_terms": ("L_g",)},
+    "mutual-information": {"n_intra_centers": 1, "loss_terms": ("L_g", "L_mi", "L_e")},
+    "hgad": {},
+    "hgad-lambda2-1": {"lambda2": 1.0},
+}
+
+
+@register
+class HGADModel(OfficialSurface, Detector):
+    """One anomaly detector for all classes: hierarchical Gaussian mixture normalizing flows on frozen features.
+
+    Args:
+        config: an `HGADConfig`, or the official code's ``argparse.Namespace`` (unknown fields are tolerated; the model
+            moves to ``args.device`` where there is one).
+
+    Attributes:
+        config: the settings, with `feature_dims` filled in.
+        encoder: the frozen backbone, or None (``backbone_arch=None``).
+        nfs: the flow of each level.
+        mixture: the centres and weights of all levels.
+        calibration: the statistics of normal images that `score` uses, or None before `fit` or `calibrate`.
+        checkpoint: the state of the training that this is: "last", or how it was chosen.
+
+    Weights are initialised from ``config.seed`` alone; the global random state is left as it was.
+    """
+
+    config_class = HGADConfig
+    config: HGADConfig
+    encoder: Backbone | None
+    loss_terms = {
+        "L_g": ("Likelihood, all classes", "How surprising the normal images are; it should fall."),
+        "L_mi": ("Mutual information", "How well the classes keep apart; it should rise."),
+        "L_e": ("Entropy", "How unsure the class of a pixel is; small is good."),
+        "L_g_intra": (
+            "Likelihood, own class",
+            "How surprising the normal images are to their own class; it should fall.",
+        ),
+        "L_z": ("Log-density, own class", "The same on the scale of the anomaly map; it should fall."),
+    }
+    stages = {2: "which also learns the centres within each class"}
+
+    def __init__(self, config: HGADConfig | argparse.Namespace | None = None) -> None:
+        device = None
+        if isinstance(config, argparse.Namespace):
+            device = getattr(config, "device", None)
+            config = config_from_args(config)
+        super().__init__(config or HGADConfig())
+        self.memory = self.config.memory
+        self.checkpoint_every = self.config.checkpoint_every
+        self.precision = self.config.precision
+        if device is not None:
+            self.to(device)
+
+    def build(self) -> None:
+        """Make a flow for each level, and the mixture."""
+        config, dims = self.config, self.feature_dims
+        position_dim = config.pos_embed_dim if config.conditional else 0
+        self.nfs = nn.ModuleList(
+            ConditionalFlow(channels, config.coupling_layers, position_dim, config.clamp_alpha) for channels in dims
+        )
+        self.mixture = HierarchicalMixture(dims, config.n_classes, config.n_intra_centers)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the mixture."""
+        return self.mixture.mus[0].device
+
+    @property
+    def memory(self) -> str:
+        """Memory mode of the flows: auto, standard (activations are kept) or reversible. May be set at any time."""
+        return self.nfs[0].memory
+
+    @memory.setter
+    def memory(self, memory: str) -> None:
+        self.config = self.config.replace(memory=memory)
+        for flow in self.nfs:
+            flow.memory = memory
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Blocks from one kept input to the next when memory is reversible; 0: none. May be set at any time."""
+        return self.nfs[0].checkpoint_every
+
+    @checkpoint_every.setter
+    def checkpoint_every(self, blocks: int) -> None:
+        self.config = self.config.replace(checkpoint_every=blocks)
+        for flow in self.nfs:
+            flow.checkpoint_every = self.config.checkpoint_every
+
+    @property
+    def precision(self) -> str:
+        """Operand precision of the subnets' products: fp32, tf32 or bf16. May be set at any time."""
+        return self.nfs[0].precision
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        self.config = self.config.replace(precision=precision)
+        for flow in self.nfs:
+            flow.precision = precision
+
+    @property
+    def fusion(self) -> str:
+        """The rule of the configuration that makes one map of likelihood and entropy map."""
+        return self.config.fusion
+
+    def describe(self) -> dict[str, Any]:
+        """Return the sizes of the flows and of the mixture."""
+        return {"coupling layers": self.config.coupling_layers, "centres per class": self.config.n_intra_centers}
+
+    # ---- training
+
+    def objective(self, stage: int) -> nn.Module:
+        """Return the loss of a stage."""
+        return StageLoss(self, stage)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return Adam's groups as published: betas (0.95, 0.99), L2 decay of 1e-4 on the flows, none on the mixture.
+
+        The official code gives the centres three times the rate, and its schedule overwrites that at once: all groups
+        share one rate here.
+        """
+        mixture = self.mixture
+        flows = [parameter for parameter in self.nfs.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": flows, "weight_decay": 1e-4},
+            {"params": [*mixture.mus, *mixture.mu_deltas], "weight_decay": 0.0},
+            {"params": [*mixture.phi_inters, *mixture.phi_intras], "weight_decay": 0.0},
+        ]
+        return [group | {"betas": (0.95, 0.99)} for group in groups]
+
+    def clip_groups(self) -> list[list[nn.Parameter]]:
+        """Return one group per level: levels share no parameter, and each is trained as it would be alone."""
+        return [[*flow.parameters(), *self.mixture.level(level)] for level, flow in enumerate(self.nfs)]
+
+    def schedule(self, progress: Progress) -> tuple[int, float]:
+        """Return stage and rate of the official schedule: two meta-epochs of warm-up in stage 1, then stage 2.
+
+        Without loss terms of stage 2 all is stage 1. The rate falls as a cosine after the warm-up.
+        """
+        has_stage_2 = set(STAGE_2) & set(self.config.loss_terms)
+        stage = 2 if progress.meta_epoch >= WARM_UP_EPOCHS and has_stage_2 else 1
+        return stage, warmed_up_cosine(progress, self.config, WARM_UP_EPOCHS)
+
+    def convert_checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the state of a checkpoint of format 2, with Adam's moments of all blocks stacked; of others None."""
+        if state.get("format") != "hgad_fast training 2":
+            return None
+        optimizer = state["optimizer"]
+        flows, centres, weights = optimizer["param_groups"]
+        flow_moments, centre_moments, weight_moments = (
+            [optimizer["state"].get(number, {}) for number in group["params"]] for group in (flows, centres, weights)
+        )
+        # A block's own parameters came before those of its subnet; OFFICIAL_NAMES has them in this order.
+        order = [field for field in OFFICIAL_NAMES.values() if field != "w_perm"]
+        level_size = self.config.coupling_layers * len(order)
+        stacked_moments: list[dict[str, Tensor]] = []
+        for level in range(len(self.nfs)):
+            level_moments = flow_moments[level * level_size : (level + 1) * level_size]
+            for field in Blocks._fields[:-1]:
+                block_moments = level_moments[order.index(field) :: len(order)]  # one of each block
+                stacked_moments.append(
+                    {
+                        name: moment if name == "step" else torch.stack([moments[name] for moments in block_moments])
+                        for name, moment in block_moments[0].items()
+                    }
+                )
+        numbers = itertools.count()
+        group_moments = (flows, stacked_moments), (centres, centre_moments), (weights, weight_moments)
+        groups = [{**group, "params": [next(numbers) for _ in moments]} for group, moments in group_moments]
+        all_moments = [*stacked_moments, *centre_moments, *weight_moments]
+        stepped = {number: moments for number, moments in enumerate(all_moments) if moments}
+        return {**state, "optimizer": {"state": stepped, "param_groups": groups}}
+
+    @classmethod
+    def variants(
+        cls, config: HGADConfig, names: Sequence[str] | None = None, centres: Sequence[int] = (1,)
+    ) -> dict[str, HGADConfig]:
+        """Return the configurations that an ablation compares.
+
+        Args:
+            config: what they have in common.
+            names: some of `VARIANTS`; None: all.
+            centres: numbers of centres of a class for further variants of HGAD, which are called ``hgad-1-centre``,
+                ``hgad-5-centres``, ...
+
+        Raises:
+            ValueError: an unknown name, or a number below 1.
+        """
+        names = tuple(VARIANTS) if names is None else names
+        if unknown := [name for name in names if name not in VARIANTS]:
+            raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+        chosen = {name: config.replace(**VARIANTS[name]) for name in names}
+        return chosen | {f"hgad-{n}-centre{'s' * (n != 1)}": config.replace(n_intra_centers=n) for n in centres}
+
+    # ---- scoring
+
+    def score_features(self, *args: Any, **options: Any) -> ScoreResult:
+        """Return what `Detector.score_features` does, with an entropy of 0 where there is one class only."""
+        result = super().score_features(*args, **options)
+        if not result.neg_entropy:  # of one class: its posterior is certain
+            result.neg_entropy = [torch.zeros_like(logps) for logps in result.logps or ()]
+        return result
+
+    def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities:
+        """Return the log-density of each pixel under its image's class, over C, and the classes' negative entropy.
+
+        Without `group_ids` an image takes the class with the largest sum over the levels of the mean log-density over
+        the pixels, divided by C. At any time z exists of one chunk only. A model of one class has no entropy: the
+        likelihood alone makes its map.
+        """
+        batch, classes, sizes = maps.batch, self.config.n_classes, maps.sizes
+        logps, neg_entropy = ([torch.empty(batch, *size, device=self.device) for size in sizes] for _ in range(2))
+        per_class: list[Tensor] = []
+        if group_ids is None:
+            if kept_bytes(sizes, classes, batch) <= MAX_KEPT:
+                per_class = [torch.empty(batch, *size, classes, device=self.device) for size in sizes]
+            evidence = torch.zeros(batch, classes, dtype=torch.float64, device=self.device)
+            for level, region, density, entropy in self._chunks(maps, None):
+                density = density / self.feature_dims[level]
+                evidence += density.sum((1, 2), dtype=torch.float64) / math.prod(sizes[level])
+                neg_entropy[level][region] = -entropy
+                if per_class:
+                    per_class[level][region] = density
+            group_ids = evidence.argmax(1).cpu()
+        if per_class:
+            images = torch.arange(batch)
+            logps = [level_densities[images, ..., group_ids] for level_densities in per_class]
+        else:
+            for level, region, density, entropy in self._chunks(maps, group_ids):
+                logps[level][region] = density / self.feature_dims[level]
+                neg_entropy[level][region] = -entropy
+        return Densities(logps, neg_entropy if classes > 1 else [], group_ids)
+
+    def _chunks(
+        self, maps: FeatureMaps, class_ids: Tensor | None
+    ) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor]]:
+        """Yield each chunk's level, its region of the map, and log-densities and entropies (B, r, c) of its pixels.
+
+        Without `class_ids` the log-densities are those of every class, (B, r, c, K). All chunks of a piece have one
+        size, rows of pixels padded with zeros: products of another size round differently.
+        """
+        for level, top, left, x in maps.pieces():
+            flow: Any = self.nfs[level]
+            position = flow.grid(*maps.sizes[level], self.device)  # of the whole map, whatever the pieces
+            batch, channels, height, width = x.shape
+            columns = min(width, max(64, CHUNK_PIXELS // batch))  # products of fewer rows waste time
+            rows = min(height, max(1, CHUNK_PIXELS // (batch * columns)))
+            rows = math.ceil(height / math.ceil(height / rows))  # as many chunks, but less padding
+            for i, j in itertools.product(range(0, height, rows), range(0, width, columns)):
+                chunk = x[:, :, i : i + rows, j : j + columns]
+                r, c = chunk.shape[2:]
+                pixels = F.pad(chunk, (0, columns - c, 0, rows - r)).permute(0, 2, 3, 1).reshape(-1, channels)
+                z, log_det = flow(pixels, position and _window(position, top + i, left + j, rows, columns))
+                if class_ids is None:
+                    scores = self.mixture.scores(z, log_det, level, per_class=True)
+                    density, entropy = scores.class_log_density, scores.entropy
+                    assert density is not None
+                else:
+                    density, entropy = self.mixture.own_scores(z, log_det, level, class_ids.to(z.device))
+                region = slice(None), slice(top + i, top + i + r), slice(left + j, left + j + c)
+                shape = batch, rows, columns
+                yield level, region, density.view(*shape, *density.shape[1:])[:, :r, :c], entropy.view(shape)[:, :r, :c]
+
+    def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
+        """Return the bytes of the densities of every class, where they are kept, and those of a chunk."""
+        config, channels = self.config, max(self.feature_dims)
+        kept = kept_bytes(sizes, config.n_classes)
+        hidden = 2 * (channels + config.pos_embed_dim)
+        chunk = 4 * CHUNK_PIXELS * (3 * hidden + 8 * channels + 4 * config.n_classes)
+        return kept if not group_known and kept <= MAX_KEPT else 0, chunk
+
+
+def kept_bytes(sizes: Sequence[tuple[int, int]], classes: int, batch: int = 1) -> int:
+    """Return the bytes of the densities of every class, for maps of these sizes."""
+    return 4 * batch * classes * sum(h * w for h, w in sizes)
+
+
+def _window(position: SeparablePosition, top: int, left: int, rows: int, columns: int) -> SeparablePosition:
+    """Return the positions of a part of a map; beyond the map's edges, where pixels are padding, they are zeros."""
+
+    def part(code: Tensor, start: int, length: int) -> Tensor:
+        inside = code[start : start + length]
+        return F.pad(inside, (0, 0, 0, length - len(inside)))
+
+    return SeparablePosition(part(position.column, left, columns), part(position.row, top, rows))
+
+
+class StageLoss(nn.Module):
+    """The loss of a batch in one stage; see `Detector.objective`.
+
+    It registers the parameters that have a gradient in that stage, and nothing else: DistributedDataParallel waits for
+    each of them, and would send buffers around in every step.
+    """
+
+    def __init__(self, model: HGADModel, stage: int) -> None:
+        super().__init__()
+        mixture = model.mixture
+        self.terms = LOSS_TERMS if stage == 2 else LOSS_TERMS[:3]
+        self.flows = tuple(model.nfs)
+        self.trained = nn.ParameterList([*model.nfs.parameters(), *mixture.mus, *mixture.phi_inters])
+        if stage == 2:
+            self.trained.extend([*mixture.mu_deltas, *mixture.phi_intras])
+        self.pixel_losses = mixture.losses
+        self.config, self.stage = model.config, stage
+
+    def forward(self, batch: Batch, pixels: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Return the loss, and its terms (S, terms): sums over the batch's pixels, divided by `pixels` (S)."""
+        config = self.config
+        weights = dict.fromkeys(LOSS_TERMS, 1.0) | {"L_g": config.lambda1, "L_mi": -config.lambda2}
+        total: Any = 0.0
+        reported = []
+        for level, (groups, count) in enumerate(zip(batch, pixels, strict=True)):
+            flow: Any = self.flows[level]
+            sums: dict[str, Tensor] = {}
+            for x, labels, h, w in groups:
+                z, log_det = flow(x, flow.grid(h, w, x.device))
+                losses = self.pixel_losses(
+                    z, log_det, labels, level, stage=self.stage, label_smoothing=config.label_smoothing
+                )
+                for name, term in losses.items():
+                    sums[name] = sums[name] + term.sum() if name in sums else term.sum()
+            terms = {name: term / count for name, term in sums.items()}
+            total = total + sum(weights[name] * terms[name] for name in self.terms if name in config.loss_terms)
+            reported.append(torch.stack([terms[name].detach() for name in self.terms]))
+        return total, torch.stack(reported)

@@ -1,0 +1,54 @@
+"""The fused operations of the library: each a definition in torch and, where it pays, a Triton twin in `kernels`."""
+
+from .blocks import (
+    BLOCK_KERNEL_CHANNELS,
+    MEMORY_MODES,
+    PRECISIONS,
+    Block,
+    Blocks,
+    Position,
+    SeparablePosition,
+    coupling_blocks,
+    flow,
+    flow_definition,
+    flow_path,
+)
+from .coupling import affine_coupling, affine_coupling_backward
+from .dispatch import BACKENDS, fused, path
+from .mixture import (
+    SCORE_ROWS,
+    MixtureScores,
+    log_weights,
+    mixture_losses,
+    mixture_scores,
+    mixture_terms,
+    mixture_terms_backward,
+    own_class_scores,
+)
+
+__all__ = [
+    "BACKENDS",
+    "BLOCK_KERNEL_CHANNELS",
+    "MEMORY_MODES",
+    "PRECISIONS",
+    "SCORE_ROWS",
+    "Block",
+    "Blocks",
+    "MixtureScores",
+    "Position",
+    "SeparablePosition",
+    "affine_coupling",
+    "affine_coupling_backward",
+    "coupling_blocks",
+    "flow",
+    "flow_definition",
+    "flow_path",
+    "fused",
+    "log_weights",
+    "mixture_losses",
+    "mixture_scores",
+    "mixture_terms",
+    "mixture_terms_backward",
+    "own_class_scores",
+    "path",
+]

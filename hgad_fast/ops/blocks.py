@@ -1,0 +1,487 @@
+"""The coupling blocks of a level's flow, computed together, forward and backward (HGAD, arXiv 2403.13349, section 3.2).
+
+Symbols: N pixels, row-major over (image, row, column); C channels, of which C1 = C - C // 2 pass through a coupling
+block and C2 = C // 2 are transformed; P positional channels; Hd = 2 (C1 + P) hidden units; L blocks.
+
+(This file is not called flow.py, because `hgad_fast.ops.flow` is the operation.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .coupling import affine_coupling, affine_coupling_backward
+from .dispatch import fused, no_double_backward, path
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+MEMORY_MODES = ("standard", "reversible")
+BLOCK_KERNEL_CHANNELS = range(2, 201)  # with more, the kernel's sums spill from the registers inside its loops
+
+
+class Block(NamedTuple):
+    """Parameters of one coupling block."""
+
+    w1: Tensor  # (Hd, C1 + P)
+    b1: Tensor  # (Hd,)
+    w2: Tensor  # (2 C2, Hd)
+    b2: Tensor  # (2 C2,)
+    global_scale: Tensor  # (1, C), before its softplus
+    global_offset: Tensor  # (1, C)
+    w_perm: Tensor  # (C, C), orthogonal, not trained
+
+
+class Blocks(NamedTuple):
+    """Parameters of the L coupling blocks of a flow, stacked: those of a `Block` with L in front."""
+
+    w1: Tensor  # (L, Hd, C1 + P)
+    b1: Tensor  # (L, Hd)
+    w2: Tensor  # (L, 2 C2, Hd)
+    b2: Tensor  # (L, 2 C2)
+    global_scale: Tensor  # (L, 1, C), before its softplus
+    global_offset: Tensor  # (L, 1, C)
+    w_perm: Tensor  # (L, C, C), orthogonal, not trained
+
+    @classmethod
+    def stack(cls, blocks: Blocks | Sequence[Block]) -> Blocks:
+        """Return blocks in the stacked form, differentiable in each of them."""
+        if isinstance(blocks, Blocks):
+            return blocks
+        return cls._make(map(torch.stack, zip(*blocks, strict=True)))
+
+    def each(self) -> list[Block]:
+        """Return the blocks in order, as views."""
+        return [Block._make(parts) for parts in zip(*(stacked.unbind() for stacked in self), strict=True)]
+
+
+class SeparablePosition(NamedTuple):
+    """The sinusoidal code of a feature map of h x w pixels: channels 0..P/2 depend on the column, P/2..P on the row.
+
+    A product with it splits in two tiny ones, W pos(row, column) = W_c column + W_r row: exact, and almost free.
+    """
+
+    column: Tensor  # (w, P / 2)
+    row: Tensor  # (h, P / 2)
+
+
+Position = SeparablePosition | Tensor | None
+
+
+def flow_definition(
+    x: Tensor,
+    blocks: Blocks | Sequence[Block],
+    position: Position = None,
+    *,
+    clamp: float = 1.9,
+    inverse: bool = False,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Compute the conditional flow of one level in plain torch, differentiable to any order; `flow` is the fast form.
+
+    Each block maps [x1, x2] to R ([x1, y2] g + offset), y2 = affine_coupling(x2, subnet(x1, position)), with g =
+    0.1 softplus(global_scale) of sharpness 0.5; scale, offset and rotation R act as one matrix R diag(g).
+    """
+    log_det = x.new_zeros(x.shape[0])
+    c1 = x.shape[1] - x.shape[1] // 2
+    conditions = _conditions(position)
+    in_order = Blocks.stack(blocks).each()
+    for block in reversed(in_order) if inverse else in_order:
+        gain = _gain(block)
+        if inverse:
+            x = (x @ block.w_perm - block.global_offset) / gain
+        x1, x2 = x[:, :c1], x[:, c1:]
+        _, a = _subnet(x1, block, conditions, precision)
+        y2, coupling_log_det = affine_coupling(x2, a, clamp, inverse=inverse, backend="torch")
+        x = torch.cat([x1, y2], 1)
+        if not inverse:
+            x = (x * gain + block.global_offset) @ block.w_perm.T
+        log_det = log_det + coupling_log_det + (-1 if inverse else 1) * gain.log().sum()
+    return x, log_det
+
+
+def flow(
+    x: Tensor,
+    blocks: Blocks | Sequence[Block],
+    position: Position = None,
+    *,
+    clamp: float = 1.9,
+    inverse: bool = False,
+    memory: str = "standard",
+    checkpoint_every: int = 0,
+    precision: str = "fp32",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute all coupling blocks of a level, one operation forward and one backward; defined by `flow_definition`.
+
+    Args:
+        x: features (N, C), float32 (float64 is computed in float64).
+        blocks: parameters of the L blocks, stacked, or one `Block` after the other in order.
+        position: `SeparablePosition` of an (h, w) map with N a multiple of h w, a dense code (N, P), or None.
+        clamp: bound of the log-scale of a coupling block.
+        inverse: map z to x instead (differentiable through plain autograd).
+        memory: ``"standard"`` keeps the activations of every block for the backward pass, ``"reversible"`` only z,
+            and rebuilds them block by block.
+        checkpoint_every: with reversible memory, the input of every so many blocks is kept too (4 C bytes per pixel
+            each in float32), so that rounding errors of the rebuilt activations grow from there only; 0 keeps none.
+        precision: operands of the subnets' products: ``"fp32"``, ``"tf32"`` (rounded to nearest) or ``"bf16"``, all
+            with float32 accumulation. The rotation stays in float32, but see `coupling_blocks`.
+        backend: what computes the affine coupling, or whole blocks where `flow_path` says so: ``"auto"``, ``"triton"``
+            or ``"torch"``.
+
+    Returns:
+        z (N, C) and log-determinant (N,), in the dtype of x.
+
+    Raises:
+        ValueError: a shape or a named choice does not fit; the message says which.
+    """
+    parameters = Blocks.stack(blocks)
+    _check_flow(x, parameters, position, memory, checkpoint_every, precision)
+    if inverse:
+        return flow_definition(x, parameters, position, clamp=clamp, inverse=True)
+    conditions = _conditions(position)
+    options = (precision, backend or "")
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *conditions, *parameters))
+    if not wants_gradient:
+        return _flow_inference(x, conditions, list(parameters), clamp, *options)
+    keep = memory == "standard"
+    z, log_det, _ = _flow_forward(
+        x, conditions, list(parameters), clamp, keep, 1 if keep else checkpoint_every, *options
+    )
+    return z, log_det
+
+
+def flow_path(x: Tensor, position: Position, precision: str, backend: str | None = None) -> str:
+    """Return what computes `flow` for tensors like these where no gradient is wanted.
+
+    Returns:
+        ``"torch"``, ``"triton"`` (products in torch, the coupling in a kernel) or ``"triton, whole blocks"``, for
+        bfloat16 subnets of at most 200 channels with a separable position or none. There the hidden layer, seven times
+        the size of the features, never leaves the chip. Where a gradient is wanted the blocks are computed as the
+        backward pass rebuilds them, with the rotation in float32.
+    """
+    computed_by = path(x, backend)
+    whole = computed_by == "triton" and _block_kernel_fits(x, _conditions(position), precision)
+    return "triton, whole blocks" if whole else computed_by
+
+
+def _block_kernel_fits(x: Tensor, conditions: list[Tensor], precision: str) -> bool:
+    """Return whether the kernel of whole blocks is used for such tensors."""
+    channels_fit = x.shape[1] in BLOCK_KERNEL_CHANNELS
+    return channels_fit and x.dtype == torch.float32 and precision == "bf16" and len(conditions) != 1
+
+
+@fused("blocks")
+def coupling_blocks(
+    x: Tensor,
+    conditions: list[Tensor],
+    parameters: tuple[Tensor, ...],
+    clamp: float = 1.9,
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """Compute coupling blocks as `flow_definition` does, the subnets' operands rounded, and keep nothing of them.
+
+    Args:
+        x: (N, C).
+        conditions: [column, row] of a `SeparablePosition`, or nothing.
+        parameters: those of `Blocks`.
+        clamp, precision: as in `flow`. The kernel multiplies the rotation with the accuracy of float32, but in bf16 as
+            bf16x3: factors are split in two bfloat16 pieces, a large and a small one, and all products but that of the
+            small ones are added (error 1e-5).
+
+    Returns:
+        z (N, C) and log-determinant (N,); not differentiable.
+    """
+    position = SeparablePosition(*conditions) if conditions else None
+    with torch.no_grad():
+        return flow_definition(x, Blocks._make(parameters), position, clamp=clamp, precision=precision)
+
+
+def _check_flow(
+    x: Tensor, blocks: Blocks, position: Position, memory: str, checkpoint_every: int, precision: str
+) -> None:
+    """Raise a ValueError where a shape or a named choice does not fit."""
+    for name, value, allowed in (("memory", memory, MEMORY_MODES), ("precision", precision, PRECISIONS)):
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+    if not isinstance(checkpoint_every, int) or checkpoint_every < 0:
+        raise ValueError(f"checkpoint_every is {checkpoint_every!r}; allowed is a whole number from 0")
+    channels = blocks.w_perm.shape[-1]
+    if x.dim() != 2 or x.shape[1] != channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}; this flow takes (N, {channels})")
+    n, width = x.shape[0], blocks.w1.shape[-1] - (channels - channels // 2)
+    if isinstance(position, SeparablePosition):
+        pixels = position.row.shape[0] * position.column.shape[0]
+        if position.row.shape[1] + position.column.shape[1] != width or (n % pixels if pixels else n):
+            raise ValueError(
+                f"a separable position of row code {tuple(position.row.shape)} and column code "
+                f"{tuple(position.column.shape)} does not fit {n} pixels of {width} positional channels"
+            )
+    elif position is None and width or position is not None and position.shape != (n, width):
+        shape = None if position is None else tuple(position.shape)
+        raise ValueError(f"position has shape {shape}; {n} pixels of this flow need ({n}, {width})")
+
+
+def _conditions(position: Position) -> list[Tensor]:
+    """Return the position as a list of tensors, as the schema of an operator needs it: [column, row], [dense] or []."""
+    if isinstance(position, SeparablePosition):
+        return [position.column, position.row]
+    return [] if position is None else [position]
+
+
+def _gain(block: Block) -> Tensor:
+    """Return the scale g of a block, (1, C)."""
+    return 0.1 * F.softplus(block.global_scale, beta=0.5)
+
+
+@contextmanager
+def _cuda_products(precision: str, x: Tensor) -> Iterator[None]:
+    """Multiply float32 matrices on CUDA in true float32, or with tf32 operands, whatever the process's default is."""
+    if not x.is_cuda:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _operand(x: Tensor, precision: str) -> Tensor:
+    """Return x rounded to nearest in a product's operand precision; tensor cores would truncate, which is biased."""
+    if precision == "fp32" or x.dtype == torch.float64:
+        return x
+    if precision == "tf32":
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    rounded = x.to(torch.bfloat16)
+    return rounded if x.is_cuda else rounded.to(x.dtype)  # a CPU multiplies the rounded operands in float32
+
+
+def _product(x: Tensor, w: Tensor, precision: str, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Return x @ w with operands of the given precision and float32 accumulation, added to `add` or put into `out`."""
+    x, w = _operand(x, precision), _operand(w, precision)
+    with _cuda_products(precision, x):
+        if x.dtype == torch.bfloat16:
+            y = torch.mm(x, w, out_dtype=torch.float32)
+            if add is not None:
+                return add.add_(y)
+            return y if out is None else out.copy_(y)
+        return torch.mm(x, w, out=out) if add is None else add.addmm_(x, w)
+
+
+def _subnet(x1: Tensor, block: Block, conditions: list[Tensor], precision: str) -> tuple[Tensor, Tensor]:
+    """Return h = relu(W1 [x1, position] + b1) (N, Hd) and a = W2 h + b2 (N, 2 C2)."""
+    n, c1 = x1.shape
+    w1x, w1p = block.w1[:, :c1], block.w1[:, c1:]
+    if len(conditions) == 2:
+        column, row = conditions
+        half = column.shape[1]
+        table = (row @ w1p[:, half:].T)[:, None] + (column @ w1p[:, :half].T + block.b1)
+        h = table.flatten(0, 1).repeat(n // max(table.shape[0] * table.shape[1], 1), 1)
+    else:
+        h = block.b1.repeat(n, 1)
+        for dense in conditions:
+            h = _product(dense, w1p.T, precision, add=h)
+    h = _product(x1, w1x.T, precision, add=h).relu_()
+    if precision == "bf16" and h.is_cuda:
+        h = h.to(torch.bfloat16)
+    return h, _product(h, block.w2.T, precision, add=block.b2.repeat(n, 1))
+
+
+@torch.library.custom_op("hgad_fast::flow_forward", mutates_args=())
+def _flow_forward(
+    x: Tensor,
+    conditions: list[Tensor],
+    parameters: list[Tensor],
+    clamp: float,
+    keep: bool,
+    every: int,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return z, the log-determinant, and what is kept for the backward pass.
+
+    That is the inputs of blocks every, 2 every, ..., and with `keep` (y2, h, a) of each block.
+    """
+    c1 = x.shape[1] - x.shape[1] // 2
+    x = x.contiguous()
+    log_det = x.new_zeros(x.shape[0])
+    inputs, activations = [], []
+    for k, block in enumerate(Blocks._make(parameters).each()):
+        if every and k and k % every == 0:
+            inputs.append(x)
+        x1, x2 = x[:, :c1], x[:, c1:]
+        h, a = _subnet(x1, block, conditions, precision)
+        y2, coupling_log_det = affine_coupling(x2, a, clamp, backend=backend)
+        gain = _gain(block)
+        log_det += coupling_log_det.add_(gain.log().sum())
+        rotation = (block.w_perm * gain).T
+        x = _product(x1, rotation[:c1], "fp32", add=(block.global_offset @ block.w_perm.T).repeat(x.shape[0], 1))
+        x = _product(y2, rotation[c1:], "fp32", add=x)
+        if keep:
+            activations += [y2, h, a]
+    return x, log_det, inputs + activations
+
+
+@_flow_forward.register_fake
+def _(x, conditions, parameters, clamp, keep, every, precision, backend):  # type: ignore[no-untyped-def]
+    blocks, hidden = parameters[0].shape[:2]
+    n, c2 = x.shape[0], x.shape[1] // 2
+    dtype = torch.bfloat16 if precision == "bf16" and x.is_cuda else x.dtype
+    kept = [x.new_empty(x.shape) for _ in range((blocks - 1) // every if every else 0)]
+    for _ in range(blocks if keep else 0):
+        kept += [x.new_empty(n, c2), x.new_empty(n, hidden, dtype=dtype), x.new_empty(n, 2 * c2)]
+    return x.new_empty(x.shape), x.new_empty(n), kept
+
+
+@torch.library.custom_op("hgad_fast::flow_inference", mutates_args=())
+def _flow_inference(
+    x: Tensor, conditions: list[Tensor], parameters: list[Tensor], clamp: float, precision: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return z and the log-determinant where no gradient is wanted."""
+    if path(x, backend) == "triton" and _block_kernel_fits(x, conditions, precision):
+        return coupling_blocks(x, conditions, tuple(parameters), clamp, precision, backend="triton")
+    z, log_det, _ = _flow_forward(x, conditions, parameters, clamp, False, 0, precision, backend)
+    return z, log_det
+
+
+@_flow_inference.register_fake
+def _(x, conditions, parameters, clamp, precision, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty(x.shape[0])
+
+
+@torch.library.custom_op("hgad_fast::flow_backward", mutates_args=())
+def _flow_backward(
+    gz: Tensor,
+    glog_det: Tensor,
+    z: Tensor,
+    saved: list[Tensor],
+    conditions: list[Tensor],
+    parameters: list[Tensor],
+    clamp: float,
+    keep: bool,
+    every: int,
+    wants_gx: bool,
+    wants_gposition: bool,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return the gradients of x, of a dense position, and of all stacked parameters but w_perm.
+
+    `saved` is what the forward pass kept, after x itself with `keep`. Without it the input of each block is rebuilt
+    from its output, with the forward pass's operands.
+    """
+    c1 = z.shape[1] - z.shape[1] // 2
+    blocks = Blocks._make(parameters).each()
+    first = 0 if keep else every
+    inputs = dict(zip(range(first, len(blocks), max(every, 1)), saved, strict=False))
+    activations = saved[len(inputs) :]
+    glog_det = glog_det.contiguous()
+    gposition = [torch.zeros_like(dense) for dense in conditions] if wants_gposition else []
+    gradients = [torch.empty_like(stacked, memory_format=torch.contiguous_format) for stacked in parameters[:-1]]
+    gw1, gb1, gw2, gb2, gscale, goffset = gradients
+    for k in reversed(range(len(blocks))):
+        block, gain = blocks[k], _gain(blocks[k])
+        if keep:
+            x1 = inputs[k][:, :c1]
+            y2, h, a = activations[3 * k : 3 * k + 3]
+        else:
+            offset = (-block.global_offset / gain).repeat(z.shape[0], 1)
+            u = _product(z, block.w_perm / gain, "fp32", add=offset)
+            x1, y2 = u[:, :c1], u[:, c1:]
+            h, a = _subnet(x1, block, conditions, precision)
+
+        gu = _product(gz, block.w_perm * gain, "fp32")
+        ggain = torch.cat([(gu[:, :c1] * x1).sum(0), (gu[:, c1:] * y2).sum(0)]).add_(glog_det.sum()) / gain
+        torch.mul(ggain, 0.1 * torch.sigmoid(0.5 * block.global_scale), out=gscale[k])
+        torch.div(gu.sum(0), gain, out=goffset[k])
+
+        gx2, ga, gb2[k], x2 = affine_coupling_backward(gu[:, c1:], glog_det, y2, a, clamp, backend=backend)
+        _product(ga.T, h, precision, out=gw2[k])
+        gh = torch.ops.aten.threshold_backward(_product(ga, block.w2, precision), h, 0)
+        _first_layer_gradients(gh, x1, conditions, precision, gw1[k], gb1[k])
+        for gdense in gposition:
+            _product(gh, block.w1[:, c1:], precision, add=gdense)
+
+        gz = gu
+        if k or wants_gx:
+            _product(gh, block.w1[:, :c1], precision, add=gz[:, :c1])
+            gz[:, c1:] = gx2
+        if k in inputs:
+            z = inputs[k]
+        elif k:
+            u[:, c1:] = x2
+            z = u
+    return gz, gposition, gradients
+
+
+def _first_layer_gradients(
+    gh: Tensor, x1: Tensor, conditions: list[Tensor], precision: str, gw1: Tensor, gb1: Tensor
+) -> None:
+    """Write the gradients of W1 and b1; with a separable position, gh is summed per column and row of the map first."""
+    parts = [_product(gh.T, x1, precision)]
+    if len(conditions) == 2:
+        column, row = conditions
+        gtable = gh.view(-1, row.shape[0] * column.shape[0], gh.shape[1]).sum(0).view(len(row), len(column), -1)
+        gcolumn, grow = gtable.sum(0), gtable.sum(1)
+        parts += [gcolumn.T @ column, grow.T @ row]
+        torch.sum(gcolumn, 0, out=gb1)
+    else:
+        parts += [_product(gh.T, dense, precision) for dense in conditions]
+        torch.sum(gh, 0, out=gb1)
+    torch.cat(parts, 1, out=gw1)
+
+
+@_flow_backward.register_fake
+def _(gz, glog_det, z, saved, conditions, parameters, clamp, keep, every, wants_gx, wants_gposition, *_):  # type: ignore[no-untyped-def]
+    gposition = [torch.empty_like(dense) for dense in conditions] if wants_gposition else []
+    gradients = [torch.empty_like(stacked, memory_format=torch.contiguous_format) for stacked in parameters[:-1]]
+    return torch.empty_like(z), gposition, gradients
+
+
+def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    """Save what `_flow_gradients` reads."""
+    x, conditions, parameters, clamp, keep, every, precision, backend = inputs
+    z, _, saved = output
+    saved = [x, *saved] if keep else saved
+    ctx.set_materialize_grads(False)  # zeros for every saved activation would cost what keeping them costs
+    ctx.conditions = slice(1 + len(saved), 1 + len(saved) + len(conditions))
+    ctx.options = (clamp, keep, every, precision, backend)
+    ctx.save_for_backward(z, *saved, *conditions, *parameters)
+
+
+def _flow_gradients(ctx: Any, gz: Tensor | None, glog_det: Tensor | None, _: Any) -> tuple[Any, ...]:
+    """Return the gradients of the inputs of `_flow_forward`; None where none is wanted."""
+    tensors, slots = ctx.saved_tensors, ctx.conditions
+    z, saved, conditions, parameters = tensors[0], tensors[1 : slots.start], tensors[slots], tensors[slots.stop :]
+    clamp, keep, every, precision, backend = ctx.options
+    gz = torch.zeros_like(z) if gz is None else gz.contiguous()
+    glog_det = z.new_zeros(z.shape[0]) if glog_det is None else glog_det
+    wants_gx = ctx.needs_input_grad[0]
+    wants_gposition = len(conditions) == 1 and conditions[0].requires_grad
+    gx, gposition, gradients = _flow_backward(
+        gz,
+        glog_det,
+        z,
+        list(saved),
+        list(conditions),
+        list(parameters),
+        clamp,
+        keep,
+        every,
+        wants_gx,
+        wants_gposition,
+        precision,
+        backend,
+    )
+    gconditions = gposition or [None] * len(conditions)
+    return gx if wants_gx else None, gconditions, [*gradients, None], *[None] * len(ctx.options)
+
+
+_flow_forward.register_autograd(_flow_gradients, setup_context=_save_flow)
+_flow_backward.register_autograd(no_double_backward)

@@ -1,0 +1,106 @@
+"""The types by which scoring, training and evaluation know a detector, whatever its method.
+
+A method of detection is defined in `models/`, as a subclass of `models.detector.Detector`; the rest of the library
+knows it by this protocol alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from .features.backbone import FeatureMaps
+from .features.extract import FeatureSet
+from .features.preprocess import FeatureSource, ImageSettings
+
+
+class Settings(ImageSettings, Protocol):
+    """The fields of a configuration that every method has."""
+
+    msk_size: int
+    meta_epochs: int
+    sub_epochs: int
+    accumulate: int
+    clip_grad_norm: float | None
+    calibration_fraction: float
+    seed: int
+    lr: float
+
+    @property
+    def method(self) -> str: ...
+
+    def identity(self) -> str: ...
+
+    def to_json(self) -> str: ...
+
+
+class Progress(NamedTuple):
+    """The position of the next batch in the training."""
+
+    meta_epoch: int
+    sub_epoch: int
+    batch: int  # its number in the sub-epoch
+    batches: int  # their number in a sub-epoch
+
+
+@dataclass
+class Densities:
+    """The log-densities of the pixels of B images, and the entropies of the groups' posterior.
+
+    Attributes:
+        logps: per level (B, h, w), the log-density under the image's group divided by C, in nats per channel.
+        neg_entropy: per level (B, h, w), the negative entropy of the groups' posterior, in nats; empty where a method
+            has no posterior, or it carries no information.
+        group_ids: (B,) int64 on the CPU, the group of each image, given or inferred.
+    """
+
+    logps: list[Tensor]
+    neg_entropy: list[Tensor]
+    group_ids: Tensor
+
+    @property
+    def parts(self) -> dict[str, list[Tensor]]:
+        """The densities by name: the anomaly map is the product of the maps that they give, or their weighted sum."""
+        return {"likelihood": self.logps} | ({"entropy": self.neg_entropy} if self.neg_entropy else {})
+
+    def images(self) -> Iterator[Densities]:
+        """Yield the densities of one image after the other, with B = 1."""
+        for i in range(len(self.group_ids)):
+            logps, neg_entropy = ([x[i : i + 1] for x in levels] for levels in (self.logps, self.neg_entropy))
+            yield Densities(logps, neg_entropy, self.group_ids[i : i + 1])
+
+
+class Detector(FeatureSource, Protocol):
+    """An anomaly detector as the library sees it; `models.detector.Detector` documents each member."""
+
+    config: Any  # with the fields of Settings
+    calibration: Any  # a `scoring.calibration.Calibration`, or None before there is one
+    checkpoint: str
+
+    @property
+    def stages(self) -> Mapping[int, str]: ...
+    @property
+    def loss_terms(self) -> Mapping[str, tuple[str, str]]: ...
+    @property
+    def fusion(self) -> str: ...
+    def begin(self, feature_set: FeatureSet) -> None: ...
+    def objective(self, stage: int) -> nn.Module: ...
+    def parameter_groups(self) -> list[dict[str, Any]]: ...
+    def clip_groups(self) -> list[list[nn.Parameter]]: ...
+    def schedule(self, progress: Progress) -> tuple[int, float]: ...
+    def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities: ...
+    def describe(self) -> dict[str, Any]: ...
+    def convert_checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None: ...
+
+    # ---- what a torch.nn.Module has
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any: ...
+
+    # ---- files
+    def save(self, path: Any, include_backbone: bool = True) -> None: ...

@@ -1,0 +1,32 @@
+"""The densities of images from their feature maps, image by image or several images at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..features.backbone import FeatureMaps
+from ..protocol import Densities, Detector
+
+CHUNK_PIXELS = 8192  # feature pixels whose densities are computed together
+
+
+@torch.no_grad()
+def densities(
+    model: Detector, features: Sequence[Tensor], group_ids: Tensor | None, throughput: bool = False
+) -> list[Densities]:
+    """Return the densities of prepared features (B, C, h, w) of each level: one item per image, or per batch of them.
+
+    Batches are formed with `throughput` only: an image computed alone has the same bits whatever the other images are,
+    while sums over the pixels of several images are taken in another order.
+    """
+    batch_size = max(1, CHUNK_PIXELS // max(x[0, 0].numel() for x in features)) if throughput else 1
+    return [
+        model.densities(
+            FeatureMaps.of([x[i : i + batch_size] for x in features]),
+            None if group_ids is None else group_ids[i : i + batch_size],
+        )
+        for i in range(0, len(features[0]), batch_size)
+    ]
