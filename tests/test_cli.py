@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 import hgad_fast
 from hgad_fast import HGADModel
 from hgad_fast.cli import app
-from hgad_fast.data import read_image
-from hgad_fast.evaluate import Evaluation
-from hgad_fast.regions import find_regions
+from hgad_fast.data.images import read_image
+from hgad_fast.evaluation.evaluate import Evaluation
+from hgad_fast.scoring import pipeline
+from hgad_fast.scoring.regions import find_regions
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("train", "score", "eval", "calibrate", "report", "ablate", "data", "bench", "info", "demo")
@@ -64,7 +65,7 @@ def fails(*args: Any) -> str:
     return lines[0]
 
 
-def picture(rng: np.random.Generator, slope: float, defect: bool) -> tuple[Image.Image, Image.Image]:
+def draw(rng: np.random.Generator, slope: float, defect: bool) -> tuple[Image.Image, Image.Image]:
     """Stripes of the given slope, 64 wide and 48 high, with or without a patch of negative; and its mask."""
     y, x = np.mgrid[:48, :64]
     pixels = 128 + 90 * np.sin(0.7 * (x + slope * y))[..., None] * (1.0, 0.8, 0.5) + rng.normal(0, 6, (48, 64, 3))
@@ -81,7 +82,7 @@ def write_dataset(root: Path) -> Path:
     for name, slope in (("leaning", 1.0), ("upright", 0.0)):
         for folder, count in (("train/good", 10), ("test/good", 2), ("test/patch", 3)):
             for i in range(count):
-                image, mask = picture(rng, slope, folder == "test/patch")
+                image, mask = draw(rng, slope, folder == "test/patch")
                 (root / name / folder).mkdir(parents=True, exist_ok=True)
                 image.save(root / name / folder / f"{i:03}.png")
                 if folder == "test/patch":
@@ -119,7 +120,7 @@ def test_train_writes_a_calibrated_model_and_says_where(training):
     written = {"best.safetensors", "checkpoint.pt", "metrics.jsonl", "model.safetensors", "run.json"}
     assert {path.name for path in output.iterdir()} == written
     assert result.stdout == f"model: {output / 'model.safetensors'}\n"
-    assert result.stderr.startswith("hgad-fast: too few calibration pictures for a false-alarm rate of 1.0%")
+    assert result.stderr.startswith("hgad-fast: too few calibration images for a false-alarm rate of 1.0%")
     assert len(result.stderr.splitlines()) == 1
     trained = HGADModel.load(output / "model.safetensors")
     assert trained.class_names == ("leaning", "upright")
@@ -144,7 +145,7 @@ def test_train_keeps_features_on_disk_for_the_next_run(data, tmp_path):
     first, second = (succeeds(*train_arguments(data, tmp_path / name), *options) for name in ("a", "b"))
     (folder,) = (tmp_path / "kept").iterdir()
     assert folder.name.startswith("test_efficientnet-48-float16-")
-    assert first.stderr.startswith(f"features of 20 pictures, about 230 kB, go to {folder} (")
+    assert first.stderr.startswith(f"features of 20 images, about 230 kB, go to {folder} (")
     assert "features of" not in second.stderr
     a, b = (HGADModel.load(tmp_path / name / "model.safetensors").state_dict() for name in ("a", "b"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
@@ -169,7 +170,7 @@ def test_settings_come_from_a_file_and_from_options_that_go_before(data, tmp_pat
     assert options["false_alarm_rate"] == 0.2 and options["skip_bad"] is True and options["resume"] is False
 
 
-def test_score_prints_a_line_a_picture(model, data):
+def test_score_prints_a_line_an_image(model, data):
     folder = data / "upright" / "test" / "patch"
     result = succeeds("score", model, folder, data / "leaning" / "test" / "good" / "000.png")
     lines = result.stdout.splitlines()
@@ -209,25 +210,25 @@ def test_score_takes_the_class_by_name_or_number(model, data, name):
 
 
 def test_score_writes_table_overlays_and_maps(model, data, tmp_path):
-    pictures = [data / "upright" / "test" / "patch", data / "leaning" / "test" / "patch" / "000.png"]
+    images = [data / "upright" / "test" / "patch", data / "leaning" / "test" / "patch" / "000.png"]
     output = tmp_path / "new" / "scored"
-    succeeds("score", model, *pictures, "--output", output, "--maps")
+    succeeds("score", model, *images, "--output", output, "--maps")
     names = ["upright-test-patch-000", "001", "002", "leaning-test-patch-000"]
     assert {path.name for path in (output / "overlays").iterdir()} == {f"{name}.png" for name in names}
     for name in names:
         assert read_image(output / "overlays" / f"{name}.png").shape[2] > 600
     found = np.load(output / "maps" / "leaning-test-patch-000.npy")
-    expected = HGADModel.load(model).score(pictures[1]).anomaly_map[0]
+    expected = HGADModel.load(model).score(images[1]).anomaly_map[0]
     assert found.dtype == np.float32 and found.shape == (48, 64)
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
     with open(output / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["file"] for row in rows] == [str(pictures[0] / f"{i:03}.png") for i in range(3)] + [str(pictures[1])]
+    assert [row["file"] for row in rows] == [str(images[0] / f"{i:03}.png") for i in range(3)] + [str(images[1])]
     assert float(rows[3]["score"]) == pytest.approx(float(expected.max()), rel=0.2)
     assert {row["anomalous"] for row in rows} <= {"True", "False"}
 
 
-def test_one_picture_of_many_names_never_overwrites_another(model, data, tmp_path):
+def test_one_image_of_many_names_never_overwrites_another(model, data, tmp_path):
     source = data / "upright" / "test" / "good" / "000.png"
     files = [tmp_path / name for name in ("a/x.png", "a/x.bmp", "b/x.png", "a-x.png", "y.png")]
     for file in files:
@@ -238,7 +239,7 @@ def test_one_picture_of_many_names_never_overwrites_another(model, data, tmp_pat
     assert names == {"a-x", "a-x-2", "b-x", "a-x-3", "y", "y-2"}
 
 
-def test_a_bad_picture_among_good_ones_is_named_and_the_others_scored(model, data, tmp_path):
+def test_a_bad_image_among_good_ones_is_named_and_the_others_scored(model, data, tmp_path):
     good = data / "upright" / "test" / "good" / "000.png"
     bad = tmp_path / "bad.png"
     bad.write_bytes(good.read_bytes()[:200])
@@ -249,7 +250,7 @@ def test_a_bad_picture_among_good_ones_is_named_and_the_others_scored(model, dat
     assert len(lines) == 3
     assert lines[0].startswith(f"hgad-fast: {bad}: ")
     assert lines[1] == f"hgad-fast: {tmp_path / 'none.png'}: No such file or directory"
-    assert lines[2] == "hgad-fast: 2 of 3 pictures could not be read; the others are scored"
+    assert lines[2] == "hgad-fast: 2 of 3 images could not be read; the others are scored"
     assert (tmp_path / "out" / "scores.csv").read_text().count("\n") == 2
 
 
@@ -265,7 +266,7 @@ def test_data_counts_and_names_what_must_be_fixed(data, tmp_path):
         f"hgad-fast: {sum(f['is_error'] for f in told['findings'])} "
     )
     assert list(told["counts"]) == [f"{root.name}-{name}" for root in (data, copy) for name in ("leaning", "upright")]
-    assert {f["kind"] for f in told["findings"] if f["is_error"]} == {"unreadable file", "same picture in two places"}
+    assert {f["kind"] for f in told["findings"] if f["is_error"]} == {"unreadable file", "same image in two places"}
     assert "no such folder" in fails("data", tmp_path / "absent")
 
 
@@ -287,7 +288,7 @@ def test_eval_prints_a_table_or_json_and_writes_it(model, data, tmp_path):
 
 
 def test_another_false_alarm_rate_changes_the_verdict(model, data):
-    # 10 calibration pictures, 5 of each class, are pooled: p-values are multiples of 1/11
+    # 10 calibration images, 5 of each class, are pooled: p-values are multiples of 1/11
     file = data / "upright" / "test" / "good" / "000.png"
     p_value, thresholds = None, []
     for rate in (0.1, 0.999):
@@ -298,7 +299,7 @@ def test_another_false_alarm_rate_changes_the_verdict(model, data):
     assert thresholds[1] is None or thresholds[1] < thresholds[0]
 
 
-def test_pictures_seen_at_another_size(model, data, tmp_path):
+def test_images_seen_at_another_size(model, data, tmp_path):
     """Thresholds of that size come from `calibrate`; `score` and `eval` then say the same, without a warning."""
     file = data / "upright" / "test" / "patch" / "000.png"
     warned = succeeds("score", model, file, "--img-size", "native", "--json")
@@ -313,7 +314,7 @@ def test_pictures_seen_at_another_size(model, data, tmp_path):
     found = expected.score(file, img_size="native")
     assert (row["score"], row["threshold"]) == (float(found.image_score), pytest.approx(float(found.threshold)))
     succeeds("eval", native, data, "--img-size", "native", "--output", tmp_path / "figures.json")
-    tested = json.loads((tmp_path / "figures.json").read_text())["pictures"]["honest"]
+    tested = json.loads((tmp_path / "figures.json").read_text())["images"]["honest"]
     (same,) = [p for p in tested if p["path"] == "upright/test/patch/000.png"]
     for name in ("score", "threshold"):
         assert same[name] == pytest.approx(row[name], rel=1e-6)
@@ -325,7 +326,7 @@ def test_info_describes_machine_and_model(model):
     assert found["backend"] in ("torch", "triton")
     assert found["model"]["classes"] == "leaning, upright"
     assert found["model"]["backbone"] == "test_efficientnet"
-    assert found["model"]["calibration"].startswith("10 pictures, false-alarm rate 1.0%")
+    assert found["model"]["calibration"].startswith("10 images, false-alarm rate 1.0%")
     text = succeeds("info", model).stdout
     for word in (hgad_fast.__version__, torch.__version__, "leaning, upright", str(model)):
         assert word in text
@@ -378,7 +379,7 @@ def test_a_bad_argument_of_train_is_named(arguments, message, data, tmp_path):
     [
         (b"{", "c.json is no JSON: "),
         (b"\xff\xfe\x00", "c.json is no JSON: "),
-        (b"[1]", "c.json holds a list; it must hold an object of HGADConfig fields"),
+        (b"[1]", "c.json holds a list; it must hold the fields of a configuration"),
         (b'{"img": 3}', "HGADConfig has no field 'img'"),
         (b'{"n_classes": 7}', "HGADConfig.class_names is ('leaning', 'upright'); allowed: 7 different names"),
     ],
@@ -388,11 +389,11 @@ def test_a_bad_configuration_file_is_named(content, message, data, tmp_path):
     assert message in fails("train", data, "--config", tmp_path / "c.json")
 
 
-def test_every_bad_training_picture_is_listed(data, tmp_path):
+def test_every_bad_training_image_is_listed(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     bad = [tmp_path / "data" / name for name in ("leaning/train/good/003.png", "upright/train/good/000.png")]
     for file in bad:
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"no image")
     result = hgad(*train_arguments(tmp_path / "data", tmp_path / "run"))
     assert result.exit_code == 1 and not list((tmp_path / "run").iterdir())
     assert "2 of 20 images cannot be used" in result.stderr and "--skip-bad" in result.stderr
@@ -424,7 +425,7 @@ def test_bad_arguments_of_score_and_eval_are_named(model, data, tmp_path):
     )
     assert "class 2 is unknown; the model knows leaning, upright" in fails("score", model, file, "--class", "2")
     assert "--false-alarm-rate is 1.5" in fails("score", model, file, "--false-alarm-rate", "1.5")
-    assert f"there are no pictures in {tmp_path}" in fails("score", model, tmp_path)
+    assert f"there are no images in {tmp_path}" in fails("score", model, tmp_path)
     assert f"{tmp_path / 'none'}: no such folder" in fails("eval", model, tmp_path / "none")
     (tmp_path / "file").touch()
     assert str(tmp_path / "file") in fails("score", model, file, "--output", tmp_path / "file" / "out").replace("'", "")
@@ -442,7 +443,7 @@ def test_overlays_without_matplotlib_are_refused_before_anything_is_scored(model
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find_spec(name, *a)
     )
-    monkeypatch.setattr(HGADModel, "score", lambda *_, **__: pytest.fail("scores"))
+    monkeypatch.setattr(pipeline, "score_files", lambda *_, **__: pytest.fail("scores"))
     assert "pip install 'hgad-fast[plot]'" in fails("score", model, data, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from hgad_fast import data, demo
-from hgad_fast.backbone import Backbone
+from hgad_fast import demo
+from hgad_fast.data import datasets, images
+from hgad_fast.features.backbone import Backbone
 
 MARGIN = 8  # pixels of a photograph that no crop of two regions comes nearer than
 
@@ -63,8 +64,8 @@ def test_regions_keep_the_margin() -> None:
     assert regions[-1].right <= demo.photograph("brick").shape[1]
 
 
-def test_folders_are_found_as_a_dataset_and_its_calibration_pictures(folders: tuple[Path, Path]) -> None:
-    dataset, calibration = map(data.discover, folders)
+def test_folders_are_found_as_a_dataset_and_its_calibration_images(folders: tuple[Path, Path]) -> None:
+    dataset, calibration = map(datasets.discover, folders)
     assert dataset.class_names == calibration.class_names == demo.PHOTOGRAPHS
     for k in range(len(demo.PHOTOGRAPHS)):
         assert sum(s.class_id == k for s in dataset.train) == demo.COUNTS["train"]
@@ -74,7 +75,7 @@ def test_folders_are_found_as_a_dataset_and_its_calibration_pictures(folders: tu
         for defect in demo.DEFECTS:
             masks = [s.mask for s in of_class if s.defect == defect]
             assert len(masks) == demo.DEFECTS_EACH
-            assert all(mask is not None and 0.005 < data.read_mask(mask).float().mean() < 0.15 for mask in masks)
+            assert all(mask is not None and 0.005 < images.read_mask(mask).float().mean() < 0.15 for mask in masks)
 
 
 @pytest.mark.parametrize("kind", demo.DEFECTS)
@@ -96,7 +97,7 @@ def test_pixel_intensity_does_not_give_the_defects_away(folders: tuple[Path, Pat
     root = folders[0]
     for name in demo.PHOTOGRAPHS:
         train = np.stack([pixels(path) for path in sorted((root / name / "train" / "good").iterdir())]).astype(float)
-        test = data.discover(root / name).test
+        test = datasets.discover(root / name).test
         masks = np.stack([np.zeros(train.shape[1:]) if s.mask is None else pixels(s.mask) > 0 for s in test])
         images = np.stack([pixels(s.path) for s in test])
         for mean in (train.mean(), train.mean(0)):
@@ -113,7 +114,7 @@ def test_the_seed_decides_the_data(folders: tuple[Path, Path], tmp_path: Path) -
     assert digest(other[0]) != digest(folders[0])
 
 
-def test_weights_classify_a_known_picture() -> None:
+def test_weights_classify_a_known_image() -> None:
     import skimage.data
     import timm
 
@@ -135,12 +136,12 @@ def test_weights_file_gives_the_backbone_those_weights_and_their_normalisation(t
     assert backbone.std.flatten().tolist() == [0.5, 0.5, 0.5]
     whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     whole.load_state_dict(demo.lite0_state_dict(), strict=True)
-    picture = torch.rand(1, 3, 256, 256)
+    image = torch.rand(1, 3, 256, 256)
     with torch.no_grad():
-        x = whole.bn1(whole.conv_stem(picture))
+        x = whole.bn1(whole.conv_stem(image))
         for stage in whole.blocks[:5]:  # stride 16 ends after the fifth stage
             x = stage(x)
-        torch.testing.assert_close(backbone(picture)[0], x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(backbone(image)[0], x, rtol=1e-5, atol=1e-5)
 
 
 def test_a_missing_package_is_named_with_the_remedy() -> None:

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from hgad_fast import bench, latency
+from hgad_fast.bench import cases, latency, measure, official, results, timing
 from hgad_fast.cli import app
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "golden"
 
 
 class Golden:
@@ -40,7 +40,7 @@ class Golden:
     def flow(self, level: int) -> torch.nn.Module:
         sizes = self.config
         position_dim = sizes["pos_embed_dim"] if self.conditional else 0
-        flow = bench.official_flow(sizes["C"], position_dim, sizes["coupling_layers"], sizes["clamp_alpha"])
+        flow = official.official_flow(sizes["C"], position_dim, sizes["coupling_layers"], sizes["clamp_alpha"])
         prefix = f"nfs.{level}."
         names = [name for name in self.arrays.files if name.startswith(prefix)]
         flow.load_state_dict({name.removeprefix(prefix): self[name] for name in names})
@@ -76,11 +76,11 @@ def test_official_position_is_golden(name: str) -> None:
     golden = Golden(name)
     for level in range(2):
         expected = golden[f"level{level}.pos_embed"]
-        assert error(bench.official_position(*expected.shape), expected) < 1e-6
+        assert error(official.official_position(*expected.shape), expected) < 1e-6
     images = golden.config["B"]
     assert torch.equal(
-        bench.dense_position(len(expected), images, *expected.shape[1:]),
-        bench.official_position(*expected.shape).flatten(1).t().repeat(images, 1),
+        official.dense_position(len(expected), images, *expected.shape[1:]),
+        official.official_position(*expected.shape).flatten(1).t().repeat(images, 1),
     )
 
 
@@ -93,10 +93,10 @@ def test_official_losses_and_gradients_are_golden(name: str, level: int, stage: 
     x = golden[f"level{level}.features"].requires_grad_()
     flow = golden.flow(level)
     labels = golden["labels"].repeat_interleave(len(x) // golden.config["B"])
-    onehot = bench.smoothed_onehot(labels, golden.config["K"], golden.config["label_smoothing"])
+    onehot = official.smoothed_onehot(labels, golden.config["K"], golden.config["label_smoothing"])
 
-    terms = bench.official_losses(*flow(x, [golden.position(level)]), labels, onehot, **prior, stage=stage)
-    loss = bench.official_loss(terms)
+    terms = official.official_losses(*flow(x, [golden.position(level)]), labels, onehot, **prior, stage=stage)
+    loss = official.official_loss(terms)
     loss.backward()
 
     expected = f"level{level}.{key}."
@@ -120,13 +120,13 @@ def test_official_scores_are_golden(name: str, level: int) -> None:
     prior = golden.prior(level)
     features = golden[f"score.level{level}.features"]
     log_density, negative_entropy = (golden[f"score.level{level}.{kind}"] for kind in ("logps", "neg_entropy"))
-    position = bench.dense_position(golden.config["pos_embed_dim"], *log_density.shape)
+    position = official.dense_position(golden.config["pos_embed_dim"], *log_density.shape)
     with torch.no_grad():
         z, log_det = golden.flow(level)(features, [position])
         mixture = (prior["mu"], prior["delta"], prior["phi_intra"])
         class_id = int(golden["score.class_id"])
-        of_class, minus_entropy = bench.official_scores(z, log_det, *mixture, classes=[class_id])
-        of_every_class, _ = bench.official_scores(z, log_det, *mixture)
+        of_class, minus_entropy = official.official_scores(z, log_det, *mixture, classes=[class_id])
+        of_every_class, _ = official.official_scores(z, log_det, *mixture)
     assert torch.equal(of_every_class[:, class_id], of_class[:, 0])
     assert error(of_class[:, 0], log_density.flatten()) < 1e-6
     assert (minus_entropy - negative_entropy.flatten()).abs().max() < 1e-6
@@ -137,7 +137,7 @@ def test_official_maps_are_golden(name: str) -> None:
     golden = Golden(name)
     size = int(golden["score.msk_size"])
     maps = {
-        kind: bench.official_map([golden[f"score.level{level}.{kind}"] for level in range(2)], size)
+        kind: official.official_map([golden[f"score.level{level}.{kind}"] for level in range(2)], size)
         for kind in ("logps", "neg_entropy")
     }
     assert error(maps["logps"], golden["score.map_logp"]) < 1e-6
@@ -149,8 +149,8 @@ def test_official_maps_are_golden(name: str) -> None:
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
-TINY = bench.Size(images=2, height=3, width=4, channels=9, classes=3, centres=4, blocks=3, position_dim=8)
-CEILING = bench.Ceiling(1e5, {"fp32": 1e6, "tf32": 2e6, "bf16": 4e6})
+TINY = cases.Size(images=2, height=3, width=4, channels=9, classes=3, centres=4, blocks=3, position_dim=8)
+CEILING = results.Ceiling(1e5, {"fp32": 1e6, "tf32": 2e6, "bf16": 4e6})
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -160,22 +160,22 @@ def counted(work: Callable[[], object]) -> int:
 
 
 def test_flop_are_those_of_the_matrix_products() -> None:
-    flow = bench.official_flow(TINY.channels, TINY.position_dim, TINY.blocks)
+    flow = official.official_flow(TINY.channels, TINY.position_dim, TINY.blocks)
     x = torch.randn(TINY.pixels, TINY.channels)
-    position = bench.dense_position(TINY.position_dim, TINY.images, TINY.height, TINY.width)
+    position = official.dense_position(TINY.position_dim, TINY.images, TINY.height, TINY.width)
 
     def step() -> None:
         z, log_det = flow(x, [position])
         (z.sum() + log_det.sum()).backward()
 
-    assert counted(lambda: flow(x, [position])) == bench.flow_flop(TINY, dense=True)
-    assert counted(step) == bench.flow_flop(TINY, dense=True, backward=True)
+    assert counted(lambda: flow(x, [position])) == cases.flow_flop(TINY, dense=True)
+    assert counted(step) == cases.flow_flop(TINY, dense=True, backward=True)
 
     z, centres = torch.randn(TINY.pixels, TINY.channels).requires_grad_(), torch.randn(5, TINY.channels)
     centres.requires_grad_()
-    distances = bench.negative_half_squared_distances
-    assert counted(lambda: distances(z, centres)) == bench.mixture_flop(TINY, 5)
-    assert counted(lambda: distances(z, centres).sum().backward()) == bench.mixture_flop(TINY, 5, backward=True)
+    distances = official.negative_half_squared_distances
+    assert counted(lambda: distances(z, centres)) == cases.mixture_flop(TINY, 5)
+    assert counted(lambda: distances(z, centres).sum().backward()) == cases.mixture_flop(TINY, 5, backward=True)
 
 
 def test_peak_memory_is_what_is_alive_at_once() -> None:
@@ -186,11 +186,11 @@ def test_peak_memory_is_what_is_alive_at_once() -> None:
         third = torch.zeros(500)
         del second, third
 
-    assert bench.peak_memory(work, CPU) == 4 * 3000
+    assert timing.peak_memory(work, CPU) == 4 * 3000
 
 
-def contender(name: str, forward: Callable[[], dict[str, torch.Tensor]], **more: Any) -> bench.Contender:
-    return bench.Contender(name, "torch", forward, flop=1, bytes=1, is_peer=name.startswith("official"), **more)
+def contender(name: str, forward: Callable[[], dict[str, torch.Tensor]], **more: Any) -> cases.Contender:
+    return cases.Contender(name, "torch", forward, flop=1, bytes=1, is_peer=name.startswith("official"), **more)
 
 
 def returns(value: float, name: str = "z") -> Callable[[], dict[str, torch.Tensor]]:
@@ -201,8 +201,8 @@ def out_of_memory() -> dict[str, torch.Tensor]:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB.")
 
 
-def compared(*contenders: bench.Contender, **options: Any) -> dict[str, bench.Outcome]:
-    found = bench.compare("a case", TINY, list(contenders), CPU, CEILING, rounds=2, **options)
+def compared(*contenders: cases.Contender, **options: Any) -> dict[str, results.Outcome]:
+    found = measure.compare("a case", TINY, list(contenders), CPU, CEILING, rounds=2, **options)
     assert [outcome.contender for outcome in found] == [each.name for each in contenders]
     return {outcome.contender: outcome for outcome in found}
 
@@ -215,7 +215,7 @@ def test_contenders_take_turns_and_none_always_goes_first() -> None:
         return {}
 
     contenders = [contender(name, partial(forward, name)) for name in "abc"]
-    times = bench.alternate(contenders, 3, CPU)
+    times = timing.alternate(contenders, 3, CPU)
     assert turns == list("abc") + list("bca") + list("cab")
     assert times.shape == (3, 3) and (times > 0).all()
 
@@ -230,17 +230,19 @@ def test_a_wrong_result_has_no_figures() -> None:
     outcomes = compared(contender("ours", wrong), contender("official", returns(2.0)))
     ours, official = outcomes.values()
     assert runs == ["ours"]
-    assert isinstance(ours, bench.Failure) and ours.is_wrong
+    assert isinstance(ours, results.Failure) and ours.is_wrong
     assert ours.reason == "wrong: z deviates by 4.5e-04 (allowed: 1e-04)"
-    assert isinstance(official, bench.Row) and official.speedups.keys() == {"official"}
-    assert bench.wrong_results(outcomes.values()) == [f"a case, ours ({TINY}): z deviates by 4.5e-04 (allowed: 1e-04)"]
-    assert "wrong: z deviates by 4.5e-04" in bench.table(outcomes.values())
+    assert isinstance(official, results.Row) and official.speedups.keys() == {"official"}
+    assert results.wrong_results(outcomes.values()) == [
+        f"a case, ours ({TINY}): z deviates by 4.5e-04 (allowed: 1e-04)"
+    ]
+    assert "wrong: z deviates by 4.5e-04" in results.table(outcomes.values())
 
 
 def test_what_is_allowed_depends_on_precision_quantity_and_side() -> None:
     def verdict(value: float, name: str = "z", **more: Any) -> Any:
         official = contender("official", returns(1.0, name))
-        return bench.check([contender(more.pop("who", "ours"), returns(value, name), **more), official])
+        return measure.check([contender(more.pop("who", "ours"), returns(value, name), **more), official])
 
     assert isinstance(verdict(1.001)["ours"], str)
     assert verdict(1.001, precision="tf32")["ours"] == pytest.approx(0.001 / 2**0.5, rel=1e-3)
@@ -249,9 +251,9 @@ def test_what_is_allowed_depends_on_precision_quantity_and_side() -> None:
     assert isinstance(verdict(1.001, "gradient of z")["ours"], float)
     assert isinstance(verdict(math.nan, precision="bf16")["ours"], str)
     reference, peer = contender("official", returns(1.0)), contender("official, tf32", returns(2.0), precision="tf32")
-    assert bench.check([reference, peer])["official, tf32"] == pytest.approx(0.5**0.5)  # stated, not judged
+    assert measure.check([reference, peer])["official, tf32"] == pytest.approx(0.5**0.5)  # stated, not judged
     peer = contender("official, tf32", returns(math.nan), precision="tf32")
-    assert isinstance(bench.check([reference, peer])["official, tf32"], str)
+    assert isinstance(measure.check([reference, peer])["official, tf32"], str)
 
 
 def test_who_runs_out_of_memory_is_reported_and_the_others_are_timed() -> None:
@@ -269,13 +271,13 @@ def test_who_runs_out_of_memory_is_reported_and_the_others_are_timed() -> None:
 
 
 def test_where_the_official_one_runs_out_of_memory_a_smaller_batch_says_what_is_right() -> None:
-    def smaller(value: float) -> list[bench.Contender]:
+    def smaller(value: float) -> list[cases.Contender]:
         return [contender("ours", returns(value)), contender("official", returns(1.0))]
 
     big = contender("ours", returns(1.0)), contender("official", out_of_memory)
     outcomes = compared(*big, smaller=lambda: smaller(1.0))
     assert outcomes["official"].reason == "out of memory"
-    assert isinstance(outcomes["ours"], bench.Row) and outcomes["ours"].speedups == {}
+    assert isinstance(outcomes["ours"], results.Row) and outcomes["ours"].speedups == {}
     assert compared(*big, smaller=lambda: smaller(1.1))["ours"].is_wrong
     with pytest.raises(torch.OutOfMemoryError):
         compared(*big)
@@ -313,11 +315,11 @@ def test_rates_follow_from_the_stated_work() -> None:
 
     slow, fast = partial(forward, 0.03), partial(forward, 0.01)
     contenders = [
-        bench.Contender("ours", "torch", fast, flop=4000, bytes=100),
-        bench.Contender("ours, tf32", "torch", fast, flop=4000, bytes=100, precision="tf32"),
-        bench.Contender("official", "FrEIA", slow, flop=8000, bytes=100, is_peer=True),
+        cases.Contender("ours", "torch", fast, flop=4000, bytes=100),
+        cases.Contender("ours, tf32", "torch", fast, flop=4000, bytes=100, precision="tf32"),
+        cases.Contender("official", "FrEIA", slow, flop=8000, bytes=100, is_peer=True),
     ]
-    ours, in_tf32, official = bench.compare("a case", TINY, contenders, CPU, CEILING, rounds=5)
+    ours, in_tf32, official = measure.compare("a case", TINY, contenders, CPU, CEILING, rounds=5)
     median, low, high = ours.speedups["official"]
     assert median > 1.2 and low <= median <= high and official.speedups["official"] == (1, 1, 1)
     assert ours.images_per_second == pytest.approx(2 / ours.seconds)
@@ -328,9 +330,9 @@ def test_rates_follow_from_the_stated_work() -> None:
     assert ours.seconds_quartiles[0] <= ours.seconds <= ours.seconds_quartiles[1]
 
 
-@pytest.mark.parametrize("case", bench.CASES)
+@pytest.mark.parametrize("case", cases.CASES)
 def test_every_case_agrees_with_the_official_formulation(case: str) -> None:
-    rows = bench.run([case], quick=True, device="cpu")
+    rows = measure.run([case], quick=True, device="cpu")
     assert rows[-1].contender == "official" and rows[-1].error == 0
     for row in rows[:-1]:
         assert row.path == "torch" and 0 < row.error < 1e-4
@@ -341,42 +343,42 @@ def test_every_case_agrees_with_the_official_formulation(case: str) -> None:
 def test_without_freia_the_definition_is_the_peer(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "FrEIA", None)
     notes: list[str] = []
-    rows = bench.run([case], quick=True, device="cpu", progress=notes.append)
+    rows = measure.run([case], quick=True, device="cpu", progress=notes.append)
     assert rows[-1].contender == "definition" and rows[-1].path == "torch"
     assert all(0 < row.error < 1e-4 for row in rows[:-1])
     assert "FrEIA is not installed" in notes[0] and "pip install 'hgad-fast[bench]'" in notes[0]
 
 
-@pytest.mark.parametrize("case", bench.CASES)
+@pytest.mark.parametrize("case", cases.CASES)
 def test_on_cuda_every_precision_is_right_too(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU will run, with the products' operands rounded by the definitions."""
 
-    class LikeCuda(bench.Problem):
-        def __init__(self, size: bench.Size, device: torch.device) -> None:
+    class LikeCuda(cases.Problem):
+        def __init__(self, size: cases.Size, device: torch.device) -> None:
             super().__init__(size, device)
             self.precisions, self.peer_precisions = ("fp32", "tf32", "bf16"), ("fp32", "tf32")
 
-    contenders = bench.CASES[case](LikeCuda(bench.QUICK, CPU))
+    contenders = cases.CASES[case](LikeCuda(cases.QUICK, CPU))
     assert {each.precision for each in contenders if each.is_peer} <= {"fp32", "tf32"}
     if case in ("flow", "scoring", "training", "official-loop"):
         assert {each.precision for each in contenders if not each.is_peer} == {"fp32", "tf32", "bf16"}
         assert {each.precision for each in contenders if each.is_peer} == {"fp32", "tf32"}
-    verdicts = bench.check(contenders)
+    verdicts = measure.check(contenders)
     assert len(verdicts) == len(contenders)
     assert all(isinstance(verdict, float) for verdict in verdicts.values()), verdicts
 
 
 def test_latency_of_a_scorer_is_stated_with_the_share_of_the_backbone(tmp_path: Path) -> None:
-    found = bench.run(["latency"], quick=True, device="cpu", output=tmp_path / "r.json")
+    found = measure.run(["latency"], quick=True, device="cpu", output=tmp_path / "r.json")
     assert [each.call for each in found] == ["verdict, class given", "verdict, class inferred", "verdict and map"]
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["rows"] == [] and [each["p95"] for each in written["latencies"]] == [each.p95 for each in found]
     for each in found:
         assert each.frames == 5 and each.error == 0 and each.size == (96, 128) and each.img_size == 64
         assert 0 < each.features < each.p50 <= each.p95 and each.beyond_backbone == each.p50 - each.features
-        assert all(f"{1e3 * value:.2f}" in bench.table(found) for value in (each.p50, each.p95, each.beyond_backbone))
-    assert bench.wrong_results(found) == []
-    (line,) = bench.wrong_results([replace(found[0], error=0.3)])
+        assert all(f"{1e3 * value:.2f}" in results.table(found) for value in (each.p50, each.p95, each.beyond_backbone))
+    assert results.wrong_results(found) == []
+    (line,) = results.wrong_results([replace(found[0], error=0.3)])
     assert line == "latency, verdict, class given: the score deviates by 3.0e-01"
 
 
@@ -396,54 +398,54 @@ def test_latencies_are_of_the_timed_frames_alone(monkeypatch: pytest.MonkeyPatch
 
 def test_peers_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda forward: forward)
-    rows = bench.run(["coupling"], quick=True, device="cpu", compiled=True)
+    rows = measure.run(["coupling"], quick=True, device="cpu", compiled=True)
     assert [row.contender for row in rows] == ["hgad_fast", "official", "official, compiled"]
     assert rows[0].speedups.keys() == {"official", "official, compiled"}
 
 
 def test_table_and_file_say_the_same(tmp_path: Path) -> None:
-    rows = bench.run(["mixture"], quick=True, device="cpu", output=tmp_path / "named.json")
-    text = bench.table(rows)
+    rows = measure.run(["mixture"], quick=True, device="cpu", output=tmp_path / "named.json")
+    text = results.table(rows)
     assert f"{1e3 * rows[0].seconds:.2f} (" in text and f"{rows[0].speedups['official'][0]:.2f} (" in text
 
-    about = bench.environment(CPU)
-    path = bench.save(rows, tmp_path / "results", about)
+    about = measure.about_run(CPU)
+    path = results.save(rows, tmp_path / "results", about)
     written = json.loads(path.read_text())
     assert path.parent == tmp_path / "results" and path.stem.endswith(written["date"][:10])
     assert written["versions"]["torch"] == torch.__version__ and written["device"] == rows[0].device
-    assert written == json.loads(json.dumps(bench.document(rows, about)))
+    assert written == json.loads(json.dumps(results.document(rows, about)))
     assert [row["seconds"] for row in written["rows"]] == [row.seconds for row in rows]
-    assert written["rows"][0]["size"]["channels"] == bench.QUICK.channels
+    assert written["rows"][0]["size"]["channels"] == cases.QUICK.channels
     assert json.loads((tmp_path / "named.json").read_text())["rows"] == written["rows"]
 
 
 def test_a_run_that_is_cut_leaves_what_it_has_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut(problem: bench.Problem) -> list[bench.Contender]:
+    def cut(problem: cases.Problem) -> list[cases.Contender]:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(bench.CASES, "flow", cut)
+    monkeypatch.setitem(cases.CASES, "flow", cut)
     with pytest.raises(KeyboardInterrupt):
-        bench.run(["coupling", "flow"], quick=True, device="cpu", output=tmp_path / "results.json")
+        measure.run(["coupling", "flow"], quick=True, device="cpu", output=tmp_path / "results.json")
     written = json.loads((tmp_path / "results.json").read_text())
     assert {row["case"] for row in written["rows"]} == {"coupling"}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_sizes_shrink_on_a_cpu() -> None:
-    headline = bench.Size(images=8, height=16, width=16, channels=200, classes=15, centres=10, blocks=12)
-    for case in bench.CASES:
-        on_cpu, on_cuda = bench.sizes(case, CPU), bench.sizes(case, CUDA)
+    headline = cases.Size(images=8, height=16, width=16, channels=200, classes=15, centres=10, blocks=12)
+    for case in cases.CASES:
+        on_cpu, on_cuda = cases.sizes(case, CPU), cases.sizes(case, CUDA)
         assert [size.pixels for size in on_cpu] == [2048]
         assert on_cuda[0] == headline and {size.pixels for size in on_cuda} >= {2048, 8192, 32768}
         assert {size.channels for size in on_cuda} == {112, 200} and len(set(on_cuda)) == len(on_cuda)
-    assert bench.sizes("training", CPU) == (headline,)
-    assert {size.classes for size in bench.sizes("training", CUDA)} == {15, 40, 200}
-    assert [size.classes for size in bench.sizes("scores", CUDA) if size.pixels == 1_000_000] == [15, 40]
+    assert cases.sizes("training", CPU) == (headline,)
+    assert {size.classes for size in cases.sizes("training", CUDA)} == {15, 40, 200}
+    assert [size.classes for size in cases.sizes("scores", CUDA) if size.pixels == 1_000_000] == [15, 40]
 
 
-def row(case: str, size: bench.Size, contender: str, seconds: float, flop: int, **more: Any) -> bench.Row:
+def row(case: str, size: cases.Size, contender: str, seconds: float, flop: int, **more: Any) -> results.Row:
     """A row made up; the moved bytes are those of the pixels."""
-    fields: dict[str, Any] = dict.fromkeys(bench.Row.__dataclass_fields__, 0) | {
+    fields: dict[str, Any] = dict.fromkeys(results.Row.__dataclass_fields__, 0) | {
         "case": case,
         "size": size,
         "device": "a device",
@@ -455,7 +457,7 @@ def row(case: str, size: bench.Size, contender: str, seconds: float, flop: int, 
         "bytes": 4 * size.pixels,
         "ceiling": CEILING,
     }
-    return bench.Row(**fields | more)
+    return results.Row(**fields | more)
 
 
 def test_roofline_draws_every_contender_at_the_work_that_is_needed(
@@ -469,9 +471,9 @@ def test_roofline_draws_every_contender_at_the_work_that_is_needed(
         row("flow", TINY, "hgad_fast", 0.5, 1000),
         row("flow", TINY, "official", 2.0, 4000),
         row("flow", big, "hgad_fast", 4.0, 10_000, precision="bf16"),
-        bench.Failure("flow", big, "a device", "official", "FrEIA", "fp32", "out of memory"),
+        results.Failure("flow", big, "a device", "official", "FrEIA", "fp32", "out of memory"),
     ]
-    path = bench.plot(rows, tmp_path / "roof.png")
+    path = results.plot(rows, tmp_path / "roof.png")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     small_panel, big_panel = figures[0].axes
     assert small_panel.get_title("left") == "24 pixels" and big_panel.get_title("left") == "240 pixels"
@@ -484,26 +486,26 @@ def test_roofline_draws_every_contender_at_the_work_that_is_needed(
     roofs = [line.get_ydata().max() for line in small_panel.lines if len(line.get_xdata()) > 2]
     assert roofs == [1e6, 2e6, 4e6]
     with pytest.raises(ValueError, match="no measured rows"):
-        bench.plot(rows[-1:], tmp_path / "nothing.png")
+        results.plot(rows[-1:], tmp_path / "nothing.png")
 
 
 def test_errors_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no benchmark 'speed'; allowed are coupling, flow, mixture"):
-        bench.run(["speed"])
+        measure.run(["speed"])
     monkeypatch.setitem(sys.modules, "FrEIA", None)
     with pytest.raises(ImportError, match=r"pip install 'hgad_fast\[bench\]'"):
-        bench.official_flow(4, 0, 1)
+        official.official_flow(4, 0, 1)
 
 
 def hgad(*arguments: Any) -> Result:
     return CliRunner().invoke(app, ["bench", *map(str, arguments), "--device", "cpu"])
 
 
-def test_command_prints_a_table_and_writes_results_and_picture(tmp_path: Path) -> None:
+def test_command_prints_a_table_and_writes_results_and_image(tmp_path: Path) -> None:
     result = hgad("coupling", "mixture", "--quick", "--output", tmp_path / "r.json", "--plot", tmp_path / "r.png")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("coupling on ") and "official / this" in result.stdout
-    assert result.stderr.splitlines() == [f"{case}: {bench.QUICK}" for case in ("coupling", "mixture")]
+    assert result.stderr.splitlines() == [f"{case}: {cases.QUICK}" for case in ("coupling", "mixture")]
     assert {row["case"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]} == {"coupling", "mixture"}
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -514,10 +516,10 @@ def test_command_prints_a_table_and_writes_results_and_picture(tmp_path: Path) -
 
 def test_command_fails_on_a_wrong_result_and_an_unknown_case(monkeypatch: pytest.MonkeyPatch) -> None:
     contenders = [contender("ours", returns(2.0)), contender("official", returns(1.0))]
-    monkeypatch.setitem(bench.CASES, "coupling", lambda problem: contenders)
+    monkeypatch.setitem(cases.CASES, "coupling", lambda problem: contenders)
     result = hgad("coupling", "--quick")
     assert result.exit_code == 1 and "wrong: z deviates by 7.1e-01" in result.stdout
     assert "hgad-fast: coupling, ours" in result.stderr
     result = hgad("speed")
     assert result.exit_code == 1 and "there is no benchmark 'speed'" in result.stderr
-    assert all(case in hgad("--help").stdout for case in bench.CASES)
+    assert all(case in hgad("--help").stdout for case in cases.CASES)

@@ -19,15 +19,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from benchmarks import gpu, gpu_figures, tf32
-from hgad_fast import bench, metrics, ops
+from hgad_fast import ops
+from hgad_fast.bench import cases, measure, results
+from hgad_fast.evaluation import metrics
+from hgad_fast.ops.blocks import _operand
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = gpu.SIZES[1]
 
 
 def report() -> gpu.Report:
-    return gpu.Report(bench.environment(CPU))
+    return gpu.Report(measure.about_run(CPU))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -56,9 +59,9 @@ def test_correctness_comes_first_then_ceilings_then_what_matters_most() -> None:
         assert sum(name.startswith(f"{kind} against float64") for name in checks) == len(gpu.SIZES)
     assert checks[-3:] == ["bitwise determinism", "torch.compile of a training step", "operands of a tf32 product"]
 
-    assert benchmarks[:2] == [f"training: {bench.LARGE}", f"mixture: {bench.MILLION_PIXELS}"]
+    assert benchmarks[:2] == [f"training: {cases.LARGE}", f"mixture: {cases.MILLION_PIXELS}"]
     assert benchmarks[len(gpu.FIRST)] == "training, all ways"
-    everything = {f"{case}: {size}" for case in bench.CASES for size in bench.sizes(case, CUDA)}
+    everything = {f"{case}: {size}" for case in cases.CASES for size in cases.sizes(case, CUDA)}
     assert everything <= set(benchmarks)
     compiled = [i for i, name in enumerate(benchmarks) if "compiled" in name]
     assert min(compiled) > max(benchmarks.index(name) for name in everything)
@@ -172,7 +175,9 @@ def test_an_error_that_is_no_number_fails_and_is_written(tmp_path: Path) -> None
 
 def test_a_wrong_benchmark_fails_the_run_and_a_repeated_one_is_replaced() -> None:
     found = report()
-    wrong = bench.Failure("flow", SMALL, "a device", "hgad_fast", "triton", "fp32", "wrong: z deviates", is_wrong=True)
+    wrong = results.Failure(
+        "flow", SMALL, "a device", "hgad_fast", "triton", "fp32", "wrong: z deviates", is_wrong=True
+    )
     found.add([wrong])
     assert not found.passed and "flow, hgad_fast" in gpu.summary(found)
     found.add([replace(wrong, reason="out of memory", is_wrong=False)])
@@ -183,14 +188,15 @@ def test_dry_run_of_the_whole_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every check passes on the definitions, and benchmarks leave their rows (test_bench.py runs each of them)."""
-    monkeypatch.setattr(bench, "CASES", {name: bench.CASES[name] for name in ("coupling", "training")})
+    for name in cases.CASES.keys() - {"coupling", "training"}:
+        monkeypatch.delitem(cases.CASES, name)
     found = report()
     gpu.carry_out(gpu.plan(CPU, quick=True), found, tmp_path / "results", 300)
     assert not found.left_out
     assert [str(check) for check in found.checks if not check.passed] == []
     (path,) = (tmp_path / "results").iterdir()
     written = read(path)
-    assert {row["case"] for row in written["rows"]} == set(bench.CASES) and written["failures"] == []
+    assert {row["case"] for row in written["rows"]} == set(cases.CASES) and written["failures"] == []
     assert {"device", "versions", "commit", "date"} <= written.keys()
     figures = {figure["name"]: figure["value"] for figure in written["figures"]}
     missing = [name for name, value in figures.items() if value is None]
@@ -257,7 +263,7 @@ def test_runs_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) 
         return losses
 
     monkeypatch.setattr(ops, "mixture_losses", unsteady)
-    first, second = gpu.check_determinism(bench.QUICK, CPU)
+    first, second = gpu.check_determinism(cases.QUICK, CPU)
     assert first.error == 1 and not first.passed and second.passed
 
 
@@ -266,7 +272,7 @@ def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
     x = torch.tensor([1 + 0.49 * ulp, 1 + 0.5 * ulp, 1 + 0.99 * ulp, -1 - 0.75 * ulp, 1 + ulp])
     assert tf32.truncated(x).tolist() == [1, 1, 1, -1, 1 + ulp]
     assert tf32.rounded(x).tolist() == [1, 1 + ulp, 1 + ulp, -1 - ulp, 1 + ulp]
-    assert torch.equal(tf32.rounded(x), ops._operand(x, "tf32"))
+    assert torch.equal(tf32.rounded(x), _operand(x, "tf32"))
     a, b = torch.randn(2, tf32.SIDE, tf32.SIDE)
     for kind, prepare in (("truncated", tf32.truncated), ("rounded", tf32.rounded), ("exact", torch.clone)):
         found = tf32.deviations(prepare(a) @ prepare(b), a, b)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hgad_fast.data import (
+from hgad_fast.data.datasets import (
     Dataset,
     DatasetError,
     Sample,
@@ -20,11 +20,10 @@ from hgad_fast.data import (
     content_hash,
     discover,
     fingerprint,
-    list_images,
-    read_mask,
     union,
 )
-from hgad_fast.survey import survey
+from hgad_fast.data.images import list_images, read_mask
+from hgad_fast.data.survey import survey
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -154,7 +153,7 @@ SAME_FOLDERS = {"MPDD": "MVTec AD", "MVTec LOCO": "MVTec AD", "VisA for one clas
 
 
 def build(root: Path, name: str) -> Path:
-    """The dataset in miniature: 12 x 8 pixels each, pictures of distinct content, masks with a spot of ones."""
+    """The dataset in miniature: 12 x 8 pixels each, images of distinct content, masks with a spot of ones."""
     files, texts, _ = PUBLISHED[name]
     for i, file in enumerate(files.split()):
         is_mask = any(part in file for part in ("ground_truth", "/Masks/", "/gt/", "usb_3.png"))
@@ -215,7 +214,7 @@ def test_a_folder_of_masks_is_a_mask(tmp_path: Path) -> None:
     assert [finding.kind for finding in survey(found).errors] == []
     draw(first / "001.png", corner[1:])
     assert [error.reason for error in check_images(found.test, skip_bad=True)[1]] == [
-        "its masks differ in size; they belong to one picture, and have its size"
+        "its masks differ in size; they belong to one image, and have its size"
     ]
     write(tmp_path / "box/ground_truth/logical/007/000.png")
     assert discover(tmp_path).stray_masks == (tmp_path / "box/ground_truth/logical/007/000.png",)
@@ -446,10 +445,10 @@ def test_images_below_linked_folders_are_listed(tmp_path: Path) -> None:
         ("MVTec AD 2", "can/validation/good", "can/validation/good", "no validation images"),
         ("BTAD", "02/train/ok/0.png", "02/train/ok", "no training images"),
         ("MVTec 3D-AD", "tire/train/good/rgb", "tire/train/good/rgb", "no training images"),
-        ("MVTec 3D-AD", "tire/test/cut/rgb", "tire/test/cut/rgb", "no such folder; put the pictures of 'cut' here"),
+        ("MVTec 3D-AD", "tire/test/cut/rgb", "tire/test/cut/rgb", "no such folder; put the images of 'cut' here"),
         ("VisA", "split_csv", "split_csv/1cls.csv", "no such file; it comes with VisA"),
         ("VisA", "pcb1/Data/Masks", "split_csv/1cls.csv", "1 of the 4 files .* not exist.*Masks/Anomaly/000.png"),
-        ("Real-IAD", "realiad_1024", "realiad_1024", "no such folder; put Real-IAD's pictures here"),
+        ("Real-IAD", "realiad_1024", "realiad_1024", "no such folder; put Real-IAD's images here"),
         ("Real-IAD", "realiad_1024/usb/OK/S2", "realiad_jsons", "1 of the 4 files .* not exist.*OK/S2/usb_2.jpg"),
     ],
 )
@@ -474,7 +473,7 @@ def test_real_iad_list_that_is_none(tmp_path: Path, content: str) -> None:
     assert str(error.value).startswith(f"{path}: ")
 
 
-def test_masks_that_belong_to_no_picture_are_kept_in_mind(tmp_path: Path) -> None:
+def test_masks_that_belong_to_no_image_are_kept_in_mind(tmp_path: Path) -> None:
     build(tmp_path, "MVTec AD")
     stray = [
         write(tmp_path / "bolt/ground_truth/bent/7_mask.png"),

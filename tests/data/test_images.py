@@ -1,4 +1,4 @@
-"""images.py: every picture here is drawn by the test, so that what must be read is known to the value."""
+"""images.py: every image here is drawn by the test, so that what must be read is known to the value."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from hgad_fast import images
-from hgad_fast.images import (
+from hgad_fast.data import images
+from hgad_fast.data.images import (
     ImageError,
     centre_crop,
     from_pil,
@@ -26,8 +26,8 @@ from hgad_fast.images import (
     read_mask,
     resize_image,
     resize_mask,
-    whole_picture,
-    whole_picture_size,
+    whole_image,
+    whole_image_size,
 )
 
 GREY8 = np.array([[0, 1, 127], [128, 254, 255]], np.uint8)
@@ -403,7 +403,7 @@ def test_resize_image_keeps_more_than_8_bits() -> None:
 def test_resizing_to_the_same_size_is_the_identity() -> None:
     image = torch.rand(3, 5, 9)
     assert resize_image(image, (5, 9)) is image
-    assert whole_picture(image, 5) is image
+    assert whole_image(image, 5) is image
 
 
 def test_resize_mask_is_nearest() -> None:
@@ -428,20 +428,20 @@ def test_resize_mask_is_nearest() -> None:
         ((3, 4), 1, (1, 1)),
     ],
 )
-def test_whole_picture_keeps_the_aspect(size: tuple[int, int], img_size: int, expected: tuple[int, int]) -> None:
-    assert whole_picture_size(*size, img_size) == expected
+def test_whole_image_keeps_the_aspect(size: tuple[int, int], img_size: int, expected: tuple[int, int]) -> None:
+    assert whole_image_size(*size, img_size) == expected
     image = torch.rand(3, *size)
-    torch.testing.assert_close(whole_picture(image, img_size), resize_image(image, expected), rtol=0, atol=0)
+    torch.testing.assert_close(whole_image(image, img_size), resize_image(image, expected), rtol=0, atol=0)
     mask = image[0] > 0.5
-    assert torch.equal(whole_picture(mask, img_size), resize_mask(mask, expected))
+    assert torch.equal(whole_image(mask, img_size), resize_mask(mask, expected))
 
 
 @pytest.mark.parametrize("size", [(320, 427), (600, 800), (1240, 500), (257, 999), (64, 64), (999, 257)])
 @pytest.mark.parametrize("img_size", [256, 255, 77])
 def test_centre_crop_is_that_of_torchvision(size: tuple[int, int], img_size: int) -> None:
-    def official(picture: Image.Image, filter: transforms.InterpolationMode) -> np.ndarray:
+    def official(image: Image.Image, filter: transforms.InterpolationMode) -> np.ndarray:
         steps = [transforms.Resize(img_size, filter), transforms.CenterCrop(img_size)]
-        return np.asarray(transforms.Compose(steps)(picture))
+        return np.asarray(transforms.Compose(steps)(image))
 
     image = torch.rand(3, *size)
     cropped = centre_crop(image, img_size)

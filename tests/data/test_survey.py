@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hgad_fast.data import Dataset, discover
-from hgad_fast.survey import Counts, Survey, survey
+from hgad_fast.data.datasets import Dataset, discover
+from hgad_fast.data.survey import Counts, Survey, survey
 
 
 def draw(path: Path, pixels: np.ndarray) -> None:
@@ -22,7 +22,7 @@ def draw(path: Path, pixels: np.ndarray) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes in order: enough pictures, all of them distinct, each with its mask."""
+    """Two classes in order: enough images, all of them distinct, each with its mask."""
     rng = np.random.default_rng(0)
     for name, shape in (("bolt", (8, 12)), ("nut", (8, 12, 3))):
         for folder, count in (("train/good", 16), ("test/good", 2), ("test/dent", 3)):
@@ -42,12 +42,12 @@ def kinds(found: Survey) -> list[str]:
 def test_a_dataset_in_order(root: Path) -> None:
     found = survey(discover(root), decode=True)
     assert found.counts == {"bolt": Counts(16, 0, 2, 3, 3), "nut": Counts(16, 0, 2, 3, 3)}
-    assert found.pictures == {"12 x 8 L": 21, "12 x 8 RGB": 21}
+    assert found.images == {"12 x 8 L": 21, "12 x 8 RGB": 21}
     assert found.findings == () and found.layout == "MVTec AD"
     text = found.table().splitlines()
     assert text[0] == f"MVTec AD: {root}"
     assert text[-2].split() == ["all", "32", "0", "4", "6", "6"]
-    assert text[-1] == "pictures: 21 of 12 x 8 L, 21 of 12 x 8 RGB"
+    assert text[-1] == "images: 21 of 12 x 8 L, 21 of 12 x 8 RGB"
 
 
 def truncated(root: Path) -> None:
@@ -92,7 +92,7 @@ def no_mask(root: Path) -> None:
     (root / "nut/ground_truth/dent/1_mask.png").unlink()
 
 
-def no_picture(root: Path) -> None:
+def no_image(root: Path) -> None:
     (root / "nut/test/dent/1.png").unlink()
 
 
@@ -112,18 +112,18 @@ def untested(root: Path) -> None:
         (
             wide_mask,
             "mask of another size",
-            "1_mask.png is 13 x 8, its picture 12 x 8: {root}/nut/test/dent/1.png",
+            "1_mask.png is 13 x 8, its image 12 x 8: {root}/nut/test/dent/1.png",
             True,
         ),
         (blank_mask, "empty mask", "nut/ground_truth/dent/1_mask.png: draw the defect", True),
-        (leak, "same picture in two places", "nut/test/good/3.png (train and test): remove one", True),
-        (two_classes, "same picture in two places", "nut/train/good/x.png (bolt and nut): remove one", True),
-        (two_labels, "same picture in two places", "(normal and defect): remove one", True),
-        (twice, "same picture twice", "nut/train/good/3.png and {root}/nut/train/good/x.png", False),
+        (leak, "same image in two places", "nut/test/good/3.png (train and test): remove one", True),
+        (two_classes, "same image in two places", "nut/train/good/x.png (bolt and nut): remove one", True),
+        (two_labels, "same image in two places", "(normal and defect): remove one", True),
+        (twice, "same image twice", "nut/train/good/3.png and {root}/nut/train/good/x.png", False),
         (no_mask, "defect without mask", "nut/test/dent/1.png: counts for image metrics only", False),
-        (no_picture, "mask without picture", "nut/ground_truth/dent/1_mask.png", False),
-        (few, "few training pictures", "bolt: 15; calibration would hold half of them out", False),
-        (untested, "nothing to evaluate on", "bolt: no normal test pictures", False),
+        (no_image, "mask without image", "nut/ground_truth/dent/1_mask.png", False),
+        (few, "few training images", "bolt: 15; calibration would hold half of them out", False),
+        (untested, "nothing to evaluate on", "bolt: no normal test images", False),
     ],
 )
 def test_what_is_wrong_is_found(root: Path, fault: Callable, kind: str, detail: str, is_error: bool) -> None:
@@ -135,13 +135,13 @@ def test_what_is_wrong_is_found(root: Path, fault: Callable, kind: str, detail: 
     assert f"{'error' if is_error else 'warning'}: {kind} ({len(found.findings)})" in found.table().splitlines()
 
 
-def test_a_truncated_picture_is_found_by_decoding(root: Path) -> None:
+def test_a_truncated_image_is_found_by_decoding(root: Path) -> None:
     truncated(root)
     assert survey(discover(root)).findings == ()
     assert kinds(survey(discover(root), decode=True)) == ["unreadable file"]
 
 
-def test_a_picture_that_lies_on_its_side_has_a_mask_that_stands(root: Path) -> None:
+def test_an_image_that_lies_on_its_side_has_a_mask_that_stands(root: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     lying = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(12, 8))
@@ -154,7 +154,7 @@ def test_errors_come_first_and_only_a_few_of_a_kind_are_shown(root: Path) -> Non
         draw(root / f"nut/ground_truth/dent/stray{i}.png", np.ones((8, 12), np.uint8))
     leak(root)
     found = survey(discover(root))
-    assert kinds(found) == ["same picture in two places"] + ["mask without picture"] * 8
+    assert kinds(found) == ["same image in two places"] + ["mask without image"] * 8
     text = found.table()
     assert "... and 3 more; --json lists them all" in text and text.count("stray") == 5
     told = json.loads(json.dumps(found.to_dict()))
@@ -166,5 +166,5 @@ def test_a_leak_between_datasets_is_found(root: Path, tmp_path: Path) -> None:
     dataset: Dataset = discover([root, tmp_path / "other"])
     found = survey(dataset)
     assert set(found.counts) == {"bolt", "set-nut", "other-nut"}
-    assert kinds(found) == ["same picture in two places"] * 21
+    assert kinds(found) == ["same image in two places"] * 21
     assert "(set-nut and other-nut)" in found.findings[0].detail

@@ -1,4 +1,4 @@
-"""The ablation: its product map is what `evaluate` measures, its constants come from held-out normal pictures alone."""
+"""The ablation: its product map is what `evaluate` measures, its constants come from held-out normal images alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from hgad_fast import HGADConfig, HGADModel, ablate, data, score, train
-from hgad_fast.calibrate import held_out_densities
-from hgad_fast.evaluate import evaluate, seen_mask
-from hgad_fast.features import feature_set
-from hgad_fast.train import MODEL
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.data import datasets, images
+from hgad_fast.evaluation import ablate
+from hgad_fast.evaluation.evaluate import evaluate, seen_mask
+from hgad_fast.features import preprocess
+from hgad_fast.features.extract import feature_set
+from hgad_fast.scoring import densities
+from hgad_fast.scoring.calibration import held_out_densities
+from hgad_fast.training import fit
+from hgad_fast.training.checkpoint import MODEL
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +67,8 @@ def ablation(root, tmp_path_factory):
     output, patch = tmp_path_factory.mktemp("out"), pytest.MonkeyPatch()
     patch.setattr(ablate, "STRIDE", 1)
     said: list[str] = []
-    variants = ["single-gaussian", "hgad"]
-    found = ablate.run(root, CONFIG, output, variants=variants, centres=(), training_pictures=6, say=said.append)
+    variants = HGADModel.variants(CONFIG, ["single-gaussian", "hgad"], centres=())
+    found = ablate.run(root, CONFIG, output, variants=variants, training_images=6, say=said.append)
     patch.undo()
     return output, found, said
 
@@ -71,7 +76,7 @@ def ablation(root, tmp_path_factory):
 def test_the_product_is_what_evaluate_measures(ablation, root):
     output, found, said = ablation
     model = HGADModel.load(output / "hgad" / MODEL)
-    normals = feature_set(model, data.discover(root))
+    normals = feature_set(model, datasets.discover(root))
     rows, others = ablate._drawn(normals.class_ids, model.class_names, 6, CONFIG.seed)
     assert sorted(torch.cat([rows, others]).tolist()) == list(range(20)) and len(rows) == 12
     with pytest.warns(UserWarning, match="too few"):
@@ -99,10 +104,10 @@ def test_one_gaussian_has_the_likelihood_alone_and_knows_no_class(ablation):
 
 def test_each_map_is_the_one_that_score_makes(ablation, root):
     model = HGADModel.load(ablation[0] / "hgad" / MODEL)
-    held_out = feature_set(model, data.discover(root)).subset(torch.tensor([0, 1, 2, 15, 16, 17]))
+    held_out = feature_set(model, datasets.discover(root)).subset(torch.tensor([0, 1, 2, 15, 16, 17]))
     normal = held_out_densities(model, held_out)
     levels = [level[None] for level in held_out.images[0]]
-    (part,) = score.densities(model, levels, None)
+    (part,) = densities.densities(model, levels, None)
     expected = {}
     for fusion in ("product", "standardised"):
         model.calibration = ablate._calibration(model, normal, fusion)
@@ -114,13 +119,13 @@ def test_each_map_is_the_one_that_score_makes(ablation, root):
 
 def test_overlap_of_the_log_densities(ablation, root):
     model = HGADModel.load(ablation[0] / "hgad" / MODEL)
-    dataset = data.discover(root)
+    dataset = datasets.discover(root)
     found = ablation[1]["variants"]["hgad"]["log_density_overlap"]
     for k, name in enumerate(dataset.class_names):
         normal, anomalous = [], []
         for sample in (s for s in dataset.test if s.class_id == k):
-            features = score.picture_features(model, data.read_image(sample.path))
-            (part,) = score.densities(model, features, torch.tensor([k]))
+            features = preprocess.image_features(model, images.read_image(sample.path))
+            (part,) = densities.densities(model, features, torch.tensor([k]))
             mask = seen_mask(model, sample, part.logps[0][0])
             normal.append(part.logps[0][0][~mask])
             anomalous.append(part.logps[0][0][mask])
@@ -133,7 +138,7 @@ def test_overlap_of_the_log_densities(ablation, root):
 
 def test_other_numbers_of_centres_are_variants(root, tmp_path):
     config = CONFIG.replace(meta_epochs=1)
-    found = ablate.run(root, config, tmp_path, variants=[], centres=[3], say=lambda text: None)
+    found = ablate.run(root, config, tmp_path, variants=HGADModel.variants(config, [], [3]), say=lambda text: None)
     assert list(found["variants"]) == ["hgad-3-centres"]
     assert HGADModel.load(tmp_path / "hgad-3-centres" / MODEL).config.n_intra_centers == 3
 
@@ -143,7 +148,7 @@ def test_false_alarms_are_counted_over_splits(ablation):
     assert len(alarms["splits"]) == ablate.SPLITS * len(ablate.RATES)
     for rate, pooled in alarms["pooled"].items():
         mine = [split for split in alarms["splits"] if str(split["nominal"]) == rate]
-        assert {split["calibration_pictures"] for split in mine} == {2} and {s["normal_pictures"] for s in mine} == {6}
+        assert {split["calibration_images"] for split in mine} == {2} and {s["normal_images"] for s in mine} == {6}
         assert pooled["false_alarm_rate"] == sum(split["false_alarms"] for split in mine) / (6 * ablate.SPLITS)
         assert pooled["recall"] == pytest.approx(np.mean([split["recall"] for split in mine]))
     assert ablate._binomial(0.05, 207) == [5 / 207, 17 / 207]
@@ -153,22 +158,23 @@ def test_what_is_written_is_used_again(ablation, root, monkeypatch):
     output, found, _ = ablation
     assert json.loads((output / "ablation.json").read_text()) == json.loads(json.dumps(found))
     for name in found["variants"]:
-        with Image.open(output / name / "log-density.png") as picture:
-            assert np.asarray(picture.convert("L")).std() > 10
-    monkeypatch.setattr(train._Run, "_sub_epoch", lambda *a: pytest.fail("trained again"))
+        with Image.open(output / name / "log-density.png") as image:
+            assert np.asarray(image.convert("L")).std() > 10
+    monkeypatch.setattr(fit._Run, "_sub_epoch", lambda *a: pytest.fail("trained again"))
     monkeypatch.setattr(ablate, "STRIDE", 1)
-    again = ablate.run(root, CONFIG, output, variants=["hgad"], centres=[], training_pictures=6, say=lambda text: None)
+    only = {"variants": HGADModel.variants(CONFIG, ["hgad"], []), "say": lambda text: None}
+    again = ablate.run(root, CONFIG, output, training_images=6, **only)
     assert json.dumps(again["variants"]["hgad"]) == json.dumps(found["variants"]["hgad"])
-    with pytest.raises(ValueError, match="was trained on other pictures"):
-        ablate.run(root, CONFIG, output, variants=["hgad"], centres=[], training_pictures=5, say=lambda text: None)
+    with pytest.raises(ValueError, match="was trained on other images"):
+        ablate.run(root, CONFIG, output, training_images=5, **only)
 
 
 def test_without_masks_there_are_no_pixel_figures(root, tmp_path):
-    dataset = data.discover(root)
+    dataset = datasets.discover(root)
     blind = dataclasses.replace(dataset, test=tuple(dataclasses.replace(s, mask=None) for s in dataset.test))
-    found = ablate.run(
-        blind, CONFIG.replace(meta_epochs=1), tmp_path, variants=["inter-class"], centres=[], say=lambda text: None
-    )
+    config = CONFIG.replace(meta_epochs=1)
+    variants = HGADModel.variants(config, ["inter-class"], [])
+    found = ablate.run(blind, config, tmp_path, variants=variants, say=lambda text: None)
     (image, pixel) = found["variants"]["inter-class"]["figures"]["official"]["product"]["mean"]
     assert 0 <= image <= 1 and pixel is None
     assert "NaN" not in (tmp_path / "ablation.json").read_text() and "nan" not in ablate.table(found)
@@ -176,9 +182,9 @@ def test_without_masks_there_are_no_pixel_figures(root, tmp_path):
 
 def test_what_cannot_be(root, tmp_path):
     with pytest.raises(ValueError, match="there is no variant 'hgda'; there are single-gaussian, "):
-        ablate.run(root, CONFIG, tmp_path, variants=["hgda"])
+        HGADModel.variants(CONFIG, ["hgda"])
     for count in (10, 0, -5):
-        with pytest.raises(ValueError, match=f"class 'coarse' has 10 training pictures, of which {count} cannot be"):
-            ablate.run(root, CONFIG, tmp_path, training_pictures=count, say=lambda text: None)
+        with pytest.raises(ValueError, match=f"class 'coarse' has 10 training images, of which {count} cannot be"):
+            ablate.run(root, CONFIG, tmp_path, training_images=count, say=lambda text: None)
     with pytest.raises(ValueError, match="n_intra_centers"):
-        ablate.run(root, CONFIG, tmp_path, centres=[5, 0])
+        HGADModel.variants(CONFIG, centres=[5, 0])

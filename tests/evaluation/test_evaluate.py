@@ -12,11 +12,14 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import auc, roc_auc_score
 
-from hgad_fast import HGADConfig, HGADModel, data, metrics, score
-from hgad_fast.evaluate import FIGURES, BestCheckpoint, Evaluation, evaluate
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.data import datasets, images
+from hgad_fast.evaluation import metrics
+from hgad_fast.evaluation.evaluate import FIGURES, BestCheckpoint, Evaluation, evaluate
+from hgad_fast.features import preprocess
 
 NAMES = ("washer", "bolt", "nut", "screw")  # of the model; the dataset has three of them, in another order
-SIZES = [(48, 48), (40, 60), (70, 48)]  # height and width of the pictures of each class
+SIZES = [(48, 48), (40, 60), (70, 48)]  # height and width of the images of each class
 MSK = 24
 
 
@@ -38,7 +41,7 @@ def root(tmp_path_factory):
     """Three classes: one whole, one with a defect that has no mask, one without defects."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
 
-    def picture(k, i, defect=None):
+    def image(k, i, defect=None):
         h, w = SIZES[i % 3]
         array = rng.integers(60 * k, 60 * k + 70, (h, w, 3)).astype(np.uint8)
         mask = np.zeros((h, w), np.uint8)
@@ -49,10 +52,10 @@ def root(tmp_path_factory):
 
     for k, name in enumerate(("bolt", "nut", "washer")):
         for i in range(3):
-            write(root / name / "train" / "good" / f"{i}.png", picture(k, i)[0])
-            write(root / name / "test" / "good" / f"{i}.png", picture(k, i)[0])
+            write(root / name / "train" / "good" / f"{i}.png", image(k, i)[0])
+            write(root / name / "test" / "good" / f"{i}.png", image(k, i)[0])
         for i in range(3) if name != "washer" else ():
-            array, mask = picture(k, i, "hole")
+            array, mask = image(k, i, "hole")
             write(root / name / "test" / "hole" / f"{i}.png", array)
             if not (name == "nut" and i == 1):
                 write(root / name / "ground_truth" / "hole" / f"{i}_mask.png", mask)
@@ -76,19 +79,19 @@ def model(root):
             msk_size=MSK,
         )
     )
-    good = [data.read_image(s.path) for s in data.discover(root).train if s.path.stem != "1"]
-    crops = [picture[:, :40, :40] for picture in good] + [torch.rand(3, 40, 40) for _ in range(3)]
-    levels = [torch.cat(level) for level in zip(*(score.picture_features(model, p) for p in crops), strict=True)]
+    good = [images.read_image(s.path) for s in datasets.discover(root).train if s.path.stem != "1"]
+    crops = [image[:, :40, :40] for image in good] + [torch.rand(3, 40, 40) for _ in range(3)]
+    levels = [torch.cat(level) for level in zip(*(preprocess.image_features(model, p) for p in crops), strict=True)]
     ids = torch.tensor([1, 1, 2, 2, 0, 0, 3, 3, 3])
     with torch.no_grad():  # bolts and nuts are known; a washer is taken for one of them
         for level, x in enumerate(levels):
             n, c, h, w = x.shape
             z, _ = model.nfs[level](x.permute(0, 2, 3, 1).reshape(-1, c), model.nfs[level].grid(h, w))
-            by_picture = z.view(n, h * w, c).mean(1)
+            by_image = z.view(n, h * w, c).mean(1)
             model.mixture.mu_deltas[level].mul_(0.01)
-            model.mixture.mus[level].mul_(0.1).add_(by_picture[ids == 2].mean(0))
+            model.mixture.mus[level].mul_(0.1).add_(by_image[ids == 2].mean(0))
             for k in (1, 2):
-                model.mixture.mus[level][k] = by_picture[ids == k].mean(0)
+                model.mixture.mus[level][k] = by_image[ids == k].mean(0)
     with pytest.warns(UserWarning, match="too few"):
         model.calibrate((levels, ids), false_alarm_rate=0.3)
     return model
@@ -97,10 +100,10 @@ def model(root):
 def by_hand(model, root, center_crop=False):
     """Both protocols, class by class, from densities, with NumPy, SciPy, Pillow and scikit-learn."""
     figures, right, flagged = {"official": {}, "honest": {}}, [], {False: [], True: []}
-    samples = data.discover(root).test
-    for k, name in enumerate(data.discover(root).class_names):
+    samples = datasets.discover(root).test
+    for k, name in enumerate(datasets.discover(root).class_names):
         mine = [sample for sample in samples if sample.class_id == k]
-        features = [score.picture_features(model, data.read_image(sample.path)) for sample in mine]
+        features = [preprocess.image_features(model, images.read_image(sample.path)) for sample in mine]
         given = [model.score_features(f, NAMES.index(name), "official") for f in features]
         factors = []
         for kind in ("logps", "neg_entropy"):
@@ -192,9 +195,9 @@ def whole(model, root):
 def test_each_figure_is_that_of_metrics(whole, model, root):
     """Per class and pooled, from the maps that `score` gives under the honest protocol."""
     scores, labels, maps, masks = {}, {}, {}, {}
-    dataset = data.discover(root)
+    dataset = datasets.discover(root)
     for sample in dataset.test:
-        found = model.score_features(score.picture_features(model, data.read_image(sample.path)))
+        found = model.score_features(preprocess.image_features(model, images.read_image(sample.path)))
         name = dataset.class_names[sample.class_id]
         scores.setdefault(name, []).append(float(found.image_score))
         labels.setdefault(name, []).append(sample.is_anomalous)
@@ -202,8 +205,8 @@ def test_each_figure_is_that_of_metrics(whole, model, root):
             maps.setdefault(name, []).append(found.anomaly_map[0])
             mask = torch.zeros(maps[name][-1].shape, dtype=torch.bool)
             if sample.mask:
-                seen = data.whole_picture(data.read_mask(sample.mask), model.config.img_size)
-                mask = data.resize_mask(seen, tuple(mask.shape))
+                seen = images.whole_image(images.read_mask(sample.mask), model.config.img_size)
+                mask = images.resize_mask(seen, tuple(mask.shape))
             masks.setdefault(name, []).append(mask)
     for name in (None, *dataset.class_names):
         row = whole.pooled["honest"] if name is None else whole.figures["honest"][name]
@@ -223,18 +226,18 @@ def test_each_figure_is_that_of_metrics(whole, model, root):
         assert auc(x, y) == pytest.approx(row.pixel_auroc, abs=1e-3)
 
 
-def test_every_picture_is_on_record(whole, model, root):
-    samples = {sample.path.relative_to(root).as_posix(): sample for sample in data.discover(root).test}
+def test_every_image_is_on_record(whole, model, root):
+    samples = {sample.path.relative_to(root).as_posix(): sample for sample in datasets.discover(root).test}
     for protocol in ("official", "honest"):
-        assert {picture.path for picture in whole.pictures[protocol]} == samples.keys()
-    for picture in whole.pictures["honest"]:
-        sample, found = samples[picture.path], model.score(root / picture.path)
-        assert (picture.defect, picture.is_anomalous) == (sample.defect, sample.is_anomalous)
-        assert picture.inferred_class == NAMES[int(found.class_id)]
-        assert picture.score == float(found.image_score)
-        assert (picture.p_value, picture.threshold) == (float(found.p_value), float(found.threshold))
-        assert picture.is_flagged == bool(found.is_anomalous)
-    assert all(picture.is_flagged is picture.threshold is None for picture in whole.pictures["official"])
+        assert {image.path for image in whole.images[protocol]} == samples.keys()
+    for image in whole.images["honest"]:
+        sample, found = samples[image.path], model.score(root / image.path)
+        assert (image.defect, image.is_anomalous) == (sample.defect, sample.is_anomalous)
+        assert image.inferred_class == NAMES[int(found.class_id)]
+        assert image.score == float(found.image_score)
+        assert (image.p_value, image.threshold) == (float(found.p_value), float(found.threshold))
+        assert image.is_flagged == bool(found.is_anomalous)
+    assert all(image.is_flagged is image.threshold is None for image in whole.images["official"])
     counted = sum(n for row in whole.confusion.values() for n in row.values())
     assert counted == len(samples)
     assert sum(row.get(name, 0) for name, row in whole.confusion.items()) / counted == whole.inferred_class_accuracy
@@ -244,9 +247,9 @@ def test_json_gives_back_everything(whole):
     text = json.dumps(whole.to_dict(), allow_nan=False)
     read = Evaluation.from_dict(json.loads(text))
     assert json.dumps(read.to_dict(), allow_nan=False) == text
-    assert read.pictures == whole.pictures and read.checkpoints == {"official": "last", "honest": "last"}
+    assert read.images == whole.images and read.checkpoints == {"official": "last", "honest": "last"}
     brief = whole.to_dict(details=False)
-    assert "pictures" not in brief and "curves" not in brief["protocols"]["honest"]["classes"]["bolt"]
+    assert "images" not in brief and "curves" not in brief["protocols"]["honest"]["classes"]["bolt"]
     assert brief["protocols"]["official"]["classes"]["washer"]["image_auroc"] is None
     assert brief["recall"] == whole.recall
 
@@ -275,7 +278,7 @@ def test_another_checkpoint_may_give_the_official_figures(whole, model, root):
     both, alone = (evaluate(m, root, official=other, details=False) for m in (model, other))
     assert both.checkpoints == {"official": "best of 3", "honest": "last"}
     assert both.figures["official"] == alone.figures["official"] != whole.figures["official"]
-    assert both.pictures["honest"] == whole.pictures["honest"]
+    assert both.images["honest"] == whole.images["honest"]
     assert both.mean("honest") == whole.mean("honest")
 
 
@@ -297,7 +300,7 @@ def test_a_class_without_threshold_counts_in_neither_share(model, root, monkeypa
     partial = type(full)(full.level_max, full.scores[kept], full.class_ids[kept], full.false_alarm_rate)
     monkeypatch.setattr(model, "calibration", partial)
     flagged = {False: [], True: []}
-    for sample in data.discover(root).test:
+    for sample in datasets.discover(root).test:
         found = model.score(sample.path)
         if not found.threshold.isnan():
             flagged[sample.is_anomalous].append(bool(found.is_anomalous))
@@ -309,7 +312,7 @@ def test_a_class_without_threshold_counts_in_neither_share(model, root, monkeypa
 
 
 def test_the_best_checkpoint_on_the_test_set_is_kept(model, root, tmp_path):
-    dataset, path = data.discover(root), tmp_path / "best.safetensors"
+    dataset, path = datasets.discover(root), tmp_path / "best.safetensors"
     names = dataset.class_names
     trained = HGADModel(model.config.replace(n_classes=3, class_names=names, lr=0.02, meta_epochs=4, sub_epochs=2))
     best, seen = BestCheckpoint(trained, dataset, path), []
@@ -333,9 +336,9 @@ def test_the_best_checkpoint_on_the_test_set_is_kept(model, root, tmp_path):
 
 
 def test_no_checkpoint_is_best_without_defects(model, root, tmp_path):
-    dataset = data.discover(root)
+    dataset = datasets.discover(root)
     normal = dataclasses.replace(dataset, test=[sample for sample in dataset.test if not sample.is_anomalous])
-    with pytest.raises(ValueError, match="no class with both normal and anomalous test pictures"):
+    with pytest.raises(ValueError, match="no class with both normal and anomalous test images"):
         BestCheckpoint(model, normal, tmp_path / "best.safetensors")
 
 
@@ -345,5 +348,5 @@ def test_datasets_that_do_not_fit(model, root, tmp_path):
     with pytest.raises(ValueError, match="classes the model does not know: rivet"):
         evaluate(model, tmp_path / "unknown")
     write(tmp_path / "untested" / "bolt" / "train" / "good" / "0.png", array)
-    with pytest.raises(ValueError, match="no test pictures; put them into"):
+    with pytest.raises(ValueError, match="no test images; put them into"):
         evaluate(model, tmp_path / "untested")

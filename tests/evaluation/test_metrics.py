@@ -18,7 +18,7 @@ from skimage.measure import label as label_regions
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from benchmarks.metrics import aupro_800
-from hgad_fast import metrics
+from hgad_fast.evaluation import metrics
 
 EXACT = 1e-9
 Arrays = Sequence[np.ndarray]

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from hgad_fast import HGADConfig, HGADModel, charts, report
+from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.cli import app
-from hgad_fast.evaluate import Evaluation
+from hgad_fast.evaluation import charts, report
+from hgad_fast.evaluation.evaluate import Evaluation
 
 LONG = "housing_of_the_left_front_door_actuator-variant_with_bracket.v2"  # no defects in its test set
 ODD = "<b>seal & $ring$"  # a folder may be called that; no masks
@@ -79,7 +80,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch_size=4,
         lr=2e-3,
     )
-    with pytest.warns(UserWarning, match="too few calibration pictures"):
+    with pytest.warns(UserWarning, match="too few calibration images"):
         HGADModel(config).fit(data, output_dir=folder)
     report.write_report(folder)
     return folder
@@ -179,8 +180,8 @@ def test_tables_hold_the_figures_of_both_protocols(page: Page, evaluation: Evalu
 def test_curves_and_histograms_show_what_there_is(page: Page) -> None:
     titles = page.text["strong"]
     assert [title for title in titles if ": " in title and not title.startswith((ODD, LONG, "plate"))] == [
-        "Pictures: ROC",
-        "Pictures: precision and recall",
+        "Images: ROC",
+        "Images: precision and recall",
         "Pixels: ROC",
         "Pixels: precision and recall",
         "Regions: PRO",
@@ -195,39 +196,39 @@ def test_rates_are_what_the_calibration_judges(run: Path, evaluation: Evaluation
         found = report._at_rate(model, model.calibration, evaluation, rate)
         model.calibration.false_alarm_rate = rate
         counts: Counter[bool] = Counter()
-        for picture in evaluation.pictures["honest"]:
-            class_id = torch.tensor([model.class_names.index(picture.inferred_class)])
-            _, verdict, _, _ = model.calibration.judge(torch.tensor([picture.score]), class_id)
-            counts[picture.is_anomalous] += bool(verdict)
+        for image in evaluation.images["honest"]:
+            class_id = torch.tensor([model.class_names.index(image.inferred_class)])
+            _, verdict, _, _ = model.calibration.judge(torch.tensor([image.score]), class_id)
+            counts[image.is_anomalous] += bool(verdict)
         assert (found.false_alarms, found.found) == (counts[False], counts[True])
         assert (found.normal, found.defective) == (evaluation.n_normal, evaluation.n_anomalous) == (12, 12)
         assert found.attainable >= rate
-    # 12 pictures at 1/2: 3 to 9 alarms are 96.1 % of the cases, 4 to 8 only 85.4 %
+    # 12 images at 1/2: 3 to 9 alarms are 96.1 % of the cases, 4 to 8 only 85.4 %
     assert report._AtRate(0.5, 0.5, 6, 12, 0, 0).expected == (3, 9)
 
 
-def test_the_worst_pictures_come_first(page: Page, evaluation: Evaluation) -> None:
-    found = evaluation.pictures["honest"]
+def test_the_worst_images_come_first(page: Page, evaluation: Evaluation) -> None:
+    found = evaluation.images["honest"]
     worst = []
     for is_anomalous in (True, False):
-        group = [picture for picture in found if picture.is_anomalous == is_anomalous]
-        group.sort(key=lambda picture: picture.score / (picture.threshold or 0), reverse=not is_anomalous)
-        worst += [picture.path for picture in group[: report.SHOWN]]
+        group = [image for image in found if image.is_anomalous == is_anomalous]
+        group.sort(key=lambda image: image.score / (image.threshold or 0), reverse=not is_anomalous)
+        worst += [image.path for image in group[: report.SHOWN]]
     spans = [attributes.get("class") for attributes in page.of("span")]
     files = [text for text, name in zip(page.text["span"], spans, strict=True) if name == "file"]
     assert files == worst
     verdicts = [text for text, name in zip(page.text["span"], spans, strict=True) if name and "verdict" in name]
-    flags = {picture.path: (picture.is_flagged, picture.is_anomalous) for picture in found}
+    flags = {image.path: (image.is_flagged, image.is_anomalous) for image in found}
     names = {(True, True): "called defective", (False, False): "called normal"}
     names |= {(False, True): "missed", (True, False): "false alarm"}
     assert verdicts == [names[flags[file]] for file in files]
 
 
-def test_a_large_picture_becomes_a_small_one(data: Path, run: Path, evaluation: Evaluation, monkeypatch) -> None:
+def test_a_large_image_becomes_a_small_one(data: Path, run: Path, evaluation: Evaluation, monkeypatch) -> None:
     monkeypatch.setattr(report, "THUMBNAIL", 30)
     model = HGADModel.load(run / "model.safetensors")
-    picture = next(p for p in evaluation.pictures["honest"] if p.class_name == "plate" and p.is_anomalous)
-    shown = report._shown(model, report.pictures.discover(data), picture)
+    image = next(p for p in evaluation.images["honest"] if p.class_name == "plate" and p.is_anomalous)
+    shown = report._shown(model, report.discover(data), image)
     assert (shown["width"], shown["height"], shown["has_mask"]) == (30, 22, True)
 
 
@@ -286,7 +287,7 @@ def test_the_evaluation_is_used_again_until_model_or_data_change(
         ({"data": "/no/such/folder"}, "those of /no/such/folder, which the model was trained on, do not serve"),
     ],
 )
-def test_without_test_pictures_it_says_so_and_shows_the_rest(recorded: dict, reason: str, copied: Path) -> None:
+def test_without_test_images_it_says_so_and_shows_the_rest(recorded: dict, reason: str, copied: Path) -> None:
     (copied / "run.json").write_text(json.dumps(recorded))
     (copied / "evaluation.json").unlink()
     hgad(copied)
@@ -296,10 +297,10 @@ def test_without_test_pictures_it_says_so_and_shows_the_rest(recorded: dict, rea
     assert not (copied / "evaluation.json").exists()
 
 
-def test_a_dataset_without_test_pictures_counts_as_none(data: Path, copied: Path, tmp_path: Path) -> None:
+def test_a_dataset_without_test_images_counts_as_none(data: Path, copied: Path, tmp_path: Path) -> None:
     normals = shutil.copytree(data, tmp_path / "normals", ignore=shutil.ignore_patterns("test", "ground_truth"))
     hgad(copied, "--data", normals)
-    assert f"There are no test pictures: {normals} has none." in (copied / "report.html").read_text(encoding="utf-8")
+    assert f"There are no test images: {normals} has none." in (copied / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_model_alone_is_enough(copied: Path) -> None:
@@ -343,7 +344,7 @@ def test_missing_packages_are_named_with_the_remedy(name: str, run: Path, monkey
 
 
 def test_a_chart_takes_colours_and_font_from_the_page() -> None:
-    svg = charts.training([[3.0, 2.0, 1.0]] * 5, "a < b", 'a "description" & more', 1.5)
+    svg = charts.training([[3.0, 2.0, 1.0]] * 5, "a < b", 'a "description" & more', [1.5])
     root = ElementTree.fromstring(svg)
     assert root.attrib["aria-label"] == 'a "description" & more'
     assert "#" not in svg and "font-family" not in svg and " id=" not in svg and "xlink" not in svg
@@ -394,8 +395,8 @@ def test_it_reads_well_in_chromium(run: Path, tmp_path: Path) -> None:
         assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         assert browser.evaluate(SORTED) == [["plate", LONG, ODD], sorted(["plate", LONG, ODD])]
         browser.screenshot(tmp_path / "report.png")
-        with Image.open(tmp_path / "report.png") as picture:
-            assert picture.size == (400, 900) and len(picture.convert("RGB").getcolors(1 << 20)) > 50
+        with Image.open(tmp_path / "report.png") as image:
+            assert image.size == (400, 900) and len(image.convert("RGB").getcolors(1 << 20)) > 50
         assert browser.messages == []
         assert {address.partition(":")[0] for address in browser.requests} == {"file", "data"}
         assert [address for address in browser.requests if address.startswith("file")] == [file.as_uri()] * 4

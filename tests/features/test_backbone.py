@@ -14,7 +14,7 @@ import timm
 import torch
 
 from hgad_fast import HGADConfig, HGADModel
-from hgad_fast.backbone import Backbone
+from hgad_fast.features.backbone import Backbone
 
 ARCHS = ("test_efficientnet", "test_resnet", "test_convnext", "test_vit", "test_mambaout")
 
@@ -43,7 +43,7 @@ def bilinear_aligned(image: np.ndarray, h: int, w: int) -> np.ndarray:
     return upper * (1 - v) + lower * v
 
 
-# ---------------------------------------------------------------------------------------------------- pictures in
+# ---------------------------------------------------------------------------------------------------- images in
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_an_architecture_that_keeps_channels_last_gives_channels_first():
 
 def test_an_architecture_of_fixed_size_says_so():
     backbone = Backbone(config("test_vit3", feature_levels=2))
-    with pytest.raises(ValueError, match=r"test_vit3 cannot take pictures of 80 x 80 pixels: .*backbone_arch"):
+    with pytest.raises(ValueError, match=r"test_vit3 cannot take images of 80 x 80 pixels: .*backbone_arch"):
         backbone(torch.randn(1, 3, 160, 160))
 
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hgad_fast import cache
-from hgad_fast.cache import CacheFull, DiskCache, MemoryCache
+from hgad_fast.features import cache
+from hgad_fast.features.cache import CacheFull, DiskCache, MemoryCache
 from hgad_fast.files import byte_count, readable
 
 KEY = {"backbone": "b", "dtype": "torch.float32"}
 
 
 def features(*names: str, dtype: torch.dtype = torch.float32) -> dict[str, list[torch.Tensor]]:
-    """Two levels a picture, of 120 and 36 values; the pictures differ."""
+    """Two levels an image, of 120 and 36 values; the images differ."""
     found = {}
     for name in names:
         generator = torch.Generator().manual_seed(int(name, 16))
@@ -38,7 +38,7 @@ def assert_holds(kept: MemoryCache | DiskCache, *names: str, dtype: torch.dtype 
 
 
 def disk(root: Path, *names: str, limit: int | None = None, key: dict = KEY) -> DiskCache:
-    """A cache that has looked for these pictures."""
+    """A cache that has looked for these images."""
     kept = DiskCache(root, "net", key, limit)
     kept.look_up(names)
     return kept
@@ -180,7 +180,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def holding(kept: DiskCache, names: list[str]) -> int:
-    """A child process that claims these pictures until it is killed."""
+    """A child process that claims these images until it is killed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""Features: what a picture becomes, once, and what of the user's own features is refused."""
+"""Features: what an image becomes, once, and what of the user's own features is refused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from hgad_fast import HGADConfig, HGADModel, data, score
-from hgad_fast import features as features_module
-from hgad_fast.cache import readable
-from hgad_fast.features import FeatureSet, feature_set
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.data import datasets, images
+from hgad_fast.features import extract, preprocess
+from hgad_fast.features.extract import FeatureSet, feature_set
+from hgad_fast.files import readable
 
 
 def levels(n: int = 3) -> list[Tensor]:
@@ -65,10 +66,10 @@ def woods(tmp_path) -> Path:
 
 def expected_features(model: HGADModel, file: Path) -> list[Tensor]:
     """hgad.md, section 1, by Pillow and timm alone."""
-    picture = Image.open(file)
-    short = min(picture.size)
-    size = (64 * picture.width // short, 64 * picture.height // short)
-    planes = [plane.convert("F").resize(size, Image.Resampling.LANCZOS) for plane in picture.split()]
+    image = Image.open(file)
+    short = min(image.size)
+    size = (64 * image.width // short, 64 * image.height // short)
+    planes = [plane.convert("F").resize(size, Image.Resampling.LANCZOS) for plane in image.split()]
     x = torch.from_numpy(np.stack([np.array(plane) for plane in planes])).clamp(0, 255) / 255
     statistics = model.encoder.net.pretrained_cfg
     x = (x - torch.tensor(statistics["mean"])[:, None, None]) / torch.tensor(statistics["std"])[:, None, None]
@@ -78,7 +79,7 @@ def expected_features(model: HGADModel, file: Path) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk", None])
-def test_features_of_pictures(model, woods, cache, tmp_path_factory):
+def test_features_of_images(model, woods, cache, tmp_path_factory):
     features = feature_set(model, woods, cache=cache, cache_dir=tmp_path_factory.mktemp("cache"))
     files = [woods / name / f"{i}.png" for name in ("ash", "oak") for i in range(2)]
     assert features.class_ids.tolist() == [0, 0, 1, 1]
@@ -86,8 +87,8 @@ def test_features_of_pictures(model, woods, cache, tmp_path_factory):
         for found, expected in zip(image, expected_features(model, file), strict=True):
             assert found.shape == expected.shape and found.permute(1, 2, 0).is_contiguous()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert features.images[0][0].shape != features.images[2][0].shape  # the whole picture, in its own proportions
-    assert features.fingerprint == data.fingerprint(data.discover(woods).train, woods)
+    assert features.images[0][0].shape != features.images[2][0].shape  # the whole image, in its own proportions
+    assert features.fingerprint == datasets.fingerprint(datasets.discover(woods).train, woods)
 
 
 def test_cache_decides_when_features_are_computed(model, woods):
@@ -106,7 +107,7 @@ def test_cache_decides_when_features_are_computed(model, woods):
 
 
 def test_progress_advances_with_the_features(model, woods):
-    """The wrapper sees each picture as it is done, not all of them at the end."""
+    """The wrapper sees each image as it is done, not all of them at the end."""
     events = []
     hook = model.encoder.register_forward_hook(lambda *_: events.append("computed"))
 
@@ -124,9 +125,9 @@ def test_progress_advances_with_the_features(model, woods):
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk", None])
-def test_pictures_that_cannot_be_decoded(model, woods, cache, tmp_path_factory):
+def test_images_that_cannot_be_decoded(model, woods, cache, tmp_path_factory):
     options = {"cache": cache, "cache_dir": tmp_path_factory.mktemp("cache")}
-    (woods / "ash" / "1.png").write_bytes(b"no picture")
+    (woods / "ash" / "1.png").write_bytes(b"no image")
     (woods / "oak" / "0.png").write_bytes((woods / "oak" / "1.png").read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"(?s)2 of 4 images.*ash/1\.png.*oak/0\.png"):
         feature_set(model, woods, **options)
@@ -151,16 +152,16 @@ def test_classes_of_the_folder_must_be_those_of_the_model(model, woods):
         feature_set(nameless, woods)
 
 
-def test_pictures_need_a_backbone(woods):
+def test_images_need_a_backbone(woods):
     with pytest.raises(ValueError, match="no backbone"):
         feature_set(featureless(), woods, cache=None)
 
 
-def test_a_picture_that_the_backbone_cannot_take_is_named(model, woods, monkeypatch):
-    monkeypatch.setattr(score, "MAX_MEMORY", score.working_set(model, model.config, (32, 48)))
-    monkeypatch.setattr(score, "ALWAYS_WHOLE", 64 * 64)
+def test_an_image_that_the_backbone_cannot_take_is_named(model, woods, monkeypatch):
+    monkeypatch.setattr(preprocess, "MAX_MEMORY", preprocess.working_set(model, model.config, (32, 48)))
+    monkeypatch.setattr(preprocess, "ALWAYS_WHOLE", 64 * 64)
     Image.fromarray(np.zeros((10, 50, 3), np.uint8)).save(woods / "ash" / "2.png")
-    with pytest.raises(ValueError, match=r"ash/2\.png: a picture of 10 x 50 pixels .* max_memory is \d"):
+    with pytest.raises(ValueError, match=r"ash/2\.png: an image of 10 x 50 pixels .* max_memory is \d"):
         feature_set(model, woods)
     assert len(feature_set(model, woods, skip_bad=True)) == 4
 
@@ -171,7 +172,7 @@ def test_a_picture_that_the_backbone_cannot_take_is_named(model, woods, monkeypa
 @pytest.fixture
 def computed(model, monkeypatch) -> list[Path]:
     """The files whose features are computed, in this order."""
-    files, extractor = [], features_module._Extractor
+    files, extractor = [], extract._Extractor
     original = extractor._seen_or_error
     monkeypatch.setattr(
         extractor, "_seen_or_error", lambda self, content, path: files.append(path) or original(self, content, path)
@@ -195,7 +196,7 @@ def test_a_warm_cache_decodes_nothing(model, woods, on_disk, computed, monkeypat
     feature_set(model, woods, **on_disk)
     assert len(computed) == 4
     fresh = feature_set(model, woods)
-    monkeypatch.setattr(data, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
     assert_same_bits(feature_set(model, woods, **on_disk), fresh)
 
 
@@ -211,7 +212,7 @@ def test_only_what_changed_is_computed(model, woods, on_disk, computed):
     assert_same_bits(found, feature_set(model, woods))
 
 
-def test_equal_pictures_are_computed_once(model, woods, on_disk, computed):
+def test_equal_images_are_computed_once(model, woods, on_disk, computed):
     (woods / "oak" / "0.png").write_bytes((woods / "ash" / "0.png").read_bytes())
     found = feature_set(model, woods, **on_disk)
     assert len(computed) == 3 and len(found) == 4
@@ -268,7 +269,7 @@ def test_the_size_is_told_before_anything_is_written(model, woods, on_disk):
     feature_set(model, woods, say=say, **on_disk)
     (folder,) = on_disk["cache_dir"].iterdir()
     size = sum(level.nbytes for image in feature_set(model, woods).images for level in image)
-    assert told[0].startswith(f"features of 4 pictures, about {readable(size)}, go to {folder} (") and len(told) == 1
+    assert told[0].startswith(f"features of 4 images, about {readable(size)}, go to {folder} (") and len(told) == 1
     feature_set(model, woods, say=told.append, **on_disk)
     assert len(told) == 1
     feature_set(model, woods, say=told.append)
@@ -277,23 +278,23 @@ def test_the_size_is_told_before_anything_is_written(model, woods, on_disk):
 
 @pytest.mark.parametrize("where", ["ram", "disk"])
 def test_what_passes_the_limit_is_computed_anew(model, woods, where, on_disk, computed, monkeypatch):
-    monkeypatch.setattr(features_module, "SHARD_PICTURES", 2)
+    monkeypatch.setattr(extract, "SHARD_IMAGES", 2)
     whole = feature_set(model, woods)
     size = sum(level.nbytes for image in list(whole.images)[:2] for level in image) + 2000  # a shard has a header
-    with pytest.warns(UserWarning, match=r"limit of .* is reached; the features of 2 pictures are computed anew"):
+    with pytest.warns(UserWarning, match=r"limit of .* is reached; the features of 2 images are computed anew"):
         some = feature_set(model, woods, **on_disk | {"cache": where}, cache_limit=size)
     assert_same_bits(some, whole)
 
 
-def test_a_damaged_picture_beyond_the_limit_is_found_too(model, woods, monkeypatch):
-    monkeypatch.setattr(features_module, "SHARD_PICTURES", 2)
-    (woods / "oak" / "1.png").write_bytes(b"no picture")
+def test_a_damaged_image_beyond_the_limit_is_found_too(model, woods, monkeypatch):
+    monkeypatch.setattr(extract, "SHARD_IMAGES", 2)
+    (woods / "oak" / "1.png").write_bytes(b"no image")
     with pytest.warns(UserWarning, match="limit"), pytest.raises(ValueError, match=r"oak/1\.png"):
         feature_set(model, woods, cache_limit=10)
 
 
-def test_a_picture_that_changes_under_our_hands_is_not_cached(model, woods, on_disk, monkeypatch):
-    read = data.read_image
+def test_an_image_that_changes_under_our_hands_is_not_cached(model, woods, on_disk, monkeypatch):
+    read = images.read_image
 
     def read_old(path):
         image = read(path)
@@ -301,19 +302,20 @@ def test_a_picture_that_changes_under_our_hands_is_not_cached(model, woods, on_d
             Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(path)
         return image
 
-    monkeypatch.setattr(data, "read_image", read_old)
+    monkeypatch.setattr(extract, "read_image", read_old)
     with pytest.raises(ValueError, match=r"ash/1\.png: the file was changed while it was read"):
         feature_set(model, woods, **on_disk)
 
 
 FILL = """
 import os, pathlib, signal, sys, time
-from hgad_fast import HGADConfig, HGADModel, features
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.features import extract
 
 role, root, cache_dir, config, computed = sys.argv[1], *map(pathlib.Path, sys.argv[2:4]), *sys.argv[4:]
-features.SHARD_PICTURES = 2
+extract.SHARD_IMAGES = 2
 model = HGADModel(HGADConfig.from_json(config))
-original = features._Extractor.features
+original = extract._Extractor.features
 
 def slow(self, seen):
     with open(computed, "a") as file:
@@ -323,10 +325,10 @@ def slow(self, seen):
         os.kill(os.getpid(), signal.SIGKILL)  # in the middle of its second shard
     return original(self, seen)
 
-features._Extractor.features = slow
+extract._Extractor.features = slow
 while role == "other" and not os.path.exists(computed):
     time.sleep(0.01)
-features.feature_set(model, root, cache="disk", cache_dir=cache_dir)
+extract.feature_set(model, root, cache="disk", cache_dir=cache_dir)
 """
 
 
@@ -346,7 +348,7 @@ def test_processes_share_the_work_and_one_that_is_killed_harms_none(model, tmp_p
     assert processes["other"].wait(60) == 0
     assert log.read_text().split().count("other") == 10  # all but the victim's first shard
     expected = feature_set(model, tmp_path / "woods")
-    monkeypatch.setattr(data, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
     assert_same_bits(feature_set(model, tmp_path / "woods", cache="disk", cache_dir=kept), expected)
 
 
@@ -407,14 +409,14 @@ def test_subset():
 @pytest.mark.parametrize(
     "given, ids, message",
     [
-        (levels(), [0, 1], "3 pictures and class ids"),
+        (levels(), [0, 1], "3 images and class ids"),
         (levels(), [0, 1, 2], "class ids run from 0 to 2; the model has n_classes=2"),
         (levels(), [-1, 0, 1], "class ids run from -1"),
-        (levels()[:1], [0, 1, 1], "picture 0 has features"),
-        (levels()[::-1], [0, 1, 1], r"picture 0 has features .*with C = \[5, 6\]"),
+        (levels()[:1], [0, 1, 1], "image 0 has features"),
+        (levels()[::-1], [0, 1, 1], r"image 0 has features .*with C = \[5, 6\]"),
         ([levels()[0], levels(2)[1]], [0, 1, 1], "with one n; the shapes are"),
         (levels()[0], [0, 1, 1], "one .* tensor a level"),
-        ([level[:, :, :0] for level in levels()], [0, 1, 1], "picture 0 has features"),
+        ([level[:, :, :0] for level in levels()], [0, 1, 1], "image 0 has features"),
     ],
 )
 def test_features_that_do_not_fit(given, ids, message):
@@ -422,9 +424,9 @@ def test_features_that_do_not_fit(given, ids, message):
         feature_set(featureless(), (given, ids))
 
 
-def test_pictures_of_another_type_are_refused():
+def test_images_of_another_type_are_refused():
     images = [[level[0] for level in levels()], [level[1].double() for level in levels()]]
-    with pytest.raises(ValueError, match="picture 1 has features .*float64.* float32"):
+    with pytest.raises(ValueError, match="image 1 has features .*float64.* float32"):
         feature_set(featureless(), FeatureSet(images, torch.tensor([0, 1])))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hgad_fast.interpolate import between, bilinear
+from hgad_fast.features.interpolate import between, bilinear
 
 
 @pytest.mark.parametrize("align_corners", [True, False])

@@ -1,4 +1,4 @@
-"""Tiles of a picture against the whole: features, maps, geometry, and who looks at the whole picture."""
+"""Tiles of an image against the whole: features, maps, geometry, and who looks at the whole image."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import pytest
 import timm
 import torch
 
-from hgad_fast import HGADConfig, backbone, tiles
-from hgad_fast.backbone import Backbone
+from hgad_fast import HGADConfig
+from hgad_fast.features import backbone, tiles
+from hgad_fast.features.backbone import Backbone
 
 
 def small_tiles(monkeypatch, arch: str, **settings) -> Backbone:
-    """A backbone that cuts every picture in three by two tiles."""
+    """A backbone that cuts every image in three by two tiles."""
     settings = {"out_indices": (3,), "feature_levels": 2} | settings
     encoder = Backbone(HGADConfig(backbone_arch=arch, backbone_weights=None, **settings))
     with torch.no_grad():
@@ -30,14 +31,12 @@ def small_tiles(monkeypatch, arch: str, **settings) -> Backbone:
 
 @pytest.mark.parametrize("size", [(512, 96), (500, 80), (497, 61), (40, 501)])
 def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
-    """At sizes of every parity, at the borders of the picture too: its padding depends on the parity."""
+    """At sizes of every parity, at the borders of the image too: its padding depends on the parity."""
     encoder = small_tiles(monkeypatch, "tf_efficientnet_lite0")
-    picture = torch.rand(3, *size)
+    image = torch.rand(3, *size)
     plan = encoder.passes(*size)
     assert len(plan[0].rows) * len(plan[0].columns) > 1
-    for found, whole in zip(
-        encoder.feature_maps(picture).whole(), encoder(encoder.normalize(picture[None])), strict=True
-    ):
+    for found, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
         assert found.shape == whole.shape
         assert float((found - whole).norm() / whole.norm()) < 1e-5
         assert float((found - whole).abs().max() / whole.abs().max()) < 1e-5
@@ -55,11 +54,9 @@ def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
 )
 def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
     encoder = small_tiles(monkeypatch, arch, **settings)
-    picture = torch.rand(3, 489, 91)
+    image = torch.rand(3, 489, 91)
     assert encoder.is_local and len(encoder.passes(489, 91)[0].rows) > 1
-    for found, whole in zip(
-        encoder.feature_maps(picture).whole(), encoder(encoder.normalize(picture[None])), strict=True
-    ):
+    for found, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
         assert float((found - whole).norm() / whole.norm()) < 1e-5
 
 
@@ -67,7 +64,7 @@ def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
     ("arch", "index", "is_local"),
     [("mobilenetv3_small_050", 3, False), ("test_vit", 1, False), ("test_resnet", 1, True), ("test_convnext", 1, True)],
 )
-def test_who_looks_at_the_whole_picture_is_found_out(arch, index, is_local):
+def test_who_looks_at_the_whole_image_is_found_out(arch, index, is_local):
     net = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(index,)).eval()
     assert tiles.footprint(net, net.feature_info.reduction()).is_local is is_local
 

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from hgad_fast.flow import ConditionalFlow
+from hgad_fast.modules.flow import ConditionalFlow
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -100,8 +100,7 @@ def call_mixture(kernels: SimpleNamespace, C: int, K: int, M: int, labels: torch
 def call_blocks(kernels: SimpleNamespace, C: int, pixels: int, P: int = 256) -> None:
     flow = ConditionalFlow(C, 1, P)
     conditions = flow.grid(16, pixels // 16) or []
-    parameters = [[parameter] for parameter in flow.module_list[0].parameters_for_ops()]
-    kernels.flow_block.coupling_blocks(torch.zeros(pixels, C), list(conditions), *parameters, precision="bf16")
+    kernels.blocks.coupling_blocks(torch.zeros(pixels, C), list(conditions), flow.blocks, precision="bf16")
 
 
 IMAGES, PIXELS = torch.zeros(2, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)

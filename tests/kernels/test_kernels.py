@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hgad_fast import ops
-from hgad_fast.flow import ConditionalFlow, dense_position
+from hgad_fast.modules.flow import ConditionalFlow, dense_position
 
 pytestmark = [
     pytest.mark.usefixtures("nan_memory"),
@@ -163,26 +163,24 @@ class Blocks(NamedTuple):
 
     x: Tensor
     position: ops.SeparablePosition | None
-    blocks: list[ops.Block]
+    blocks: ops.Blocks
 
     @classmethod
     def draw(cls, channels: int, position_dim: int, layers: int, images: int, height: int, width: int) -> Blocks:
         flow = ConditionalFlow(channels, layers, position_dim).requires_grad_(False)
-        for block in flow.module_list:
-            block.global_scale.add_(torch.randn(1, channels))
-            block.global_offset.copy_(torch.randn(1, channels))
-            block.subnet[2].weight.mul_(5)
-        blocks = [block.parameters_for_ops() for block in flow.module_list]
-        return cls(torch.randn(images * height * width, channels), flow.grid(height, width), blocks)
+        flow.global_scale.add_(torch.randn(layers, 1, channels))
+        flow.global_offset.copy_(torch.randn(layers, 1, channels))
+        flow.w2.mul_(5)
+        return cls(torch.randn(images * height * width, channels), flow.grid(height, width), flow.blocks)
 
     def definition(self, clamp: float = 1.9) -> tuple[Tensor, Tensor]:
         """In float64."""
         position = self.position and ops.SeparablePosition(*(code.double() for code in self.position))
-        blocks = [ops.Block(*(t.double() for t in block)) for block in self.blocks]
+        blocks = ops.Blocks(*(t.double() for t in self.blocks))
         return ops.flow_definition(self.x.double(), blocks, position, clamp=clamp)
 
     def arguments(self) -> list:
-        return [self.x, ops._conditions(self.position), *map(list, zip(*self.blocks, strict=True))]
+        return [self.x, list(self.position or ()), self.blocks]
 
 
 BLOCKS = {  # channels, positional channels, blocks, images, height, width; a patch has 4 rows of 16 pixels
@@ -201,7 +199,7 @@ BLOCKS = {  # channels, positional channels, blocks, images, height, width; a pa
 def test_coupling_blocks(interpreted, sizes):
     drawn = Blocks.draw(*sizes)
     before = drawn.x.clone()
-    z, log_det = interpreted.flow_block.coupling_blocks(*drawn.arguments(), 1.3, precision="fp32")
+    z, log_det = interpreted.blocks.coupling_blocks(*drawn.arguments(), 1.3, precision="fp32")
     expected = drawn.definition(1.3)
     assert relative_error(z, expected[0]) < FORWARD
     assert relative_error(log_det, expected[1]) < FORWARD
@@ -215,7 +213,7 @@ def test_coupling_blocks(interpreted, sizes):
 @pytest.mark.parametrize("sizes", list(BLOCKS.values())[:4], ids=list(BLOCKS)[:4])
 def test_coupling_blocks_round_the_operands_that_the_definition_rounds(interpreted, sizes, precision, exact, alike):
     drawn = Blocks.draw(*sizes)
-    found = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision=precision)
+    found = interpreted.blocks.coupling_blocks(*drawn.arguments(), precision=precision)
     rounded = ops.coupling_blocks.reference(*drawn.arguments(), precision=precision)
     for value, expected, same in zip(found, drawn.definition(), rounded, strict=True):
         assert 1e-5 < relative_error(value, expected) < exact  # it did round
@@ -229,7 +227,7 @@ def test_coupling_blocks_of_extreme_features(interpreted, scale):
     drawn = Blocks.draw(22, 4, 2, 1, 3, 5)
     drawn = drawn._replace(x=scale * drawn.x)
     for precision, bound in (("fp32", FORWARD), ("bf16", 2e-2)):
-        found = interpreted.flow_block.coupling_blocks(*drawn.arguments(), 5.0, precision=precision)
+        found = interpreted.blocks.coupling_blocks(*drawn.arguments(), 5.0, precision=precision)
         for value, expected in zip(found, drawn.definition(5.0), strict=True):
             assert relative_error(value, expected) < bound
 
@@ -237,9 +235,9 @@ def test_coupling_blocks_of_extreme_features(interpreted, scale):
 @pytest.mark.parametrize("conditional", [True, False])
 def test_coupling_blocks_of_many_pixels_have_larger_patches(interpreted, monkeypatch, conditional):
     drawn = Blocks.draw(13, 4 if conditional else 0, 2, 1, 9, 17)
-    small = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
-    monkeypatch.setattr(interpreted.flow_block, "FEW_PIXELS", 0)
-    large = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
+    small = interpreted.blocks.coupling_blocks(*drawn.arguments(), precision="bf16")
+    monkeypatch.setattr(interpreted.blocks, "FEW_PIXELS", 0)
+    large = interpreted.blocks.coupling_blocks(*drawn.arguments(), precision="bf16")
     for one, other in zip(small, large, strict=True):
         assert relative_error(one, other) < 1e-6
 
@@ -248,9 +246,9 @@ def test_coupling_blocks_of_strided_features_and_of_parameters_that_learn(interp
     drawn = Blocks.draw(13, 4, 1, 1, 3, 5)
     buffer = torch.full((15, 20), torch.nan)
     buffer[:, 5:18] = drawn.x
-    blocks = [ops.Block(*(t.clone().requires_grad_() for t in block)) for block in drawn.blocks]
-    expected = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
-    found = interpreted.flow_block.coupling_blocks(
+    blocks = ops.Blocks(*(t.clone().requires_grad_() for t in drawn.blocks))
+    expected = interpreted.blocks.coupling_blocks(*drawn.arguments(), precision="bf16")
+    found = interpreted.blocks.coupling_blocks(
         *drawn._replace(x=buffer[:, 5:18], blocks=blocks).arguments(), precision="bf16"
     )
     for value, expected_value in zip(found, expected, strict=True):
@@ -260,19 +258,19 @@ def test_coupling_blocks_of_strided_features_and_of_parameters_that_learn(interp
 @pytest.mark.parametrize("position_dim", [0, 4])
 def test_coupling_blocks_of_nothing(interpreted, position_dim):
     drawn = Blocks.draw(13, position_dim, 2, 0, 3, 5)
-    z, log_det = interpreted.flow_block.coupling_blocks(*drawn.arguments(), precision="bf16")
+    z, log_det = interpreted.blocks.coupling_blocks(*drawn.arguments(), precision="bf16")
     assert z.shape == (0, 13) and log_det.shape == (0,)
 
 
 def test_coupling_blocks_refuse_a_dense_code(interpreted):
-    x, _, *parameters = Blocks.draw(13, 4, 1, 1, 3, 5).arguments()
+    x, _, parameters = Blocks.draw(13, 4, 1, 1, 3, 5).arguments()
     with pytest.raises(ValueError, match="separable position or none"):
-        interpreted.flow_block.coupling_blocks(x, [torch.zeros(15, 4)], *parameters)
+        interpreted.blocks.coupling_blocks(x, [torch.zeros(15, 4)], parameters)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 12, 16, 17, 29, 37, 100, 112, 200])
 def test_extents_are_powers_of_two_that_waste_less_than_sixteen(compiled, channels):
-    edges = compiled.flow_block._edges(channels)
+    edges = compiled.blocks._edges(channels)
     assert edges[0] == 0 and channels <= edges[-1] < channels + 16
     for begin, end in zip(edges, edges[1:], strict=False):
         assert end - begin >= 16 and (end - begin) & (end - begin - 1) == 0
@@ -487,7 +485,7 @@ def test_memory_of_the_prior(compiled, monkeypatch, labels):
 @pytest.mark.parametrize("name", ["hgad_small", "hgad_odd"])
 def test_mixture_losses_are_golden(interpreted, name, stage):
     """The official losses of a level, and their gradients for the mixture's parameters, through the kernels."""
-    golden = np.load(Path(__file__).parent / "data" / f"{name}.npz")
+    golden = np.load(Path(__file__).parents[1] / "golden" / f"{name}.npz")
     z, log_det, labels = (torch.from_numpy(golden[key]) for key in ("level0.z", "level0.log_jac_det", "labels"))
     keys = ("mus", "mu_deltas", "phi_inters", "phi_intras")
     parameters = [torch.from_numpy(golden[f"{key}.0"]).requires_grad_() for key in keys]

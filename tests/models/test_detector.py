@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-import hgad_fast.model
+import hgad_fast
 from hgad_fast import HGADConfig, HGADModel
-from hgad_fast.features import FeatureSet
+from hgad_fast.features.extract import FeatureSet
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(**settings) -> HGADConfig:
@@ -47,7 +47,7 @@ def feature_levels(n: int = 9, dims: tuple[int, ...] = (12, 9), seed: int = 0) -
 
 
 def calibrated(model: HGADModel) -> HGADModel:
-    """Parameters moved off their initial values, and thresholds from a few random pictures."""
+    """Parameters moved off their initial values, and thresholds from a few random images."""
     with torch.no_grad():
         for parameter in [*model.nfs.parameters(), *model.mixture.parameters()]:
             parameter += 0.02 * torch.randn_like(parameter)
@@ -182,8 +182,8 @@ def test_a_saved_model_is_the_same_model(make, tmp_path):
     features = feature_levels(4, tuple(model.feat_dims), seed=1)
     assert_scores_alike(loaded.score_features(features), model.score_features(features))
     if model.encoder is not None:
-        pictures = torch.rand(2, 3, 70, 64)
-        assert_scores_alike(loaded.score(pictures), model.score(pictures))
+        images = torch.rand(2, 3, 70, 64)
+        assert_scores_alike(loaded.score(images), model.score(images))
 
 
 def test_an_uncalibrated_model_is_saved_too(tmp_path):
@@ -235,8 +235,8 @@ def test_without_its_backbone_the_same_weights_are_demanded(tmp_path):
     model.save(path, include_backbone=False)
     model.save(tmp_path / "whole.safetensors")
     assert path.stat().st_size < (tmp_path / "whole.safetensors").stat().st_size - 200_000
-    pictures = torch.rand(2, 3, 64, 64)
-    assert_scores_alike(HGADModel.load(path).score(pictures), model.score(pictures))
+    images = torch.rand(2, 3, 64, 64)
+    assert_scores_alike(HGADModel.load(path).score(images), model.score(images))
 
     backbone_file(weights, seed=9)
     with pytest.raises(ValueError, match=r"small\.safetensors .*other weights .*include_backbone=True"):
@@ -244,7 +244,7 @@ def test_without_its_backbone_the_same_weights_are_demanded(tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match=r"small\.safetensors cannot be loaded, as .*without its backbone.*no file"):
         HGADModel.load(path)
-    assert_scores_alike(HGADModel.load(tmp_path / "whole.safetensors").score(pictures), model.score(pictures))
+    assert_scores_alike(HGADModel.load(tmp_path / "whole.safetensors").score(images), model.score(images))
 
 
 def saved(tmp_path: Path) -> Path:

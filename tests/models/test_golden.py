@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from hgad_fast import HGADConfig, HGADModel, ops
-from hgad_fast.flow import dense_position, sinusoidal_position
-from hgad_fast.official import make_optimizer
-from hgad_fast.train import learning_rate
+from hgad_fast.bench.official import named_gradients
+from hgad_fast.modules.flow import dense_position, sinusoidal_position
+from hgad_fast.protocol import Progress
+from hgad_fast.training.step import make_optimizer
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "golden"
 CENTRES = ("mus", "mu_deltas", "phi_inters", "phi_intras")
 STAGES = {"inter": 0, "full": 3}  # and a meta-epoch that is in it
 
@@ -123,13 +124,14 @@ def test_losses_and_gradients(golden: Golden, stage: str, memory: str):
         total(losses).backward()
         prefix = f"level{level}.{stage}.grad."
         parameters = dict(golden.model.named_parameters())
+        of_flow = named_gradients(golden.model.nfs[level])
         wanted = [key.removeprefix(prefix) for key in golden.arrays.files if key.startswith(prefix)]
         assert {"features", "mus"} < set(wanted)
         for name in wanted:
             if name == "features":
                 gradient = x.grad
             elif name.startswith("nfs."):
-                gradient = parameters[name.replace("nfs.", f"nfs.{level}.", 1)].grad
+                gradient = of_flow[name.removeprefix("nfs.")]
             else:
                 gradient = parameters[f"mixture.{name}.{level}"].grad
             assert error(gradient, golden[prefix + name]) < 1e-4, name
@@ -153,8 +155,8 @@ def test_scores_and_maps(golden: Golden):
 
 def test_learning_rate(golden: Golden):
     for meta_epoch, sub_epoch, batch, rate in golden["lr_schedule"].tolist():
-        found = learning_rate(golden.model.config, int(meta_epoch), int(sub_epoch), int(batch), batches=4)
-        assert abs(found - rate) < 1e-12
+        stage, scheduled = golden.model.schedule(Progress(int(meta_epoch), int(sub_epoch), int(batch), batches=4))
+        assert abs(scheduled - rate) < 1e-12 and stage == (1 if meta_epoch < 2 else 2)
 
 
 def test_trajectory(golden: Golden):
@@ -162,7 +164,7 @@ def test_trajectory(golden: Golden):
     model, epoch = golden.model, int(golden["trajectory.epoch"])
     optimizer = make_optimizer(model)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(model.config, epoch, 0, 0, batches=4)
+        group["lr"] = model.schedule(Progress(epoch, 0, 0, batches=4))[1]
     losses = []
     for _ in range(len(golden["trajectory.losses"])):
         for level in golden.levels:
@@ -236,15 +238,14 @@ def test_golden_flow_through_the_block_kernel(interpreted, launches: dict[str, i
     flow, x = golden.model.nfs[level], golden[f"level{level}.features"]
     wanted = golden[f"level{level}.z"], golden[f"level{level}.log_jac_det"]
     position = flow.grid(*golden.size(level))
-    blocks = [block.parameters_for_ops() for block in flow.module_list]
-    parameters = [list(column) for column in zip(*blocks, strict=True)]
-    found = ops.coupling_blocks(x, ops._conditions(position), *parameters, flow.clamp, "fp32", backend="triton")
-    assert launches == {"_block_kernel": len(blocks)}
+    layers, conditions = golden.config["coupling_layers"], list(position or ())
+    found = ops.coupling_blocks(x, conditions, flow.blocks, flow.clamp, "fp32", backend="triton")
+    assert launches == {"_block_kernel": layers}
     for value, right in zip(found, wanted, strict=True):
         assert error(value, right) < 1e-5
 
     flow.precision = "bf16"
     with torch.no_grad():
         z, log_det = flow(x, position)
-    assert launches == {"_block_kernel": 2 * len(blocks)}
+    assert launches == {"_block_kernel": 2 * layers}
     assert error(z, wanted[0]) < 5e-3 and error(log_det, wanted[1]) < 2e-2

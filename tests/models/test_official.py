@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hgad_fast import HGADModel as HGAD
-from hgad_fast import bench
-from hgad_fast.flow import dense_position, sinusoidal_position
-from hgad_fast.train import learning_rate
+from hgad_fast.bench import official
+from hgad_fast.modules.flow import dense_position, sinusoidal_position
+from hgad_fast.protocol import Progress
 
 K, M, P, LAYERS, LEVELS, SMOOTHING = 4, 3, 16, 3, 2, 0.02
 
@@ -56,20 +56,20 @@ def batch_of(model: HGAD, level: int, images: int = 3) -> tuple[Tensor, Tensor, 
     h, w = 8 >> level, 8 >> level
     x = torch.randn(images * h * w, model.feat_dims[level])
     labels = torch.randint(0, K, (images, 1, 1)).repeat(1, h, w)
-    onehot = bench.smoothed_onehot(labels.flatten(), K, SMOOTHING)
-    return x, labels, onehot, bench.dense_position(P, images, h, w)
+    onehot = official.smoothed_onehot(labels.flatten(), K, SMOOTHING)
+    return x, labels, onehot, official.dense_position(P, images, h, w)
 
 
 def official_terms(model: HGAD, level: int, x: Tensor, labels: Tensor, onehot: Tensor, pos_embed: Tensor, epoch: int):
     """The terms and their gradients by FrEIA blocks and materialised distances."""
-    flow = bench.official_flow(model.feat_dims[level], P, LAYERS)
+    flow = official.official_flow(model.feat_dims[level], P, LAYERS)
     flow.load_state_dict(model.nfs[level].state_dict())
     parts = (model.mus, model.mu_deltas, model.phi_inters, model.phi_intras)
     mixture = [part[level].detach().clone().requires_grad_() for part in parts]
     x = x.detach().clone().requires_grad_()
     z, log_det = flow(x, [pos_embed])
-    terms = bench.official_losses(z, log_det, labels.flatten(), onehot, *mixture, stage=1 if epoch < 2 else 2)
-    bench.official_loss(terms).backward()
+    terms = official.official_losses(z, log_det, labels.flatten(), onehot, *mixture, stage=1 if epoch < 2 else 2)
+    official.official_loss(terms).backward()
     gradients = {"x": x.grad, **{f"nfs.{name}": p.grad for name, p in flow.named_parameters() if p.requires_grad}}
     names = ("mus", "mu_deltas", "phi_inters", "phi_intras")
     return terms, gradients | {name: p.grad for name, p in zip(names, mixture, strict=True)}
@@ -81,8 +81,8 @@ def our_terms(
     x = x.detach().clone().requires_grad_()
     model.zero_grad(set_to_none=True)
     terms = model(x, (labels, onehot), pos_embed, scale=level, epoch=epoch)
-    bench.official_loss(terms).backward()
-    gradients = {"x": x.grad, **{f"nfs.{n}": p.grad for n, p in model.nfs[level].named_parameters()}}
+    official.official_loss(terms).backward()
+    gradients = {"x": x.grad, **{f"nfs.{n}": grad for n, grad in official.named_gradients(model.nfs[level]).items()}}
     for name in ("mus", "mu_deltas", "phi_inters", "phi_intras"):
         gradients[name] = getattr(model, name)[level].grad
     return terms, gradients
@@ -131,10 +131,10 @@ def test_official_script_contract():
             assert channels == model.feat_dims[level]
             x = feature.permute(0, 2, 3, 1).reshape(-1, channels)
             labels = image_labels.view(-1, 1, 1).repeat(1, h, w)
-            onehot = bench.smoothed_onehot(labels.flatten(), K, SMOOTHING)
-            losses = model(x, (labels, onehot), bench.dense_position(P, images_, h, w), scale=level, epoch=epoch)
+            onehot = official.smoothed_onehot(labels.flatten(), K, SMOOTHING)
+            losses = model(x, (labels, onehot), official.dense_position(P, images_, h, w), scale=level, epoch=epoch)
             assert set(losses) == {"L_g", "L_mi", "L_e"} | ({"L_g_intra", "L_z"} if epoch >= 2 else set())
-            losses["loss"] = bench.official_loss(losses)  # the dict is the caller's to write to
+            losses["loss"] = official.official_loss(losses)  # the dict is the caller's to write to
             optimizer.zero_grad()
             losses["loss"].backward()
             if epoch < 2:  # None, not zeros: Adam would count the steps
@@ -144,9 +144,9 @@ def test_official_script_contract():
     still = {n for n, p in model.named_parameters() if n in start and torch.equal(p, start[n])}
     assert still <= {f"mixture.mu_deltas.{level}" for level in range(LEVELS)}
 
-    z, log_jac_det = model.nfs[0](x, [bench.dense_position(P, images_, h, w)])
+    z, log_jac_det = model.nfs[0](x, [official.dense_position(P, images_, h, w)])
     assert z.shape == x.shape and log_jac_det.shape == (len(x),)
-    assert model.nfs[0].state_dict().keys() == bench.official_flow(model.feat_dims[0], P, LAYERS).state_dict().keys()
+    assert model.nfs[0].state_dict().keys() == official.official_flow(model.feat_dims[0], P, LAYERS).state_dict().keys()
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -170,12 +170,12 @@ def test_without_onehot_and_pos_embed_they_are_built(model: HGAD):
 def test_labels_may_differ_from_pixel_to_pixel(model: HGAD):
     x, labels, _, pos_embed = batch_of(model, 0)
     labels = torch.randint(0, K, labels.shape)
-    batch = (x, labels, bench.smoothed_onehot(labels.flatten(), K, SMOOTHING), pos_embed)
+    batch = (x, labels, official.smoothed_onehot(labels.flatten(), K, SMOOTHING), pos_embed)
     assert_same(our_terms(model, 0, *batch, 2), official_terms(model, 0, *batch, 2))
 
 
 def other_smoothing(labels: Tensor) -> Tensor:
-    return bench.smoothed_onehot(labels, K, 0.3)
+    return official.smoothed_onehot(labels, K, 0.3)
 
 
 def hard_onehot(labels: Tensor) -> Tensor:
@@ -230,37 +230,39 @@ def test_the_grid_is_recognised_and_nothing_else(model: HGAD, h: int, w: int, im
 def test_a_dense_pos_embed_may_be_trained(model: HGAD):
     x, labels, onehot, pos_embed = batch_of(model, 0)
     pos_embed.requires_grad_()
-    bench.official_loss(model(x, (labels, onehot), pos_embed, scale=0, epoch=0)).backward()
+    official.official_loss(model(x, (labels, onehot), pos_embed, scale=0, epoch=0)).backward()
     found, pos_embed.grad = pos_embed.grad, None
-    flow = bench.official_flow(model.feat_dims[0], P, LAYERS)
+    flow = official.official_flow(model.feat_dims[0], P, LAYERS)
     flow.load_state_dict(model.nfs[0].state_dict())
     z, log_det = flow(x, [pos_embed])
     mixture = (model.mus[0], model.mu_deltas[0], model.phi_inters[0], model.phi_intras[0])
-    bench.official_loss(bench.official_losses(z, log_det, labels.flatten(), onehot, *mixture, stage=1)).backward()
+    official.official_loss(official.official_losses(z, log_det, labels.flatten(), onehot, *mixture, stage=1)).backward()
     assert (found - pos_embed.grad).norm() < 1e-4 * pos_embed.grad.norm()
 
 
 def test_trajectory_across_the_stage_switch(model: HGAD):
     """Three steps of stage 1 and three of stage 2, driven as the official loop does, against plain autograd."""
     torch.manual_seed(1)
-    peers = [bench.OfficialLevel.of(model, level) for level in range(LEVELS)]
+    peers = [official.OfficialLevel.of(model, level) for level in range(LEVELS)]
     optimizers = [peer.optimizer() for peer in peers]
     batches = [batch_of(model, level) for level in range(LEVELS)]
     for step in range(6):
         epoch = step // 3 + 1
-        rate = 10 * learning_rate(model.config, epoch, 0, step % 3, batches=3)
+        rate = 10 * model.schedule(Progress(epoch, 0, step % 3, batches=3))[1]
         for level, (peer, optimizer) in enumerate(zip(peers, optimizers, strict=True)):
             x, labels, onehot, pos_embed = batches[level]
             for group in (*model.optimizer.param_groups, *optimizer.param_groups):
                 group["lr"] = rate
-            ours = bench.official_loss(model(x, (labels, onehot), pos_embed, scale=level, epoch=epoch))
+            ours = official.official_loss(model(x, (labels, onehot), pos_embed, scale=level, epoch=epoch))
             model.optimizer.zero_grad()
             ours.backward()
             model.optimizer.step()
             z, log_det = peer.flow(x, [pos_embed])
             mixture = (peer.mu, peer.delta, peer.phi_inter, peer.phi_intra)
-            terms = bench.official_losses(z, log_det, labels.flatten(), onehot, *mixture, stage=1 if epoch < 2 else 2)
-            theirs = bench.official_loss(terms)
+            terms = official.official_losses(
+                z, log_det, labels.flatten(), onehot, *mixture, stage=1 if epoch < 2 else 2
+            )
+            theirs = official.official_loss(terms)
             optimizer.zero_grad()
             theirs.backward()
             optimizer.step()

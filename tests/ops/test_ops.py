@@ -14,7 +14,9 @@ from torch import Tensor
 
 from benchmarks import scaling
 from hgad_fast import ops
-from hgad_fast.flow import ConditionalFlow, dense_position, sinusoidal_position
+from hgad_fast.modules.flow import ConditionalFlow, dense_position, sinusoidal_position
+from hgad_fast.ops import blocks as blocks_module
+from hgad_fast.ops import mixture as mixture_module
 
 F64 = torch.float64
 CLAMP = 1.9
@@ -207,7 +209,7 @@ def test_drift_of_rebuilt_inputs_is_bounded(every: int, bound: float, monkeypatc
     flow = ConditionalFlow(200, 48, 0)
     flow.memory, flow.checkpoint_every = "reversible", every
     x, rebuilt = torch.randn(16, 200), {}
-    subnet, backward = ops._subnet, ops.affine_coupling_backward
+    subnet, backward = blocks_module._subnet, ops.affine_coupling_backward
 
     def seen_subnet(x1, *rest):
         rebuilt["x1"] = x1.clone()
@@ -219,8 +221,8 @@ def test_drift_of_rebuilt_inputs_is_bounded(every: int, bound: float, monkeypatc
         return found
 
     z, log_det = flow(x)
-    monkeypatch.setattr(ops, "_subnet", seen_subnet)
-    monkeypatch.setattr(ops, "affine_coupling_backward", seen_backward)
+    monkeypatch.setattr(blocks_module, "_subnet", seen_subnet)
+    monkeypatch.setattr(blocks_module, "affine_coupling_backward", seen_backward)
     (0.5 * z.square().sum() - log_det.sum()).backward()  # ends with the first block
     assert 0 < (torch.cat([rebuilt["x1"], rebuilt["x2"]], 1) - x).norm() < bound * x.norm()
 
@@ -297,7 +299,7 @@ def test_reduced_precision_rounds_the_subnets_alone(precision: str, tolerance: f
 
 def test_tf32_rounds_to_nearest():
     x = torch.tensor([1.0, 1 + 2.0**-11, 1 + 3 * 2.0**-12, -1 - 3 * 2.0**-12, 1 + 2.0**-10])
-    rounded = ops._operand(x, "tf32")
+    rounded = blocks_module._operand(x, "tf32")
     assert rounded.tolist() == [1.0, 1 + 2.0**-10, 1 + 2.0**-10, -1 - 2.0**-10, 1 + 2.0**-10]
 
 
@@ -450,7 +452,7 @@ def test_own_class_scores_are_those_of_all_classes(n, monkeypatch):
     mixture = [p.detach().float() for p in make_mixture(5, 4, 6)]
     labels = torch.randint(0, 5, (n,))
     whole = ops.mixture_scores(z, log_det, *mixture, labels)
-    monkeypatch.setattr(ops, "SCORE_ROWS", 16)
+    monkeypatch.setattr(mixture_module, "SCORE_ROWS", 16)
     for rows in (labels, torch.full((min(n, 1),), 2)):
         every = ops.mixture_scores(z, log_det, *mixture, rows)
         density, entropy = ops.own_class_scores(z, log_det, *mixture, rows)
@@ -507,16 +509,16 @@ def test_operators_keep_their_contract():
     """Schema, fake tensors, autograd registration and AOT dispatch, as torch.library checks them."""
     blocks = make_blocks(5, 4, layers=2, dtype=torch.float32)
     conditions = list(sinusoidal_position(2, 3, 4))
-    parameters = [list(column) for column in zip(*blocks, strict=True)]
+    parameters = [stacked.detach().requires_grad_() for stacked in ops.Blocks.stack(blocks)]
     x = torch.randn(6, 5, requires_grad=True)
     for keep, every in ((True, 1), (False, 0), (False, 1)):
-        torch.library.opcheck(ops._flow_forward, (x, conditions, *parameters, CLAMP, keep, every, "fp32", ""))
-    detached = [[p.detach() for p in group] for group in parameters]
-    torch.library.opcheck(ops._flow_inference, (x.detach(), conditions, *detached, CLAMP, "bf16", ""))
+        torch.library.opcheck(blocks_module._flow_forward, (x, conditions, parameters, CLAMP, keep, every, "fp32", ""))
+    detached = [stacked.detach() for stacked in parameters]
+    torch.library.opcheck(blocks_module._flow_inference, (x.detach(), conditions, detached, CLAMP, "bf16", ""))
     z, labels = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 0])
     mixture = [p.detach().float().requires_grad_() for p in make_mixture(3, 2, 4)]
     for stage in (1, 2):
-        torch.library.opcheck(ops._mixture_forward, (z, labels, *mixture, 0.02, stage, ""))
+        torch.library.opcheck(mixture_module._mixture_forward, (z, labels, *mixture, 0.02, stage, ""))
 
 
 def test_a_training_step_compiles_without_graph_breaks():

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from hgad_fast import HGADConfig, HGADModel, score
-from hgad_fast.calibrate import Calibration, calibrate_on, split
-from hgad_fast.features import FeatureSet
+from hgad_fast import HGADConfig, HGADModel, protocol
+from hgad_fast.features.extract import FeatureSet
+from hgad_fast.scoring import densities, maps
+from hgad_fast.scoring.calibration import Calibration, calibrate_on, split
 
 DISTRIBUTIONS = {
     "normal": lambda *shape: torch.randn(*shape),
@@ -39,7 +40,7 @@ def judge(found, scores, k=0):
 
 
 def pooled_by_hand(scores, k):
-    """Scores of all classes of 3 pictures or more, standardised by others of the class, on the scale of class k."""
+    """Scores of all classes of 3 images or more, standardised by others of the class, on the scale of class k."""
     own = np.float64(np.float32(scores[k]))
     pooled = []
     for values in scores:
@@ -118,7 +119,7 @@ def test_pooled_scores_are_standardised_by_class(counts):
         assert np.allclose(rate, max(0.01, 1 / (total + 1)))
 
 
-def test_a_class_with_enough_pictures_is_compared_with_its_own_alone():
+def test_a_class_with_enough_images_is_compared_with_its_own_alone():
     own = torch.randn(99).tolist()
     alone, among = calibration(own), calibration(own, [1e6, 2e6, 3e6, 4e6])
     tests = torch.randn(20) * 3
@@ -126,7 +127,7 @@ def test_a_class_with_enough_pictures_is_compared_with_its_own_alone():
         assert torch.equal(mine, theirs)
 
 
-def test_classes_with_none_one_or_two_pictures():
+def test_classes_with_none_one_or_two_images():
     found = calibration([], [1.0], [1.0, 2.0], [1.0, 2.0, 4.0], torch.randn(40).tolist())
     for k, (n, rate) in enumerate([(0, math.nan), (1, 1 / 2), (2, 1 / 3), (43, 1 / 44), (43, 1 / 44)]):
         p_value, is_anomalous, threshold, attained = judge(found, [100.0], k)
@@ -152,8 +153,8 @@ def test_scores_without_spread():
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("n, rate", [(99, 0.01), (149, 0.01), (30, 0.1), (9, 0.01)])
-def test_normal_pictures_raise_no_more_alarms_than_allowed(name, n, rate):
-    """Own scores: whatever their distribution. 200 calibrations of 200 pictures each."""
+def test_normal_images_raise_no_more_alarms_than_allowed(name, n, rate):
+    """Own scores: whatever their distribution. 200 calibrations of 200 images each."""
     flagged, small = [], []
     for _ in range(200):
         draw = DISTRIBUTIONS[name](n + 200)
@@ -169,7 +170,7 @@ def test_normal_pictures_raise_no_more_alarms_than_allowed(name, n, rate):
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("counts", [(8,) * 15, (3, 60, 60), (8, 8, 90), (20,) * 5])
 def test_pooling_raises_no_more_alarms_than_allowed(name, counts):
-    """Classes that differ in location and scale; the first is the smallest. 100 calibrations of 200 pictures each."""
+    """Classes that differ in location and scale; the first is the smallest. 100 calibrations of 200 images each."""
     flagged = []
     for _ in range(100):
         draws = [DISTRIBUTIONS[name](n) * 3.0 ** (k % 4) + k for k, n in enumerate(counts)]
@@ -232,15 +233,15 @@ def test_constants_are_the_largest_densities_and_scores_those_of_score_features(
 
 
 def test_standardised_fusion_is_the_sum_in_units_of_the_normal_peaks(tmp_path):
-    """By hand from the maps of a model of one class; and every picture has its bits, alone and after loading."""
+    """By hand from the maps of a model of one class; and every image has its bits, alone and after loading."""
     model, normal = detector(fusion="standardised"), normal_features([0, 1, 0, 1, 1])
     with pytest.warns(UserWarning, match="too few"):
         model.calibrate(normal)
-    calibration, parts = model.calibration, score.densities(model, batches(normal), normal.class_ids)
+    calibration, parts = model.calibration, densities.densities(model, batches(normal), normal.class_ids)
     factors = []
     for levels, constants in (("logps", calibration.level_max), ("neg_entropy", calibration.level_max * 0)):
-        alone = [score.Densities(getattr(part, levels), part.neg_entropy, part.class_id, 1) for part in parts]
-        factors.append(torch.cat([score.calibrated_maps(part, constants, model.config.msk_size) for part in alone]))
+        alone = [protocol.Densities(getattr(part, levels), [], part.group_ids) for part in parts]
+        factors.append(torch.cat([maps.calibrated_maps(part, constants, model.config.msk_size) for part in alone]))
     expected = torch.empty_like(factors[0])
     for k in (0, 1):
         rows = normal.class_ids == k
@@ -253,7 +254,7 @@ def test_standardised_fusion_is_the_sum_in_units_of_the_normal_peaks(tmp_path):
     assert torch.equal(one.anomaly_map[0], found.anomaly_map[3]) and torch.equal(one.p_value, found.p_value[3:4])
 
 
-def test_standardised_fusion_without_held_out_pictures_is_the_product():
+def test_standardised_fusion_without_held_out_images_is_the_product():
     normal = normal_features([0, 1, 0, 1, 1])
     maps = []
     for fusion in ("standardised", "product"):
@@ -263,10 +264,10 @@ def test_standardised_fusion_without_held_out_pictures_is_the_product():
     assert maps[0].isfinite().all() and torch.equal(*maps)
 
 
-def test_scores_of_new_normal_pictures_are_valid_although_the_constants_come_from_the_same_pictures():
+def test_scores_of_new_normal_images_are_valid_although_the_constants_come_from_the_same_images():
     model, count, n = detector(), 1000, 9
     images = normal_features([0] * count)
-    parts = score.densities(model, batches(images), images.class_ids, throughput=True)
+    parts = densities.densities(model, batches(images), images.class_ids, throughput=True)
     logps, neg_entropy = (
         [torch.cat(level) for level in zip(*(getattr(part, name) for part in parts), strict=True)]
         for name in ("logps", "neg_entropy")
@@ -274,11 +275,11 @@ def test_scores_of_new_normal_pictures_are_valid_although_the_constants_come_fro
     flagged = []
     for _ in range(150):
         rows = torch.randperm(count)[: n + 100]
-        some = score.Densities([x[rows] for x in logps], [x[rows] for x in neg_entropy], images.class_ids[rows], 2)
+        some = protocol.Densities([x[rows] for x in logps], [x[rows] for x in neg_entropy], images.class_ids[rows])
         level_max = torch.stack([x[:n].max() for x in some.logps]).expand(2, -1)
-        scores = score.calibrated_maps(some, level_max, 12).amax((1, 2))
-        found = Calibration(level_max, scores[:n], some.class_id[:n], 0.1)
-        flagged.append(float(found.judge(scores[n:], some.class_id[n:])[1].double().mean()))
+        scores = maps.calibrated_maps(some, level_max, 12).amax((1, 2))
+        found = Calibration(level_max, scores[:n], some.group_ids[:n], 0.1)
+        flagged.append(float(found.judge(scores[n:], some.group_ids[n:])[1].double().mean()))
     assert np.mean(flagged) <= 0.1 + 3 * np.std(flagged) / 150**0.5
 
 

@@ -20,16 +20,17 @@ from PIL import Image
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from hgad_fast import HGADConfig, HGADModel, pipeline
-from hgad_fast.backbone import Backbone
+from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.cli import app
-from hgad_fast.images import read_image
-from hgad_fast.pipeline import Job, score_files
+from hgad_fast.data.images import read_image
+from hgad_fast.features.backbone import Backbone
+from hgad_fast.scoring import pipeline
+from hgad_fast.scoring.pipeline import Job, score_files
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_picture(path: Path, seed: int, size: tuple[int, int] = (40, 56)) -> Path:
+def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 56)) -> Path:
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: size[0], : size[1]]
     pixels = 128 + 90 * np.sin(0.7 * x + 0.3 * y)[..., None] + rng.normal(0, 12, (*size, 3))
@@ -51,7 +52,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = HGADModel(config)
     for k, name in enumerate("ab"):
         for i in range(5):
-            write_picture(folder / "normal" / name / f"{i}.png", 3 * (10 * k + i) + 1)
+            write_image(folder / "normal" / name / f"{i}.png", 3 * (10 * k + i) + 1)
     model.calibrate(folder / "normal", false_alarm_rate=0.2)
     model.save(folder / "model.safetensors")
     return folder / "model.safetensors"
@@ -64,12 +65,12 @@ def model(model_file: Path) -> HGADModel:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Pictures of two sizes, of which the fourth is damaged and the last so long and thin that it is refused."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Images of two sizes, of which the fourth is damaged and the last so long and thin that it is refused."""
+    folder = tmp_path_factory.mktemp("images")
     sizes = [(40, 56)] * 6 + [(64, 40)] * 3 + [(40, 56)] * 2
-    files = [write_picture(folder / f"{i:02}.png", i, size) for i, size in enumerate(sizes)]
+    files = [write_image(folder / f"{i:02}.png", i, size) for i, size in enumerate(sizes)]
     files[3].write_bytes(files[3].read_bytes()[:300])
-    return [*files, write_picture(folder / "11.png", 11, (1, 80000))]
+    return [*files, write_image(folder / "11.png", 11, (1, 80000))]
 
 
 def rows_of(records: list[pipeline.Record]) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def test_rows_are_those_of_one_by_one_scoring_in_the_order_of_the_files(
     assert records == seen and [record.task.file for record in records] == files
     bad = [record for record in records if record.error is not None]
     assert [record.task.file for record in bad] == [files[3], files[11]]
-    assert str(bad[1].error).startswith(f"{files[11]}: a picture of 1 x 80000 pixels")
+    assert str(bad[1].error).startswith(f"{files[11]}: an image of 1 x 80000 pixels")
     for record in records:
         if record.row is not None:
             expected = model.score(record.task.file)
@@ -119,17 +120,17 @@ def test_no_more_pixels_are_decoded_than_allowed(
 
     def read(path: Path) -> torch.Tensor:
         nonlocal decoded, most
-        picture = read_image(path)
-        decoded += picture[0].numel()
+        image = read_image(path)
+        decoded += image[0].numel()
         most = max(most, decoded)
-        return picture
+        return image
 
-    def finished(task: Any, picture: torch.Tensor, *rest: Any) -> pipeline.Record:
+    def finished(task: Any, image: torch.Tensor, *rest: Any) -> pipeline.Record:
         nonlocal decoded
-        decoded -= picture[0].numel()
-        return finish(task, picture, *rest)
+        decoded -= image[0].numel()
+        return finish(task, image, *rest)
 
-    monkeypatch.setattr(pipeline.images, "read_image", read)
+    monkeypatch.setattr(pipeline, "read_image", read)
     monkeypatch.setattr(pipeline, "_finished", finished)
     monkeypatch.setattr(pipeline, "MAX_PIXELS_IN_FLIGHT", 2 * 40 * 56)
     score_files(model, [files[0]] * 12, Job())
@@ -146,8 +147,8 @@ def test_throughput_agrees(model: HGADModel, files: list[Path]) -> None:
 def test_tiff_maps_hold_the_scores(map_format: str, model: HGADModel, files: list[Path], tmp_path: Path) -> None:
     (row,) = rows_of(score_files(model, files[:1], Job(output=tmp_path, maps=map_format)))
     expected = model.score(files[0]).anomaly_map[0].numpy()
-    with Image.open(tmp_path / "maps" / "00.tif") as picture:
-        values, about = np.asarray(picture), json.loads(picture.tag_v2[270])
+    with Image.open(tmp_path / "maps" / "00.tif") as image:
+        values, about = np.asarray(image), json.loads(image.tag_v2[270])
     if map_format == "tiff32":
         np.testing.assert_array_equal(values, expected)
     else:
@@ -158,11 +159,11 @@ def test_tiff_maps_hold_the_scores(map_format: str, model: HGADModel, files: lis
 def test_a_resumed_run_scores_only_what_is_missing_or_changed(
     model: HGADModel, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = [write_picture(tmp_path / "in" / f"{i}.png", i) for i in range(5)]
+    mine = [write_image(tmp_path / "in" / f"{i}.png", i) for i in range(5)]
     output = tmp_path / "out"
     score_files(model, mine[:4], Job(output=output))
     (output / "overlays" / "0.png").unlink()
-    write_picture(mine[2], 77)
+    write_image(mine[2], 77)
     os.utime(mine[2], ns=(1, 1))
     with open(output / "scores.jsonl", "a") as journal:
         journal.write('{"name": "4", "sta')  # cut off by a kill
@@ -192,7 +193,7 @@ def test_what_was_scored_with_other_options_is_not_taken_up(
     change: dict[str, Any], odd: str | None, model: HGADModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backbone, "is_local", False)  # the memory allowed decides about tiles, hence features
-    file = write_picture(tmp_path / "picture.png", 0)
+    file = write_image(tmp_path / "image.png", 0)
     score_files(model, [file], Job(output=tmp_path / "out"))
     again = Job(output=tmp_path / "out", resume=True, options=change)
     if odd is None:
@@ -213,17 +214,17 @@ def test_a_full_disk_is_named_with_the_file_and_leaves_whole_files(
         raise OSError("2240 requested and 3 written") if path.parent.name == "maps" else OSError(28, "No space left")
 
     monkeypatch.setattr(np, "save", full)
-    file, output = write_picture(tmp_path / "picture.png", 0), tmp_path / "out"
-    with pytest.raises(OSError, match=r"2240 requested and 3 written: '.*maps/picture.npy'"):
+    file, output = write_image(tmp_path / "image.png", 0), tmp_path / "out"
+    with pytest.raises(OSError, match=r"2240 requested and 3 written: '.*maps/image.npy'"):
         score_files(model, [file], Job(output=output, maps="npy"))
-    with pytest.raises(OSError, match=r"\[Errno 28\] No space left: '.*picture.npy'"):
-        pipeline.write_map(tmp_path / "picture.npy", np.zeros((4, 4), np.float32), "npy")
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left: '.*image.npy'"):
+        pipeline.write_map(tmp_path / "image.npy", np.zeros((4, 4), np.float32), "npy")
     assert not list((output / "maps").iterdir()) and not list(tmp_path.glob(".*"))
     assert (output / "scores.csv").read_text().count("\n") == 1
 
 
-def test_a_refused_picture_can_be_tried_with_more_memory(model: HGADModel, tmp_path: Path) -> None:
-    file = write_picture(tmp_path / "picture.png", 0)
+def test_a_refused_image_can_be_tried_with_more_memory(model: HGADModel, tmp_path: Path) -> None:
+    file = write_image(tmp_path / "image.png", 0)
     for memory, rows in (("10MB", 0), ("4GB", 1)):
         job = Job(output=tmp_path / "out", resume=True, options={"max_memory": memory})
         assert len(rows_of(score_files(model, [file], job))) == rows
@@ -245,9 +246,9 @@ def start(arguments: list[Any], **environment: str) -> subprocess.Popen[str]:
 
 
 def test_ctrl_c_leaves_whole_files_and_a_table_and_the_rest_can_follow(model_file: Path, tmp_path: Path) -> None:
-    picture = write_picture(tmp_path / "in" / "000.png", 0)
+    image = write_image(tmp_path / "in" / "000.png", 0)
     for i in range(1, 300):
-        picture.with_name(f"{i:03}.png").symlink_to(picture)
+        image.with_name(f"{i:03}.png").symlink_to(image)
     arguments = [model_file, tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu"]
     process = start(arguments)
     journal = tmp_path / "out" / "scores.jsonl"

@@ -1,4 +1,4 @@
-"""The pictures are read back and measured: the right thing must be outlined, in the right place."""
+"""The images are read back and measured: the right thing must be outlined, in the right place."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hgad_fast.plot import Case, contact_sheet, overlay
+from hgad_fast.scoring.plot import Case, contact_sheet, overlay
 
-GREY = 0.5  # of test pictures, so that panels can be found on the white page
+GREY = 0.5  # of test images, so that panels can be found on the white page
 RED, BLUE = (255, 42, 26), (0, 200, 240)
 
 
@@ -26,18 +26,18 @@ def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-def close_to(picture: np.ndarray, colour: tuple[int, ...], within: int = 60) -> np.ndarray:
-    return (np.abs(picture - colour) <= within).all(-1)
+def close_to(image: np.ndarray, colour: tuple[int, ...], within: int = 60) -> np.ndarray:
+    return (np.abs(image - colour) <= within).all(-1)
 
 
-def panels_of(picture: np.ndarray) -> list[tuple[int, int]]:
-    """Columns [left, right) of the panels along the row of pixels through the middle of the picture."""
-    inside = (picture[picture.shape[0] // 2] < 250).any(-1)
+def panels_of(image: np.ndarray) -> list[tuple[int, int]]:
+    """Columns [left, right) of the panels along the row of pixels through the middle of the image."""
+    inside = (image[image.shape[0] // 2] < 250).any(-1)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], inside, [0]])))
     return [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a > 20]
 
 
-def extent_in_picture(marked: np.ndarray, panel: np.ndarray) -> np.ndarray:
+def extent_in_image(marked: np.ndarray, panel: np.ndarray) -> np.ndarray:
     """Top, bottom, left and right of the marked pixels, as shares of the panel's rows and columns."""
     top, bottom = np.flatnonzero(panel.any(1))[[0, -1]]
     left, right = np.flatnonzero(panel.any(0))[[0, -1]]
@@ -55,14 +55,14 @@ def extent_in_picture(marked: np.ndarray, panel: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (60, 140)])
 def test_lines_are_where_score_and_mask_are(tmp_path: Path, height: int, width: int) -> None:
-    # A map at a third of the picture's resolution; its square covers rows 1/4 to 1/2, columns 1/2 to 3/4.
+    # A map at a third of the image's resolution; its square covers rows 1/4 to 1/2, columns 1/2 to 3/4.
     scores = hot_square(20, 40, slice(5, 10), slice(20, 30))
     mask = np.zeros((height, width), dtype=bool)
     mask[height // 2 : height * 3 // 4, width // 10 : width // 5] = True
     image = np.full((3, height, width), GREY)
-    picture = read(overlay(image, scores, 1.0, mask, path=tmp_path / "overlay.png", title="here"))
-    left, right = panels_of(picture)[-1]
-    found = picture[:, left:right]
+    image = read(overlay(image, scores, 1.0, mask, path=tmp_path / "overlay.png", title="here"))
+    left, right = panels_of(image)[-1]
+    found = image[:, left:right]
     below = found.shape[0] * 9 // 10  # leaves out the words under the panels
     panel = (found < 250).any(-1)
     panel[below:] = False
@@ -70,26 +70,26 @@ def test_lines_are_where_score_and_mask_are(tmp_path: Path, height: int, width: 
     red, blue = close_to(found, RED) & panel, close_to(found, BLUE) & panel
     pixel = 1 / min(height, width)
     # The line runs between the last cell below and the first above the threshold: within one cell of the map.
-    np.testing.assert_allclose(extent_in_picture(red, panel), [1 / 4, 1 / 2, 1 / 2, 3 / 4], atol=0.05)
+    np.testing.assert_allclose(extent_in_image(red, panel), [1 / 4, 1 / 2, 1 / 2, 3 / 4], atol=0.05)
     top, start = (height // 2) / height, (width // 10) / width
     bottom, end = (height * 3 // 4) / height, (width // 5) / width
-    np.testing.assert_allclose(extent_in_picture(blue, panel), [top, bottom, start, end], atol=1.5 * pixel)
+    np.testing.assert_allclose(extent_in_image(blue, panel), [top, bottom, start, end], atol=1.5 * pixel)
 
 
 def test_nothing_is_outlined_below_the_threshold(tmp_path: Path) -> None:
     scores = hot_square(16, 16, slice(4, 8), slice(4, 8), score=0.9)
-    picture = read(overlay(np.full((32, 32), GREY), scores, 1.0, path=tmp_path / "normal.png"))
-    left, right = panels_of(picture)[-1]
-    assert not close_to(picture[: picture.shape[0] * 8 // 10, left:right], RED).any()
+    image = read(overlay(np.full((32, 32), GREY), scores, 1.0, path=tmp_path / "normal.png"))
+    left, right = panels_of(image)[-1]
+    assert not close_to(image[: image.shape[0] * 8 // 10, left:right], RED).any()
 
 
 @pytest.mark.parametrize(("score", "share"), [(0.0, 0.0), (1.5, 0.5), (3.0, 1.0), (9.0, 1.0)])
 def test_heat_is_score_over_threshold_on_a_scale_from_0_to_2(tmp_path: Path, score: float, share: float) -> None:
     from matplotlib import colormaps
 
-    picture = read(overlay(np.full((32, 32), GREY), np.full((8, 8), score), 1.5, path=tmp_path / "heat.png"))
-    left, right = panels_of(picture)[1]
-    centre = picture[picture.shape[0] // 2, (left + right) // 2]
+    image = read(overlay(np.full((32, 32), GREY), np.full((8, 8), score), 1.5, path=tmp_path / "heat.png"))
+    left, right = panels_of(image)[1]
+    centre = image[image.shape[0] // 2, (left + right) // 2]
     expected = 255 * (0.35 * GREY + 0.65 * np.array(colormaps["inferno"](share)[:3]))
     np.testing.assert_allclose(centre, expected, atol=3)  # Agg rounds every layer to 8 bits
 
@@ -126,14 +126,14 @@ def test_contact_sheet_outlines_every_found_defect_and_no_other(tmp_path: Path) 
     mask[6:12, 6:12] = True
     hot, cold = hot_square(24, 24, slice(14, 20), slice(6, 12)), np.full((24, 24), 0.2)
     cases = [Case(image, hot, 1.0, mask), Case(image, cold, 1.0), Case(image, cold, 1.0, mask), Case(image, hot, 1.0)]
-    picture = read(contact_sheet(cases, tmp_path / "sheet.png", columns=2))
-    picture[picture.shape[0] - 90 :] = 255  # the legend has words and a line in the same colours
+    image = read(contact_sheet(cases, tmp_path / "sheet.png", columns=2))
+    image[image.shape[0] - 90 :] = 255  # the legend has words and a line in the same colours
 
     def drawn(colour: tuple[int, ...]) -> list[list[bool]]:
         """Whether the colour occurs in the panel "found" of each row and block."""
-        half = picture.shape[1] // 2
-        found = [picture[:, 3 * half // 4 : half], picture[:, half + 3 * half // 4 :]]
-        middle = 20 + (picture.shape[0] - 90) // 2
+        half = image.shape[1] // 2
+        found = [image[:, 3 * half // 4 : half], image[:, half + 3 * half // 4 :]]
+        middle = 20 + (image.shape[0] - 90) // 2
         return [[bool(close_to(block[rows], colour, 40).any()) for block in found] for rows in _halves(middle)]
 
     assert drawn(RED) == [[True, False], [False, True]]
@@ -145,11 +145,11 @@ def _halves(middle: int) -> tuple[slice, slice]:
 
 
 def test_errors_name_the_argument(tmp_path: Path) -> None:
-    picture, scores = np.zeros((3, 8, 8)), np.zeros((4, 4))
+    image, scores = np.zeros((3, 8, 8)), np.zeros((4, 4))
     with pytest.raises(ValueError, match=r"anomaly_map has the shape \(1, 4, 4\)"):
-        overlay(picture, scores[None], 1.0, path=tmp_path / "no.png")
+        overlay(image, scores[None], 1.0, path=tmp_path / "no.png")
     with pytest.raises(ValueError, match=r"mask has the shape \(4, 4\).*\(8, 8\)"):
-        overlay(picture, scores, 1.0, scores > 0, path=tmp_path / "no.png")
+        overlay(image, scores, 1.0, scores > 0, path=tmp_path / "no.png")
     with pytest.raises(ValueError, match=r"image has the shape \(4, 8, 8\)"):
         overlay(np.zeros((4, 8, 8)), scores, 1.0, path=tmp_path / "no.png")
     with pytest.raises(ValueError, match="no cases"):
@@ -161,9 +161,9 @@ def test_drawing_changes_no_global_state_of_matplotlib(tmp_path: Path) -> None:
     code = f"""
 import sys, matplotlib, numpy as np
 before = matplotlib.rcParams.copy()
-from hgad_fast.plot import overlay
-overlay(np.zeros((8, 8)), np.eye(8), 0.5, np.eye(8) > 0, path={str(tmp_path / "picture.png")!r})
+from hgad_fast.scoring.plot import overlay
+overlay(np.zeros((8, 8)), np.eye(8), 0.5, np.eye(8) > 0, path={str(tmp_path / "image.png")!r})
 assert dict.__eq__(before, matplotlib.rcParams)  # reading "backend" would choose one
 assert "matplotlib.pyplot" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from hgad_fast import regions
-from hgad_fast.regions import Region, find_regions
+from hgad_fast.scoring import regions
+from hgad_fast.scoring.regions import Region, find_regions
 
 
 def test_regions_of_a_map_drawn_by_hand() -> None:

@@ -10,9 +10,13 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 from scipy.special import logsumexp, softmax
 
-from hgad_fast import HGADConfig, HGADModel, data, ops, score
-from hgad_fast.backbone import FeatureMaps
-from hgad_fast.flow import dense_position
+from hgad_fast import HGADConfig, HGADModel, ops
+from hgad_fast.data import images
+from hgad_fast.features import preprocess
+from hgad_fast.features.backbone import FeatureMaps
+from hgad_fast.models import hgad
+from hgad_fast.modules.flow import dense_position
+from hgad_fast.scoring import densities, maps, score
 
 SIZES = [(9, 13), (5, 7)]  # height and width of the feature maps of the two levels
 VERDICTS = ("image_score", "class_id", "p_value", "is_anomalous", "threshold", "false_alarm_rate")
@@ -62,9 +66,8 @@ def definition(model, features):
         flow = model.nfs[level]
         grid = flow.grid(h, w)
         position = dense_position(grid, batch).double() if grid else None
-        blocks = [block.parameters_for_ops() for block in flow.module_list]
         pixels = x.double().permute(0, 2, 3, 1).reshape(-1, c)
-        z, log_det = (t.detach().numpy() for t in ops.flow_definition(pixels, blocks, position))
+        z, log_det = (t.detach().numpy() for t in ops.flow_definition(pixels, flow.blocks, position))
         mu, delta, _, phi = (t.detach().numpy() for t in model.mixture.level(level))
         centres = np.concatenate([mu[:, None], mu[:, None] + delta], 1)
         distance = ((z[:, None, None] - centres) ** 2).sum(-1)
@@ -160,8 +163,8 @@ def test_calibrated_maps_are_the_formula(sizes, size):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 40), (70, 33)])
 def test_blur_is_scipys(shape):
-    maps = torch.rand(2, *shape, dtype=torch.float64)
-    assert_close(score.blur(maps), np.stack([gaussian_filter(m, 4) for m in maps.numpy()]), 1e-12)
+    sharp = torch.rand(2, *shape, dtype=torch.float64)
+    assert_close(maps.blur(sharp), np.stack([gaussian_filter(m, 4) for m in sharp.numpy()]), 1e-12)
 
 
 def test_one_class_is_told_by_its_likelihood_alone():
@@ -235,7 +238,7 @@ def test_chunks_of_rows_leave_no_seam(monkeypatch, chunk, flow_arch):
     model.calibrate((random_features(6), [0, 1, 2] * 2), false_alarm_rate=0.5)
     features = random_features(3)
     whole = model.score_features(features)
-    monkeypatch.setattr(score, "CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(hgad, "CHUNK_PIXELS", chunk)
     chunks = model.score_features(features)
     for name in ("logps", "neg_entropy"):
         for found, expected in zip(getattr(chunks, name), getattr(whole, name), strict=True):
@@ -268,7 +271,7 @@ def test_chunks_have_one_size_and_fit_together(monkeypatch, chunk):
     """Also where a row of pixels is longer than a chunk."""
     model, features = detector(dims=(6,)), random_features(1, (6,), [(5, 333)])
     whole = model.score_features(features, normalization="official")
-    monkeypatch.setattr(score, "CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(hgad, "CHUNK_PIXELS", chunk)
     rows = []
     flow = type(model.nfs[0]).forward
     monkeypatch.setattr(type(model.nfs[0]), "forward", lambda self, x, *a: (rows.append(len(x)), flow(self, x, *a))[1])
@@ -284,15 +287,15 @@ def frobenius(found, expected) -> float:
 
 def test_a_piece_of_a_map_has_the_position_that_it_has_in_the_whole(calibrated):
     features = random_features(1)
-    (whole,) = score.densities(calibrated, features, None)
+    (whole,) = densities.densities(calibrated, features, None)
 
     def pieces():
         for level, x in enumerate(features):
             for a, b, c, d in [(0, 3, 0, 5), (0, 3, 5, x.shape[3]), (3, x.shape[2], 0, x.shape[3])]:
                 yield level, a, c, x[:, :, a:b, c:d]
 
-    pieces = score._densities(calibrated, FeatureMaps(1, SIZES, pieces), None)
-    assert torch.equal(pieces.class_id, whole.class_id)
+    pieces = calibrated.densities(FeatureMaps(1, SIZES, pieces), None)
+    assert torch.equal(pieces.group_ids, whole.group_ids)
     for name in ("logps", "neg_entropy"):
         for found, expected in zip(getattr(pieces, name), getattr(whole, name), strict=True):
             assert frobenius(found, expected) < 1e-6
@@ -303,40 +306,40 @@ def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
     features = random_features(3)
     kept = calibrated.score_features(features)
     assert_same_bits(kept, calibrated.score_features(features, kept.class_id), slice(None))
-    monkeypatch.setattr(score, "MAX_KEPT", 0)
+    monkeypatch.setattr(hgad, "MAX_KEPT", 0)
     assert_same_bits(kept, calibrated.score_features(features), slice(None))
 
 
 @pytest.mark.parametrize("size", [(24, 35), (7, 90), (61, 24), (24, 24)])
 def test_bands_of_a_map_fit_together(calibrated, monkeypatch, size):
-    (found,) = score.densities(calibrated, random_features(1), None)
+    (found,) = densities.densities(calibrated, random_features(1), None)
     level_max = calibrated.calibration.level_max
     for grid in [(24, 35), (35, 24), (24, 24)]:
         whole, bands = torch.empty(2, 1, *size)
-        monkeypatch.setattr(score, "BAND_PIXELS", 2**20)
-        expected = score.write_calibrated(whole, found, level_max, grid)
+        monkeypatch.setattr(maps, "BAND_PIXELS", 2**20)
+        expected = maps.write_calibrated(whole, found, level_max, grid)
         for pixels in (1, 50, 100):
-            monkeypatch.setattr(score, "BAND_PIXELS", pixels)
-            maxima = score.write_calibrated(bands.fill_(math.nan), found, level_max, grid)
+            monkeypatch.setattr(maps, "BAND_PIXELS", pixels)
+            maxima = maps.write_calibrated(bands.fill_(math.nan), found, level_max, grid)
             assert torch.equal(maxima, expected) and torch.equal(bands, whole)
         on_grid = torch.empty(1, *grid)
-        score.write_calibrated(on_grid, found, level_max, grid)
+        maps.write_calibrated(on_grid, found, level_max, grid)
         assert torch.equal(maxima, on_grid.amax((1, 2)))
-        assert frobenius(whole, score.resample(on_grid, size)) < 1e-6
+        assert frobenius(whole, maps.resample(on_grid, size)) < 1e-6
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
 @pytest.fixture(scope="module")
 def camera():
-    """A model on pictures: a small random backbone, a prior that knows grey pictures."""
-    model = picture_model()
+    """A model on images: a small random backbone, a prior that knows grey images."""
+    model = image_model()
     prime(model)
     return model
 
 
-def picture_model(**settings) -> HGADModel:
+def image_model(**settings) -> HGADModel:
     settings = {"n_classes": 2, "n_intra_centers": 1, "feature_levels": 2} | settings
     return HGADModel(
         HGADConfig(
@@ -353,16 +356,16 @@ def picture_model(**settings) -> HGADModel:
     )
 
 
-def grey_picture(height, width) -> torch.Tensor:
+def grey_image(height, width) -> torch.Tensor:
     return (0.5 + 0.02 * torch.randn(3, height, width)).clamp(0, 1)
 
 
 @torch.no_grad()
 def prime(model) -> None:
-    """Put the first centre of each level where grey pictures come to lie, and calibrate."""
+    """Put the first centre of each level where grey images come to lie, and calibrate."""
     generator = torch.Generator().manual_seed(1)
-    pictures = [(0.5 + 0.02 * torch.randn(3, 64, 64, generator=generator)).clamp(0, 1) for _ in range(8)]
-    levels = [torch.cat(level) for level in zip(*(score.picture_features(model, p) for p in pictures), strict=True)]
+    images = [(0.5 + 0.02 * torch.randn(3, 64, 64, generator=generator)).clamp(0, 1) for _ in range(8)]
+    levels = [torch.cat(level) for level in zip(*(preprocess.image_features(model, p) for p in images), strict=True)]
     for level, x in enumerate(levels):
         batch, c, h, w = x.shape
         z, _ = model.nfs[level](x.permute(0, 2, 3, 1).reshape(-1, c), model.nfs[level].grid(h, w))
@@ -371,7 +374,7 @@ def prime(model) -> None:
     model.calibrate((levels, ids), false_alarm_rate=0.5)
 
 
-def test_pictures_alone_in_a_batch_and_in_any_order_have_the_same_bits(camera):
+def test_images_alone_in_a_batch_and_in_any_order_have_the_same_bits(camera):
     images = torch.rand(3, 3, 70, 90)
     together = camera.score(images)
     assert together.anomaly_map.shape == (3, 70, 90)
@@ -385,16 +388,17 @@ def test_pictures_alone_in_a_batch_and_in_any_order_have_the_same_bits(camera):
     assert_close(fast.anomaly_map, together.anomaly_map)
 
 
-@pytest.mark.filterwarnings("ignore:pictures are seen at")
+@pytest.mark.filterwarnings("ignore:images are seen at")
 def test_batches_keep_to_the_memory_allowed(camera, monkeypatch):
-    """As many pictures as fit share a batch; those that are cut into tiles go one by one."""
-    monkeypatch.setattr(score, "ALWAYS_WHOLE", 80 * 80)
+    """As many images as fit share a batch; those that are cut into tiles go one by one."""
+    for module in (preprocess, score):
+        monkeypatch.setattr(module, "ALWAYS_WHOLE", 80 * 80)
     sizes = [(70, 90), (70, 90), (100, 100), (70, 90), (100, 100)]
     images = [torch.rand(3, *size) for size in sizes]
     config = camera.config.replace(batch_size=8)
     monkeypatch.setattr(camera, "config", config)
-    needed = score.working_set(camera, config.replace(img_size="native"), sizes[0], cut=False)
-    batches, look = [], score.batch_features
+    needed = preprocess.working_set(camera, config.replace(img_size="native"), sizes[0], cut=False)
+    batches, look = [], preprocess.batch_features
     monkeypatch.setattr(
         score, "batch_features", lambda model, some, config: batches.append(len(some)) or look(model, some, config)
     )
@@ -430,8 +434,8 @@ def test_every_kind_of_input_gives_the_same(camera, tmp_path):
         (image for image in tensor),
         [tensor[:1], tensor[1:]],
     ]
-    for images in kinds:
-        assert_same_bits(expected, camera.score(images), slice(None))
+    for kind in kinds:
+        assert_same_bits(expected, camera.score(kind), slice(None))
     assert_same_bits(expected, camera.score(pixels[1]), slice(1, 2))
     assert_same_bits(expected, camera.score(paths[0]), slice(0, 1))
 
@@ -441,35 +445,35 @@ def test_every_kind_of_input_gives_the_same(camera, tmp_path):
 
 
 @pytest.mark.parametrize("throughput", [False, True])
-def test_pictures_of_mixed_sizes(camera, throughput):
-    pictures = [torch.rand(3, *size) for size in [(40, 40), (30, 50), (40, 40), (64, 33), (40, 40)]]
-    result = camera.score(pictures, [0, 1, 1, 0, 1], throughput=throughput)
+def test_images_of_mixed_sizes(camera, throughput):
+    images = [torch.rand(3, *size) for size in [(40, 40), (30, 50), (40, 40), (64, 33), (40, 40)]]
+    result = camera.score(images, [0, 1, 1, 0, 1], throughput=throughput)
     assert result.class_id.tolist() == [0, 1, 1, 0, 1]
-    for i, picture in enumerate(pictures):
-        alone = camera.score(picture, int(result.class_id[i]))
+    for i, image in enumerate(images):
+        alone = camera.score(image, int(result.class_id[i]))
         assert_close(result.anomaly_map[i], alone.anomaly_map[0])
         assert_close(result.image_score[i], alone.image_score[0])
-    assert camera.score(pictures, map_size=20, throughput=throughput).anomaly_map.shape == (5, 20, 20)
+    assert camera.score(images, map_size=20, throughput=throughput).anomaly_map.shape == (5, 20, 20)
 
 
-def test_official_maps_of_pictures_of_mixed_sizes(camera):
-    pictures = [torch.rand(3, *size) for size in [(40, 40), (64, 96)]]
-    single = [camera.score_features(score.picture_features(camera, p), 1, "official") for p in pictures]
+def test_official_maps_of_images_of_mixed_sizes(camera):
+    images = [torch.rand(3, *size) for size in [(40, 40), (64, 96)]]
+    single = [camera.score_features(preprocess.image_features(camera, p), 1, "official") for p in images]
     logps, neg_entropy = (
         [[getattr(r, name)[level][0].numpy() for r in single] for level in range(2)]
         for name in ("logps", "neg_entropy")
     )
     expected = official_factor(logps, 64) * official_factor(neg_entropy, 64)
-    result = camera.score(pictures, 1, normalization="official")
+    result = camera.score(images, 1, normalization="official")
     assert_close(result.image_score, expected.max((1, 2)), 1e-4)
     assert_close(result.anomaly_map[0], zoom(expected[0], 40 / 64, order=1, mode="nearest", grid_mode=True), 1e-4)
 
 
 def test_image_score_does_not_depend_on_map_size(camera):
-    picture = torch.rand(3, 50, 80)
-    plain = camera.score(picture)
+    image = torch.rand(3, 50, 80)
+    plain = camera.score(image)
     for size in (7, (100, 30)):
-        result = camera.score(picture, map_size=size)
+        result = camera.score(image, map_size=size)
         for name in VERDICTS:
             assert torch.equal(getattr(result, name), getattr(plain, name))
         assert result.anomaly_map.shape[1:] == ((size, size) if isinstance(size, int) else size)
@@ -487,33 +491,33 @@ class MeanColours(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def spotter():
-    """One class; whole pictures, or (`config.center_crop`) the official crop."""
+    """One class; whole images, or (`config.center_crop`) the official crop."""
     model = detector((3, 3), n_classes=1, img_size=64, msk_size=64, n_intra_centers=1)
     model.encoder = MeanColours()
     prime(model)
     return model
 
 
-def with_blob(picture, top, left):
+def with_blob(image, top, left):
     """A bright square, a fifth of the short side, its top left corner at these shares of height and width."""
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     side = min(height, width) // 5
     y, x = round(top * height), round(left * width)
-    picture = picture.clone()
-    picture[:, y : y + side, x : x + side] = 1.0
-    return picture, (y + side / 2, x + side / 2)
+    image = image.clone()
+    image[:, y : y + side, x : x + side] = 1.0
+    return image, (y + side / 2, x + side / 2)
 
 
 @pytest.mark.parametrize("size", [(320, 427), (600, 250), (250, 600)])
 @pytest.mark.parametrize("place", [(0.15, 0.1), (0.45, 0.7), (0.7, 0.4)])
 def test_a_defect_shows_where_it_is(spotter, size, place):
-    clean = grey_picture(*size)
-    picture, (y, x) = with_blob(clean, *place)
-    found, before = spotter.score(picture), spotter.score(clean)
+    clean = grey_image(*size)
+    image, (y, x) = with_blob(clean, *place)
+    found, before = spotter.score(image), spotter.score(clean)
     assert found.image_score > before.image_score
     assert found.anomaly_map.shape == (1, *size)
     assert math.dist(peak(found.anomaly_map - before.anomaly_map), (y, x)) < 0.1 * min(size)
-    found, before = (spotter.score(p, map_size=(100, 200)) for p in (picture, clean))
+    found, before = (spotter.score(p, map_size=(100, 200)) for p in (image, clean))
     row, column = peak(found.anomaly_map - before.anomaly_map)
     assert math.dist((row / 100 * size[0], column / 200 * size[1]), (y, x)) < 0.1 * min(size)
 
@@ -531,12 +535,12 @@ def cropping(spotter, monkeypatch):
 
 @pytest.mark.parametrize("size", [(320, 427), (600, 250), (250, 250)])
 def test_the_centre_crop_lies_where_it_was_cut(cropping, size):
-    (h, w), top, left = data.centre_crop_geometry(*size, 64)
+    (h, w), top, left = images.centre_crop_geometry(*size, 64)
     rows = slice(round(top * size[0] / h), round((top + 64) * size[0] / h))
     columns = slice(round(left * size[1] / w), round((left + 64) * size[1] / w))
-    clean = grey_picture(*size)
-    picture, (y, x) = with_blob(clean, 0.45, 0.45)
-    anomaly_map = cropping.score(picture).anomaly_map[0]
+    clean = grey_image(*size)
+    image, (y, x) = with_blob(clean, 0.45, 0.45)
+    anomaly_map = cropping.score(image).anomaly_map[0]
     inside = torch.zeros(size, dtype=torch.bool)
     inside[rows, columns] = True
     assert (anomaly_map[~inside] == 0).all() and (anomaly_map[inside] > 0).all()
@@ -544,22 +548,22 @@ def test_the_centre_crop_lies_where_it_was_cut(cropping, size):
 
 
 def test_what_the_crop_leaves_out_does_not_count(cropping):
-    picture = grey_picture(250, 600)
-    assert_same_bits(cropping.score(picture), cropping.score(with_blob(picture, 0.5, 0.02)[0]), slice(None))
+    image = grey_image(250, 600)
+    assert_same_bits(cropping.score(image), cropping.score(with_blob(image, 0.5, 0.02)[0]), slice(None))
 
 
 @pytest.mark.parametrize("size", [(320, 427), (600, 250), (1, 41), (33, 1), (64, 64)])
-def test_maps_are_laid_out_in_the_coordinates_of_the_picture(spotter, size):
-    """A map whose values are positions in the picture comes back as those positions."""
+def test_maps_are_laid_out_in_the_coordinates_of_the_image(spotter, size):
+    """A map whose values are positions in the image comes back as those positions."""
     for center_crop in (False, True):
         config = spotter.config.replace(center_crop=center_crop)
-        (h, w), top, left = data.centre_crop_geometry(*size, 64) if center_crop else (size, 0, 0)
+        (h, w), top, left = images.centre_crop_geometry(*size, 64) if center_crop else (size, 0, 0)
         seen = (64, 64) if center_crop else size
         for axis in (0, 1):
             at = ((top, left)[axis] + (np.arange(32) + 0.5) / 32 * seen[axis]) * size[axis] / (h, w)[axis]
             positions = np.broadcast_to(at[:, None] if axis == 0 else at, (32, 32))
             positions = torch.from_numpy(positions.astype(np.float32))
-            laid = score._lay(score._resampled(positions), torch.zeros(3, *size), config, None).numpy()
+            laid = maps.lay(maps.resampled_fill(positions), size, config, None).numpy()
             assert laid.shape == size
             expected = np.indices(size)[axis] + 0.5
             inside = laid > 0
@@ -568,7 +572,7 @@ def test_maps_are_laid_out_in_the_coordinates_of_the_picture(spotter, size):
             assert inside.any() and np.abs(laid - expected)[inside].max() <= 0.5 * extent / 32 + 1
 
 
-def test_thin_pictures(spotter, cropping):
+def test_thin_images(spotter, cropping):
     for center_crop in (False, True):
         cropping.config = cropping.config.replace(center_crop=center_crop)
         for size in [(1, 1), (1, 41), (40, 1), (4, 400)]:
@@ -600,7 +604,7 @@ def test_thin_pictures(spotter, cropping):
         ([torch.zeros(3, 8, 8), None], "cannot score a NoneType"),
     ],
 )
-def test_what_is_no_picture_is_named(camera, images, message):
+def test_what_is_no_image_is_named(camera, images, message):
     with pytest.raises(ValueError, match=message):
         camera.score(images)
 

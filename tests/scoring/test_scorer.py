@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hgad_fast import HGADConfig, HGADModel, Scorer, score
-from hgad_fast.calibrate import Calibration
+from hgad_fast import HGADConfig, HGADModel, Scorer
+from hgad_fast.scoring import maps
+from hgad_fast.scoring.calibration import Calibration
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,8 @@ def test_a_map_at_the_frames_size_is_made_only_when_it_is_asked_for(
 ) -> None:
     scorer, (frame,) = Scorer(model), frames(1)
     made: list[tuple[int, int]] = []
-    write = score._filled
-    monkeypatch.setattr(score, "_filled", lambda out, *rest: made.append(tuple(out.shape)) or write(out, *rest))
+    write = maps._filled
+    monkeypatch.setattr(maps, "_filled", lambda out, *rest: made.append(tuple(out.shape)) or write(out, *rest))
     found = scorer(frame)
     assert found.is_anomalous in (False, True) and made == [(24, 41)]  # the grid that scores are computed on
     assert found.anomaly_map is found.anomaly_map and found.anomaly_map.shape == found.size == (30, 50)
@@ -93,13 +94,13 @@ def test_a_rate_of_its_own(model: HGADModel) -> None:
         Scorer(model, false_alarm_rate=1.5)
 
 
-@pytest.mark.filterwarnings("ignore:pictures are seen at")
+@pytest.mark.filterwarnings("ignore:images are seen at")
 def test_a_size_and_a_memory_of_its_own(model: HGADModel) -> None:
     (frame,) = frames(1)
     found, expected = Scorer(model, img_size="native")(frame), model.score(frame, img_size="native")
     assert found.score == float(expected.image_score)
     torch.testing.assert_close(found.anomaly_map, expected.anomaly_map[0], rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match="a picture of 30 x 50 pixels .* max_memory is 10 MB"):
+    with pytest.raises(ValueError, match="an image of 30 x 50 pixels .* max_memory is 10 MB"):
         Scorer(model, frame_size=(30, 50), max_memory="10MB")
     with pytest.raises(ValueError, match="max_memory is 'lots'"):
         Scorer(model, max_memory="lots")

@@ -1,8 +1,8 @@
-"""A headless Chromium, driven through its debugging pipe: a page's layout, console and picture, without a driver.
+"""A headless Chromium, driven through its debugging pipe: a page's layout, console and image, without a driver.
 
     python tests/chromium.py demo/report.html docs/images/report.png
 
-takes the picture of the README: the report's first part, after `make demo` and `hgad-fast report demo`.
+takes the image of the README: the report's first part, after `make demo` and `hgad-fast report demo`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Browser:
 
 
 if __name__ == "__main__":
-    report, picture = map(Path, sys.argv[1:])
+    report, image = map(Path, sys.argv[1:])
     with open_browser() as browser:
         browser.open(report, width=1280, height=1720)
-        browser.screenshot(picture)
+        browser.screenshot(image)

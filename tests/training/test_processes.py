@@ -17,22 +17,24 @@ import pytest
 import torch
 from PIL import Image
 
-from hgad_fast import HGADConfig, HGADModel, train
-from hgad_fast.features import FeatureSet
-from hgad_fast.processes import Processes
-from hgad_fast.step import Step
-from hgad_fast.train import CHECKPOINT, METRICS, MODEL, RUN
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.features.extract import FeatureSet
+from hgad_fast.training import display, fit
+from hgad_fast.training.checkpoint import CHECKPOINT, METRICS, MODEL, RUN
+from hgad_fast.training.processes import Processes
+from hgad_fast.training.step import Step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
     import os, signal, sys, warnings
     from pathlib import Path
     import torch
-    from hgad_fast import HGADConfig, HGADModel, step
-    from hgad_fast.features import FeatureSet
+    from hgad_fast import HGADConfig, HGADModel
+    from hgad_fast.training import step
+    from hgad_fast.features.extract import FeatureSet
 
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # so few calibration pictures
+    warnings.simplefilter("ignore")  # so few calibration images
     folder, case, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ.get("RANK", 0))
     sizes, generator = [(3, 4), (2, 5), (4, 4)], torch.Generator().manual_seed(0)
     images = [[torch.randn(c, *sizes[i % 3], generator=generator) for c in (8, 7)] for i in range(12)]
@@ -92,7 +94,7 @@ def outcomes(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    """20 steps, maps of several sizes, three pictures for either process, which one takes in two parts."""
+    """20 steps, maps of several sizes, three images for either process, which one takes in two parts."""
     single, pair = tmp_path / "single", tmp_path / "pair"
     single.mkdir()
     pair.mkdir()
@@ -141,12 +143,12 @@ def test_what_processes_cannot_share():
 
     model = HGADModel(HGADConfig(backbone_arch=None, feature_levels=1, feature_dims=(4,), n_classes=1, batch_size=1))
     data = FeatureSet.from_levels([torch.randn(3, 4, 2, 2)], [0, 0, 0])
-    options = data, None, (), train._Display(False), Step(model, Second(rank=1, count=2))
-    with pytest.raises(ValueError, match="2 processes share batches of 1 pictures, and some get none; start fewer, or"):
-        train._Run(model, *options)
+    options = data, None, (), display.Display(False), Step(model, Second(rank=1, count=2))
+    with pytest.raises(ValueError, match="2 processes share batches of 1 images, and some get none; start fewer, or"):
+        fit._Run(model, *options)
     model.config = model.config.replace(batch_size=2)
     with pytest.raises(ValueError, match="process 1 has other data, settings or backbone weights than process 0"):
-        train._Run(model, *options)
+        fit._Run(model, *options)
 
 
 def test_torchrun_and_the_command_line(tmp_path):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hgad_fast import HGADConfig, HGADModel, step
-from hgad_fast.processes import Processes
-from hgad_fast.step import Step
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.training import step
+from hgad_fast.training.processes import Processes
+from hgad_fast.training.step import Step
 
 DIMS = (8, 7)
 
@@ -24,7 +25,7 @@ def make_model(**changes) -> HGADModel:
 
 
 def make_batch(seed: int = 0, sizes=((4, 5), (3, 3), (4, 5), (2, 6), (3, 3), (4, 5), (4, 5))):
-    """Pictures of several sizes and three classes."""
+    """Images of several sizes and three classes."""
     generator = torch.Generator().manual_seed(seed)
     images = [[torch.randn(c, h, w, generator=generator) for c in DIMS] for h, w in sizes]
     return images, torch.randint(3, (len(sizes),), generator=generator)
@@ -42,7 +43,7 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
 @pytest.mark.parametrize("parts", [2, 3, 7])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_parts_of_a_batch_add_up_to_it(parts, stage):
-    """Also where they have unequal numbers of pictures and pixels."""
+    """Also where they have unequal numbers of images and pixels."""
     whole = make_model()
     split = copy.deepcopy(whole)
     split.config = split.config.replace(accumulate=parts)
@@ -55,7 +56,7 @@ def test_parts_of_a_batch_add_up_to_it(parts, stage):
     assert all((parameter.grad is None) == (stage == 1) for parameter in in_stage_2_only)
 
 
-@pytest.mark.filterwarnings("ignore:too few calibration pictures")
+@pytest.mark.filterwarnings("ignore:too few calibration images")
 def test_accumulation_trains_the_same_model():
     models = [make_model(accumulate=parts, meta_epochs=5, sub_epochs=2, lr=1e-3) for parts in (1, 3)]
     levels = [torch.randn(14, c, 3, 4) for c in DIMS]
