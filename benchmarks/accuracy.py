@@ -2,7 +2,7 @@
 
 ROOT is a dataset in the MVTec AD layout. The setting is a small one that a CPU can run: `tf_efficientnet_lite0`
 (ImageNet weights from the [demo] extra), short side 256, centre crop, maps at 256, 16 meta-epochs of 1 sub-epoch,
-batch 8, every training picture used, maps normalised class by class over the test set. With
+batch 8, every training image used, maps normalised class by class over the test set. With
 `--cache-dtype float16 --memory reversible` it is the training that takes least memory, to compare with the default.
 """
 
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from hgad_fast import HGADConfig, HGADModel, bench, data, demo
-from hgad_fast.evaluate import evaluate
-from hgad_fast.features import FeatureSet, feature_set
+from hgad_fast import HGADConfig, HGADModel, demo
+from hgad_fast.bench import measure
+from hgad_fast.data import datasets
+from hgad_fast.evaluation.evaluate import evaluate
+from hgad_fast.features.extract import FeatureSet, feature_set
 from hgad_fast.files import replacing
 
 
@@ -38,11 +40,11 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
     root, output = arguments.root, arguments.output
-    dataset = data.discover(root)
+    dataset = datasets.discover(root)
     weights = demo.write_weights(folder / "lite0.safetensors")
     found: dict[str, Any] = {"dataset": root.name, "meta_epochs": arguments.meta_epochs}
     found |= {"cache_dtype": arguments.cache_dtype, "memory": arguments.memory, "seeds": {}}
-    found |= bench.environment(torch.device("cpu"))
+    found |= measure.about_run(torch.device("cpu"))
     features: FeatureSet | None = None
     for seed in arguments.seeds:
         config = HGADConfig(

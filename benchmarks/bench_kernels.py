@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def test_coupling(measure: Callable) -> None:
-    measure("coupling")
+def test_coupling(measured: Callable) -> None:
+    measured("coupling")
 
 
-def test_flow(measure: Callable) -> None:
-    measure("flow")
+def test_flow(measured: Callable) -> None:
+    measured("flow")
 
 
-def test_mixture(measure: Callable) -> None:
-    measure("mixture")
+def test_mixture(measured: Callable) -> None:
+    measured("mixture")
 
 
-def test_scores(measure: Callable) -> None:
-    measure("scores")
+def test_scores(measured: Callable) -> None:
+    measured("scores")

@@ -5,5 +5,5 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def test_scoring(measure: Callable) -> None:
-    measure("scoring")
+def test_scoring(measured: Callable) -> None:
+    measured("scoring")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def test_training(measure: Callable) -> None:
-    measure("training")
+def test_training(measured: Callable) -> None:
+    measured("training")
 
 
-def test_official_loop(measure: Callable) -> None:
-    measure("official-loop")
+def test_official_loop(measured: Callable) -> None:
+    measured("official-loop")

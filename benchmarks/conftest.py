@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hgad_fast import bench
+from hgad_fast.bench import measure, results
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OUTCOMES = pytest.StashKey[list[bench.Outcome]]()
+OUTCOMES = pytest.StashKey[list[results.Outcome]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,23 +29,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def measure(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Times one of `bench.CASES`; a result unlike the official formulation's fails."""
+def measured(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Times one of `cases.CASES`; a result unlike the official formulation's fails."""
 
-    def measure(case: str) -> None:
-        outcomes = bench.run([case], device=DEVICE)
+    def run(case: str) -> None:
+        outcomes = measure.run([case], device=DEVICE)
         pytestconfig.stash[OUTCOMES] += outcomes
-        assert not bench.wrong_results(outcomes)
+        assert not results.wrong_results(outcomes)
 
-    return measure
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     outcomes = config.stash[OUTCOMES]
     if not outcomes:
         return
-    about = bench.environment(DEVICE)
+    about = measure.about_run(DEVICE)
     terminalreporter.section("against the official formulation")
-    terminalreporter.line("\n".join([*about["notes"], bench.table(outcomes)]))
+    terminalreporter.line("\n".join([*about["notes"], results.table(outcomes)]))
     if path := config.getoption("--save-results"):
-        terminalreporter.line(f"\nkept in {bench.save(outcomes, path, about)}")
+        terminalreporter.line(f"\nkept in {results.save(outcomes, path, about)}")

@@ -1,17 +1,17 @@
 """Wall time from the start to the saved model, over the official procedure: `python -m benchmarks.end_to_end ROOT`.
 
 ROOT is a dataset in the MVTec AD layout. Ours is `fit`: features once, then passes over them, calibration, model file.
-The official procedure decodes every picture and runs the backbone in every pass, builds the dense positional code for
+The official procedure decodes every image and runs the backbone in every pass, builds the dense positional code for
 every batch and level, and takes the levels one after the other, each with a backward pass and an optimizer step of its
 own; its flow is made of FrEIA's blocks, its prior of every distance. After each pass of ours comes one of the official
-procedure, in the same process, at the same learning rates. Both train on the same pictures; those that `fit` holds out
+procedure, in the same process, at the same learning rates. Both train on the same images; those that `fit` holds out
 for its thresholds, and calibrates on, count for ours alone.
 
-`lite0` is tf_efficientnet_lite0 for 16 passes, `b6` tf_efficientnet_b6 with random weights for 200 passes. Pictures are
+`lite0` is tf_efficientnet_lite0 for 16 passes, `b6` tf_efficientnet_b6 with random weights for 200 passes. Images are
 a subset, the same for both, and passes are some of those: time is linear in both, as every batch is like every other,
 and every pass like every other of its stage. So the wanted time is what `fit` takes without its passes (extraction,
 calibration, files), plus the median pass of each stage times the number of such passes. Files take as long for a few
-pictures as for many: with a small subset they weigh on ours.
+images as for many: with a small subset they weigh on ours.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hgad_fast import HGADConfig, HGADModel, bench, data, demo
-from hgad_fast.calibrate import split
+from hgad_fast import HGADConfig, HGADModel, demo
+from hgad_fast.bench import measure, official
+from hgad_fast.data import datasets
 from hgad_fast.files import replacing
-from hgad_fast.train import WARM_UP_EPOCHS, learning_rate
+from hgad_fast.models.hgad import WARM_UP_EPOCHS
+from hgad_fast.protocol import Progress
+from hgad_fast.scoring.calibration import split
+from hgad_fast.training.schedule import warmed_up_cosine
 
 BACKBONES = {"lite0": ("tf_efficientnet_lite0", 16, 1), "b6": ("tf_efficientnet_b6", 25, 8)}  # meta-, sub-epochs
 MEASURED = 2, 2  # meta-epochs of stage 2, sub-epochs of each
@@ -44,16 +48,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="the dataset")
     parser.add_argument("--backbone", choices=BACKBONES, action="append", help="default: both")
-    parser.add_argument("--pictures", type=int, default=120, help="of the training pictures, evenly spread")
+    parser.add_argument("--images", type=int, default=120, help="of the training images, evenly spread")
     parser.add_argument("--output", type=Path, help="JSON file to add the figures to")
     arguments = parser.parse_args()
-    dataset = data.discover(arguments.root)
-    step = max(1, len(dataset.train) // arguments.pictures)
+    dataset = datasets.discover(arguments.root)
+    step = max(1, len(dataset.train) // arguments.images)
     subset = replace(dataset, train=dataset.train[::step])
     for backbone in arguments.backbone or BACKBONES:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(backbone, subset, Path(folder))
-        found |= {"dataset": dataset.root.name, "pictures": len(subset.train), "of": len(dataset.train)}
+            found = compare(backbone, subset, Path(folder))
+        found |= {"dataset": dataset.root.name, "images": len(subset.train), "of": len(dataset.train)}
         print(json.dumps({backbone: found}, indent=2), flush=True)
         if arguments.output is not None:
             known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -61,7 +65,7 @@ def main() -> None:
                 file.write_text(json.dumps(known | {backbone: found}, indent=2) + "\n")
 
 
-def measure(backbone: str, dataset: data.Dataset, folder: Path) -> dict[str, Any]:
+def compare(backbone: str, dataset: datasets.Dataset, folder: Path) -> dict[str, Any]:
     arch, meta_epochs, sub_epochs = BACKBONES[backbone]
     weights = str(demo.write_weights(folder / "lite0.safetensors")) if backbone == "lite0" else None
     official_seconds: dict[int, list[float]] = defaultdict(list)
@@ -110,7 +114,7 @@ def measure(backbone: str, dataset: data.Dataset, folder: Path) -> dict[str, Any
         "seconds": {"hgad_fast": round(ours, 1), "official": round(theirs, 1)},
         "speedup": round(theirs / ours, 2),
         "sum of the loss terms in the last pass, by level": losses,
-        **bench.environment(torch.device("cpu")),
+        **measure.about_run(torch.device("cpu")),
     }
 
 
@@ -125,12 +129,12 @@ def _rounded(seconds: dict[int, list[float]]) -> dict[int, list[float]]:
 class Official:
     """The official training loop, with the parameters that a model of ours starts from."""
 
-    def __init__(self, model: HGADModel, samples: list[data.Sample]) -> None:
+    def __init__(self, model: HGADModel, samples: list[datasets.Sample]) -> None:
         self.config, self.encoder = model.config, model.require_encoder()
-        self.levels = [bench.OfficialLevel.of(model, level) for level in range(self.config.feature_levels)]
+        self.levels = [official.OfficialLevel.of(model, level) for level in range(self.config.feature_levels)]
         self.optimizers = [level.optimizer() for level in self.levels]
         self.loader = DataLoader(
-            _Pictures(samples, self.config.img_size, self.encoder.mean, self.encoder.std),
+            _Images(samples, self.config.img_size, self.encoder.mean, self.encoder.std),
             batch_size=self.config.batch_size,
             shuffle=True,
             drop_last=True,
@@ -142,7 +146,9 @@ class Official:
         """One pass; the mean of the sum of the loss terms of each level."""
         totals = [0.0] * len(self.levels)
         for batch, (images, labels) in enumerate(self.loader):
-            rate = learning_rate(self.config, meta_epoch, sub_epoch, batch, len(self.loader))
+            rate = warmed_up_cosine(
+                Progress(meta_epoch, sub_epoch, batch, len(self.loader)), self.config, WARM_UP_EPOCHS
+            )
             with torch.no_grad():
                 features = self.encoder(images)
             for i, total in enumerate(self._step_levels(features, labels, stage, rate)):
@@ -153,22 +159,22 @@ class Official:
         config = self.config
         for level, optimizer, x in zip(self.levels, self.optimizers, features, strict=True):
             batch, channels, h, w = x.shape
-            position = bench.dense_position(config.pos_embed_dim, batch, h, w)
+            position = official.dense_position(config.pos_embed_dim, batch, h, w)
             pixel_labels = labels.repeat_interleave(h * w)
-            onehot = bench.smoothed_onehot(pixel_labels, config.n_classes, config.label_smoothing)
+            onehot = official.smoothed_onehot(pixel_labels, config.n_classes, config.label_smoothing)
             terms = level(x.permute(0, 2, 3, 1).reshape(-1, channels), pixel_labels, onehot, position, stage)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            bench.official_loss(terms, config.lambda1, config.lambda2).backward()
+            official.official_loss(terms, config.lambda1, config.lambda2).backward()
             optimizer.step()
             yield sum(float(term.detach()) for term in terms.values())
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """Training pictures, prepared by torchvision as the official code does, and their classes."""
+class _Images(torch.utils.data.Dataset):
+    """Training images, prepared by torchvision as the official code does, and their classes."""
 
-    def __init__(self, samples: list[data.Sample], img_size: int, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, samples: list[datasets.Sample], img_size: int, mean: Tensor, std: Tensor) -> None:
         from torchvision import transforms as T
 
         self.samples = samples

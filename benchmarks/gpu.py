@@ -30,13 +30,16 @@ from torch import Tensor
 
 from benchmarks import gpu_figures
 from benchmarks.gpu_figures import Figure
-from hgad_fast import bench, ops
-from hgad_fast.bench import HEADLINE, LARGE, MILLION_PIXELS, Size, relative_error
-from hgad_fast.processes import Processes
-from hgad_fast.step import Step
+from hgad_fast import ops
+from hgad_fast.bench import cases, measure, official, results
+from hgad_fast.bench.cases import HEADLINE, LARGE, MILLION_PIXELS, Size
+from hgad_fast.bench.measure import relative_error
+from hgad_fast.bench.results import GRADIENT_TOLERANCE, TOLERANCE
+from hgad_fast.training.processes import Processes
+from hgad_fast.training.step import Step
 
 # Frobenius-relative, against float64. Products of float32 accuracy (tf32x3, or float32 itself) are bound more loosely
-# than in tests/test_kernels.py: tensor cores sum in an order and with a rounding of their own.
+# than in tests/kernels/test_kernels.py: tensor cores sum in an order and with a rounding of their own.
 FORWARD, BACKWARD = 5e-6, 2e-5
 BFLOAT16 = 4e-3  # of a result that is returned in bfloat16
 
@@ -78,7 +81,7 @@ class Check:
         return f"{verdict} {self.name}: {self.error:.1e} (allowed: {self.allowed:.0e}) {self.note}".rstrip()
 
 
-Found = Check | Figure | bench.Outcome
+Found = Check | Figure | results.Outcome
 
 
 class Job(NamedTuple):
@@ -96,19 +99,19 @@ class Report:
     about: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
-    outcomes: list[bench.Outcome] = field(default_factory=list)
+    outcomes: list[results.Outcome] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks) and not bench.wrong_results(self.outcomes)
+        return all(check.passed for check in self.checks) and not results.wrong_results(self.outcomes)
 
     def add(self, found: list[Found]) -> None:
         """Take in what a job found; a case and size that was measured before is replaced."""
         self.checks += [each for each in found if isinstance(each, Check)]
         self.figures += [each for each in found if isinstance(each, Figure)]
         outcomes = [each for each in found if not isinstance(each, (Check, Figure))]
-        known = bench.grouped(self.outcomes) | bench.grouped(outcomes)
+        known = results.grouped(self.outcomes) | results.grouped(outcomes)
         self.outcomes = [outcome for block in known.values() for outcome in block]
 
     def save(self, path: Path) -> Path:
@@ -118,7 +121,7 @@ class Report:
         figures = [asdict(figure) for figure in self.figures]
         for figure in figures:
             figure["value"] = figure["value"] if math.isfinite(figure["value"] or 0) else None
-        return bench.save(self.outcomes, path, self.about, checks=checks, figures=figures, left_out=self.left_out)
+        return results.save(self.outcomes, path, self.about, checks=checks, figures=figures, left_out=self.left_out)
 
 
 class TimeIsUp(BaseException):
@@ -140,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmarks.gpu needs a CUDA GPU, and torch sees none here; `make bench` measures a CPU", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    report = Report(bench.environment(device))
+    report = Report(measure.about_run(device))
     jobs = [job for job in plan(device) if options.only in job.name]
     carry_out(jobs, report, options.output, 60 * options.minutes)
     print(summary(report))
@@ -200,12 +203,12 @@ def plan(device: torch.device, quick: bool = False) -> list[Job]:
         for check in (check_coupling, check_mixture, check_scores, check_flow, check_blocks):
             name = check.__name__.removeprefix("check_")
             jobs.append(Job(f"{name} against float64, {label}", lambda check=check, size=size: check(size, device)))
-    alike = bench.QUICK if quick else replace(LARGE, blocks=4)
-    steps = bench.QUICK if quick else LARGE
+    alike = cases.QUICK if quick else replace(LARGE, blocks=4)
+    steps = cases.QUICK if quick else LARGE
     jobs += [
         Job("training steps of three levels", lambda: check_steps(steps, device)),
         Job("bitwise determinism", lambda: check_determinism(alike, device)),
-        Job("torch.compile of a training step", lambda: check_compile(bench.QUICK, device)),
+        Job("torch.compile of a training step", lambda: check_compile(cases.QUICK, device)),
     ]
     if device.type == "cuda":
         jobs.append(Job("operands of a tf32 product", lambda: check_tf32(device)))
@@ -219,7 +222,7 @@ def plan(device: torch.device, quick: bool = False) -> list[Job]:
 
 def figure_jobs(device: torch.device, quick: bool = False) -> tuple[list[Job], list[Job]]:
     """The sections of gpu_figures.py: those that matter most, and those for the end, if time is left."""
-    large, million, small = (bench.QUICK,) * 3 if quick else (LARGE, MILLION_PIXELS, HEADLINE)
+    large, million, small = (cases.QUICK,) * 3 if quick else (LARGE, MILLION_PIXELS, HEADLINE)
     more_classes = replace(large, classes=40)
     steps = 4 if quick else 300
 
@@ -252,7 +255,7 @@ def figure_jobs(device: torch.device, quick: bool = False) -> tuple[list[Job], l
 
 def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
     """What matters most in front; `torch.compile` of the peers, which takes its time, in the end."""
-    everything = [(case, size) for case in bench.CASES for size in bench.sizes(case, device, quick)]
+    everything = [(case, size) for case in cases.CASES for size in cases.sizes(case, device, quick)]
     first = [] if quick else list(FIRST)
     measured = [(*each, False) for each in dict.fromkeys(first + everything)]
     compiled = [] if quick else [(*each, True) for each in COMPILED]
@@ -260,7 +263,7 @@ def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
     def job(case: str, size: Size, compile_peers: bool) -> Job:
         def run() -> list[Found]:
             rounds = 3 if quick else None
-            return [*bench.measure(case, size, device, compiled=compile_peers, rounds=rounds, seconds_in_all=2)]
+            return [*measure.measure(case, size, device, compiled=compile_peers, rounds=rounds, seconds_in_all=2)]
 
         return Job(f"{case}{' with compiled peers' if compile_peers else ''}: {size}", run)
 
@@ -269,19 +272,19 @@ def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
 
 def ceiling_check(device: torch.device) -> Check:
     """The ceilings, measured before anything heats the device."""
-    ceiling = bench.measure_ceiling(device)
+    ceiling = measure.measure_ceiling(device)
     rates = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in ceiling.flop_per_second.items())
     return Check("ceilings", 0, 0, f"copy {ceiling.bytes_per_second / 1e9:.0f} GB/s, {rates}")
 
 
 def summary(report: Report) -> str:
     """The short table: failed checks, then a line a case and size."""
-    lines = ["", *(str(check) for check in report.checks if not check.passed), *bench.wrong_results(report.outcomes)]
+    lines = ["", *(str(check) for check in report.checks if not check.passed), *results.wrong_results(report.outcomes)]
     lines += map(str, report.figures)
-    for (case, size, _), block in bench.grouped(report.outcomes).items():
+    for (case, size, _), block in results.grouped(report.outcomes).items():
         parts = []
         for outcome in block:
-            if isinstance(outcome, bench.Failure):
+            if isinstance(outcome, results.Failure):
                 parts.append(f"{outcome.contender}: {outcome.reason[:40]}")
                 continue
             ratio = next(iter(outcome.speedups.values()), (math.nan,))[0]
@@ -393,12 +396,11 @@ def check_scores(size: Size, device: torch.device) -> list[Check]:
 
 def trained_flow(size: Size, draw: Draw) -> Any:
     """As if trained: a fresh log-determinant is nearly zero, and its error all there is of it."""
-    flow = bench.Problem(size, draw.device).model.nfs[0]
+    flow = cases.Problem(size, draw.device).model.nfs[0]
     with torch.no_grad():
-        for block in flow.module_list:
-            block.global_scale.add_(draw.normal(1, size.channels))
-            block.global_offset.copy_(draw.normal(1, size.channels))
-            block.subnet[2].weight.mul_(5)
+        flow.global_scale.add_(draw.normal(*flow.global_scale.shape))
+        flow.global_offset.copy_(draw.normal(*flow.global_offset.shape))
+        flow.w2.mul_(5)
     return flow
 
 
@@ -415,10 +417,11 @@ def check_flow(size: Size, device: torch.device) -> list[Check]:
     def results(device: torch.device, dtype: torch.dtype, **options: str) -> tuple[list[Tensor], list[Tensor]]:
         """z and log_det, and the gradients of x and the parameters."""
         model = copy.deepcopy(flow).to(device, dtype)
-        blocks = [block.parameters_for_ops() for block in model.module_list]
         grid = ops.SeparablePosition(*(t.to(dtype) for t in flow.grid(size.height, size.width, device)))
         leaf = x.detach().to(device, dtype).requires_grad_()
-        found = ops.flow(leaf, blocks, grid, **options) if options else ops.flow_definition(leaf, blocks, grid)
+        found = (
+            ops.flow(leaf, model.blocks, grid, **options) if options else ops.flow_definition(leaf, model.blocks, grid)
+        )
         upstream = gz.to(device, dtype), glog_det.to(device, dtype)
         return [t.detach() for t in found], list(torch.autograd.grad(found, [leaf, *model.parameters()], upstream))
 
@@ -430,7 +433,7 @@ def check_flow(size: Size, device: torch.device) -> list[Check]:
             expected, forward, backward = exact, FORWARD, BACKWARD
             if precision != "fp32":
                 expected = results(torch.device("cpu"), torch.float32, backend="torch", **options)
-                forward, backward = bench.TOLERANCE["fp32"], bench.GRADIENT_TOLERANCE["fp32"]
+                forward, backward = TOLERANCE["fp32"], GRADIENT_TOLERANCE["fp32"]
             found = results(device, torch.float32, **options)
             name = f"flow, {precision}, {memory} memory"
             for part, allowed, ours, theirs in zip(
@@ -463,7 +466,7 @@ def check_blocks(size: Size, device: torch.device, runs: int = 5) -> list[Check]
 
 def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[Check]:
     """Losses, all gradients and all scores of several runs must agree to the bit, whatever the labels' kind."""
-    problem = bench.Problem(size, device)
+    problem = cases.Problem(size, device)
     flow, mixture = problem.model.nfs[0], problem.model.mixture
     grid = flow.grid(size.height, size.width, device)
     parameters = [*flow.parameters(), *mixture.level(0)]
@@ -472,7 +475,7 @@ def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[C
         flow.precision = precision
         z, log_det = flow(problem.x, grid)
         terms = mixture.losses(z, log_det, labels, 0, stage=2, label_smoothing=problem.smoothing)
-        loss = bench.official_loss({name: term.mean() for name, term in terms.items()})
+        loss = official.official_loss({name: term.mean() for name, term in terms.items()})
         scores = mixture.scores(z.detach(), log_det.detach(), 0, labels, per_class=True)
         return [z, log_det, *terms.values(), *torch.autograd.grad(loss, parameters), *scores]
 
@@ -491,18 +494,18 @@ def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[C
 
 def check_steps(size: Size, device: torch.device, steps: int = 8) -> list[Check]:
     """Steps of three levels, as `fit` makes them: recorded ones have the losses of eager ones."""
-    pictures = gpu_figures.Pictures(size)
+    images = gpu_figures.Images(size)
     model = gpu_figures.three_levels(size, device)
     losses = []
     for graph in (False, True) if device.type == "cuda" else (False, False):
         step = Step(copy.deepcopy(model), Processes(), graph)
-        losses.append(torch.stack([step(pictures.images, pictures.labels, 2, 1e-4) for _ in range(steps)]))
+        losses.append(torch.stack([step(images.images, images.labels, 2, 1e-4) for _ in range(steps)]))
     return [worst("recorded training steps of three levels", BACKWARD, losses[1:], double(losses[0]))]
 
 
 def check_compile(size: Size, device: torch.device) -> list[Check]:
     """A training step under `torch.compile(fullgraph=True)` gives the eager one's losses and gradients."""
-    problem = bench.Problem(size, device)
+    problem = cases.Problem(size, device)
     flow, mixture = problem.model.nfs[0], problem.model.mixture
     grid = flow.grid(size.height, size.width, device)
     parameters = [*flow.parameters(), *mixture.level(0)]
@@ -510,7 +513,7 @@ def check_compile(size: Size, device: torch.device) -> list[Check]:
     def forward() -> Tensor:
         z, log_det = flow(problem.x, grid)
         terms = mixture.losses(z, log_det, problem.image_labels, 0, stage=2, label_smoothing=problem.smoothing)
-        return bench.official_loss({name: term.mean() for name, term in terms.items()})
+        return official.official_loss({name: term.mean() for name, term in terms.items()})
 
     backend = "inductor" if device.type == "cuda" else "aot_eager"  # inductor would need a C++ compiler on a CPU
     compiled = torch.compile(forward, fullgraph=True, backend=backend)

@@ -19,14 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hgad_fast import bench, latency, ops
-from hgad_fast.bench import Size
-from hgad_fast.calibrate import calibrate_on
-from hgad_fast.config import HGADConfig
-from hgad_fast.features import feature_set
-from hgad_fast.model import HGADModel
-from hgad_fast.processes import Processes
-from hgad_fast.step import EAGER_STEPS, Group, StageLoss, Step, gather, on_side_stream, record
+from hgad_fast import environment, ops
+from hgad_fast.bench import cases, latency, measure, timing
+from hgad_fast.bench.cases import Size
+from hgad_fast.bench.official import official_loss, official_scores, smoothed_onehot
+from hgad_fast.bench.results import OUT_OF_MEMORY
+from hgad_fast.features.extract import feature_set
+from hgad_fast.models.config import HGADConfig
+from hgad_fast.models.hgad import HGADModel, StageLoss
+from hgad_fast.scoring.calibration import calibrate_on
+from hgad_fast.training.processes import Processes
+from hgad_fast.training.step import EAGER_STEPS, Group, Step, gather, on_side_stream, record
 
 L2_BYTES = 256e6  # several times what the largest second-level caches hold
 MEMORY_LIMIT = 16e9
@@ -56,7 +59,7 @@ def device_seconds(works: Sequence[Callable[[], Any]], device: torch.device, rep
     On CUDA all of them make one graph, which is run again: each finds its inputs in memory, not in the cache.
     """
     if device.type != "cuda":
-        return statistics.median(bench.seconds(work, device) for work in works)
+        return statistics.median(timing.seconds(work, device) for work in works)
     for work in works:
         on_side_stream(work)
     replay, _ = record(lambda: [work() for work in works])
@@ -74,7 +77,7 @@ def device_seconds(works: Sequence[Callable[[], Any]], device: torch.device, rep
 def kernel_times(size: Size, device: torch.device) -> list[Figure]:
     """Time of each kernel, and its bytes per second as a share of a copy's; bytes are what it must read and write."""
     n, half = size.pixels, size.channels // 2
-    problem = bench.Problem(size, device)
+    problem = cases.Problem(size, device)
     mixture, labels = [t.detach() for t in problem.official.mixture], problem.image_labels
     options = {"label_smoothing": problem.smoothing, "stage": 2}
     normal = functools.partial(torch.randn, generator=problem.generator(), device=device)
@@ -109,7 +112,7 @@ def kernel_times(size: Size, device: torch.device) -> list[Figure]:
             4 * n * (size.channels + 6),
         ),
     }
-    rate = bench.measure_ceiling(device).bytes_per_second
+    rate = measure.measure_ceiling(device).bytes_per_second
     figures = []
     for name, (draw, kernel, moved) in kernels.items():
         copies = min(max(math.ceil(L2_BYTES / moved), 2), 16) if device.type == "cuda" else 2
@@ -119,13 +122,13 @@ def kernel_times(size: Size, device: torch.device) -> list[Figure]:
         figures.append(Figure(label, 1e3 * taken, "ms", "on the device alone, inputs rotated"))
         figures.append(Figure(f"{label}, of a copy's bytes per second", moved / taken / rate, "of 1"))
         del works
-        bench.release_memory(device)
+        timing.release_memory(device)
     return figures
 
 
 def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Figure]:
     """Flow and mixture over all centres for scoring, against the official formulation in batches of 32 768 pixels."""
-    problem = bench.Problem(size, device)
+    problem = cases.Problem(size, device)
     mixture = [t.detach() for t in problem.official.mixture]
     grid = problem.model.nfs[0].grid(size.height, size.width, device)
 
@@ -136,9 +139,9 @@ def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Fig
     @torch.no_grad()
     def official(precision: str) -> list[Any]:
         mu, delta, _, phi_intra = mixture
-        with bench.float32_products(precision):
+        with cases.float32_products(precision):
             return [
-                bench.official_scores(*problem.official.flow(x, [position]), mu, delta, phi_intra)
+                official_scores(*problem.official.flow(x, [position]), mu, delta, phi_intra)
                 for x, position in zip(problem.x.split(32768), problem.position.split(32768), strict=True)
             ]
 
@@ -150,13 +153,13 @@ def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Fig
     taken: dict[str, float] = {}
     for name, work in works.items():
         work()
-        taken[name] = statistics.median(bench.seconds(work, device) for _ in range(rounds))
+        taken[name] = statistics.median(timing.seconds(work, device) for _ in range(rounds))
     label = f"flow and mixture, {size.pixels} pixels, {size.classes * size.centres} centres"
-    flop = bench.flow_flop(size, dense=False) + bench.mixture_flop(size, size.classes * size.centres)
+    flop = cases.flow_flop(size, dense=False) + cases.mixture_flop(size, size.classes * size.centres)
     figures = [Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in taken.items()]
     for precision in problem.precisions:
         mine = taken[f"ours, {precision}"]
-        share = flop / mine / bench.measure_ceiling(device).flop_per_second[precision]
+        share = flop / mine / measure.measure_ceiling(device).flop_per_second[precision]
         figures.append(Figure(f"{label}, ours, {precision}, of a product's operations per second", share, "of 1"))
         figures += [
             Figure(f"{label}, official {peer} over ours {precision}", taken[f"official, {peer}"] / mine, "x")
@@ -168,8 +171,8 @@ def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Fig
 # ---- training
 
 
-class Pictures:
-    """Features of a batch of pictures at three levels, as the cache holds them."""
+class Images:
+    """Features of a batch of images at three levels, as the cache holds them."""
 
     def __init__(self, size: Size) -> None:
         self.maps = [(max(size.height >> level, 1), max(size.width >> level, 1)) for level in range(3)]
@@ -202,32 +205,32 @@ def _graph_choices(device: torch.device) -> tuple[bool, ...]:
 
 
 def _measured_step(label: str, work: Callable[[], Any], size: Size, device: torch.device, rounds: int) -> list[Figure]:
-    """Time, pictures per second and memory of a step; out of memory is a result too."""
+    """Time, images per second and memory of a step; out of memory is a result too."""
     try:
         for _ in range(EAGER_STEPS + 2):  # the last of them was recorded, where steps are
             work()
-        taken = statistics.median(bench.seconds(work, device) for _ in range(rounds))
-        peak = bench.peak_memory(work, device)
+        taken = statistics.median(timing.seconds(work, device) for _ in range(rounds))
+        peak = timing.peak_memory(work, device)
     except torch.OutOfMemoryError:
-        return [Figure(f"{label}, time of a step", None, "ms", bench.OUT_OF_MEMORY)]
+        return [Figure(f"{label}, time of a step", None, "ms", OUT_OF_MEMORY)]
     finally:
-        bench.release_memory(device)
+        timing.release_memory(device)
     return [
         Figure(f"{label}, time of a step", 1e3 * taken, "ms"),
-        Figure(f"{label}, pictures per second", size.images / taken, "1/s"),
+        Figure(f"{label}, images per second", size.images / taken, "1/s"),
         Figure(f"{label}, memory beyond model and optimizer", peak / 1e9, "GB"),
     ]
 
 
 def training_times(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
     """Steps of three levels from features in memory, as `fit` makes them, in every way it can."""
-    pictures = Pictures(size)
+    images = Images(size)
     figures = []
     for precision in ops.PRECISIONS if device.type == "cuda" else ("fp32",):
         for memory in ops.MEMORY_MODES:
             for graph in _graph_choices(device):
                 step = Step(three_levels(size, device, precision, memory), Processes(), graph)
-                work = functools.partial(step, pictures.images, pictures.labels, 2, RATE)
+                work = functools.partial(step, images.images, images.labels, 2, RATE)
                 label = f"training, K={size.classes}, {precision}, {memory}, {'recorded' if graph else 'eager'}"
                 found = _measured_step(label, work, size, device, rounds)
                 figures += found[:2] if graph else found  # a recorded step's memory was laid out before
@@ -237,13 +240,13 @@ def training_times(size: Size, device: torch.device, rounds: int = 10) -> list[F
 
 def official_training_times(size: Size, device: torch.device, compiled: bool, rounds: int = 5) -> list[Figure]:
     """The official formulation takes its levels one after the other; features lie on the device already."""
-    problems = [bench.Problem(replace(size, height=h, width=w), device) for h, w in Pictures(size).maps]
+    problems = [cases.Problem(replace(size, height=h, width=w), device) for h, w in Images(size).maps]
     figures = []
     for precision in problems[0].peer_precisions[-1:] if compiled else problems[0].peer_precisions:
         levels = []
         for problem in problems:
-            (peer,) = (each for each in bench.training_case(problem) if each.is_peer and each.precision == precision)
-            levels.append(bench.compile_contender(peer) if compiled else peer)
+            (peer,) = (each for each in cases.training_case(problem) if each.is_peer and each.precision == precision)
+            levels.append(measure.compile_contender(peer) if compiled else peer)
         label = f"training, K={size.classes}, {problems[0].peer}, {precision}, {'compiled' if compiled else 'eager'}"
         work = functools.partial(_one_after_the_other, levels)
         try:
@@ -255,32 +258,32 @@ def official_training_times(size: Size, device: torch.device, compiled: bool, ro
     return figures
 
 
-def _one_after_the_other(levels: Iterable[bench.Contender]) -> None:
+def _one_after_the_other(levels: Iterable[cases.Contender]) -> None:
     for level in levels:
         level()
 
 
 def split_of_a_step(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
     """Where the time of an eager step goes, as the device sees it; what the loader does takes the host's time."""
-    pictures = Pictures(size)
+    images = Images(size)
     step = Step(three_levels(size, device, "bf16" if device.type == "cuda" else "fp32"), Processes())
     model, pinned = step.model, device.type == "cuda"
     parts: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         watch = Stopwatch(device)
-        batch = gather(pictures.images, pictures.labels, pinned=pinned)
+        batch = gather(images.images, images.labels, pinned=pinned)
         watch.lap("loader")
         batch = [[group.to(device) for group in groups] for groups in batch]
         watch.lap("copy to the device")
         total: Any = 0.0
-        for level, ((group,), count) in enumerate(zip(batch, pictures.pixels, strict=True)):
+        for level, ((group,), count) in enumerate(zip(batch, images.pixels, strict=True)):
             flow: Any = model.nfs[level]
             z, log_det = flow(group.x, flow.grid(group.height, group.width, group.x.device))
             watch.lap("flow forward")
             terms = model.mixture.losses(
                 z, log_det, group.labels, level, stage=2, label_smoothing=model.config.label_smoothing
             )
-            total = total + bench.official_loss({name: term.sum() / count for name, term in terms.items()})
+            total = total + official_loss({name: term.sum() / count for name, term in terms.items()})
             watch.lap("prior forward")
         step.optimizer.zero_grad()
         total.backward()
@@ -298,7 +301,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        bench.synchronise(device)
+        timing.synchronise(device)
         self.names: list[str] = []
         self.marks = [self._mark()]
 
@@ -315,7 +318,7 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """By name; laps of one name add up."""
-        bench.synchronise(self.device)
+        timing.synchronise(self.device)
         taken: dict[str, float] = {}
         for name, begin, end in zip(self.names, self.marks, self.marks[1:], strict=False):
             lap = begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
@@ -327,21 +330,21 @@ def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> list[Fi
     """What a profile says of steps: calls in which the host waits for the device, and how busy the device is."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    pictures = Pictures(size)
+    images = Images(size)
     cuda = device.type == "cuda"
     figures = []
     for graph in _graph_choices(device):
         step = Step(three_levels(size, device, "bf16" if cuda else "fp32"), Processes(), graph)
-        work = functools.partial(step, pictures.images, pictures.labels, 2, RATE)
+        work = functools.partial(step, images.images, images.labels, 2, RATE)
         for _ in range(EAGER_STEPS + 2):
             work()
-        bench.synchronise(device)
+        timing.synchronise(device)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-        with bench.quiet_stderr(), profile(activities=activities) as profiled:
+        with timing.quiet_stderr(), profile(activities=activities) as profiled:
             for _ in range(steps):
                 with record_function(STEP):
                     work()
-            bench.synchronise(device)
+            timing.synchronise(device)
         events = [
             (event.name, event.time_range.start, event.time_range.end, "CUDA" in str(event.device_type))
             for event in profiled.events()
@@ -353,7 +356,7 @@ def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> list[Fi
         figures.append(Figure(f"{label}, waits of the host inside {steps} steps", len(waits), "calls", note))
         figures.append(Figure(f"{label}, share of the time in which the device is busy", busy_share(events), "of 1"))
         del step, work
-        bench.release_memory(device)
+        timing.release_memory(device)
     return figures
 
 
@@ -387,14 +390,14 @@ def busy_share(events: Iterable[Event]) -> float:
 
 
 def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> list[Figure]:
-    """Pictures that fit in a step of 16 GB, everything counted; found by halving, to a 16th."""
+    """Images that fit in a step of 16 GB, everything counted; found by halving, to a 16th."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     found: dict[str, int] = {}
     steps = {"ours, fp32": _our_step, "ours, bf16": _our_step, "official": _official_step}
     for name, make in steps.items():
         step = make(size, device, name.rpartition(" ")[2])
         if device.type == "cuda":
-            bench.release_memory(device)
+            timing.release_memory(device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY_LIMIT / total), device)
         try:
             found[name] = largest(functools.partial(_fits, step, device), limit)
@@ -402,9 +405,9 @@ def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> list
             if device.type == "cuda":
                 torch.cuda.set_per_process_memory_fraction(1.0, device)
         del step
-        bench.release_memory(device)
+        timing.release_memory(device)
     label = "largest batch in 16 GB"
-    figures: list[Figure] = [Figure(f"{label}, {name}", count, "pictures") for name, count in found.items()]
+    figures: list[Figure] = [Figure(f"{label}, {name}", count, "images") for name, count in found.items()]
     ratio = found["ours, bf16"] / max(found["official"], 1)
     return [*figures, Figure(f"{label}, ours, bf16, over the official", ratio, "x")]
 
@@ -423,11 +426,11 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 def _fits(step: Callable[[int], Any], device: torch.device, images: int) -> bool:
     try:
         step(images)
-        bench.synchronise(device)
+        timing.synchronise(device)
     except torch.OutOfMemoryError:
         return False
     finally:
-        bench.release_memory(device)
+        timing.release_memory(device)
     return True
 
 
@@ -436,7 +439,7 @@ def _our_step(size: Size, device: torch.device, precision: str) -> Callable[[int
     loss, optimizer, maps = (
         StageLoss(model, 2),
         Step(model, Processes()).optimizer,
-        Pictures(replace(size, images=1)).maps,
+        Images(replace(size, images=1)).maps,
     )
 
     def step(images: int) -> None:
@@ -451,23 +454,23 @@ def _our_step(size: Size, device: torch.device, precision: str) -> Callable[[int
 
 def _official_step(size: Size, device: torch.device, _: str) -> Callable[[int], Any]:
     """The first level, by far the largest; the official loop has one in memory at a time."""
-    problem = bench.Problem(replace(size, images=1), device)
+    problem = cases.Problem(replace(size, images=1), device)
     level, optimizer = problem.official, problem.official.optimizer()
 
     def step(images: int) -> None:
         n = images * size.height * size.width
         labels = torch.zeros(n, dtype=torch.int64, device=device)
-        onehot = bench.smoothed_onehot(labels, size.classes, problem.smoothing)
+        onehot = smoothed_onehot(labels, size.classes, problem.smoothing)
         optimizer.zero_grad()
         x = torch.randn(n, size.channels, device=device)
-        bench.official_loss(level(x, labels, onehot, problem.position.repeat(images, 1), stage=2)).backward()
+        official_loss(level(x, labels, onehot, problem.position.repeat(images, 1), stage=2)).backward()
         optimizer.step()
 
     return step
 
 
 def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figure]:
-    """The same training in every precision: its last loss, and the AUROC of shifted pixels in held-out pictures.
+    """The same training in every precision: its last loss, and the AUROC of shifted pixels in held-out images.
 
     Features of a class vary about a mean and along a few directions of their own; a defect is a patch moved away.
     """
@@ -487,7 +490,7 @@ def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figu
     defects = torch.zeros(size.classes, h, w)
     defects[:, : max(h // 3, 1), : max(w // 3, 1)] = 1
     held_out = held_out + defects.flatten(1)[..., None] * 0.6 * normal(size.channels)
-    first = bench.Problem(size, device)
+    first = cases.Problem(size, device)
     results: dict[str, tuple[float, float]] = {}
     for precision in ops.PRECISIONS:
         model = first.ours(precision, "reversible")
@@ -500,7 +503,7 @@ def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figu
             terms = model.mixture.losses(
                 *flow(x, grid), labels, 0, stage=stage, label_smoothing=model.config.label_smoothing
             )
-            loss = bench.official_loss({name: term.mean() for name, term in terms.items()})
+            loss = official_loss({name: term.mean() for name, term in terms.items()})
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -532,24 +535,24 @@ def share_in_order(scores: Tensor, is_positive: Tensor) -> float:
 
 
 def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: int = 8) -> list[Figure]:
-    """From features to a verdict, label-free and calibrated: a picture at a time, and one picture of that many times
+    """From features to a verdict, label-free and calibrated: an image at a time, and one image of that many times
     the height and width."""
     model = three_levels(size, device, "bf16" if device.type == "cuda" else "fp32").eval()
     _calibrate(model, size)
     figures = []
-    for name, factor, count in (("a picture", 1, frames), (f"a picture {enlarged} times as wide", enlarged, 3)):
-        maps = [(h * factor, w * factor) for h, w in Pictures(replace(size, images=1)).maps]
+    for name, factor, count in (("an image", 1, frames), (f"an image {enlarged} times as wide", enlarged, 3)):
+        maps = [(h * factor, w * factor) for h, w in Images(replace(size, images=1)).maps]
         features = [torch.randn(1, size.channels, h, w, device=device) for h, w in maps]
         work = functools.partial(model.score_features, features)
         label = f"features to map, {name}"
         figures += _latency(label, work, device, count)
-        figures.append(Figure(f"{label}, memory", bench.peak_memory(work, device) / 1e9, "GB"))
+        figures.append(Figure(f"{label}, memory", timing.peak_memory(work, device) / 1e9, "GB"))
     return figures
 
 
 def _calibrate(model: HGADModel, size: Size) -> None:
-    pictures = Pictures(replace(size, images=max(size.classes, 2)))
-    levels = [torch.stack(maps) for maps in zip(*pictures.images, strict=True)]
+    images = Images(replace(size, images=max(size.classes, 2)))
+    levels = [torch.stack(maps) for maps in zip(*images.images, strict=True)]
     ids = torch.arange(len(levels[0])) % size.classes
     calibrate_on(model, feature_set(model, (levels, ids)), false_alarm_rate=0.5)
 
@@ -557,7 +560,7 @@ def _calibrate(model: HGADModel, size: Size) -> None:
 def _latency(label: str, work: Callable[[], Any], device: torch.device, count: int) -> list[Figure]:
     for _ in range(3):
         work()
-    times = 1e3 * np.array([bench.seconds(work, device) for _ in range(count)])
+    times = 1e3 * np.array([timing.seconds(work, device) for _ in range(count)])
     return [Figure(f"{label}, p{p}", float(np.percentile(times, p)), "ms") for p in (50, 95)]
 
 
@@ -568,7 +571,7 @@ def scorer_times(device: torch.device, backbone: str = "tf_efficientnet_b6", sid
     precision = "bf16" if device.type == "cuda" else "fp32"
     model = latency.model_for(side, device, backbone_arch=backbone, precision=precision)
     figures = []
-    for found in latency.of_model(model, (side, side), bench.device_name(device), seconds=8):
+    for found in latency.of_model(model, (side, side), environment.device_name(device), seconds=8):
         label = f"Scorer, {backbone}, {side} px, {found.call}"
         times = {"p50": found.p50, "p95": found.p95, "beyond the backbone, p50": found.beyond_backbone}
         figures += [Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in times.items()]

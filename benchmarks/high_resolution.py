@@ -1,9 +1,9 @@
-"""What large pictures take, for docs/high-resolution.md: `python -m benchmarks.high_resolution [PART...]`, on a CPU.
+"""What large images take, for docs/high-resolution.md: `python -m benchmarks.high_resolution [PART...]`, on a CPU.
 
-memory: peak resident memory of scoring pictures at their own resolution, beyond model, picture and map; a process each.
+memory: peak resident memory of scoring images at their own resolution, beyond model, image and map; a process each.
 mixture: densities of 65 536 pixels under 40 classes, against the official formula, one class after the other.
-speed: whole pictures, against the same model scored the official way, and the backbone's share of the time.
-tiles: how far the features of tiles are from those of the whole picture, for several networks.
+speed: whole images, against the same model scored the official way, and the backbone's share of the time.
+tiles: how far the features of tiles are from those of the whole image, for several networks.
 
 Backbones have random weights, on which neither time nor memory depends. Parts that are not run keep their figures in
 the file. Nothing else should run meanwhile.
@@ -27,13 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgad_fast import HGADConfig, HGADModel, bench, data, score, tiles
-from hgad_fast.backbone import Backbone
-from hgad_fast.calibrate import Calibration
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.bench import cases, measure, timing
+from hgad_fast.bench.official import OfficialLevel, dense_position, official_map, official_scores
+from hgad_fast.data import images
+from hgad_fast.features import preprocess, tiles
+from hgad_fast.features.backbone import Backbone
 from hgad_fast.files import replacing
+from hgad_fast.scoring.calibration import Calibration
 
 CPU = torch.device("cpu")
-PICTURES = ((2000, 2000), (4000, 4000), (8000, 8000), (16000, 3000))
+IMAGES = ((2000, 2000), (4000, 4000), (8000, 8000), (16000, 3000))
 TIMED = (512, 1024, 2048)  # sides of squares
 NETWORKS = ("tf_efficientnet_lite0", "resnet18", "convnext_atto", "mobilenetv3_large_100", "tf_efficientnet_b6")
 
@@ -42,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default all")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "high-resolution.json")
-    parser.add_argument("--quick", action="store_true", help="small pictures, to try the machinery")
+    parser.add_argument("--quick", action="store_true", help="small images, to try the machinery")
     parser.add_argument("--resident", type=int, nargs=2, help=argparse.SUPPRESS)  # height and width
     options = parser.parse_args()
     if options.resident:
@@ -54,7 +58,7 @@ def main() -> None:
         for row in PARTS[part](options.quick):
             print(row, flush=True)
             rows.append(row)
-        found[part] = bench.environment(CPU) | {"rows": rows}
+        found[part] = measure.about_run(CPU) | {"rows": rows}
         with replacing(options.output) as file:
             file.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -69,25 +73,25 @@ def detector() -> HGADModel:
 
 
 def memory(quick: bool) -> Any:
-    for height, width in ((600, 600), (1600, 300)) if quick else PICTURES:
+    for height, width in ((600, 600), (1600, 300)) if quick else IMAGES:
         command = [sys.executable, "-m", "benchmarks.high_resolution", "--resident", str(height), str(width)]
         yield json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def resident(height: int, width: int) -> dict[str, Any]:
     """Of this process; the map goes to a file, whose pages do not count."""
-    model, picture = detector(), torch.rand(3, height, width)
+    model, image = detector(), torch.rand(3, height, width)
     scored = functools.partial(model.score, img_size="native")
     scored(torch.rand(3, 128, 128))  # libraries, threads
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        peak = bench.peak_resident(lambda: scored(picture, map_path=Path(folder) / "map.npy"))
+        peak = timing.peak_resident(lambda: scored(image, map_path=Path(folder) / "map.npy"))
         seconds = time.perf_counter() - start
     return {
         "height": height,
         "width": width,
         "peak_bytes": peak,
-        "estimated_bytes": score.working_set(model, model.config.replace(img_size="native"), (height, width)),
+        "estimated_bytes": preprocess.working_set(model, model.config.replace(img_size="native"), (height, width)),
         "seconds": seconds,
         "megapixels_per_second": height * width / 1e6 / seconds,
     }
@@ -96,7 +100,7 @@ def resident(height: int, width: int) -> dict[str, Any]:
 @torch.no_grad()
 def mixture(quick: bool) -> Any:
     side = 32 if quick else 256
-    problem = bench.Problem(bench.Size(1, side, side, channels=200, classes=40, centres=10, blocks=1), CPU)
+    problem = cases.Problem(cases.Size(1, side, side, channels=200, classes=40, centres=10, blocks=1), CPU)
     z, log_det = problem.latent()
     level, prior = problem.official, problem.model.mixture
 
@@ -105,13 +109,13 @@ def mixture(quick: bool) -> Any:
         return found.class_log_density, found.entropy
 
     def official() -> tuple[Tensor, Tensor]:
-        return bench.official_scores(z, log_det, level.mu, level.delta, level.phi_intra)
+        return official_scores(z, log_det, level.mu, level.delta, level.phi_intra)
 
     (density, entropy), (theirs, negative_entropy) = ours(), official()
     assert density is not None
-    errors = bench.relative_error(density / z.shape[1], theirs), bench.relative_error(-entropy, negative_entropy)
+    errors = measure.relative_error(density / z.shape[1], theirs), measure.relative_error(-entropy, negative_entropy)
     seconds = medians(ours, official)
-    extra = [bench.peak_memory(work, CPU) for work in (ours, official)]
+    extra = [timing.peak_memory(work, CPU) for work in (ours, official)]
     yield {
         "size": str(problem.size),
         "relative_error": max(errors),
@@ -127,13 +131,15 @@ def mixture(quick: bool) -> Any:
 @torch.no_grad()
 def speed(quick: bool) -> Any:
     model = detector()
-    levels = [bench.OfficialLevel.of(model, level) for level in range(model.config.feature_levels)]
+    levels = [OfficialLevel.of(model, level) for level in range(model.config.feature_levels)]
     for side in (256,) if quick else TIMED:
-        picture = torch.rand(3, side, side)
-        ours = functools.partial(model.score, picture, 0, normalization="official", img_size="native")
-        official = functools.partial(official_map, model, levels, picture)
-        error = bench.relative_error(ours().anomaly_map[0], official())
-        mine, theirs, backbone = medians(ours, official, lambda p=picture: score.feature_maps(model, p, True).whole())
+        image = torch.rand(3, side, side)
+        ours = functools.partial(model.score, image, 0, normalization="official", img_size="native")
+        official = functools.partial(official_way, model, levels, image)
+        error = measure.relative_error(ours().anomaly_map[0], official())
+        mine, theirs, backbone = medians(
+            ours, official, lambda p=image: preprocess.feature_maps(model, p, True).whole()
+        )
         yield {
             "side": side,
             "relative_error": error,
@@ -144,21 +150,21 @@ def speed(quick: bool) -> Any:
         }
 
 
-def official_map(model: HGADModel, levels: list[bench.OfficialLevel], picture: Tensor) -> Tensor:
-    """Map of a picture of class 0 as the official code computes it: timm's own network, dense positions."""
+def official_way(model: HGADModel, levels: list[OfficialLevel], image: Tensor) -> Tensor:
+    """Map of an image of class 0 as the official code computes it: timm's own network, dense positions."""
     encoder, config = model.encoder, model.config
     assert isinstance(encoder, Backbone)
-    height, width = picture.shape[1:]
-    images, scores = encoder.normalize(picture[None]), []
+    height, width = image.shape[1:]
+    images, scores = encoder.normalize(image[None]), []
     for s, level in enumerate(levels):
         resized = F.interpolate(images, (height >> s, width >> s), mode="bilinear", align_corners=True)
         x = encoder.net(resized)[0]
         h, w = x.shape[2:]
         pixels = x.permute(0, 2, 3, 1).reshape(h * w, -1)
-        z, log_det = level.flow(pixels, [bench.dense_position(config.pos_embed_dim, 1, h, w)])
-        found = bench.official_scores(z, log_det, level.mu, level.delta, level.phi_intra, classes=[0])
+        z, log_det = level.flow(pixels, [dense_position(config.pos_embed_dim, 1, h, w)])
+        found = official_scores(z, log_det, level.mu, level.delta, level.phi_intra, classes=[0])
         scores.append([each.view(1, h, w) for each in found])
-    by_density, by_entropy = (bench.official_map(list(kind), config.msk_size) for kind in zip(*scores, strict=True))
+    by_density, by_entropy = (official_map(list(kind), config.msk_size) for kind in zip(*scores, strict=True))
     return F.interpolate((by_density * by_entropy)[None], (height, width), mode="bilinear")[0, 0]
 
 
@@ -171,24 +177,24 @@ def tile_errors(quick: bool) -> Any:
     for arch in NETWORKS:
         torch.manual_seed(0)
         large = (2251, 1500) if arch == "tf_efficientnet_b6" else (4501, 3000)
-        picture = data.resize_image(photograph, (601, 400) if quick else large)
-        picture = (picture + 0.02 * torch.randn(picture.shape)).clamp(0, 1)
+        image = images.resize_image(photograph, (601, 400) if quick else large)
+        image = (image + 0.02 * torch.randn(image.shape)).clamp(0, 1)
         out_indices = (2,) if arch == "convnext_atto" else (3,)  # the stage of stride 16
         encoder = Backbone(
             HGADConfig(backbone_arch=arch, backbone_weights=None, feature_levels=1, out_indices=out_indices)
         )
-        about, (one,) = encoder.footprint, encoder.passes(*picture.shape[1:])
-        (found,), (whole,) = encoder.feature_maps(picture).whole(), encoder(encoder.normalize(picture[None]))
+        about, (one,) = encoder.footprint, encoder.passes(*image.shape[1:])
+        (found,), (whole,) = encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None]))
         yield {
             "network": arch,
-            "height": picture.shape[1],
-            "width": picture.shape[2],
+            "height": image.shape[1],
+            "width": image.shape[2],
             "is_local": about.is_local,
             "halo": about.halo,
             "bytes_per_pixel": about.bytes_per_pixel,
             "tiles": [len(one.rows), len(one.columns)],
-            "repeated": seen(one.rows) * seen(one.columns) / picture[0].numel(),
-            "relative_error": bench.relative_error(found, whole),
+            "repeated": seen(one.rows) * seen(one.columns) / image[0].numel(),
+            "relative_error": measure.relative_error(found, whole),
             "largest_error": float((found - whole).abs().max() / whole.abs().max()),
         }
 
@@ -199,7 +205,7 @@ def seen(cuts: list[tiles.Cut]) -> int:
 
 def medians(*works: Callable[[], Any]) -> list[float]:
     """Seconds of each, in turn."""
-    return np.median(bench.alternate(works, rounds=3, device=CPU), 1).tolist()
+    return np.median(timing.alternate(works, rounds=3, device=CPU), 1).tolist()
 
 
 PARTS: dict[str, Callable[[bool], Any]] = {

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from hgad_fast import bench, metrics
+from hgad_fast.bench import measure, timing
+from hgad_fast.evaluation import metrics
 from hgad_fast.files import replacing
 
 Arrays = Sequence[np.ndarray]
@@ -43,7 +44,7 @@ def main() -> None:
         print(json.dumps(measure_memory(arguments.memory_of)))
         return
     time_of, memory_of = ((10, 64), (5, 256)) if arguments.quick else ((200, 256), (100, 2048))
-    found: dict[str, Any] = bench.environment(torch.device("cpu"))
+    found: dict[str, Any] = measure.about_run(torch.device("cpu"))
     found["time"] = compare_times(*time_of, arguments.every)
     print(json.dumps(found["time"], indent=2), flush=True)
     found["memory"] = memory_in_a_process(*memory_of)
@@ -149,8 +150,8 @@ def measure_memory(folder: Path) -> dict[str, Any]:
     maps, masks = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("maps", "masks"))
     small = np.eye(8, dtype=np.float32)
     metrics.pixel_metrics([small], [small])  # imports
-    before, start = bench.anonymous_bytes(), time.perf_counter()
-    peak = bench.peak_resident(lambda: metrics.pixel_metrics(maps, masks))
+    before, start = timing.anonymous_bytes(), time.perf_counter()
+    peak = timing.peak_resident(lambda: metrics.pixel_metrics(maps, masks))
     seconds = time.perf_counter() - start
     return {
         "anomalous_pixels": int(sum(np.count_nonzero(mask) for mask in masks)),

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from hgad_fast import bench, ops
-from hgad_fast.bench import HEADLINE, Size
+from hgad_fast.bench import cases, measure, official, results
+from hgad_fast.bench.cases import HEADLINE, Size
+from hgad_fast.ops import blocks as blocks_module
 
 CPU = torch.device("cpu")
 SMALL = replace(HEADLINE, height=8, width=8)  # 512 pixels
@@ -50,18 +51,18 @@ def main() -> None:
         kind, *numbers = options.resident
         print(resident_bytes_here(kind, *map(int, numbers)))
         return
-    about = bench.environment(CPU)
-    outcomes: list[bench.Outcome] = []
+    about = measure.about_run(CPU)
+    outcomes: list[results.Outcome] = []
     found: dict[str, Any] = {"kept": [], "drift": [], "gradients": {}}
 
     def save(*lines: Any) -> None:
-        bench.save(outcomes, options.output, about, **found)
+        results.save(outcomes, options.output, about, **found)
         print(*lines, sep="\n", flush=True)
 
     for size in TIMED:
-        measured = bench.measure("training", size, CPU, seconds_in_all=8)
+        measured = measure.measure("training", size, CPU, seconds_in_all=8)
         outcomes += measured
-        save(bench.table(measured))
+        save(results.table(measured))
     for blocks in (12, 48):
         size = replace(HEADLINE, blocks=blocks)
         for kind, every in KINDS if blocks == 12 else KINDS[2:]:
@@ -77,12 +78,14 @@ def main() -> None:
     save(found["processor"])
 
 
-def forward(problem: bench.Problem, kind: str, every: int) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
-    """The loss of a training step of stage 2, and the parameters behind it by their official names."""
+def forward(
+    problem: cases.Problem, kind: str, every: int
+) -> tuple[Callable[[], Tensor], Callable[[], dict[str, Tensor]]]:
+    """Return what computes the loss of a training step of stage 2, and what its gradients, by their official names."""
     if kind == "official":
         level = problem.official
         arguments = problem.x, problem.labels, problem.onehot, problem.position
-        return lambda: bench.official_loss(level(*arguments, stage=2)), trained(level.flow, level.mixture)
+        return _with_gradients(lambda: official.official_loss(level(*arguments, stage=2)), level.flow, level.mixture)
     model = problem.model
     model.memory, model.checkpoint_every = kind, every
     flow, mixture = model.nfs[0], model.mixture
@@ -91,21 +94,29 @@ def forward(problem: bench.Problem, kind: str, every: int) -> tuple[Callable[[],
     def loss() -> Tensor:
         z, log_det = flow(problem.x, grid)
         terms = mixture.losses(z, log_det, problem.image_labels, 0, stage=2, label_smoothing=problem.smoothing)
-        return bench.official_loss({name: term.mean() for name, term in terms.items()})
+        return official.official_loss({name: term.mean() for name, term in terms.items()})
 
-    return loss, trained(flow, mixture.level(0))
+    return _with_gradients(loss, flow, mixture.level(0))
 
 
-def trained(flow: nn.Module, mixture: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    named = dict(flow.named_parameters()) | dict(zip(bench.MIXTURE, mixture, strict=True))
-    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+def _with_gradients(
+    loss: Callable[[], Tensor], flow: nn.Module, mixture: Sequence[Tensor]
+) -> tuple[Callable[[], Tensor], Callable[[], dict[str, Tensor]]]:
+    def gradients() -> dict[str, Tensor]:
+        for parameter in (*flow.parameters(), *mixture):
+            parameter.grad = None
+        loss().backward()
+        of_mixture = {name: part.grad for name, part in zip(cases.MIXTURE, mixture, strict=True)}
+        return official.named_gradients(flow) | of_mixture
+
+    return loss, gradients
 
 
 def kept_bytes(size: Size, kind: str, every: int) -> float:
     """Bytes a pixel in autograd's records: what they grow by with each image, so that parameters do not count."""
 
     def kept(images: int) -> int:
-        loss, _ = forward(bench.Problem(replace(size, images=images, height=8, width=8), CPU), kind, every)
+        loss, _ = forward(cases.Problem(replace(size, images=images, height=8, width=8), CPU), kind, every)
         storages: dict[int, torch.UntypedStorage] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -133,7 +144,7 @@ def resident_bytes(size: Size, kind: str, every: int) -> float:
 
 
 def resident_bytes_here(kind: str, every: int, blocks: int, side: int) -> int:
-    problem = bench.Problem(replace(HEADLINE, blocks=blocks, height=side, width=side), CPU)
+    problem = cases.Problem(replace(HEADLINE, blocks=blocks, height=side, width=side), CPU)
     loss, _ = forward(problem, kind, every)
     loss().backward()  # what a process needs once
     gc.collect()
@@ -149,18 +160,18 @@ def gradient_errors(size: Size = SMALL, seeds: int = 5) -> dict[str, Any]:
     """Median over the seeds of the Frobenius-relative error of all gradients of a step, float32 against float64."""
     errors: dict[str, list[float]] = {f"{kind}, checkpoint_every={every}": [] for kind, every in KINDS}
     for seed in range(seeds):
-        problem = bench.Problem(size, CPU)
+        problem = cases.Problem(size, CPU)
         problem.x = torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(seed))
         exact = copy.copy(problem)
         exact.official = copy.deepcopy(problem.official).double()
         exact.x, exact.onehot, exact.position = (t.double() for t in (problem.x, problem.onehot, problem.position))
-        loss, parameters = forward(exact, "official", 0)
-        right = dict(zip(parameters, torch.autograd.grad(loss(), list(parameters.values())), strict=True))
+        right = forward(exact, "official", 0)[1]()
         for kind, every in KINDS:
-            loss, parameters = forward(problem, kind, every)
-            found = dict(zip(parameters, torch.autograd.grad(loss(), list(parameters.values())), strict=True))
-            ours, theirs = (torch.cat([grads[name].double().flatten() for name in right]) for grads in (found, right))
-            errors[f"{kind}, checkpoint_every={every}"].append(bench.relative_error(ours, theirs))
+            computed = forward(problem, kind, every)[1]()
+            ours, theirs = (
+                torch.cat([gradients[name].double().flatten() for name in right]) for gradients in (computed, right)
+            )
+            errors[f"{kind}, checkpoint_every={every}"].append(measure.relative_error(ours, theirs))
     medians = {name: statistics.median(values) for name, values in errors.items()}
     return {"pixels": size.pixels, "each": errors, "median": medians}
 
@@ -169,7 +180,7 @@ def processor_seconds(rounds: int = 15) -> dict[str, Any]:
     """Processor time of a training step in one thread, which other work on the machine hardly changes, in turn."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    contenders = bench.training_case(bench.Problem(SMALL, CPU))
+    contenders = cases.training_case(cases.Problem(SMALL, CPU))
     taken: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for turn in range(-1, rounds):  # the first warms up
         for i in range(len(contenders)):
@@ -192,10 +203,10 @@ def processor_seconds(rounds: int = 15) -> dict[str, Any]:
 
 def drift(blocks: int, every: int) -> float:
     """Frobenius-relative error of the rebuilt input of the first block, in float32."""
-    problem = bench.Problem(replace(SMALL, images=1, blocks=blocks), CPU)
+    problem = cases.Problem(replace(SMALL, images=1, blocks=blocks), CPU)
     loss, _ = forward(problem, "reversible", every)
     value, rebuilt = loss(), {}
-    subnet, backward = ops._subnet, ops.affine_coupling_backward
+    subnet, backward = blocks_module._subnet, blocks_module.affine_coupling_backward
 
     def seen_subnet(x1: Tensor, *rest: Any) -> Any:
         rebuilt["x1"] = x1.clone()
@@ -207,11 +218,11 @@ def drift(blocks: int, every: int) -> float:
         return found
 
     with (
-        mock.patch.object(ops, "_subnet", seen_subnet),
-        mock.patch.object(ops, "affine_coupling_backward", seen_backward),
+        mock.patch.object(blocks_module, "_subnet", seen_subnet),
+        mock.patch.object(blocks_module, "affine_coupling_backward", seen_backward),
     ):
         value.backward()  # ends with the first block
-    return bench.relative_error(torch.cat([rebuilt["x1"], rebuilt["x2"]], 1), problem.x)
+    return measure.relative_error(torch.cat([rebuilt["x1"], rebuilt["x2"]], 1), problem.x)
 
 
 if __name__ == "__main__":

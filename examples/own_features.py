@@ -1,4 +1,4 @@
-"""Features in, no pictures: HGAD on feature maps of an encoder of your own (here: drawn at random).
+"""Features in, no images: HGAD on feature maps of an encoder of your own (here: drawn at random).
 
 Run it with `python examples/own_features.py`; it takes some seconds on a laptop.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from hgad_fast import HGADConfig, HGADModel
-from hgad_fast.metrics import auroc
+from hgad_fast.evaluation.metrics import auroc
 
 CLASSES, CHANNELS, SIDE = 2, 16, 8
 
