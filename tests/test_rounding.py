@@ -37,7 +37,7 @@ def test_values_and_gradients_of_a_layer_are_within_their_rounding_and_half_prec
     x, layer = torch.randn(50, 64, requires_grad=True), nn.Linear(64, 32)
     rounding.assert_close(product(x, layer), product, x, layer)
     coarse = x.detach().bfloat16().float().requires_grad_()
-    with pytest.raises(AssertionError, match="value 0 of 2"):
+    with pytest.raises(AssertionError, match=r"value\[0\]"):
         rounding.assert_close(product(coarse, layer), product, x, layer)
 
 

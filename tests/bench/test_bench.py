@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from click.testing import Result
+from golden import Golden, official_losses_and_gradients
 from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
@@ -23,64 +25,26 @@ from typer.testing import CliRunner
 from hgad_fast.bench import cases, latency, measure, official, results, timing
 from hgad_fast.cli import app
 
-DATA = Path(__file__).parents[1] / "golden"
-
-
-class Golden:
-    """A golden file: sizes, arrays as tensors, parameters as the official formulation takes them."""
-
-    def __init__(self, name: str) -> None:
-        self.arrays = np.load(DATA / f"hgad_{name}.npz")
-        self.config = json.loads(str(self.arrays["config_json"]))
-        self.conditional = self.config["flow_arch"] == "conditional_flow_model"
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self.arrays[name])
-
-    def flow(self, level: int) -> torch.nn.Module:
-        sizes = self.config
-        position_dim = sizes["pos_embed_dim"] if self.conditional else 0
-        flow = official.official_flow(sizes["C"], position_dim, sizes["coupling_layers"], sizes["clamp_alpha"])
-        prefix = f"nfs.{level}."
-        names = [name for name in self.arrays.files if name.startswith(prefix)]
-        flow.load_state_dict({name.removeprefix(prefix): self[name] for name in names})
-        return flow
-
-    def position(self, level: int) -> torch.Tensor:
-        code = self[f"level{level}.pos_embed"]
-        return code.expand(self.config["B"], -1, -1, -1).permute(0, 2, 3, 1).reshape(-1, len(code))
-
-    def prior(self, level: int) -> dict[str, torch.Tensor]:
-        names = {"mu": "mus", "delta": "mu_deltas", "phi_inter": "phi_inters", "phi_intra": "phi_intras"}
-        return {ours: self[f"{theirs}.{level}"] for ours, theirs in names.items()}
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    assert actual.shape == expected.shape
-    return float((actual - expected).norm() / expected.norm())
-
 
 @pytest.mark.parametrize("level", [0, 1])
 @pytest.mark.parametrize("name", ["small", "odd", "unconditional"])
 def test_official_flow_is_golden(name: str, level: int) -> None:
     golden = Golden(name)
-    condition = [golden.position(level)] if golden.conditional else []
-    with torch.no_grad():
-        z, log_det = golden.flow(level)(golden[f"level{level}.features"], condition)
-    assert error(z, golden[f"level{level}.z"]) < 1e-6
-    assert error(log_det, golden[f"level{level}.log_jac_det"]) < 1e-6
+    recorded = golden[f"level{level}.z"], golden[f"level{level}.log_jac_det"]
+    inputs = golden.official_flow(level), golden[f"level{level}.features"], golden.conditions(level)
+    rounding.assert_close(recorded, lambda flow, x, condition: flow(x, condition), *inputs)
 
 
 @pytest.mark.parametrize("name", ["small", "odd"])
 def test_official_position_is_golden(name: str) -> None:
     golden = Golden(name)
     for level in range(2):
-        expected = golden[f"level{level}.pos_embed"]
-        assert error(official.official_position(*expected.shape), expected) < 1e-6
+        recorded = golden[f"level{level}.pos_embed"]
+        rounding.assert_close(recorded, lambda *size: official.official_position(*size), *recorded.shape)
     images = golden.config["B"]
     assert torch.equal(
-        official.dense_position(len(expected), images, *expected.shape[1:]),
-        official.official_position(*expected.shape).flatten(1).t().repeat(images, 1),
+        official.dense_position(len(recorded), images, *recorded.shape[1:]),
+        official.official_position(*recorded.shape).flatten(1).t().repeat(images, 1),
     )
 
 
@@ -89,28 +53,8 @@ def test_official_position_is_golden(name: str) -> None:
 @pytest.mark.parametrize("name", ["small", "odd"])
 def test_official_losses_and_gradients_are_golden(name: str, level: int, stage: int, key: str) -> None:
     golden = Golden(name)
-    prior = {part: tensor.requires_grad_() for part, tensor in golden.prior(level).items()}
-    x = golden[f"level{level}.features"].requires_grad_()
-    flow = golden.flow(level)
-    labels = golden["labels"].repeat_interleave(len(x) // golden.config["B"])
-    onehot = official.smoothed_onehot(labels, golden.config["K"], golden.config["label_smoothing"])
-
-    terms = official.official_losses(*flow(x, [golden.position(level)]), labels, onehot, **prior, stage=stage)
-    loss = official.official_loss(terms)
-    loss.backward()
-
-    expected = f"level{level}.{key}."
-    for term, value in {**terms, "loss": loss}.items():
-        assert value.item() == pytest.approx(golden[expected + term].item(), rel=1e-5), term
-    gradients = {"features": x.grad, "mus": prior["mu"].grad, "mu_deltas": prior["delta"].grad}
-    gradients |= {"phi_inters": prior["phi_inter"].grad, "phi_intras": prior["phi_intra"].grad}
-    gradients |= {f"nfs.{part}": tensor.grad for part, tensor in flow.named_parameters()}
-    recorded = [part for part in golden.arrays.files if part.startswith(expected + "grad.")]
-    assert {part for part, grad in gradients.items() if grad is not None} == {
-        part.removeprefix(expected + "grad.") for part in recorded
-    }
-    for part in recorded:
-        assert error(gradients[part.removeprefix(expected + "grad.")], golden[part]) < 1e-5, part
+    recorded = golden.below(f"level{level}.{key}.")
+    rounding.assert_close(recorded, official_losses_and_gradients, *golden.official_inputs(level, stage))
 
 
 @pytest.mark.parametrize("level", [0, 1])
@@ -118,33 +62,33 @@ def test_official_losses_and_gradients_are_golden(name: str, level: int, stage: 
 def test_official_scores_are_golden(name: str, level: int) -> None:
     golden = Golden(name)
     prior = golden.prior(level)
-    features = golden[f"score.level{level}.features"]
-    log_density, negative_entropy = (golden[f"score.level{level}.{kind}"] for kind in ("logps", "neg_entropy"))
-    position = official.dense_position(golden.config["pos_embed_dim"], *log_density.shape)
+    recorded = tuple(golden[f"score.level{level}.{kind}"].flatten() for kind in ("logps", "neg_entropy"))
+    position = official.dense_position(golden.config["pos_embed_dim"], *golden[f"score.level{level}.logps"].shape)
+    class_id = int(golden["score.class_id"])
+
+    def scores(flow: torch.nn.Module, x: torch.Tensor, *mixture: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        of_class, negative_entropy = official.official_scores(*flow(x, [position]), *mixture, classes=[class_id])
+        return of_class[:, 0], negative_entropy
+
+    flow, x = golden.official_flow(level), golden[f"score.level{level}.features"]
+    mixture = prior["mu"], prior["delta"], prior["phi_intra"]
+    rounding.assert_close(recorded, scores, flow, x, *mixture)
     with torch.no_grad():
-        z, log_det = golden.flow(level)(features, [position])
-        mixture = (prior["mu"], prior["delta"], prior["phi_intra"])
-        class_id = int(golden["score.class_id"])
-        of_class, minus_entropy = official.official_scores(z, log_det, *mixture, classes=[class_id])
-        of_every_class, _ = official.official_scores(z, log_det, *mixture)
-    assert torch.equal(of_every_class[:, class_id], of_class[:, 0])
-    assert error(of_class[:, 0], log_density.flatten()) < 1e-6
-    assert (minus_entropy - negative_entropy.flatten()).abs().max() < 1e-6
+        of_every_class, _ = official.official_scores(*flow(x, [position]), *mixture)
+        assert torch.equal(of_every_class[:, class_id], scores(flow, x, *mixture)[0])
 
 
 @pytest.mark.parametrize("name", ["small", "odd"])
 def test_official_maps_are_golden(name: str) -> None:
     golden = Golden(name)
-    size = int(golden["score.msk_size"])
-    maps = {
-        kind: official.official_map([golden[f"score.level{level}.{kind}"] for level in range(2)], size)
-        for kind in ("logps", "neg_entropy")
-    }
-    assert error(maps["logps"], golden["score.map_logp"]) < 1e-6
-    assert error(maps["neg_entropy"], golden["score.map_entropy"]) < 1e-6
-    product = maps["logps"] * maps["neg_entropy"]
-    assert error(product, golden["score.map"]) < 1e-6
-    assert error(product.flatten(1).amax(1), golden["score.image"]) < 1e-6
+
+    def maps(*levels: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        likelihood, entropy = (official.official_map(scores, int(golden["score.msk_size"])) for scores in levels)
+        return likelihood, entropy, likelihood * entropy, (likelihood * entropy).flatten(1).amax(1)
+
+    levels = [[golden[f"score.level{i}.{kind}"] for i in range(2)] for kind in ("logps", "neg_entropy")]
+    recorded = tuple(golden[f"score.{part}"] for part in ("map_logp", "map_entropy", "map", "image"))
+    rounding.assert_close(recorded, maps, *levels)
 
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ The disturbance of one operation is
 - a unit in the last place, relative to the result, for everything that acts on elements;
 - u sqrt(n) times the sum of the absolute values of the terms, for sums of n terms (`SUMS`): the probabilistic bound of
   Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019, for any order of summation;
+- a unit in the last place of its precision, for an operand that the library rounds to bfloat16 or tf32;
 - a unit in the last place of the largest input, for logarithms of sums of exponentials (`LOG_SUMS`), and of the largest
   entry of the matrix, for factorisations, which are backward stable (`FACTORISATIONS`).
 """
@@ -20,40 +21,46 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+
+from hgad_fast.ops import blocks
 
 MARGIN = 8  # standard deviations: a million elements stay within 5, and a deviation is estimated from few samples
 SAMPLES = 8
 PRECISIONS = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
+OPERANDS = {"bf16": torch.finfo(torch.bfloat16).eps, "tf32": 2.0**-10}  # of products in a reduced precision
 
 EXACT = {
     "_reshape_alias", "_to_copy", "_unsafe_index", "_unsafe_view", "abs", "alias", "amax", "amin", "arange", "argmax",
-    "argmin", "argsort", "as_strided", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "ceil", "clamp", "clamp_max",
-    "clamp_min", "clone", "constant_pad_nd", "copy", "detach", "diag_embed", "diagonal", "diagonal_copy", "embedding",
-    "empty", "empty_like", "empty_strided", "eq", "expand", "eye", "fill", "flip", "floor", "full", "full_like",
-    "gather", "ge", "gt", "index", "index_copy", "index_fill", "index_select", "isfinite", "isinf", "isnan", "le",
-    "lift_fresh", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "masked_scatter", "masked_select",
-    "max", "max_pool2d_with_indices", "max_pool2d_with_indices_backward", "maximum", "min", "minimum", "ne", "neg",
-    "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "nonzero", "one_hot", "ones", "ones_like",
-    "permute", "reflection_pad2d", "relu", "repeat", "replication_pad2d", "resize", "roll", "round", "scalar_tensor",
-    "scatter", "select", "select_backward", "select_scatter", "set", "sgn", "sign", "slice", "slice_backward",
-    "slice_scatter", "sort", "split", "split_with_sizes", "squeeze", "stack", "t", "threshold_backward", "topk",
-    "transpose", "tril", "triu", "unbind", "unfold", "unfold_backward", "unsqueeze", "upsample_nearest2d", "view",
-    "where", "zero", "zeros", "zeros_like",
+    "argmin", "argsort", "as_strided", "bernoulli", "bitwise_and", "bitwise_not", "bitwise_or", "cat", "ceil",
+    "clamp", "clamp_max", "clamp_min", "clone", "constant_pad_nd", "copy", "detach", "diag_embed", "diagonal",
+    "diagonal_copy", "embedding", "empty", "empty_like", "empty_strided", "eq", "expand", "eye", "fill", "flip",
+    "floor", "full", "full_like", "gather", "ge", "gt", "index", "index_copy", "index_fill", "index_select",
+    "isfinite", "isinf", "isnan", "le", "lift_fresh", "logical_and", "logical_not", "logical_or", "lt", "masked_fill",
+    "masked_scatter", "masked_select", "max", "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
+    "maximum", "min", "minimum", "ne", "neg", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros",
+    "nonzero", "normal", "one_hot", "ones", "ones_like", "permute", "rand", "randn", "randperm", "reflection_pad2d",
+    "relu", "repeat", "replication_pad2d", "resize", "roll", "round", "scalar_tensor", "scatter", "select",
+    "select_backward", "select_scatter", "set", "sgn", "sign", "slice", "slice_backward", "slice_scatter", "sort",
+    "split", "split_with_sizes", "squeeze", "stack", "t", "threshold_backward", "topk", "transpose", "tril", "triu",
+    "unbind", "unfold", "unfold_backward", "uniform", "unsqueeze", "upsample_nearest2d", "view", "where", "zero",
+    "zeros", "zeros_like",
 }  # fmt: skip
 SUMS = {
-    "_adaptive_avg_pool2d", "addbmm", "addmm", "addmv", "avg_pool2d", "avg_pool2d_backward", "baddbmm", "bmm",
-    "convolution", "convolution_backward", "cumsum", "dot", "embedding_dense_backward", "index_add", "index_put",
-    "index_reduce", "linear", "linear_backward", "mean", "mm", "mv", "nansum", "scatter_add", "scatter_reduce", "sum",
-    "trace", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_bilinear2d_backward",
-    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "_adaptive_avg_pool2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "addbmm", "addmm", "addmv",
+    "avg_pool2d", "avg_pool2d_backward", "baddbmm", "bmm", "convolution", "convolution_backward", "cumsum", "dot",
+    "embedding_dense_backward", "index_add", "index_put", "index_reduce", "linear", "linear_backward", "mean", "mm",
+    "mv", "nansum", "scatter_add", "scatter_reduce", "sum", "trace", "upsample_bicubic2d", "upsample_bilinear2d",
+    "upsample_bilinear2d_backward",
 }  # fmt: skip
 LOG_SUMS = {"_log_softmax", "_softmax", "logaddexp", "logcumsumexp", "logsumexp"}
 FACTORISATIONS = {
@@ -75,13 +82,19 @@ def assert_close(actual: Any, function: Callable[..., Any], *inputs: Any, precis
     Raises:
         AssertionError: names the element that lies farthest out, with its error and the error that is allowed.
     """
-    expected, tolerance = exact_and_tolerance(function, *inputs, precision=precision)
+    assert_within(actual, *exact_and_tolerance(function, *inputs, precision=precision))
+
+
+def assert_within(actual: Any, exact: Any, tolerance: Any) -> None:
+    """Check that `actual` is as near to `exact` as `tolerance` says; both come from `exact_and_tolerance`."""
+    if isinstance(exact, dict):
+        assert set(actual) == set(exact), f"{sorted(actual)} is compared with {sorted(exact)}"
+        actual, tolerance = ({key: values[key] for key in exact} for values in (actual, tolerance))
     leaves, structure = tree_flatten(actual)
-    expected_leaves, expected_structure = tree_flatten(expected)
-    assert structure == expected_structure, f"{structure} is compared with {expected_structure}"
-    for i, (value, right, allowed) in enumerate(zip(leaves, expected_leaves, tree_flatten(tolerance)[0], strict=True)):
-        value = torch.as_tensor(value).detach()
-        name = f"value {i} of {len(leaves)}"
+    paths, exact_structure = tree_flatten_with_path(exact)
+    assert structure == exact_structure, f"{structure} is compared with {exact_structure}"
+    for value, (path, right), allowed in zip(leaves, paths, tree_flatten(tolerance)[0], strict=True):
+        value, name = torch.as_tensor(value).detach(), f"value{keystr(path)}"
         assert value.shape == right.shape, f"{name} has the shape {tuple(value.shape)}, expected {tuple(right.shape)}"
         if not value.numel():
             continue
@@ -120,9 +133,19 @@ def exact_and_tolerance(
 
 def _run(function: Callable[..., Any], inputs: Any, rounding: _Rounding) -> Any:
     arguments = tree_map(_doubled, inputs)
-    with rounding:
+    with _default_dtype(torch.float64), mock.patch.object(blocks, "_operand", rounding.operand), rounding:
         result = function(*arguments)
     return tree_map(lambda x: torch.as_tensor(x).detach().double().clone(), result)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _doubled(value: Any) -> Any:
@@ -151,7 +174,7 @@ class _Rounding(TorchDispatchMode):
                 return OPDEFS[f"hgad_fast::{func._opname}"]._init_fn(*args, **kwargs)
         name = func.overloadpacket.__name__.removesuffix("_")
         inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_floating_point()]
-        if not self.eps or name in EXACT or not inputs:
+        if not self.eps or name in EXACT:
             return func(*args, **kwargs)
         if name in FACTORISATIONS:
             args = tree_map(self._disturbed_matrix, args)
@@ -160,6 +183,15 @@ class _Rounding(TorchDispatchMode):
         for i, written in enumerate(self._written(func, args, kwargs, result)):
             self._disturb(written, scales[i] if i < len(scales) else written.abs())
         return result
+
+    def operand(self, x: Tensor, precision: str) -> Tensor:
+        """Return a product's operand, disturbed by the unit in the last place of its precision; see `_operand`."""
+        if precision == "fp32" or not self.eps:
+            return x
+        return x + OPERANDS[precision] * x.abs() * self._noise(x.shape)
+
+    def _noise(self, shape: torch.Size) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64) * 2 - 1
 
     def _scales(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor]) -> list[Tensor]:
         """Return what each result is rounded relative to; nothing, where that is the result itself."""
@@ -185,8 +217,7 @@ class _Rounding(TorchDispatchMode):
 
     def _disturb(self, value: Tensor, scale: Tensor) -> None:
         scale = torch.where(value.isfinite(), scale, 0).nan_to_num(0.0, 0.0, 0.0)
-        noise = torch.rand(value.shape, generator=self.generator, dtype=torch.float64) * 2 - 1
-        value.add_((self.eps * scale * noise).to(value.dtype))
+        value.add_((self.eps * scale * self._noise(value.shape)).to(value.dtype))
 
     def _disturbed_matrix(self, value: Any) -> Any:
         if not _is_real(value):
