@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from compilation import ROCM, Compiler
+from kernel_modules import kernel_modules
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
-
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +34,11 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The kernel modules on Triton's interpreter; meanwhile CPU tensors take the kernels in ops too."""
+    """Return the kernel modules on Triton's interpreter; meanwhile CPU tensors take the kernels in ops too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("sum", "max"):  # Triton's own kernels, decorated when it was imported, without the flag
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
-    return kernels(interpret=True)
+    return kernel_modules(interpret=True)
 
 
 @pytest.fixture
@@ -62,25 +57,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def compiled() -> SimpleNamespace:
-    """The kernel modules as an NVIDIA GPU gets them."""
-    return kernels(interpret=False)
+    """Return the kernel modules as an NVIDIA GPU gets them, to call and to look at: what compiles them is `compiler`."""
+    return kernel_modules(interpret=False)
 
 
 @pytest.fixture(scope="session")
 def compiled_for_amd() -> SimpleNamespace:
-    """The kernel modules as an AMD GPU gets them."""
-    with mock.patch.object(torch.version, "hip", "6.4"):
-        return kernels(interpret=False, flavour="amd")
+    """Return the kernel modules as an AMD GPU gets them."""
+    return kernel_modules(interpret=False, hip=ROCM)
 
 
-@functools.cache
-def kernels(interpret: bool, flavour: str = "") -> SimpleNamespace:
-    # Triton chooses interpreter or compiler when it decorates a kernel: each flavour is an import of its own.
-    modules = {}
-    with mock.patch.dict(os.environ, TRITON_INTERPRET=str(int(interpret))):
-        for path in sorted(KERNELS.glob("*.py")):
-            name = f"{path.stem}_{'interpreted' if interpret else 'compiled'}{flavour}"
-            spec = importlib.util.spec_from_file_location(name, path)
-            modules[path.stem] = sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[path.stem])
-    return SimpleNamespace(**modules)
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Compiler]:
+    """Yield a process that compiles kernels: this one may have used Triton's interpreter, after which nothing compiles."""
+    compiler = Compiler()
+    yield compiler
+    compiler.close()

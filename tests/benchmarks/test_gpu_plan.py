@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from compilation import Compiler, Request
 
 from benchmarks import gpu, gpu_figures, tf32
 from hgad_fast import ops
@@ -280,12 +279,11 @@ def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
         assert all(error > 1e-4 for other, error in found.items() if other != kind)
 
 
-def test_tf32_kernel_compiles_for_a_tensor_core() -> None:
+def test_tf32_kernel_compiles_for_a_tensor_core(compiler: Compiler) -> None:
     signature = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), "*fp32") | {"SIDE": "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(tf32._dot_kernel, signature, {(3,): tf32.SIDE}, aligned)
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "tf32" in ptx
+    request = Request("benchmarks.tf32", "_dot_kernel", signature, {(3,): tf32.SIDE}, aligned, {}, "sm_90")
+    assert "tf32" in compiler.compile(request).ptx
 
 
 def test_without_a_gpu_it_says_so_at_once() -> None:
