@@ -1,23 +1,69 @@
-"""What every test shares: a seed, NaN-filled fresh memory, and the kernels in both flavours."""
+"""What every test shares: an order, a seed, a clean process, NaN-filled fresh memory, the kernels in both flavours."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
 from compilation import ROCM, Compiler
 from kernel_modules import kernel_modules
+from order import shuffled
+from process_state import process_state
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+
+# The same examples in every run, and no limit on the time that one takes or that is needed to draw it.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", help="run the tests in an order drawn with this seed, any text")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"shuffled: --shuffle={seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--shuffle")) is not None:
+        items[:] = shuffled(items, seed)
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """Fail a test that leaves the process in another state than it was: the next test would begin with it."""
+    before = process_state()
+    yield
+    after = process_state()
+    changed = {name: (value, after[name]) for name, value in before.items() if value != after[name]}
+    assert not changed, f"left behind (before, after): {changed}"
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    begin_at_the_seed()
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Seed fixtures that outlive a test, too: they are made before `seed`, and after whatever test came first."""
+    if fixturedef.scope != "function":
+        begin_at_the_seed()
+
+
+def begin_at_the_seed() -> None:
+    random.seed(0)
     np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -57,7 +103,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def compiled() -> SimpleNamespace:
-    """Return the kernel modules as an NVIDIA GPU gets them, to call and to look at: what compiles them is `compiler`."""
+    """Return the kernel modules as an NVIDIA GPU gets them, to call and look at: `compiler` compiles."""
     return kernel_modules(interpret=False)
 
 
@@ -69,7 +115,7 @@ def compiled_for_amd() -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def compiler() -> Iterator[Compiler]:
-    """Yield a process that compiles kernels: this one may have used Triton's interpreter, after which nothing compiles."""
+    """Yield a process that compiles kernels; after Triton's interpreter has run in this one, nothing would compile."""
     compiler = Compiler()
     yield compiler
     compiler.close()
