@@ -15,7 +15,7 @@ import triton.language as tl
 from compilation import ROCM, Compiler
 from kernel_modules import kernel_modules
 from order import shuffled
-from process_state import process_state
+from process_state import changes, process_state
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 # The same examples in every run, and no limit on the time that one takes or that is needed to draw it.
@@ -44,9 +44,8 @@ def clean_process() -> Iterator[None]:
     """Fail a test that leaves the process in another state than it was: the next test would begin with it."""
     before = process_state()
     yield
-    after = process_state()
-    changed = {name: (value, after[name]) for name, value in before.items() if value != after[name]}
-    assert not changed, f"left behind (before, after): {changed}"
+    left = changes(before, process_state())
+    assert not left, f"left behind (before, after): {left}"
 
 
 @pytest.fixture(autouse=True)

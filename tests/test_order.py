@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from order import shuffled
-from process_state import process_state
+from process_state import changes, process_state
 
 
 def stand_ins(name: str, *scopes: str) -> list[SimpleNamespace]:
@@ -44,13 +44,15 @@ def test_every_kind_of_leftover_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_pat
     def leave(change: Callable[[], object], undo: Callable[[], object]) -> set[str]:
         before = process_state()
         change()
-        after = process_state()
+        left = changes(before, process_state())
         undo()
         assert process_state() == before
-        return {name for name in before if before[name] != after[name]}
+        return set(left)
 
     here, threads, alarm = os.getcwd(), torch.get_num_threads(), signal.getsignal(signal.SIGALRM)
-    assert leave(lambda: os.environ.update(HGAD_LEFT="1"), lambda: os.environ.pop("HGAD_LEFT")) == {"environment"}
+    assert leave(lambda: os.environ.update(HGAD_LEFT="1"), lambda: os.environ.pop("HGAD_LEFT")) == {
+        "environment, HGAD_LEFT"
+    }
     assert leave(lambda: os.chdir(tmp_path), lambda: os.chdir(here)) == {"folder"}
     assert leave(lambda: sys.path.append("left"), lambda: sys.path.remove("left")) == {"search path"}
     assert leave(lambda: torch.set_num_threads(threads + 1), lambda: torch.set_num_threads(threads)) == {"threads"}

@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
+# By pytest, the test that runs; by torch, where its compiler keeps files; by scikit-learn, how OpenMP is to start.
+WRITTEN_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+WRITTEN_BY_OTHERS |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+
 
 def process_state() -> dict[str, Any]:
-    """Return what tests could leave behind in their process."""
-    return {
-        "environment": {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+    """Return what tests could leave behind in their process, by names."""
+    environment = {f"environment, {name}": value for name, value in os.environ.items() if name not in WRITTEN_BY_OTHERS}
+    return environment | {
         "folder": os.getcwd(),
         "search path": list(sys.path),
         "umask": umask(),
@@ -29,6 +33,12 @@ def process_state() -> dict[str, Any]:
         "hip": torch.version.hip,
         "NumPy's errors": np.geterr(),
     }
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two states: of each name the value before and after, None where it had none."""
+    pairs = {name: (before.get(name), after.get(name)) for name in before | after}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def umask() -> int:
