@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from kernel_modules import kernel_modules
 from order import shuffled
 from process_state import changes, process_state
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
+
+from hgad_fast.ops import dispatch
 
 # The same examples in every run, and no limit on the time that one takes or that is needed to draw it.
 hypothesis.settings.register_profile(
@@ -78,12 +81,17 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Return the kernel modules on Triton's interpreter; meanwhile CPU tensors take the kernels in ops too."""
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Yield the kernel modules on Triton's interpreter; meanwhile CPU tensors take the kernels in ops too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("sum", "max"):  # Triton's own kernels, decorated when it was imported, without the flag
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
-    return kernel_modules(interpret=True)
+    modules = kernel_modules(interpret=True)
+    for name, module in vars(modules).items():  # those that ops may have imported before are for the compiler
+        monkeypatch.setitem(sys.modules, f"hgad_fast.kernels.{name}", module)
+    dispatch.kernels.cache_clear()
+    yield modules
+    dispatch.kernels.cache_clear()
 
 
 @pytest.fixture
