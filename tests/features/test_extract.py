@@ -350,8 +350,12 @@ def test_processes_share_the_work_and_one_that_is_killed_harms_none(model, tmp_p
     for role in ("other", "victim"):
         arguments = [role, tmp_path / "woods", kept, model.config.to_json(), log]
         processes[role] = subprocess.Popen([sys.executable, "-c", FILL, *map(str, arguments)])
-    assert processes["victim"].wait(600) == -signal.SIGKILL
-    assert processes["other"].wait(600) == 0
+    try:
+        assert processes["victim"].wait(600) == -signal.SIGKILL
+        assert processes["other"].wait(600) == 0
+    finally:
+        for process in processes.values():
+            process.kill()
     assert log.read_text().split().count("other") == 10  # all but the victim's first shard
     expected = feature_set(model, tmp_path / "woods")
     monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
