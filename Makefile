@@ -29,7 +29,7 @@ test: check
 test-machines: $(READY)
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 1 --shuffle=$(SHUFFLE)-1
 	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --shuffle=$(SHUFFLE)-2
-	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 2 --shuffle=$(SHUFFLE)-3
+	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 1 --shuffle=$(SHUFFLE)-3
 
 # What takes minutes, such as a training that is killed thirty times.
 test-long: $(READY)
