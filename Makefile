@@ -6,10 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The name of the stamp says what was installed, so a change of the requirements installs again.
 READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '$(TORCH)'; } | cksum))
+# The order of the tests follows from this, any text; outside a git checkout it is 0.
+SHUFFLE ?= $(shell git rev-parse --short=8 HEAD 2>/dev/null || echo 0)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: demo test test-long test-matrix bench gpu check setup
+.PHONY: demo test test-machines test-long test-matrix bench gpu check setup
 
 demo:
 	@start=$$SECONDS; \
@@ -18,9 +20,16 @@ demo:
 	$(BIN)/hgad-fast demo; \
 	echo "set-up, downloads included: $$((ready - start)) s; demo: $$((SECONDS - ready)) s"
 
-# One process and one thread a core: small products gain nothing from more.
+# One process and one thread a core: small products gain nothing from more. The order is the commit's own.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --shuffle=$(SHUFFLE)
+
+# As other machines run them: with the vector instructions of an old, a recent and this processor, one thread or two,
+# one process or two, each time in another order.
+test-machines: $(READY)
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 1 --shuffle=$(SHUFFLE)-1
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --shuffle=$(SHUFFLE)-2
+	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 1 --shuffle=$(SHUFFLE)-3
 
 # What takes minutes, such as a training that is killed thirty times.
 test-long: $(READY)

@@ -1,28 +1,71 @@
-"""What every test shares: a seed, NaN-filled fresh memory, and the kernels in both flavours."""
+"""What every test shares: an order, a seed, a clean process, NaN-filled fresh memory, the kernels in both flavours."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
+import random
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from types import SimpleNamespace
-from unittest import mock
+from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from compilation import ROCM, Compiler
+from kernel_modules import kernel_modules
+from order import shuffled
+from process_state import changes, process_state
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+from hgad_fast.ops import dispatch
+
+# The same examples in every run, and no limit on the time that one takes or that is needed to draw it.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", metavar="SEED", help="run the tests in an order drawn with this seed, any text")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"shuffled: --shuffle={seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--shuffle")) is not None:
+        items[:] = shuffled(items, seed)
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """Fail a test that leaves the process in another state than it was: the next test would begin with it."""
+    before = process_state()
+    yield
+    left = changes(before, process_state())
+    assert not left, f"left behind (before, after): {left}"
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    torch.manual_seed(0)
+    begin_at_the_seed()
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Seed fixtures that outlive a test, too: they are made before `seed`, and after whatever test came first."""
+    if fixturedef.scope != "function":
+        begin_at_the_seed()
+
+
+def begin_at_the_seed() -> None:
+    random.seed(0)
     np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -38,12 +81,17 @@ def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The kernel modules on Triton's interpreter; meanwhile CPU tensors take the kernels in ops too."""
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Yield the kernel modules on Triton's interpreter; meanwhile CPU tensors take the kernels in ops too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("sum", "max"):  # Triton's own kernels, decorated when it was imported, without the flag
         monkeypatch.setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
-    return kernels(interpret=True)
+    modules = kernel_modules(interpret=True)
+    for name, module in vars(modules).items():  # those that ops may have imported before are for the compiler
+        monkeypatch.setitem(sys.modules, f"hgad_fast.kernels.{name}", module)
+    dispatch.kernels.cache_clear()
+    yield modules
+    dispatch.kernels.cache_clear()
 
 
 @pytest.fixture
@@ -62,25 +110,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def compiled() -> SimpleNamespace:
-    """The kernel modules as an NVIDIA GPU gets them."""
-    return kernels(interpret=False)
+    """Return the kernel modules as an NVIDIA GPU gets them, to call and look at: `compiler` compiles."""
+    return kernel_modules(interpret=False)
 
 
 @pytest.fixture(scope="session")
 def compiled_for_amd() -> SimpleNamespace:
-    """The kernel modules as an AMD GPU gets them."""
-    with mock.patch.object(torch.version, "hip", "6.4"):
-        return kernels(interpret=False, flavour="amd")
+    """Return the kernel modules as an AMD GPU gets them."""
+    return kernel_modules(interpret=False, hip=ROCM)
 
 
-@functools.cache
-def kernels(interpret: bool, flavour: str = "") -> SimpleNamespace:
-    # Triton chooses interpreter or compiler when it decorates a kernel: each flavour is an import of its own.
-    modules = {}
-    with mock.patch.dict(os.environ, TRITON_INTERPRET=str(int(interpret))):
-        for path in sorted(KERNELS.glob("*.py")):
-            name = f"{path.stem}_{'interpreted' if interpret else 'compiled'}{flavour}"
-            spec = importlib.util.spec_from_file_location(name, path)
-            modules[path.stem] = sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[path.stem])
-    return SimpleNamespace(**modules)
+@pytest.fixture(scope="session")
+def compiler() -> Iterator[Compiler]:
+    """Yield a process that compiles kernels; after Triton's interpreter has run in this one, nothing would compile."""
+    compiler = Compiler()
+    yield compiler
+    compiler.close()

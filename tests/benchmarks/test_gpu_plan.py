@@ -8,15 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from compilation import Compiler, Request
 
 from benchmarks import gpu, gpu_figures, tf32
 from hgad_fast import ops
@@ -27,6 +25,7 @@ from hgad_fast.ops.blocks import _operand
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SMALL = gpu.SIZES[1]
+HOURS = 1e5  # seconds that no machine needs
 
 
 def report() -> gpu.Report:
@@ -88,27 +87,39 @@ def test_no_job_begins_after_the_time_is_up_and_the_file_says_which(tmp_path: Pa
     assert found.passed and "no time was left for 1: c" in gpu.summary(found)
 
 
-def test_a_job_in_progress_is_cut(tmp_path: Path) -> None:
+def test_a_job_in_progress_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alarm is set for what is left of the time; here it comes at once, and the clock says so."""
+    clock, alarms = Clock(), []
+    monkeypatch.setattr(gpu.signal, "setitimer", lambda timer, seconds: alarms.append((timer, seconds)))
+
     def endless() -> list[gpu.Check]:
+        clock.now += alarms[-1][1]
         while True:
             try:
-                time.sleep(0.01)
+                signal.raise_signal(signal.SIGALRM)
             except Exception:  # what a library might do
                 pass
 
-    start = time.monotonic()
     found, before = report(), signal.getsignal(signal.SIGALRM)
-    gpu.carry_out([gpu.Job("endless", endless), gpu.Job("next", list)], found, tmp_path / "r.json", 0.3)
-    assert time.monotonic() - start < 5
+    jobs = [gpu.Job("short", list, 100), gpu.Job("endless", endless), gpu.Job("next", list)]
+    gpu.carry_out(jobs, found, tmp_path / "r.json", 250, clock)
+    assert alarms == [(signal.ITIMER_REAL, seconds) for seconds in (100, 0, 250, 0)]
     assert read(tmp_path / "r.json")["left_out"] == ["endless", "next"]
-    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_a_job_that_takes_too_long_leaves_the_others_their_time(tmp_path: Path) -> None:
+    """Here the alarm is the system's."""
+
+    def endless() -> list[gpu.Check]:
+        while True:
+            signal.pause()
+
     found = report()
-    jobs = [gpu.Job("endless", lambda: time.sleep(60) or [], 0.2), gpu.Job("next", lambda: [gpu.Check("next", 0, 0)])]
-    gpu.carry_out(jobs, found, tmp_path / "r.json", 60)
+    jobs = [gpu.Job("endless", endless, 0.2), gpu.Job("next", lambda: [gpu.Check("next", 0, 0)])]
+    gpu.carry_out(jobs, found, tmp_path / "r.json", HOURS, Clock())
     assert found.left_out == ["endless"] and [check.name for check in found.checks] == ["next"]
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_figures_are_written_and_shown_also_those_that_are_none(tmp_path: Path) -> None:
@@ -159,7 +170,7 @@ def test_a_crash_fails_the_run_and_spares_the_other_jobs(tmp_path: Path) -> None
 
     found = report()
     jobs = [gpu.Job("bad", crash), gpu.Job("good", lambda: [gpu.Check("good", 1e-7, 1e-6)])]
-    gpu.carry_out(jobs, found, tmp_path / "r.json", 60)
+    gpu.carry_out(jobs, found, tmp_path / "r.json", HOURS)
     bad, good = read(tmp_path / "r.json")["checks"]
     assert not bad["passed"] and bad["note"] == "RuntimeError: illegal memory access" and good["passed"]
     assert not found.passed and "FAILED bad runs" in gpu.summary(found)
@@ -188,10 +199,9 @@ def test_dry_run_of_the_whole_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every check passes on the definitions, and benchmarks leave their rows (test_bench.py runs each of them)."""
-    for name in cases.CASES.keys() - {"coupling", "training"}:
-        monkeypatch.delitem(cases.CASES, name)
+    monkeypatch.setattr(cases, "CASES", {name: cases.CASES[name] for name in ("coupling", "training")})
     found = report()
-    gpu.carry_out(gpu.plan(CPU, quick=True), found, tmp_path / "results", 300)
+    gpu.carry_out(gpu.plan(CPU, quick=True), found, tmp_path / "results", HOURS)
     assert not found.left_out
     assert [str(check) for check in found.checks if not check.passed] == []
     (path,) = (tmp_path / "results").iterdir()
@@ -280,12 +290,11 @@ def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
         assert all(error > 1e-4 for other, error in found.items() if other != kind)
 
 
-def test_tf32_kernel_compiles_for_a_tensor_core() -> None:
+def test_tf32_kernel_compiles_for_a_tensor_core(compiler: Compiler) -> None:
     signature = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), "*fp32") | {"SIDE": "constexpr"}
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    source = ASTSource(tf32._dot_kernel, signature, {(3,): tf32.SIDE}, aligned)
-    ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-    assert "tf32" in ptx
+    request = Request("benchmarks.tf32", "_dot_kernel", signature, {(3,): tf32.SIDE}, aligned, {}, "sm_90")
+    assert "tf32" in compiler.compile(request).ptx
 
 
 def test_without_a_gpu_it_says_so_at_once() -> None:

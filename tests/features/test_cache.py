@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -186,7 +185,7 @@ def holding(kept: DiskCache, names: list[str]) -> int:
     if child == 0:
         with kept.claim(names, wait=False) as mine:
             os.write(writer, b"y" if mine else b"n")
-            time.sleep(60)
+            signal.pause()
         os._exit(0)
     assert os.read(reader, 1) == b"y"
     return child

@@ -317,17 +317,23 @@ extract.SHARD_IMAGES = 2
 model = HGADModel(HGADConfig.from_json(config))
 original = extract._Extractor.features
 
-def slow(self, seen):
+def wait_for(times, who):
+    while not os.path.exists(computed) or open(computed).read().count(who) < times:
+        time.sleep(0.01)
+
+def features(self, seen):
     with open(computed, "a") as file:
         print(role, file=file)
-    time.sleep(0.1)
-    if role == "victim" and open(computed).read().count(role) == 3:
+    if role == "other":
+        wait_for(3, "victim")
+    elif open(computed).read().count(role) == 3:
+        wait_for(1, "other")
         os.kill(os.getpid(), signal.SIGKILL)  # in the middle of its second shard
     return original(self, seen)
 
-extract._Extractor.features = slow
-while role == "other" and not os.path.exists(computed):
-    time.sleep(0.01)
+extract._Extractor.features = features
+if role == "other":
+    wait_for(1, "victim")
 extract.feature_set(model, root, cache="disk", cache_dir=cache_dir)
 """
 
@@ -344,8 +350,12 @@ def test_processes_share_the_work_and_one_that_is_killed_harms_none(model, tmp_p
     for role in ("other", "victim"):
         arguments = [role, tmp_path / "woods", kept, model.config.to_json(), log]
         processes[role] = subprocess.Popen([sys.executable, "-c", FILL, *map(str, arguments)])
-    assert processes["victim"].wait(60) == -signal.SIGKILL
-    assert processes["other"].wait(60) == 0
+    try:
+        assert processes["victim"].wait(600) == -signal.SIGKILL
+        assert processes["other"].wait(600) == 0
+    finally:
+        for process in processes.values():
+            process.kill()
     assert log.read_text().split().count("other") == 10  # all but the victim's first shard
     expected = feature_set(model, tmp_path / "woods")
     monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))

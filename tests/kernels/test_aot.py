@@ -8,6 +8,7 @@ costs time in every iteration, so none is allowed there; a handful elsewhere mov
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -21,18 +22,12 @@ import networkx
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from compilation import TARGETS, Binary, Compiler, Request, overwritten_names
+from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 from hgad_fast.modules.flow import ConditionalFlow
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a thread block
 MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -123,10 +118,10 @@ CALLS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("call", "kernel"), [(call, kernel) for call in BUDGETS for kernel in BUDGETS[call]])
-def test_budget(compiled, compiled_for_amd, call, kernel, target):
+def test_budget(compiler, compiled, compiled_for_amd, call, kernel, target):
     budget = BUDGETS[call][kernel]
     launches = launches_of(call, compiled_for_amd if target == "gfx942" else compiled)
-    figures = compile_for(target, launches[kernel])
+    figures = compile_for(compiler, target, launches[kernel])
     bounds = {
         "registers": budget.registers,
         "spills": 0,
@@ -146,15 +141,33 @@ def test_budget(compiled, compiled_for_amd, call, kernel, target):
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("call", [call for call in CALLS if call not in BUDGETS])
-def test_unusual_sizes_compile(compiled, compiled_for_amd, call, target):
+def test_unusual_sizes_compile(compiler, compiled, compiled_for_amd, call, target):
     for name, launch in launches_of(call, compiled_for_amd if target == "gfx942" else compiled).items():
-        figures = compile_for(target, launch)
+        figures = compile_for(compiler, target, launch)
         assert figures.shared <= SHARED_LIMIT[target], f"{name} ({call}) on {target}: {figures.shared} B shared"
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # NumPy, on the log of an impossible event
+def test_the_process_that_compiles_never_had_the_interpreter(compiler, interpreted, monkeypatch):
+    """Here the kernels run on the interpreter, which shows in `triton.language`; there it does not."""
+    during, set_grid_dim = [], interpreter.interpreter_builder.set_grid_dim
+
+    def look(*grid: int) -> None:
+        during.append(overwritten_names())
+        set_grid_dim(*grid)
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "set_grid_dim", look)
+    CALLS["mixture, one class, one centre"](interpreted)
+    assert len(during) >= 3 and all({"tl.load", "tl.dot", "tl.core.reduce"} <= {*names} for names in during)
+    assert compiler.call(overwritten_names) == []
+    assert compiler.call(os.getenv, "TRITON_INTERPRET") is None
+    assert compiler.call(os.getpid) != os.getpid()
 
 
 class Launch(NamedTuple):
     """One recorded kernel launch."""
 
+    module: str  # of kernels/
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, int]
@@ -165,22 +178,22 @@ def launches_of(call: str, kernels: SimpleNamespace) -> dict[str, Launch]:
     launches = {}
 
     class Recorder:
-        def __init__(self, kernel: JITFunction) -> None:
-            self.kernel = kernel
+        def __init__(self, module: str, kernel: JITFunction) -> None:
+            self.module, self.kernel = module, kernel
 
         def __getitem__(self, grid):
             def record(*args, **kwargs):
                 arguments = dict(zip(self.kernel.arg_names, args, strict=False))
                 arguments |= {name: kwargs.pop(name) for name in self.kernel.arg_names if name in kwargs}
-                launches[self.kernel.__name__] = Launch(self.kernel, arguments, kwargs)
+                launches[self.kernel.__name__] = Launch(self.module, self.kernel, arguments, kwargs)
 
             return record
 
     with ExitStack() as stack:
-        for module in vars(kernels).values():
+        for stem, module in vars(kernels).items():
             for name, kernel in vars(module).items():
                 if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
-                    stack.enter_context(mock.patch.object(module, name, Recorder(kernel)))
+                    stack.enter_context(mock.patch.object(module, name, Recorder(stem, kernel)))
         CALLS[call](kernels)
     return launches
 
@@ -197,7 +210,7 @@ class Figures(NamedTuple):
     wide_loads: int
 
 
-def compile_for(target: str, launch: Launch) -> Figures:
+def compile_for(compiler: Compiler, target: str, launch: Launch) -> Figures:
     """Compile as the JIT would for these arguments on `target`, with pointers aligned to 16 bytes."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -209,14 +222,14 @@ def compile_for(target: str, launch: Launch) -> Figures:
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = SCALARS[type(value)]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=TARGETS[target], options=launch.options)
+    name = launch.kernel.__name__
+    binary = compiler.compile(Request(launch.module, name, signature, constants, attributes, launch.options, target))
     return (_amd_figures if target == "gfx942" else _nvidia_figures)(binary, MATRIX_INSTRUCTION[target])
 
 
-def _nvidia_figures(binary: CompiledKernel, matrix: str) -> Figures:
+def _nvidia_figures(binary: Binary, matrix: str) -> Figures:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(binary.machine_code)
         file.flush()
         usage, sass = (
             subprocess.run([CUOBJDUMP, option, file.name], check=True, capture_output=True, text=True).stdout
@@ -231,7 +244,7 @@ def _nvidia_figures(binary: CompiledKernel, matrix: str) -> Figures:
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=_count(spill, lines),
         loop_spills=sum(_count(spill, body) for body in _innermost_loops(code, matrix)),
-        shared=binary.metadata.shared,
+        shared=binary.shared,
         matrix=_count(matrix, lines),
         narrow_loads=len(loads) - len(wide),
         wide_loads=len(wide),
@@ -269,8 +282,8 @@ def _innermost_loops(code: dict[int, str], matrix: str) -> list[list[str]]:
     return [[code[at] for at in body] for body in loops if not any(other < body for other in loops)]
 
 
-def _amd_figures(binary: CompiledKernel, matrix: str) -> Figures:
-    text = binary.asm["amdgcn"]
+def _amd_figures(binary: Binary, matrix: str) -> Figures:
+    text = binary.machine_code
     spills, scratch = (
         int(re.search(rf"\.{field}:\s+(\d+)", text)[1]) for field in ("vgpr_spill_count", "private_segment_fixed_size")
     )
@@ -280,7 +293,7 @@ def _amd_figures(binary: CompiledKernel, matrix: str) -> Figures:
         registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
         spills=max(spills, scratch),
         loop_spills=spills,  # the assembly does not say where: any counts
-        shared=binary.metadata.shared,
+        shared=binary.shared,
         matrix=_count(matrix, text.splitlines()),
         narrow_loads=len(loads) - len(wide),
         wide_loads=len(wide),

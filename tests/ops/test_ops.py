@@ -16,6 +16,7 @@ from benchmarks import scaling
 from hgad_fast import ops
 from hgad_fast.modules.flow import ConditionalFlow, dense_position, sinusoidal_position
 from hgad_fast.ops import blocks as blocks_module
+from hgad_fast.ops import dispatch
 from hgad_fast.ops import mixture as mixture_module
 
 F64 = torch.float64
@@ -566,6 +567,17 @@ def test_definitions_serve_the_cpu_and_a_forced_kernel_says_why_not(monkeypatch:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.path(x2, "auto") == "triton"
     assert ops.path(x2.double(), "auto") == "torch"
+
+
+def test_operations_take_the_interpreter_whatever_was_imported_before(request: pytest.FixtureRequest):
+    compiled = dispatch.kernels("coupling")
+    interpreted = request.getfixturevalue("interpreted")
+    assert dispatch.kernels("coupling") is interpreted.coupling is not compiled
+    x2, a = torch.randn(5, 3), torch.randn(5, 6)
+    y, log_det = ops.affine_coupling(x2, a, CLAMP, backend="triton")
+    expected, expected_log_det = ops.affine_coupling.reference(x2, a, CLAMP)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(log_det, expected_log_det)
 
 
 def test_kernels_pass_gradients_on(interpreted):
