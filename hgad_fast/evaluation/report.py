@@ -134,8 +134,8 @@ def _test_data(
 
 
 _WITHOUT_TEST = (
-    "There are no test images: {}. Name some with hgad-fast report RUN --data ROOT. Without them this report cannot say "
-    "how well the model detects; it shows how it was trained, calibrated and configured."
+    "There are no test images: {}. Name some with hgad-fast report RUN --data ROOT. Without them this report cannot "
+    "say how well the model detects; it shows how it was trained, calibrated and configured."
 )
 
 

@@ -32,6 +32,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
+from hgad_fast.modules.flow import sinusoidal_position
 from hgad_fast.ops import blocks
 
 MARGIN = 8  # standard deviations: a million elements stay within 5, and a deviation is estimated from few samples
@@ -133,8 +134,10 @@ def exact_and_tolerance(
 
 def _run(function: Callable[..., Any], inputs: Any, rounding: _Rounding) -> Any:
     arguments = tree_map(_doubled, inputs)
+    sinusoidal_position.cache_clear()  # codes are made anew, rounded like everything else, and not kept for others
     with _default_dtype(torch.float64), mock.patch.object(blocks, "_operand", rounding.operand), rounding:
         result = function(*arguments)
+    sinusoidal_position.cache_clear()
     return tree_map(lambda x: torch.as_tensor(x).detach().double().clone(), result)
 
 
