@@ -37,6 +37,9 @@ from hgad_fast.ops import blocks
 
 MARGIN = 8  # standard deviations: a million elements stay within 5, and a deviation is estimated from few samples
 SAMPLES = 8
+# Relative. Rounding in float64 stays below it although trainings amplify it a million times; a mistake in what is
+# computed is as large as in float32. Tests that compare float64 with float64 by such bounds depend on no processor.
+SAME_IN_FLOAT64 = 1e-9
 PRECISIONS = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
 OPERANDS = {"bf16": torch.finfo(torch.bfloat16).eps, "tf32": 2.0**-10}  # of products in a reduced precision
 
@@ -134,21 +137,32 @@ def exact_and_tolerance(
 
 def _run(function: Callable[..., Any], inputs: Any, rounding: _Rounding) -> Any:
     arguments = tree_map(_doubled, inputs)
-    sinusoidal_position.cache_clear()  # codes are made anew, rounded like everything else, and not kept for others
-    with _default_dtype(torch.float64), mock.patch.object(blocks, "_operand", rounding.operand), rounding:
+    with _computing(rounding):
         result = function(*arguments)
-    sinusoidal_position.cache_clear()
     return tree_map(lambda x: torch.as_tensor(x).detach().double().clone(), result)
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+def in_float64() -> Iterator[None]:
+    """Compute in float64 what asks for float32; models are `double()` already.
+
+    Two ways of computing the same, a whole training long, agree there to `SAME_IN_FLOAT64`, on any processor.
+    """
+    with _computing(_Rounding(0.0, 0)):
         yield
+
+
+@contextmanager
+def _computing(rounding: _Rounding) -> Iterator[None]:
+    default = torch.get_default_dtype()
+    sinusoidal_position.cache_clear()  # codes are made anew, rounded like everything else, and not kept for others
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(blocks, "_operand", rounding.operand), rounding:
+            yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default)
+        sinusoidal_position.cache_clear()
 
 
 def _doubled(value: Any) -> Any:

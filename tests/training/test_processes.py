@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rounding import SAME_IN_FLOAT64
 
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.features.extract import FeatureSet
@@ -28,6 +29,7 @@ SCRIPT = """
     import os, signal, sys, warnings
     from pathlib import Path
     import torch
+    import rounding
     from hgad_fast import HGADConfig, HGADModel
     from hgad_fast.training import step
     from hgad_fast.features.extract import FeatureSet
@@ -42,7 +44,7 @@ SCRIPT = """
         n_classes=2, n_intra_centers=3, backbone_arch=None, feature_levels=2, feature_dims=(8, 7), coupling_layers=2,
         pos_embed_dim=8, msk_size=16, meta_epochs=5, sub_epochs=2, batch_size=6, lr=1e-3,
         accumulate=2 if rank and case == 'train' else 1,
-    ))
+    )).double()
     if case == "killed" and rank:
         steps, call = [], step.Step.__call__
 
@@ -55,7 +57,8 @@ SCRIPT = """
         step.Step.__call__ = dying
     seen = []
     try:
-        history = model.fit(data, calibration=data, output_dir=folder / "run", callbacks=[seen.append], resume=True)
+        with rounding.in_float64():
+            history = model.fit(data, calibration=data, output_dir=folder / "run", callbacks=[seen.append], resume=True)
     except (RuntimeError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     assert not torch.distributed.is_initialized()
@@ -73,7 +76,11 @@ def free_port() -> int:
 
 def start(folder: Path, case: str, processes: int) -> list[subprocess.Popen]:
     """As torchrun would start them, without its launcher."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     if processes > 1:
         environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), case]
@@ -102,18 +109,22 @@ def test_two_processes_train_what_one_does(tmp_path):
     found = [torch.load(pair / f"train {rank}.pt") for rank in (0, 1)]
     for rank in (0, 1):
         for name, tensor in expected["model"].items():
-            torch.testing.assert_close(found[rank]["model"][name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                found[rank]["model"][name], tensor, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64, msg=name
+            )
             assert torch.equal(found[rank]["model"][name], found[0]["model"][name])
         for ours, theirs in zip(found[rank]["losses"], expected["losses"], strict=True):
             for level, right in zip(ours, theirs, strict=True):
-                assert level == pytest.approx(right, rel=1e-5)
+                assert level == pytest.approx(right, rel=SAME_IN_FLOAT64)
         for name, tensor in expected["calibration"].items():
-            torch.testing.assert_close(found[rank]["calibration"][name], tensor, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                found[rank]["calibration"][name], tensor, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64
+            )
     assert [one["seen"] for one in (expected, *found)] == [10, 10, 0]  # callbacks are the first process's
     assert sorted(os.listdir(pair / "run")) == sorted([CHECKPOINT, METRICS, MODEL, RUN])
     assert len((pair / "run" / METRICS).read_text().splitlines()) == 10
     saved = HGADModel.load(pair / "run" / MODEL).state_dict()
-    assert all(torch.equal(tensor, found[0]["model"][name]) for name, tensor in saved.items())
+    assert all(torch.equal(tensor, found[0]["model"][name].float()) for name, tensor in saved.items())
 
 
 def test_a_process_that_dies_ends_the_other_with_a_message(tmp_path):
@@ -159,7 +170,7 @@ def test_torchrun_and_the_command_line(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "hgad_fast"]
     command += ["train", str(tmp_path / "woods"), "-o", str(tmp_path / "run"), "--backbone", "test_efficientnet"]
     command += ["--weights", "random", "--device", "cpu", *(word for text in settings for word in ("--set", text))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"model: {tmp_path / 'run' / MODEL}\n"
