@@ -286,7 +286,8 @@ def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
     a, b = torch.randn(2, tf32.SIDE, tf32.SIDE)
     for kind, prepare in (("truncated", tf32.truncated), ("rounded", tf32.rounded), ("exact", torch.clone)):
         found = tf32.deviations(prepare(a) @ prepare(b), a, b)
-        assert min(found, key=found.__getitem__) == kind and found[kind] < 1e-6
+        last_digits = tf32.SIDE**0.5 * torch.finfo(torch.float32).eps  # of sums of SIDE terms
+        assert min(found, key=found.__getitem__) == kind and found[kind] < last_digits
         assert all(error > 1e-4 for other, error in found.items() if other != kind)
 
 
