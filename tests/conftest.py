@@ -11,6 +11,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+import rounding
 import torch
 import triton.language as tl
 from compilation import ROCM, Compiler
@@ -66,6 +67,13 @@ def begin_at_the_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Compute in float64 what asks for float32: what is the same by two ways is the same there, on any processor."""
+    with rounding.in_float64():
+        yield
 
 
 @pytest.fixture

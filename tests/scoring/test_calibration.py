@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from rounding import SAME_IN_FLOAT64
 
 from hgad_fast import HGADConfig, HGADModel, protocol
 from hgad_fast.features.extract import FeatureSet
@@ -232,6 +233,7 @@ def test_constants_are_the_largest_densities_and_scores_those_of_score_features(
     assert given.p_value.min() >= 1 / 6
 
 
+@pytest.mark.usefixtures("float64")
 def test_standardised_fusion_is_the_sum_in_units_of_the_normal_peaks(tmp_path):
     """By hand from the maps of a model of one class; and every image has its bits, alone and after loading."""
     model, normal = detector(fusion="standardised"), normal_features([0, 1, 0, 1, 1])
@@ -247,7 +249,7 @@ def test_standardised_fusion_is_the_sum_in_units_of_the_normal_peaks(tmp_path):
         rows = normal.class_ids == k
         expected[rows] = sum(m[rows] / (m[rows].amax((1, 2)).mean() - m[rows].mean()) for m in factors)
     found = model.score_features(batches(normal), normal.class_ids)
-    torch.testing.assert_close(found.anomaly_map, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.anomaly_map, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
     assert torch.equal(found.image_score, calibration.scores)
     model.save(tmp_path / "m.safetensors")
     one = HGADModel.load(tmp_path / "m.safetensors").score_features([x[3:4] for x in batches(normal)], 1)

@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from PIL import Image
+from rounding import SAME_IN_FLOAT64
 from scipy.ndimage import gaussian_filter, zoom
 from scipy.special import logsumexp, softmax
 
@@ -110,15 +112,16 @@ def of_class(density, ids):
     return np.stack([d[..., k] for d, k in zip(density, ids, strict=True)])
 
 
-def assert_close(found, expected, tolerance=1e-5):
+def assert_close(values, expected):
     expected = np.asarray(expected)
-    assert found.shape == expected.shape
-    assert np.abs(np.asarray(found) - expected).max() <= tolerance * np.abs(expected).max()
+    assert values.shape == expected.shape
+    assert np.abs(np.asarray(values) - expected).max() <= SAME_IN_FLOAT64 * np.abs(expected).max()
 
 
 # ------------------------------------------------------------------------------------------------ definitions
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("flow_arch", ["conditional_flow_model", "flow_model"])
 def test_densities_and_the_inferred_class_are_the_definition(flow_arch):
     model, features = detector(flow_arch=flow_arch), random_features(6)
@@ -134,17 +137,19 @@ def test_densities_and_the_inferred_class_are_the_definition(flow_arch):
             assert_close(entropy, -h)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sizes", [SIZES, [(8, 8), (4, 4)], [(1, 6), (1, 1)]])
 def test_official_maps_are_the_published_procedure(sizes):
     model, features = detector(), random_features(4, sizes=sizes)
     levels = definition(model, features)
     expected = official_factor([d[..., 1] for d, _ in levels], 24) * official_factor([-h for _, h in levels], 24)
     result = model.score_features(features, 1, "official")
-    assert_close(result.anomaly_map, expected, 1e-4)
-    assert_close(result.image_score, expected.max((1, 2)), 1e-4)
+    assert_close(result.anomaly_map, expected)
+    assert_close(result.image_score, expected.max((1, 2)))
     assert result.p_value.isnan().all() and result.threshold.isnan().all() and not result.is_anomalous.any()
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sizes, size", [(SIZES, (24, 35)), ([(6, 4), (3, 2)], (36, 24)), ([(1, 3), (1, 1)], (24, 72))])
 def test_calibrated_maps_are_the_formula(sizes, size):
     model = detector()
@@ -161,12 +166,14 @@ def test_calibrated_maps_are_the_formula(sizes, size):
     assert_close(result.image_score, expected.max((1, 2)))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 40), (70, 33)])
 def test_blur_is_scipys(shape):
     sharp = torch.rand(2, *shape, dtype=torch.float64)
-    assert_close(maps.blur(sharp), np.stack([gaussian_filter(m, 4) for m in sharp.numpy()]), 1e-12)
+    assert_close(maps.blur(sharp), np.stack([gaussian_filter(m, 4) for m in sharp.numpy()]))
 
 
+@pytest.mark.usefixtures("float64")
 def test_one_class_is_told_by_its_likelihood_alone():
     """Its posterior has no entropy, and the product of the two maps would be 0 everywhere."""
     model, normal, features = detector(n_classes=1), random_features(5), random_features(3)
@@ -175,9 +182,10 @@ def test_one_class_is_told_by_its_likelihood_alone():
     logps = [d[..., 0] for d, _ in definition(model, features)]
     excess = [x - d.max() for x, (d, _) in zip(logps, definition(model, normal), strict=True)]
     assert_close(model.score_features(features).anomaly_map, calibrated_factor(excess, (24, 35)))
-    assert_close(model.score_features(features, 0, "official").anomaly_map, official_factor(logps, 24), 1e-4)
+    assert_close(model.score_features(features, 0, "official").anomaly_map, official_factor(logps, 24))
 
 
+@pytest.mark.usefixtures("float64")
 @torch.no_grad()
 def test_an_almost_certain_class_leaves_a_map():
     """exp(-H) rounds to 1 long before H is 0; the difference must not."""
@@ -196,7 +204,17 @@ def test_an_almost_certain_class_leaves_a_map():
     for k in range(3):
         excess[k::3] -= excess[k::3].max()
     expected = calibrated_factor([excess], (24, 35)) * calibrated_factor([-entropy], (24, 35))
-    assert_close(model.score_features(features).anomaly_map, expected, 1e-3)
+    assert_close(model.score_features(features).anomaly_map, expected)
+
+
+@pytest.mark.parametrize("normalization", ["calibrated", "official"])
+def test_scores_in_float32_are_within_their_rounding(calibrated, normalization):
+    def scores(model: HGADModel, features: list[torch.Tensor]) -> tuple:
+        result = model.score_features(features, torch.tensor([0, 1, 2]), normalization)
+        return result.logps, result.neg_entropy, result.anomaly_map, result.image_score
+
+    features = random_features(3)
+    rounding.assert_close(scores(calibrated, features), scores, calibrated, features)
 
 
 # ------------------------------------------------------------------------------------------------ the image alone
@@ -223,6 +241,7 @@ def test_features_alone_in_a_batch_and_in_any_order_have_the_same_bits(calibrate
         assert_same_bits(together, alone, slice(i, i + 1))
 
 
+@pytest.mark.usefixtures("float64")
 def test_throughput_agrees(calibrated):
     features = random_features(5)
     one, many = calibrated.score_features(features), calibrated.score_features(features, throughput=True)
@@ -231,6 +250,7 @@ def test_throughput_agrees(calibrated):
     assert torch.equal(many.class_id, one.class_id)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [1, 20, 40, 100])
 @pytest.mark.parametrize("flow_arch", ["conditional_flow_model", "flow_model"])
 def test_chunks_of_rows_leave_no_seam(monkeypatch, chunk, flow_arch):
@@ -242,14 +262,15 @@ def test_chunks_of_rows_leave_no_seam(monkeypatch, chunk, flow_arch):
     chunks = model.score_features(features)
     for name in ("logps", "neg_entropy"):
         for found, expected in zip(getattr(chunks, name), getattr(whole, name), strict=True):
-            assert_close(found, expected, 1e-6)
-    assert (chunks.anomaly_map - whole.anomaly_map).abs().max() < 1e-6
+            assert_close(found, expected)
+    assert (chunks.anomaly_map - whole.anomaly_map).abs().max() < SAME_IN_FLOAT64
     alone = model.score_features([x[2:] for x in features])
     assert_same_bits(chunks, alone, slice(2, 3))
     batched = model.score_features(features, throughput=True)
-    assert (batched.anomaly_map - whole.anomaly_map).abs().max() < 1e-5
+    assert (batched.anomaly_map - whole.anomaly_map).abs().max() < SAME_IN_FLOAT64
 
 
+@pytest.mark.usefixtures("float64")
 def test_map_size_only_resamples(calibrated):
     features = random_features(3)
     plain = calibrated.score_features(features)
@@ -266,6 +287,7 @@ def test_map_size_only_resamples(calibrated):
 # ------------------------------------------------------------------------------------------------ in bounded memory
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("chunk", [64, 100, 8192])
 def test_chunks_have_one_size_and_fit_together(monkeypatch, chunk):
     """Also where a row of pixels is longer than a chunk."""
@@ -278,13 +300,14 @@ def test_chunks_have_one_size_and_fit_together(monkeypatch, chunk):
     chunks = model.score_features(features, normalization="official")
     assert len(set(rows)) == 1 and rows[0] <= max(chunk, 64)
     for name in ("logps", "neg_entropy"):
-        assert frobenius(getattr(chunks, name)[0], getattr(whole, name)[0]) < 1e-6
+        assert frobenius(getattr(chunks, name)[0], getattr(whole, name)[0]) < SAME_IN_FLOAT64
 
 
 def frobenius(found, expected) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.usefixtures("float64")
 def test_a_piece_of_a_map_has_the_position_that_it_has_in_the_whole(calibrated):
     features = random_features(1)
     (whole,) = densities.densities(calibrated, features, None)
@@ -298,7 +321,7 @@ def test_a_piece_of_a_map_has_the_position_that_it_has_in_the_whole(calibrated):
     assert torch.equal(pieces.group_ids, whole.group_ids)
     for name in ("logps", "neg_entropy"):
         for found, expected in zip(getattr(pieces, name), getattr(whole, name), strict=True):
-            assert frobenius(found, expected) < 1e-6
+            assert frobenius(found, expected) < SAME_IN_FLOAT64
 
 
 def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
@@ -310,6 +333,7 @@ def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
     assert_same_bits(kept, calibrated.score_features(features), slice(None))
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("size", [(24, 35), (7, 90), (61, 24), (24, 24)])
 def test_bands_of_a_map_fit_together(calibrated, monkeypatch, size):
     (found,) = densities.densities(calibrated, random_features(1), None)
@@ -325,7 +349,7 @@ def test_bands_of_a_map_fit_together(calibrated, monkeypatch, size):
         on_grid = torch.empty(1, *grid)
         maps.write_calibrated(on_grid, found, level_max, grid)
         assert torch.equal(maxima, on_grid.amax((1, 2)))
-        assert frobenius(whole, maps.resample(on_grid, size)) < 1e-6
+        assert frobenius(whole, maps.resample(on_grid, size)) < SAME_IN_FLOAT64
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -337,6 +361,13 @@ def camera():
     model = image_model()
     prime(model)
     return model
+
+
+@pytest.fixture
+def double_camera(float64):
+    model = image_model()
+    prime(model)
+    return model.double()
 
 
 def image_model(**settings) -> HGADModel:
@@ -384,28 +415,32 @@ def test_images_alone_in_a_batch_and_in_any_order_have_the_same_bits(camera):
         assert_same_bits(together, camera.score(images[i]), slice(i, i + 1))
         given = camera.score(images, [1, 0, 1])
         assert_same_bits(given, camera.score(images[i], [1, 0, 1][i]), slice(i, i + 1))
-    fast = camera.score(images, throughput=True)
-    assert_close(fast.anomaly_map, together.anomaly_map)
+
+
+def test_images_in_batches_have_the_maps_of_images_alone(double_camera):
+    images = torch.rand(3, 3, 70, 90)
+    alone, fast = (double_camera.score(images, throughput=throughput) for throughput in (False, True))
+    assert_close(fast.anomaly_map, alone.anomaly_map)
 
 
 @pytest.mark.filterwarnings("ignore:images are seen at")
-def test_batches_keep_to_the_memory_allowed(camera, monkeypatch):
+def test_batches_keep_to_the_memory_allowed(double_camera, monkeypatch):
     """As many images as fit share a batch; those that are cut into tiles go one by one."""
     for module in (preprocess, score):
         monkeypatch.setattr(module, "ALWAYS_WHOLE", 80 * 80)
     sizes = [(70, 90), (70, 90), (100, 100), (70, 90), (100, 100)]
     images = [torch.rand(3, *size) for size in sizes]
-    config = camera.config.replace(batch_size=8)
-    monkeypatch.setattr(camera, "config", config)
-    needed = preprocess.working_set(camera, config.replace(img_size="native"), sizes[0], cut=False)
+    config = double_camera.config.replace(batch_size=8)
+    monkeypatch.setattr(double_camera, "config", config)
+    needed = preprocess.working_set(double_camera, config.replace(img_size="native"), sizes[0], cut=False)
     batches, look = [], preprocess.batch_features
     monkeypatch.setattr(
         score, "batch_features", lambda model, some, config: batches.append(len(some)) or look(model, some, config)
     )
-    alone = camera.score(images, img_size="native")
+    alone = double_camera.score(images, img_size="native")
     for limit, expected in ((2 * needed, [2]), (3 * needed, [3]), (needed + 2**20, [])):
         batches.clear()
-        fast = camera.score(images, img_size="native", throughput=True, max_memory=limit)
+        fast = double_camera.score(images, img_size="native", throughput=True, max_memory=limit)
         assert batches == expected
         assert_close(fast.image_score, alone.image_score)
         for found, right in zip(fast.anomaly_map, alone.anomaly_map, strict=True):
@@ -445,28 +480,28 @@ def test_every_kind_of_input_gives_the_same(camera, tmp_path):
 
 
 @pytest.mark.parametrize("throughput", [False, True])
-def test_images_of_mixed_sizes(camera, throughput):
+def test_images_of_mixed_sizes(double_camera, throughput):
     images = [torch.rand(3, *size) for size in [(40, 40), (30, 50), (40, 40), (64, 33), (40, 40)]]
-    result = camera.score(images, [0, 1, 1, 0, 1], throughput=throughput)
+    result = double_camera.score(images, [0, 1, 1, 0, 1], throughput=throughput)
     assert result.class_id.tolist() == [0, 1, 1, 0, 1]
     for i, image in enumerate(images):
-        alone = camera.score(image, int(result.class_id[i]))
+        alone = double_camera.score(image, int(result.class_id[i]))
         assert_close(result.anomaly_map[i], alone.anomaly_map[0])
         assert_close(result.image_score[i], alone.image_score[0])
-    assert camera.score(images, map_size=20, throughput=throughput).anomaly_map.shape == (5, 20, 20)
+    assert double_camera.score(images, map_size=20, throughput=throughput).anomaly_map.shape == (5, 20, 20)
 
 
-def test_official_maps_of_images_of_mixed_sizes(camera):
+def test_official_maps_of_images_of_mixed_sizes(double_camera):
     images = [torch.rand(3, *size) for size in [(40, 40), (64, 96)]]
-    single = [camera.score_features(preprocess.image_features(camera, p), 1, "official") for p in images]
+    single = [double_camera.score_features(preprocess.image_features(double_camera, p), 1, "official") for p in images]
     logps, neg_entropy = (
         [[getattr(r, name)[level][0].numpy() for r in single] for level in range(2)]
         for name in ("logps", "neg_entropy")
     )
     expected = official_factor(logps, 64) * official_factor(neg_entropy, 64)
-    result = camera.score(images, 1, normalization="official")
-    assert_close(result.image_score, expected.max((1, 2)), 1e-4)
-    assert_close(result.anomaly_map[0], zoom(expected[0], 40 / 64, order=1, mode="nearest", grid_mode=True), 1e-4)
+    result = double_camera.score(images, 1, normalization="official")
+    assert_close(result.image_score, expected.max((1, 2)))
+    assert_close(result.anomaly_map[0], zoom(expected[0], 40 / 64, order=1, mode="nearest", grid_mode=True))
 
 
 def test_image_score_does_not_depend_on_map_size(camera):

@@ -32,6 +32,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
+from hgad_fast.features import extract
 from hgad_fast.modules.flow import sinusoidal_position
 from hgad_fast.ops import blocks
 
@@ -158,7 +159,11 @@ def _computing(rounding: _Rounding) -> Iterator[None]:
     sinusoidal_position.cache_clear()  # codes are made anew, rounded like everything else, and not kept for others
     torch.set_default_dtype(torch.float64)
     try:
-        with mock.patch.object(blocks, "_operand", rounding.operand), rounding:
+        with (
+            mock.patch.object(blocks, "_operand", rounding.operand),
+            mock.patch.object(extract, "FEATURES", torch.float64),
+            rounding,
+        ):
             yield
     finally:
         torch.set_default_dtype(default)
