@@ -10,8 +10,11 @@ import time
 
 import numpy as np
 import pytest
+import rounding
 import timm
 import torch
+from rounding import SAME_IN_FLOAT64
+from torch import Tensor
 
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.features.backbone import Backbone
@@ -56,10 +59,14 @@ def bilinear_aligned(image: np.ndarray, h: int, w: int) -> np.ndarray:
 )
 def test_normalisation_is_that_of_timms_configuration(arch, mean, std):
     images = torch.rand(2, 3, 5, 7)
-    expected = (images.numpy() - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    np.testing.assert_allclose(Backbone(config(arch)).normalize(images).numpy(), expected, rtol=1e-6, atol=1e-6)
+
+    def definition(images: Tensor) -> Tensor:
+        return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    rounding.assert_close(Backbone(config(arch)).normalize(images), definition, images)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("size", [(64, 64), (65, 83), (97, 51)])
 def test_image_pyramid_is_the_official_one(size):
     height, width = size
@@ -70,11 +77,12 @@ def test_image_pyramid_is_the_official_one(size):
     for level, found in enumerate(features):
         h, w = height >> level, width >> level
         resized = torch.from_numpy(np.stack([bilinear_aligned(image, h, w) for image in images.double().numpy()]))
-        expected = backbone.net(resized.float())[0]
+        expected = backbone.net(resized)[0]
         assert found.shape == expected.shape and found.shape[1] == backbone.feature_dims[level]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
 
 
+@pytest.mark.usefixtures("float64")
 def test_stages_are_those_of_one_pass():
     whole = classifier("test_resnet")
     backbone = Backbone(config("test_resnet", feature_mode="stages", feature_levels=3, out_indices=(1, 2, 3)))
@@ -89,7 +97,7 @@ def test_stages_are_those_of_one_pass():
             expected.append(x)
     features = backbone(images)
     assert backbone.feature_dims == tuple(x.shape[1] for x in expected)
-    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(features, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -101,12 +109,15 @@ def test_the_number_of_feature_values_is_known_beforehand(arch, mode):
     assert backbone.feature_values(160, 160) == sum(level.numel() for level in features)
 
 
+@pytest.mark.usefixtures("float64")
 def test_an_architecture_that_keeps_channels_last_gives_channels_first():
     backbone = Backbone(config("test_mambaout", feature_levels=1))
     images = torch.randn(1, 3, 64, 96)
     (features,) = backbone(images)
     assert features.shape == (1, backbone.feature_dims[0], 8, 12)
-    torch.testing.assert_close(features, backbone.net(images)[0].movedim(-1, 1))
+    torch.testing.assert_close(
+        features, backbone.net(images)[0].movedim(-1, 1), rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64
+    )
 
 
 def test_an_architecture_of_fixed_size_says_so():
@@ -142,6 +153,7 @@ def write(state: dict, path) -> str:
     return str(path)
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_weights_of_a_whole_classifier(arch, tmp_path):
     whole = classifier(arch)
@@ -156,7 +168,7 @@ def test_weights_of_a_whole_classifier(arch, tmp_path):
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         (features,) = whole.forward_intermediates(images, indices=[1], intermediates_only=True, norm=False)
-    torch.testing.assert_close(backbone(images)[0], features)
+    torch.testing.assert_close(backbone(images)[0], features, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import SAME_IN_FLOAT64
 
 from hgad_fast.features.interpolate import between, bilinear
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize(
     ("size", "resized"),
@@ -20,7 +22,7 @@ def test_it_is_torchs_interpolation(size, resized, align_corners):
         between(torch.arange(m), n, m, align_corners=align_corners) for n, m in zip(size, resized, strict=True)
     )
     found = bilinear(x, rows, columns)
-    torch.testing.assert_close(found, whole, rtol=0, atol=2e-6 * max(size))  # coordinates are float32
+    torch.testing.assert_close(found, whole, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
     origin = int(rows.first[resized[0] // 2])
     part = bilinear(x[..., origin:, :], rows.part(resized[0] // 2, resized[0], origin), columns)
     assert torch.equal(part, found[..., resized[0] // 2 :, :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from rounding import SAME_IN_FLOAT64
 
 from hgad_fast import HGADConfig
 from hgad_fast.features import backbone, tiles
@@ -29,6 +30,7 @@ def small_tiles(monkeypatch, arch: str, **settings) -> Backbone:
     return encoder
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("size", [(512, 96), (500, 80), (497, 61), (40, 501)])
 def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
     """At sizes of every parity, at the borders of the image too: its padding depends on the parity."""
@@ -38,10 +40,11 @@ def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
     assert len(plan[0].rows) * len(plan[0].columns) > 1
     for found, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
         assert found.shape == whole.shape
-        assert float((found - whole).norm() / whole.norm()) < 1e-5
-        assert float((found - whole).abs().max() / whole.abs().max()) < 1e-5
+        assert float((found - whole).norm() / whole.norm()) < SAME_IN_FLOAT64
+        assert float((found - whole).abs().max() / whole.abs().max()) < SAME_IN_FLOAT64
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("arch", "settings"),
     [
@@ -57,7 +60,7 @@ def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
     image = torch.rand(3, 489, 91)
     assert encoder.is_local and len(encoder.passes(489, 91)[0].rows) > 1
     for found, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
-        assert float((found - whole).norm() / whole.norm()) < 1e-5
+        assert float((found - whole).norm() / whole.norm()) < SAME_IN_FLOAT64
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,7 @@ def test_tiles_keep_to_their_size_and_repeat_little(size, halo):
     assert repeated < {0: 1.1, 192: 1.5, 512: 4.2}[halo]
 
 
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "test_resnet", "test_efficientnet", "test_convnext"])
 def test_a_streamlined_network_gives_the_same_features(arch):
     net = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(1,)).eval()
@@ -119,11 +123,12 @@ def test_a_streamlined_network_gives_the_same_features(arch):
     images = torch.randn(2, 3, 96, 83)
     with torch.no_grad():
         for found, expected in zip(fast(images), net(images), strict=True):
-            assert float((found - expected).norm() / expected.norm()) < 1e-5
+            assert float((found - expected).norm() / expected.norm()) < SAME_IN_FLOAT64
     norms = [module for module in fast.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert not norms and len(list(fast.modules())) <= len(list(net.modules()))
 
 
+@pytest.mark.usefixtures("float64")
 def test_new_weights_are_noticed(monkeypatch):
     encoder = small_tiles(monkeypatch, "test_resnet", out_indices=(1,))
     images = torch.randn(1, 3, 64, 64)
@@ -131,4 +136,4 @@ def test_new_weights_are_noticed(monkeypatch):
     encoder.load_state_dict({k: 2 * v if v.is_floating_point() else v for k, v in encoder.state_dict().items()})
     after = encoder(images)[0]
     assert not torch.equal(before, after)
-    assert float((after - encoder.net(images)[0]).norm() / after.norm()) < 1e-5
+    assert float((after - encoder.net(images)[0]).norm() / after.norm()) < SAME_IN_FLOAT64
