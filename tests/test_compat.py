@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from torch import Tensor
 
 import hgad_fast
 from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.features.extract import FeatureSet
 from hgad_fast.scoring.pipeline import Job, score_files
 from hgad_fast.scoring.result import ScoreResult
 
@@ -37,14 +40,20 @@ TRAINING = {
 EXACT = ("class_id", "p_value", "is_anomalous", "threshold", "false_alarm_rate")
 
 
-def assert_as_written(result: ScoreResult, arrays: np.lib.npyio.NpzFile, kind: str) -> None:
-    """Verdicts are equal; maps and scores, whose sums another processor orders otherwise, to rounding."""
-    for name in ("anomaly_map", "image_score"):
-        written = arrays[f"{kind}.{name}"]
-        bound = 2e-5 * np.abs(written).max()  # some hundred roundings of the largest value
-        np.testing.assert_allclose(getattr(result, name).numpy(), written, rtol=0, atol=bound)
+def assert_as_written(
+    score: Callable[[HGADModel], ScoreResult], model: HGADModel, arrays: np.lib.npyio.NpzFile, kind: str
+) -> None:
+    """Check that verdicts are equal, and maps and scores as near to float64 as those of then."""
+    result = score(model)
     for name in EXACT:
         np.testing.assert_array_equal(getattr(result, name).numpy(), arrays[f"{kind}.{name}"])
+
+    def values(result: ScoreResult) -> dict[str, Tensor]:
+        return {name: getattr(result, name) for name in ("anomaly_map", "image_score")}
+
+    exact, tolerance = rounding.exact_and_tolerance(lambda model: values(score(model)), model)
+    rounding.assert_within(values(result), exact, tolerance)
+    rounding.assert_within({name: torch.from_numpy(arrays[f"{kind}.{name}"]) for name in exact}, exact, tolerance)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -52,13 +61,15 @@ def test_models_of_format_1_give_the_scores_that_they_gave(name: str) -> None:
     model, arrays = hgad_fast.load(COMPAT / f"{name}.safetensors"), np.load(COMPAT / f"{name}.npz")
     assert isinstance(model, HGADModel) and model.config == HGADModel.load(COMPAT / f"{name}.safetensors").config
     features = [torch.from_numpy(arrays[f"features.{level}"]) for level in range(2)]
-    assert_as_written(model.score_features(features), arrays, "inferred")
-    assert_as_written(model.score_features(features, 0, normalization="official"), arrays, "official")
+    assert_as_written(lambda model: model.score_features(features), model, arrays, "inferred")
+    assert_as_written(
+        lambda model: model.score_features(features, 0, normalization="official"), model, arrays, "official"
+    )
     if "images" in arrays:
         images = torch.from_numpy(arrays["images"])
-        assert_as_written(model.score(images), arrays, "images")
+        assert_as_written(lambda model: model.score(images), model, arrays, "images")
         with pytest.warns(UserWarning, match="images are seen at"):
-            assert_as_written(model.score(images, img_size="native"), arrays, "native")
+            assert_as_written(lambda model: model.score(images, img_size="native"), model, arrays, "native")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -83,22 +94,28 @@ def training_data() -> tuple[list[Tensor], Tensor]:
 
 @pytest.mark.parametrize("stopped_in", ["stage-1", "stage-2"])
 def test_a_training_goes_on_from_a_checkpoint_of_format_2(stopped_in: str, tmp_path: Path) -> None:
-    """To the parameters of the training that was never stopped, but for what another processor rounds otherwise."""
+    """To the losses and parameters of the training that was never stopped, but for rounding."""
     checkpoint = COMPAT / stopped_in / "checkpoint.pt"
     state = torch.load(checkpoint, weights_only=True)
     assert state["format"] == "hgad_fast training 2"
-    model = HGADModel(HGADConfig(**TRAINING))
-    history = model.fit(training_data(), resume=checkpoint, output_dir=tmp_path)
-    assert len(history.records) == 10
-    losses = json.loads((COMPAT / "trained.json").read_text())
-    for record, written in zip(history.records, losses, strict=True):
-        for level, right in zip(record["losses"], written, strict=True):
-            assert level == pytest.approx(right, rel=1e-4, abs=1e-5)
-    trained = np.load(COMPAT / "trained.npz")
-    for name, tensor in model.state_dict().items():
-        error = np.linalg.norm(tensor.numpy() - trained[name]) / np.linalg.norm(trained[name])
-        assert error < 1e-4, name
+    levels, ids = training_data()
+    data = FeatureSet([[level[i] for level in levels] for i in range(len(ids))], ids)
+
+    def resumed(model: HGADModel, **options: Path) -> dict[str, Tensor]:
+        records = model.fit(data, resume=checkpoint, **options).records
+        losses = [list(level.values()) for record in records for level in record["losses"]]
+        return {f"losses {i}": torch.tensor(level) for i, level in enumerate(losses)} | model.state_dict()
+
+    actual = resumed(HGADModel(HGADConfig(**TRAINING)), output_dir=tmp_path)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["format"] == "hgad_fast training 3"
+    written = [list(level.values()) for record in json.loads((COMPAT / "trained.json").read_text()) for level in record]
+    uninterrupted = {f"losses {i}": torch.tensor(level) for i, level in enumerate(written)}
+    uninterrupted |= {name: torch.from_numpy(array) for name, array in np.load(COMPAT / "trained.npz").items()}
+    assert len(written) == 20 and set(actual) == set(uninterrupted)
+
+    exact, tolerance = rounding.exact_and_tolerance(resumed, HGADModel(HGADConfig(**TRAINING)))
+    rounding.assert_within(actual, exact, tolerance)
+    rounding.assert_within(uninterrupted, exact, tolerance)
 
 
 def test_adam_s_moments_of_a_checkpoint_of_format_2_are_those_of_each_block() -> None:

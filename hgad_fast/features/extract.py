@@ -22,7 +22,7 @@ from .backbone import Backbone
 from .cache import SHARD_BYTES, SHARD_IMAGES, CacheFull, DiskCache, Features, MemoryCache
 from .preprocess import FeatureSource, may_cut, preprocess, seen_features, seen_shape
 
-FEATURES = torch.float32  # the precision of features as models take them
+FEATURES = (torch.float32,)  # the precision of features as models take them
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Cache = MemoryCache | DiskCache
@@ -384,7 +384,7 @@ def _checked(model: FeatureSource, features: FeatureSet) -> FeatureSet:
     dims = model.feature_dims
     for i, levels in enumerate(features.images):
         if [level.shape[0] for level in levels] != dims or any(
-            level.dim() != 3 or level.dtype != FEATURES or level.numel() == 0 for level in levels
+            level.dim() != 3 or level.dtype not in FEATURES or level.numel() == 0 for level in levels
         ):
             shapes = [(*level.shape, level.dtype) for level in levels]
             raise ValueError(

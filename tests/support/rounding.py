@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from hgad_fast.features import extract
@@ -94,7 +94,7 @@ def assert_within(actual: Any, exact: Any, tolerance: Any) -> None:
     """Check that `actual` is as near to `exact` as `tolerance` says; both come from `exact_and_tolerance`."""
     if isinstance(exact, dict):
         assert set(actual) == set(exact), f"{sorted(actual)} is compared with {sorted(exact)}"
-        actual, tolerance = ({key: values[key] for key in exact} for values in (actual, tolerance))
+        actual, exact, tolerance = ({key: values[key] for key in exact} for values in (actual, exact, tolerance))
     leaves, structure = tree_flatten(actual)
     paths, exact_structure = tree_flatten_with_path(exact)
     assert structure == exact_structure, f"{structure} is compared with {exact_structure}"
@@ -161,13 +161,24 @@ def _computing(rounding: _Rounding) -> Iterator[None]:
     try:
         with (
             mock.patch.object(blocks, "_operand", rounding.operand),
-            mock.patch.object(extract, "FEATURES", torch.float64),
+            mock.patch.object(torch, "load", _read(torch.load)),
+            mock.patch.object(extract, "FEATURES", (torch.float32, torch.float64)),
             rounding,
         ):
             yield
     finally:
         torch.set_default_dtype(default)
         sinusoidal_position.cache_clear()
+
+
+def _read(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch.load as it is without a mode: it fills storages that a mode has not seen."""
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return load(*args, **kwargs)
+
+    return read
 
 
 def _doubled(value: Any) -> Any:
