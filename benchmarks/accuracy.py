@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     root, output = arguments.root, arguments.output
     dataset = datasets.discover(root)
     weights = demo.write_weights(folder / "lite0.safetensors")
-    found: dict[str, Any] = {"dataset": root.name, "meta_epochs": arguments.meta_epochs}
-    found |= {"cache_dtype": arguments.cache_dtype, "memory": arguments.memory, "seeds": {}}
-    found |= measure.about_run(torch.device("cpu"))
+    record: dict[str, Any] = {"dataset": root.name, "meta_epochs": arguments.meta_epochs}
+    record |= {"cache_dtype": arguments.cache_dtype, "memory": arguments.memory, "seeds": {}}
+    record |= measure.about_run(torch.device("cpu"))
     features: FeatureSet | None = None
     for seed in arguments.seeds:
         config = HGADConfig(
@@ -69,10 +69,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         seconds = time.perf_counter() - start
         evaluation = evaluate(model, dataset, details=False)
         print(f"seed {seed}, trained in {seconds:.0f} s\n{evaluation.table()}\n", flush=True)
-        found["seeds"][seed] = {"training_seconds": round(seconds), **evaluation.to_dict(details=False)}
+        record["seeds"][seed] = {"training_seconds": round(seconds), **evaluation.to_dict(details=False)}
         if output is not None:
             with replacing(output) as file:
-                file.write_text(json.dumps(found, indent=2) + "\n")
+                file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def measured(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Times one of `cases.CASES`; a result unlike the official formulation's fails."""
+    """Return a function that times one of `cases.CASES`; a result unlike the official formulation's fails."""
 
     def run(case: str) -> None:
         outcomes = measure.run([case], device=DEVICE)

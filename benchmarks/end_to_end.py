@@ -56,13 +56,13 @@ def main() -> None:
     subset = replace(dataset, train=dataset.train[::step])
     for backbone in arguments.backbone or BACKBONES:
         with tempfile.TemporaryDirectory() as folder:
-            found = compare(backbone, subset, Path(folder))
-        found |= {"dataset": dataset.root.name, "images": len(subset.train), "of": len(dataset.train)}
-        print(json.dumps({backbone: found}, indent=2), flush=True)
+            comparison = compare(backbone, subset, Path(folder))
+        comparison |= {"dataset": dataset.root.name, "images": len(subset.train), "of": len(dataset.train)}
+        print(json.dumps({backbone: comparison}, indent=2), flush=True)
         if arguments.output is not None:
             known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
             with replacing(arguments.output) as file:
-                file.write_text(json.dumps(known | {backbone: found}, indent=2) + "\n")
+                file.write_text(json.dumps(known | {backbone: comparison}, indent=2) + "\n")
 
 
 def compare(backbone: str, dataset: datasets.Dataset, folder: Path) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Official:
         )
 
     def train(self, stage: int, meta_epoch: int, sub_epoch: int) -> list[float]:
-        """One pass; the mean of the sum of the loss terms of each level."""
+        """Make one pass; return the mean of the sum of the loss terms of each level."""
         totals = [0.0] * len(self.levels)
         for batch, (images, labels) in enumerate(self.loader):
             rate = warmed_up_cosine(
@@ -172,7 +172,7 @@ class Official:
 
 
 class _Images(torch.utils.data.Dataset):
-    """Training images, prepared by torchvision as the official code does, and their classes."""
+    """Return training images, prepared by torchvision as the official code does, and their classes."""
 
     def __init__(self, samples: list[datasets.Sample], img_size: int, mean: Tensor, std: Tensor) -> None:
         from torchvision import transforms as T

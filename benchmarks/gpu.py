@@ -85,7 +85,7 @@ Found = Check | Figure | results.Outcome
 
 
 class Job(NamedTuple):
-    """A step of the run, and what it finds."""
+    """A step of the run, and the function that carries it out."""
 
     name: str
     run: Callable[[], list[Found]]
@@ -94,7 +94,7 @@ class Job(NamedTuple):
 
 @dataclass
 class Report:
-    """What is known so far."""
+    """The results so far."""
 
     about: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
@@ -106,12 +106,12 @@ class Report:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks) and not results.wrong_results(self.outcomes)
 
-    def add(self, found: list[Found]) -> None:
-        """Take in what a job found; a case and size that was measured before is replaced."""
-        self.checks += [each for each in found if isinstance(each, Check)]
-        self.figures += [each for each in found if isinstance(each, Figure)]
-        outcomes = [each for each in found if not isinstance(each, (Check, Figure))]
-        known = results.grouped(self.outcomes) | results.grouped(outcomes)
+    def add(self, outcomes: list[Found]) -> None:
+        """Take in the outcomes of a job; a case and size that was measured before is replaced."""
+        self.checks += [each for each in outcomes if isinstance(each, Check)]
+        self.figures += [each for each in outcomes if isinstance(each, Figure)]
+        timed = [each for each in outcomes if not isinstance(each, (Check, Figure))]
+        known = results.grouped(self.outcomes) | results.grouped(timed)
         self.outcomes = [outcome for block in known.values() for outcome in block]
 
     def save(self, path: Path) -> Path:
@@ -125,7 +125,7 @@ class Report:
 
 
 class TimeIsUp(BaseException):
-    """No Exception, so that nobody who handles those takes it for an error of his own."""
+    """The time is over; no Exception, so that no handler of those takes it for an error of its own."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -164,15 +164,15 @@ def carry_out(
         print(f"-- {job.name}", flush=True)
         try:
             with cut_after(min(left, job.seconds)):
-                found = job.run()
+                outcomes = job.run()
         except TimeIsUp:
             report.left_out.append(job.name)
             continue
         except Exception as error:  # a crash is a finding, and no reason to lose the other jobs
             note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            found = [Check(f"{job.name} runs", 1, 0, note)]
-        report.add(found)
-        for each in found:
+            outcomes = [Check(f"{job.name} runs", 1, 0, note)]
+        report.add(outcomes)
+        for each in outcomes:
             if isinstance(each, (Check, Figure)):
                 print(each, flush=True)
         report.save(path)
@@ -196,7 +196,7 @@ def cut_after(seconds: float) -> Iterator[None]:
 
 
 def plan(device: torch.device, quick: bool = False) -> list[Job]:
-    """Every job, in order. `quick` has tiny sizes throughout, to try the machinery."""
+    """Return every job, in order. `quick` has tiny sizes throughout, to try the machinery."""
     jobs = []
     for size in SIZES[1:2] if quick else SIZES:
         label = f"{size.pixels} pixels, C={size.channels}, K={size.classes}, M={size.centres}"
@@ -221,7 +221,7 @@ def plan(device: torch.device, quick: bool = False) -> list[Job]:
 
 
 def figure_jobs(device: torch.device, quick: bool = False) -> tuple[list[Job], list[Job]]:
-    """The sections of gpu_figures.py: those that matter most, and those for the end, if time is left."""
+    """Return the sections of gpu_figures.py: those that matter most, and those for the end, if time is left."""
     large, million, small = (cases.QUICK,) * 3 if quick else (LARGE, MILLION_PIXELS, HEADLINE)
     more_classes = replace(large, classes=40)
     steps = 4 if quick else 300
@@ -254,7 +254,7 @@ def figure_jobs(device: torch.device, quick: bool = False) -> tuple[list[Job], l
 
 
 def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
-    """What matters most in front; `torch.compile` of the peers, which takes its time, in the end."""
+    """Return the timings, the most important in front; `torch.compile` of the peers is slow, and comes last."""
     everything = [(case, size) for case in cases.CASES for size in cases.sizes(case, device, quick)]
     first = [] if quick else list(FIRST)
     measured = [(*each, False) for each in dict.fromkeys(first + everything)]
@@ -271,14 +271,14 @@ def benchmark_jobs(device: torch.device, quick: bool = False) -> list[Job]:
 
 
 def ceiling_check(device: torch.device) -> Check:
-    """The ceilings, measured before anything heats the device."""
+    """Measure the ceilings, before anything heats the device."""
     ceiling = measure.measure_ceiling(device)
     rates = ", ".join(f"{name} {rate / 1e12:.1f} TFLOP/s" for name, rate in ceiling.flop_per_second.items())
     return Check("ceilings", 0, 0, f"copy {ceiling.bytes_per_second / 1e9:.0f} GB/s, {rates}")
 
 
 def summary(report: Report) -> str:
-    """The short table: failed checks, then a line a case and size."""
+    """Return the short table: failed checks, then a line for each case and size."""
     lines = ["", *(str(check) for check in report.checks if not check.passed), *results.wrong_results(report.outcomes)]
     lines += map(str, report.figures)
     for (case, size, _), block in results.grouped(report.outcomes).items():
@@ -302,7 +302,7 @@ def summary(report: Report) -> str:
 
 
 class Draw:
-    """Seeded normal tensors on a device."""
+    """Draw seeded normal tensors on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -315,7 +315,7 @@ class Draw:
         return torch.randint(classes, (n,), generator=self.generator).to(self.device)
 
     def mixture(self, size: Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """mu, delta, phi_inter, phi_intra; distances of a few units, so that every class and centre has weight."""
+        """Draw mu, delta, phi_inter, phi_intra; distances of a few units, so that every class and centre has weight."""
         shape = size.classes, size.centres - 1, size.channels
         mu = self.normal(size.classes, size.channels) * size.channels**-0.5
         delta = self.normal(*shape) * size.channels**-0.5
@@ -327,7 +327,7 @@ def double(*tensors: Tensor) -> list[Tensor]:
 
 
 def worst(name: str, allowed: float, actual: Any, expected: Any) -> Check:
-    """The largest of the relative errors."""
+    """Return the largest of the relative errors."""
     errors = [relative_error(a.double(), e) for a, e in zip(actual, expected, strict=True)]
     return Check(name, max(error if math.isfinite(error) else math.inf for error in errors), allowed)
 
@@ -381,9 +381,9 @@ def check_scores(size: Size, device: torch.device) -> list[Check]:
     draw = Draw(device)
     z, log_det, mixture = draw.normal(size.pixels, size.channels), draw.normal(size.pixels), draw.mixture(size)
     y = draw.labels(size.images, size.classes)
-    found = ops.mixture_scores(z, log_det, *mixture, y, per_class=True)
+    computed = ops.mixture_scores(z, log_det, *mixture, y, per_class=True)
     expected = ops.mixture_scores.reference(*double(z, log_det, *mixture), y, per_class=True)
-    ours, right = found._asdict(), expected._asdict()
+    ours, right = computed._asdict(), expected._asdict()
     best_class = ours.pop("best_class")
     del right["best_class"]
     chosen = expected.class_log_density.gather(1, best_class[:, None]).squeeze(1)  # equal classes may change places
@@ -395,7 +395,7 @@ def check_scores(size: Size, device: torch.device) -> list[Check]:
 
 
 def trained_flow(size: Size, draw: Draw) -> Any:
-    """As if trained: a fresh log-determinant is nearly zero, and its error all there is of it."""
+    """Return a flow as if trained: a fresh log-determinant is nearly zero, and would be nothing but its error."""
     flow = cases.Problem(size, draw.device).model.nfs[0]
     with torch.no_grad():
         flow.global_scale.add_(draw.normal(*flow.global_scale.shape))
@@ -405,7 +405,7 @@ def trained_flow(size: Size, draw: Draw) -> Any:
 
 
 def check_flow(size: Size, device: torch.device) -> list[Check]:
-    """In float32 against float64; with tf32 and bf16 operands against the same rounding on a CPU."""
+    """Check a flow: float32 against float64, tf32 and bf16 operands against the same rounding on a CPU."""
     draw = Draw(device)
     flow = trained_flow(size, draw)
     x, gz, glog_det = (
@@ -415,15 +415,15 @@ def check_flow(size: Size, device: torch.device) -> list[Check]:
     )
 
     def results(device: torch.device, dtype: torch.dtype, **options: str) -> tuple[list[Tensor], list[Tensor]]:
-        """z and log_det, and the gradients of x and the parameters."""
+        """Return z and log_det, and the gradients of x and the parameters."""
         model = copy.deepcopy(flow).to(device, dtype)
         grid = ops.SeparablePosition(*(t.to(dtype) for t in flow.grid(size.height, size.width, device)))
         leaf = x.detach().to(device, dtype).requires_grad_()
-        found = (
+        outputs = (
             ops.flow(leaf, model.blocks, grid, **options) if options else ops.flow_definition(leaf, model.blocks, grid)
         )
         upstream = gz.to(device, dtype), glog_det.to(device, dtype)
-        return [t.detach() for t in found], list(torch.autograd.grad(found, [leaf, *model.parameters()], upstream))
+        return [t.detach() for t in outputs], list(torch.autograd.grad(outputs, [leaf, *model.parameters()], upstream))
 
     exact = results(device, torch.float64)
     checks = [kernels_run(x)]
@@ -434,17 +434,17 @@ def check_flow(size: Size, device: torch.device) -> list[Check]:
             if precision != "fp32":
                 expected = results(torch.device("cpu"), torch.float32, backend="torch", **options)
                 forward, backward = TOLERANCE["fp32"], GRADIENT_TOLERANCE["fp32"]
-            found = results(device, torch.float32, **options)
+            computed = results(device, torch.float32, **options)
             name = f"flow, {precision}, {memory} memory"
             for part, allowed, ours, theirs in zip(
-                ("", ", backward"), (forward, backward), found, expected, strict=True
+                ("", ", backward"), (forward, backward), computed, expected, strict=True
             ):
                 checks.append(worst(f"{name}{part}", allowed, ours, [t.to(device, torch.float64) for t in theirs]))
     return checks
 
 
 def check_blocks(size: Size, device: torch.device, runs: int = 5) -> list[Check]:
-    """The flow without gradients, which takes whole blocks: against the same rounding on a CPU, and run after run.
+    """Check the flow in whole blocks, without gradients: against the same rounding on a CPU, and run after run.
 
     Threads of a block read what others have parked: a missing barrier would show as runs that differ.
     """
@@ -454,18 +454,18 @@ def check_blocks(size: Size, device: torch.device, runs: int = 5) -> list[Check]
     flow.precision = "bf16"
     with torch.no_grad():
         expected = copy.deepcopy(flow).cpu()(x.cpu(), flow.grid(size.height, size.width))
-        found = [flow(x, grid) for _ in range(runs)]
+        outputs = [flow(x, grid) for _ in range(runs)]
     path = ops.flow_path(x, grid, "bf16")
-    differing = sum(not torch.equal(a, b) for again in found[1:] for a, b in zip(found[0], again, strict=True))
+    differing = sum(not torch.equal(a, b) for again in outputs[1:] for a, b in zip(outputs[0], again, strict=True))
     return [
         Check("whole blocks run", float(x.is_cuda and path != "triton, whole blocks"), 0, f"path: {path}"),
-        worst("flow without gradients, bf16", 1e-3, found[0], [t.to(device, torch.float64) for t in expected]),
+        worst("flow without gradients, bf16", 1e-3, outputs[0], [t.to(device, torch.float64) for t in expected]),
         Check(f"{runs} runs of whole blocks alike", differing, 0, "tensors that differ"),
     ]
 
 
 def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[Check]:
-    """Losses, all gradients and all scores of several runs must agree to the bit, whatever the labels' kind."""
+    """Check that losses, gradients and scores of several runs agree to the bit, for labels of both kinds."""
     problem = cases.Problem(size, device)
     flow, mixture = problem.model.nfs[0], problem.model.mixture
     grid = flow.grid(size.height, size.width, device)
@@ -493,7 +493,7 @@ def check_determinism(size: Size, device: torch.device, runs: int = 5) -> list[C
 
 
 def check_steps(size: Size, device: torch.device, steps: int = 8) -> list[Check]:
-    """Steps of three levels, as `fit` makes them: recorded ones have the losses of eager ones."""
+    """Check that recorded steps of three levels, as `fit` makes them, have the losses of eager ones."""
     images = gpu_figures.Images(size)
     model = gpu_figures.three_levels(size, device)
     losses = []
@@ -504,7 +504,7 @@ def check_steps(size: Size, device: torch.device, steps: int = 8) -> list[Check]
 
 
 def check_compile(size: Size, device: torch.device) -> list[Check]:
-    """A training step under `torch.compile(fullgraph=True)` gives the eager one's losses and gradients."""
+    """Check that a step under `torch.compile(fullgraph=True)` gives the eager one's losses and gradients."""
     problem = cases.Problem(size, device)
     flow, mixture = problem.model.nfs[0], problem.model.mixture
     grid = flow.grid(size.height, size.width, device)
@@ -526,7 +526,7 @@ def check_compile(size: Size, device: torch.device) -> list[Check]:
 
 
 def check_tf32(device: torch.device) -> list[Check]:
-    """Whether the tensor cores truncate float32 operands to tf32, and that our rounding beforehand prevents it."""
+    """Check that tensor cores truncate float32 operands to tf32, and that our rounding beforehand prevents it."""
     from benchmarks import tf32
 
     draw = Draw(device)
@@ -544,8 +544,7 @@ def check_tf32(device: torch.device) -> list[Check]:
 
 
 def check_memory(seconds: float = 80) -> list[Check]:
-    """The smallest checks under compute-sanitizer, which comes with the CUDA toolkit: no access out of bounds, no race
-    in shared memory."""
+    """Check under compute-sanitizer (CUDA toolkit) that nothing goes out of bounds or races in shared memory."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
         return [Check("compute-sanitizer", 0, 0, "is not installed: nothing was checked")]
@@ -572,7 +571,7 @@ def check_memory(seconds: float = 80) -> list[Check]:
 
 
 def kernels_run(x: Tensor) -> Check:
-    """On CUDA it must be the kernels that are checked."""
+    """Check that on CUDA the kernels are what runs."""
     path = ops.path(x)
     return Check("the kernels run", float(x.is_cuda and path != "triton"), 0, f"path: {path}")
 

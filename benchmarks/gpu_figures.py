@@ -1,4 +1,4 @@
-"""Figures of `make gpu` that are no contest at one size: kernels on the device alone, training and scoring as a whole.
+"""Figures of `make gpu` beside the cases: kernels on the device alone, training and scoring as a whole.
 
 Each function is a section of the run. It returns figures, and checks where something must hold; on a CPU it runs too,
 on small sizes, so that the tests can hold it to its word.
@@ -38,7 +38,7 @@ RATE = 1e-4
 
 @dataclass(frozen=True)
 class Figure:
-    """What was measured, and what was aimed at."""
+    """A measured value, and the value that was aimed at."""
 
     name: str
     value: float | None  # None: could not be measured, the note says why
@@ -54,7 +54,7 @@ class Figure:
 
 
 def device_seconds(works: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 10) -> float:
-    """Median time of one of the works, which differ in their inputs, without what the host adds.
+    """Return the median time of one of the works, which differ in their inputs, without what the host adds.
 
     On CUDA all of them make one graph, which is run again: each finds its inputs in memory, not in the cache.
     """
@@ -75,7 +75,7 @@ def device_seconds(works: Sequence[Callable[[], Any]], device: torch.device, rep
 
 
 def kernel_times(size: Size, device: torch.device) -> list[Figure]:
-    """Time of each kernel, and its bytes per second as a share of a copy's; bytes are what it must read and write."""
+    """Time each kernel; its rate, of the bytes it must read and write, is a share of a copy's."""
     n, half = size.pixels, size.channels // 2
     problem = cases.Problem(size, device)
     mixture, labels = [t.detach() for t in problem.official.mixture], problem.image_labels
@@ -127,7 +127,7 @@ def kernel_times(size: Size, device: torch.device) -> list[Figure]:
 
 
 def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Figure]:
-    """Flow and mixture over all centres for scoring, against the official formulation in batches of 32 768 pixels."""
+    """Time flow and all densities for scoring, against the official formulation in batches of 32 768 pixels."""
     problem = cases.Problem(size, device)
     mixture = [t.detach() for t in problem.official.mixture]
     grid = problem.model.nfs[0].grid(size.height, size.width, device)
@@ -172,7 +172,7 @@ def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Fig
 
 
 class Images:
-    """Features of a batch of images at three levels, as the cache holds them."""
+    """Return features of a batch of images at three levels, as the cache holds them."""
 
     def __init__(self, size: Size) -> None:
         self.maps = [(max(size.height >> level, 1), max(size.width >> level, 1)) for level in range(3)]
@@ -205,7 +205,7 @@ def _graph_choices(device: torch.device) -> tuple[bool, ...]:
 
 
 def _measured_step(label: str, work: Callable[[], Any], size: Size, device: torch.device, rounds: int) -> list[Figure]:
-    """Time, images per second and memory of a step; out of memory is a result too."""
+    """Return time, images per second and memory of a step; out of memory is a result too."""
     try:
         for _ in range(EAGER_STEPS + 2):  # the last of them was recorded, where steps are
             work()
@@ -223,7 +223,7 @@ def _measured_step(label: str, work: Callable[[], Any], size: Size, device: torc
 
 
 def training_times(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
-    """Steps of three levels from features in memory, as `fit` makes them, in every way it can."""
+    """Time steps of three levels from features in memory, as `fit` makes them, in every way it can."""
     images = Images(size)
     figures = []
     for precision in ops.PRECISIONS if device.type == "cuda" else ("fp32",):
@@ -232,14 +232,14 @@ def training_times(size: Size, device: torch.device, rounds: int = 10) -> list[F
                 step = Step(three_levels(size, device, precision, memory), Processes(), graph)
                 work = functools.partial(step, images.images, images.labels, 2, RATE)
                 label = f"training, K={size.classes}, {precision}, {memory}, {'recorded' if graph else 'eager'}"
-                found = _measured_step(label, work, size, device, rounds)
-                figures += found[:2] if graph else found  # a recorded step's memory was laid out before
+                measured = _measured_step(label, work, size, device, rounds)
+                figures += measured[:2] if graph else measured  # a recorded step's memory was laid out before
                 del step, work
     return figures
 
 
 def official_training_times(size: Size, device: torch.device, compiled: bool, rounds: int = 5) -> list[Figure]:
-    """The official formulation takes its levels one after the other; features lie on the device already."""
+    """Time the official formulation, one level after the other; features lie on the device already."""
     problems = [cases.Problem(replace(size, height=h, width=w), device) for h, w in Images(size).maps]
     figures = []
     for precision in problems[0].peer_precisions[-1:] if compiled else problems[0].peer_precisions:
@@ -264,7 +264,7 @@ def _one_after_the_other(levels: Iterable[cases.Contender]) -> None:
 
 
 def split_of_a_step(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
-    """Where the time of an eager step goes, as the device sees it; what the loader does takes the host's time."""
+    """Split the time of an eager step into its parts, as the device sees it; the loader takes the host's time."""
     images = Images(size)
     step = Step(three_levels(size, device, "bf16" if device.type == "cuda" else "fp32"), Processes())
     model, pinned = step.model, device.type == "cuda"
@@ -317,7 +317,7 @@ class Stopwatch:
         self.marks.append(self._mark())
 
     def seconds(self) -> dict[str, float]:
-        """By name; laps of one name add up."""
+        """Return the seconds by name; laps of one name add up."""
         timing.synchronise(self.device)
         taken: dict[str, float] = {}
         for name, begin, end in zip(self.names, self.marks, self.marks[1:], strict=False):
@@ -327,7 +327,7 @@ class Stopwatch:
 
 
 def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> list[Figure]:
-    """What a profile says of steps: calls in which the host waits for the device, and how busy the device is."""
+    """Profile steps: calls in which the host waits for the device, and the share of time that the device is busy."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     images = Images(size)
@@ -365,7 +365,7 @@ Event = tuple[str, float, float, bool]  # name, begin, end, on the device
 
 
 def host_waits(events: Iterable[Event]) -> list[str]:
-    """Names of the runtime's calls, inside steps on the host, that return when the device has come so far."""
+    """Return the runtime's calls, inside steps on the host, that return when the device has come so far."""
     events = list(events)
     steps = [(begin, end) for name, begin, end, on_device in events if name == STEP and not on_device]
     return [
@@ -378,7 +378,7 @@ def host_waits(events: Iterable[Event]) -> list[str]:
 
 
 def busy_share(events: Iterable[Event]) -> float:
-    """Of the time from the device's first work to its last; NaN where it did none."""
+    """Return the busy share of the time from the device's first work to its last; NaN where it did none."""
     work = sorted((begin, end) for name, begin, end, on_device in events if on_device and name != STEP)
     if not work:
         return math.nan
@@ -390,9 +390,9 @@ def busy_share(events: Iterable[Event]) -> float:
 
 
 def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> list[Figure]:
-    """Images that fit in a step of 16 GB, everything counted; found by halving, to a 16th."""
+    """Find how many images fit in a step of 16 GB, everything counted, within a 16th."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     steps = {"ours, fp32": _our_step, "ours, bf16": _our_step, "official": _official_step}
     for name, make in steps.items():
         step = make(size, device, name.rpartition(" ")[2])
@@ -400,20 +400,20 @@ def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> list
             timing.release_memory(device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY_LIMIT / total), device)
         try:
-            found[name] = largest(functools.partial(_fits, step, device), limit)
+            counts[name] = largest(functools.partial(_fits, step, device), limit)
         finally:
             if device.type == "cuda":
                 torch.cuda.set_per_process_memory_fraction(1.0, device)
         del step
         timing.release_memory(device)
     label = "largest batch in 16 GB"
-    figures: list[Figure] = [Figure(f"{label}, {name}", count, "images") for name, count in found.items()]
-    ratio = found["ours, bf16"] / max(found["official"], 1)
+    figures: list[Figure] = [Figure(f"{label}, {name}", count, "images") for name, count in counts.items()]
+    ratio = counts["ours, bf16"] / max(counts["official"], 1)
     return [*figures, Figure(f"{label}, ours, bf16, over the official", ratio, "x")]
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest count that fits, within a 16th; 0 if none does."""
+    """Return the largest count that fits, within a 16th; 0 if none does."""
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high
@@ -453,7 +453,7 @@ def _our_step(size: Size, device: torch.device, precision: str) -> Callable[[int
 
 
 def _official_step(size: Size, device: torch.device, _: str) -> Callable[[int], Any]:
-    """The first level, by far the largest; the official loop has one in memory at a time."""
+    """Return the first level, by far the largest; the official loop has one in memory at a time."""
     problem = cases.Problem(replace(size, images=1), device)
     level, optimizer = problem.official, problem.official.optimizer()
 
@@ -470,7 +470,7 @@ def _official_step(size: Size, device: torch.device, _: str) -> Callable[[int], 
 
 
 def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figure]:
-    """The same training in every precision: its last loss, and the AUROC of shifted pixels in held-out images.
+    """Return last loss and AUROC of shifted pixels in held-out images, of one training in every precision.
 
     Features of a class vary about a mean and along a few directions of their own; a defect is a patch moved away.
     """
@@ -525,7 +525,7 @@ def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figu
 
 
 def share_in_order(scores: Tensor, is_positive: Tensor) -> float:
-    """AUROC of scores without ties; a machine with a GPU need not have scikit-learn."""
+    """Return the AUROC of scores without ties; a machine with a GPU need not have scikit-learn."""
     ranks = scores.argsort().argsort()[is_positive] + 1
     positive, negative = int(is_positive.sum()), int((~is_positive).sum())
     return float(ranks.sum() - positive * (positive + 1) // 2) / (positive * negative)
@@ -535,8 +535,7 @@ def share_in_order(scores: Tensor, is_positive: Tensor) -> float:
 
 
 def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: int = 8) -> list[Figure]:
-    """From features to a verdict, label-free and calibrated: an image at a time, and one image of that many times
-    the height and width."""
+    """Time the way from features to a verdict, label-free and calibrated, at the usual and at an enlarged size."""
     model = three_levels(size, device, "bf16" if device.type == "cuda" else "fp32").eval()
     _calibrate(model, size)
     figures = []
@@ -565,14 +564,18 @@ def _latency(label: str, work: Callable[[], Any], device: torch.device, count: i
 
 
 def scorer_times(device: torch.device, backbone: str = "tf_efficientnet_b6", side: int = 1024) -> list[Figure]:
-    """Frame in, verdict out, with a backbone of random weights; and what of it is not the backbone's."""
+    """Time a frame from pixels to verdict, with a backbone of random weights, and the share beside the backbone."""
     if importlib.util.find_spec("timm") is None:
         return [Figure("Scorer", None, "ms", "timm is not installed; see features to map")]
     precision = "bf16" if device.type == "cuda" else "fp32"
     model = latency.model_for(side, device, backbone_arch=backbone, precision=precision)
     figures = []
-    for found in latency.of_model(model, (side, side), environment.device_name(device), seconds=8):
-        label = f"Scorer, {backbone}, {side} px, {found.call}"
-        times = {"p50": found.p50, "p95": found.p95, "beyond the backbone, p50": found.beyond_backbone}
+    for times_of_call in latency.of_model(model, (side, side), environment.device_name(device), seconds=8):
+        label = f"Scorer, {backbone}, {side} px, {times_of_call.call}"
+        times = {
+            "p50": times_of_call.p50,
+            "p95": times_of_call.p95,
+            "beyond the backbone, p50": times_of_call.beyond_backbone,
+        }
         figures += [Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in times.items()]
     return figures

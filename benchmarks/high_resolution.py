@@ -1,4 +1,4 @@
-"""What large images take, for docs/high-resolution.md: `python -m benchmarks.high_resolution [PART...]`, on a CPU.
+"""Time and memory of large images, for docs/high-resolution.md: `python -m benchmarks.high_resolution [PART...]`.
 
 memory: peak resident memory of scoring images at their own resolution, beyond model, image and map; a process each.
 mixture: densities of 65 536 pixels under 40 classes, against the official formula, one class after the other.
@@ -52,19 +52,19 @@ def main() -> None:
     if options.resident:
         print(json.dumps(resident(*options.resident)))
         return
-    found = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    figures = json.loads(options.output.read_text()) if options.output.is_file() else {}
     for part in options.parts or PARTS:
         rows = []
         for row in PARTS[part](options.quick):
             print(row, flush=True)
             rows.append(row)
-        found[part] = measure.about_run(CPU) | {"rows": rows}
+        figures[part] = measure.about_run(CPU) | {"rows": rows}
         with replacing(options.output) as file:
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def detector() -> HGADModel:
-    """The published flow and prior of 15 classes on a small backbone, with a made-up calibration."""
+    """Return the published flow and prior of 15 classes on a small backbone, with a made-up calibration."""
     torch.manual_seed(0)
     model = HGADModel(HGADConfig(n_classes=15, backbone_arch="tf_efficientnet_lite0", backbone_weights=None))
     level_max = torch.zeros(model.config.n_classes, model.config.feature_levels)
@@ -79,7 +79,7 @@ def memory(quick: bool) -> Any:
 
 
 def resident(height: int, width: int) -> dict[str, Any]:
-    """Of this process; the map goes to a file, whose pages do not count."""
+    """Return peak memory and time of scoring in this process; the map goes to a file, whose pages do not count."""
     model, image = detector(), torch.rand(3, height, width)
     scored = functools.partial(model.score, img_size="native")
     scored(torch.rand(3, 128, 128))  # libraries, threads
@@ -105,8 +105,8 @@ def mixture(quick: bool) -> Any:
     level, prior = problem.official, problem.model.mixture
 
     def ours() -> tuple[Tensor | None, Tensor]:
-        found = prior.scores(z, log_det, 0, per_class=True)
-        return found.class_log_density, found.entropy
+        all_scores = prior.scores(z, log_det, 0, per_class=True)
+        return all_scores.class_log_density, all_scores.entropy
 
     def official() -> tuple[Tensor, Tensor]:
         return official_scores(z, log_det, level.mu, level.delta, level.phi_intra)
@@ -151,7 +151,7 @@ def speed(quick: bool) -> Any:
 
 
 def official_way(model: HGADModel, levels: list[OfficialLevel], image: Tensor) -> Tensor:
-    """Map of an image of class 0 as the official code computes it: timm's own network, dense positions."""
+    """Return the map of an image of class 0 as the official code computes it: timm's network, dense positions."""
     encoder, config = model.encoder, model.config
     assert isinstance(encoder, Backbone)
     height, width = image.shape[1:]
@@ -162,15 +162,15 @@ def official_way(model: HGADModel, levels: list[OfficialLevel], image: Tensor) -
         h, w = x.shape[2:]
         pixels = x.permute(0, 2, 3, 1).reshape(h * w, -1)
         z, log_det = level.flow(pixels, [dense_position(config.pos_embed_dim, 1, h, w)])
-        found = official_scores(z, log_det, level.mu, level.delta, level.phi_intra, classes=[0])
-        scores.append([each.view(1, h, w) for each in found])
+        level_scores = official_scores(z, log_det, level.mu, level.delta, level.phi_intra, classes=[0])
+        scores.append([each.view(1, h, w) for each in level_scores])
     by_density, by_entropy = (official_map(list(kind), config.msk_size) for kind in zip(*scores, strict=True))
     return F.interpolate((by_density * by_entropy)[None], (height, width), mode="bilinear")[0, 0]
 
 
 @torch.no_grad()
 def tile_errors(quick: bool) -> Any:
-    """Of the default tiles, on a photograph: noise is alike everywhere, and would hide what pools over all of it."""
+    """Return the errors of the default tiles on a photograph: noise would hide what pools over all of an image."""
     from sklearn.datasets import load_sample_image
 
     photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1) / 255
@@ -184,7 +184,7 @@ def tile_errors(quick: bool) -> Any:
             HGADConfig(backbone_arch=arch, backbone_weights=None, feature_levels=1, out_indices=out_indices)
         )
         about, (one,) = encoder.footprint, encoder.passes(*image.shape[1:])
-        (found,), (whole,) = encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None]))
+        (tiled,), (whole,) = encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None]))
         yield {
             "network": arch,
             "height": image.shape[1],
@@ -194,8 +194,8 @@ def tile_errors(quick: bool) -> Any:
             "bytes_per_pixel": about.bytes_per_pixel,
             "tiles": [len(one.rows), len(one.columns)],
             "repeated": seen(one.rows) * seen(one.columns) / image[0].numel(),
-            "relative_error": measure.relative_error(found, whole),
-            "largest_error": float((found - whole).abs().max() / whole.abs().max()),
+            "relative_error": measure.relative_error(tiled, whole),
+            "largest_error": float((tiled - whole).abs().max() / whole.abs().max()),
         }
 
 
@@ -204,7 +204,7 @@ def seen(cuts: list[tiles.Cut]) -> int:
 
 
 def medians(*works: Callable[[], Any]) -> list[float]:
-    """Seconds of each, in turn."""
+    """Return the median seconds of each, in turn."""
     return np.median(timing.alternate(works, rounds=3, device=CPU), 1).tolist()
 
 

@@ -44,14 +44,14 @@ def main() -> None:
         print(json.dumps(measure_memory(arguments.memory_of)))
         return
     time_of, memory_of = ((10, 64), (5, 256)) if arguments.quick else ((200, 256), (100, 2048))
-    found: dict[str, Any] = measure.about_run(torch.device("cpu"))
-    found["time"] = compare_times(*time_of, arguments.every)
-    print(json.dumps(found["time"], indent=2), flush=True)
-    found["memory"] = memory_in_a_process(*memory_of)
-    print(json.dumps(found["memory"], indent=2))
+    record: dict[str, Any] = measure.about_run(torch.device("cpu"))
+    record["time"] = compare_times(*time_of, arguments.every)
+    print(json.dumps(record["time"], indent=2), flush=True)
+    record["memory"] = memory_in_a_process(*memory_of)
+    print(json.dumps(record["memory"], indent=2))
     if arguments.output is not None:
         with replacing(arguments.output) as file:
-            file.write_text(json.dumps(found, indent=2) + "\n")
+            file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def compare_times(n: int, size: int, every: int, rounds: int = 5) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def compare_times(n: int, size: int, every: int, rounds: int = 5) -> dict[str, A
 
 
 def _best(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
-    """Least seconds of some rounds, and the result."""
+    """Return the least seconds of some rounds, and the result."""
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -90,7 +90,7 @@ def _best(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
 
 
 def aupro_800(maps: Arrays, masks: Arrays, every: int = 1) -> float:
-    """The customary AUPRO: 800 even thresholds, regions labelled anew at each, rates below 0.3 rescaled to [0, 1].
+    """Return the customary AUPRO: 800 even thresholds, regions labelled anew at each, rates up to 0.3 rescaled.
 
     Of the thresholds only every `every`-th is visited.
     """
@@ -103,8 +103,8 @@ def aupro_800(maps: Arrays, masks: Arrays, every: int = 1) -> float:
             alarms = map_ >= threshold
             labelled, n = ndimage.label(mask, np.ones((3, 3)))
             if n:
-                found = np.bincount(labelled[alarms], minlength=n + 1)
-                overlap.append(found[1:] / np.bincount(labelled.ravel())[1:])
+                counts = np.bincount(labelled[alarms], minlength=n + 1)
+                overlap.append(counts[1:] / np.bincount(labelled.ravel())[1:])
             false += np.count_nonzero(alarms & (mask == 0))
         rates.append(false / n_normal)
         overlaps.append(np.concatenate(overlap).mean())
@@ -115,7 +115,7 @@ def aupro_800(maps: Arrays, masks: Arrays, every: int = 1) -> float:
 
 
 def smooth_maps(n: int, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Blurred noise, higher within the masks: up to three rectangles each, none in every fourth."""
+    """Draw blurred noise, higher within the masks: up to three rectangles each, none in every fourth."""
     rng = np.random.default_rng(0)
     masks = [_rectangles(rng, size, 0 if i % 4 == 3 else 1 + i % 3) for i in range(n)]
     noise = [ndimage.gaussian_filter(rng.standard_normal(mask.shape, np.float32), 4) for mask in masks]

@@ -1,4 +1,4 @@
-"""What training costs as it grows, for docs/scaling.md: `python -m benchmarks.scaling`, minutes on a CPU.
+"""Cost of training as it grows, for docs/scaling.md: `python -m benchmarks.scaling`, minutes on a CPU.
 
 Bytes that a forward pass keeps for the backward one, per pixel, parameters not counted: from autograd's own records of
 what it saves, and by the resident memory of a process. Errors of float32 gradients against float64, and of the inputs
@@ -113,7 +113,7 @@ def _with_gradients(
 
 
 def kept_bytes(size: Size, kind: str, every: int) -> float:
-    """Bytes a pixel in autograd's records: what they grow by with each image, so that parameters do not count."""
+    """Return the bytes a pixel that autograd keeps, by their growth with images: parameters do not count."""
 
     def kept(images: int) -> int:
         loss, _ = forward(cases.Problem(replace(size, images=images, height=8, width=8), CPU), kind, every)
@@ -131,7 +131,7 @@ def kept_bytes(size: Size, kind: str, every: int) -> float:
 
 
 def resident_bytes(size: Size, kind: str, every: int) -> float:
-    """Bytes a pixel by which a process grows in the forward pass: from the difference of two numbers of pixels."""
+    """Return the bytes a pixel by which a process grows in the forward pass, from two numbers of pixels."""
 
     def grown(side: int) -> int:
         words = [kind, str(every), str(size.blocks), str(side)]
@@ -157,7 +157,7 @@ def resident_bytes_here(kind: str, every: int, blocks: int, side: int) -> int:
 
 
 def gradient_errors(size: Size = SMALL, seeds: int = 5) -> dict[str, Any]:
-    """Median over the seeds of the Frobenius-relative error of all gradients of a step, float32 against float64."""
+    """Return the Frobenius-relative errors of all gradients of a step in float32, and their medians over seeds."""
     errors: dict[str, list[float]] = {f"{kind}, checkpoint_every={every}": [] for kind, every in KINDS}
     for seed in range(seeds):
         problem = cases.Problem(size, CPU)
@@ -177,7 +177,7 @@ def gradient_errors(size: Size = SMALL, seeds: int = 5) -> dict[str, Any]:
 
 
 def processor_seconds(rounds: int = 15) -> dict[str, Any]:
-    """Processor time of a training step in one thread, which other work on the machine hardly changes, in turn."""
+    """Return the processor time of a step in one thread, which other work on the machine hardly changes, in turn."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     contenders = cases.training_case(cases.Problem(SMALL, CPU))
@@ -202,7 +202,7 @@ def processor_seconds(rounds: int = 15) -> dict[str, Any]:
 
 
 def drift(blocks: int, every: int) -> float:
-    """Frobenius-relative error of the rebuilt input of the first block, in float32."""
+    """Return the Frobenius-relative error of the rebuilt input of the first block, in float32."""
     problem = cases.Problem(replace(SMALL, images=1, blocks=blocks), CPU)
     loss, _ = forward(problem, "reversible", every)
     value, rebuilt = loss(), {}
@@ -213,9 +213,9 @@ def drift(blocks: int, every: int) -> float:
         return subnet(x1, *rest)
 
     def seen_backward(*arguments: Any, **options: Any) -> Any:
-        found = backward(*arguments, **options)
-        rebuilt["x2"] = found[3].clone()
-        return found
+        gradients = backward(*arguments, **options)
+        rebuilt["x2"] = gradients[3].clone()
+        return gradients
 
     with (
         mock.patch.object(blocks_module, "_subnet", seen_subnet),

@@ -1,4 +1,4 @@
-"""What a start costs beyond torch: `python -m benchmarks.startup`.
+"""Cost of a start beyond torch: `python -m benchmarks.startup`.
 
 Processor seconds, in processes of their own, of `import hgad_fast` and of `hgad-fast --help`, counted after torch has
 been imported, and of the import of torch itself. The kinds take turns, each round starting with the next one, and the

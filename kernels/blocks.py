@@ -42,7 +42,7 @@ FEW_PIXELS = 8192  # up to so many, programs take patches of half the size, to k
 
 
 class _Variant(NamedTuple):
-    """How the products of a precision are computed."""
+    """The way in which the products of a precision are computed."""
 
     subnet: str  # input_precision of the subnet's products, whose operands are rounded before if they have fewer bits
     rotation: str  # input_precision of the rotation's product
@@ -59,7 +59,7 @@ VARIANTS = {
 
 @triton.jit
 def _tanh(u):
-    """As in coupling.py: tanh to float32 accuracy, near 0 too."""
+    """Return tanh to float32 accuracy, near 0 too; as in coupling.py."""
     v = u * u
     series = u * (1.0 + v * (-1.0 / 3 + v * (2.0 / 15 + v * (-17.0 / 315 + v * (62.0 / 2835)))))
     return tl.where(v < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u)))
@@ -67,7 +67,7 @@ def _tanh(u):
 
 @triton.jit
 def _bfloat16(x):
-    """x to the nearest bfloat16; under the interpreter a float32 of that value."""
+    """Round x to the nearest bfloat16; under the interpreter a float32 of that value."""
     if INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -77,7 +77,7 @@ def _bfloat16(x):
 
 @triton.jit
 def _operand(x, PRECISION: tl.constexpr):
-    """x as an operand of the subnet's products; rounded to tf32 here, because tensor cores truncate."""
+    """Return x as an operand of the subnet's products; rounded to tf32 here, because tensor cores truncate."""
     if PRECISION == "bf16":
         return _bfloat16(x)
     elif PRECISION == "tf32":
@@ -88,7 +88,7 @@ def _operand(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def _load(at, mask=None):
-    """Operands that are stored rounded, as a product takes them."""
+    """Return operands that are stored rounded, as a product takes them."""
     x = tl.load(at, mask=mask, other=None if mask is None else 0.0)
     return x.to(tl.float32) if INTERPRETED else x
 
@@ -107,7 +107,7 @@ def _park(out_ptr, u, row, c, mask, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _zeros(BLOCK_N: tl.constexpr, EDGES: tl.constexpr):
-    """A tuple of zeros (BLOCK_N, EDGES[i + 1] - EDGES[i])."""
+    """Return a tuple of zeros (BLOCK_N, EDGES[i + 1] - EDGES[i])."""
     zeros = ()
     for i in tl.static_range(len(EDGES) - 1):
         zeros += (tl.full((BLOCK_N, EDGES[i + 1] - EDGES[i]), 0.0, tl.float32),)  # type: ignore[assignment]
@@ -282,7 +282,7 @@ def coupling_blocks(
 
 
 class _Constants(NamedTuple):
-    """A block's parameters as the kernel reads them, in its order; those of all blocks have the blocks in front."""
+    """The parameters of a block as the kernel reads them, in its order; of all blocks with the blocks in front."""
 
     w1: Tensor
     w2: Tensor

@@ -19,7 +19,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def _tanh(u):
-    """tanh to float32 accuracy: near 0, where a fresh flow has its scales, the exponential form cancels."""
+    """Return tanh to float32 accuracy: near 0, where a fresh flow has its scales, the exponential form cancels."""
     v = u * u
     series = u * (1.0 + v * (-1.0 / 3 + v * (2.0 / 15 + v * (-17.0 / 315 + v * (62.0 / 2835)))))
     return tl.where(v < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u)))

@@ -41,13 +41,13 @@ def _accumulate(peak, total, x):
 
 @triton.jit
 def _log(peak, total):
-    """Logarithm of a running sum of exponentials."""
+    """Return the logarithm of a running sum of exponentials."""
     return tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total)
 
 
 @triton.jit
 def _accumulate_entropy(peak, total, weighted, x, mask):
-    """`_accumulate` over the columns in `mask`, and beside it the sum of (x - peak) e^(x - peak)."""
+    """Do `_accumulate` over the columns in `mask`, and beside it sum (x - peak) e^(x - peak)."""
     new_peak = tl.maximum(peak, tl.max(tl.where(mask, x, float("-inf")), axis=1))
     fall = tl.where(total > 0, peak - new_peak, 0.0)  # -inf before the first block
     x = tl.where(mask, x - new_peak[:, None], 0.0)
@@ -59,7 +59,7 @@ def _accumulate_entropy(peak, total, weighted, x, mask):
 
 @triton.jit
 def _tile(tiles_ptr, order_ptr, T, BLOCK_N: tl.constexpr):
-    """The rows of this program's tile, which of them exist, and their class."""
+    """Return the rows of this program's tile, a mask of those that exist, and their class."""
     tile = tl.program_id(0)
     first = tl.load(tiles_ptr + tile)  # int64, as row * stride must be
     stop = tl.load(tiles_ptr + T + tile)
@@ -76,7 +76,7 @@ def _columns(
     mu_ptr, delta_ptr, log_pi_ptr, log_w_ptr, y, j,
     C: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Where the offsets j of class y are stored, their log-weights, and which are classes and which centres."""
+    """Return the places of the offsets j of class y, their log-weights, and masks of the classes and the centres."""
     is_class = j < K
     is_centre = (j >= K) & (j < K + M)
     m = j - K
@@ -91,7 +91,7 @@ def _chunk(
     z_ptr, row, row_mask, mu_ptr, y, o_ptr, is_class, is_centre, j, c,
     C: tl.constexpr, K: tl.constexpr, Z_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Channels c of z' (BLOCK_N, BLOCK_C) and of the offsets (BLOCK_J, BLOCK_C); 0 in channels beyond C."""
+    """Load channels c of z' (BLOCK_N, BLOCK_C) and of the offsets (BLOCK_J, BLOCK_C); 0 in channels beyond C."""
     c_mask = c < C
     z_at = z_ptr + row[:, None] * Z_STRIDE + c[None, :]
     z = tl.load(z_at, mask=row_mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
@@ -107,7 +107,7 @@ def _logits(
     C: tl.constexpr, K: tl.constexpr, Z_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """S (BLOCK_N, BLOCK_J) and |z'|^2 (BLOCK_N,).
+    """Return S (BLOCK_N, BLOCK_J) and |z'|^2 (BLOCK_N,).
 
     S takes the half norms chunk by chunk: product and norm are both large where S is not.
     """

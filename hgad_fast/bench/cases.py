@@ -73,7 +73,7 @@ CUDA_SIZES = (
 
 
 def sizes(case: str, device: torch.device, quick: bool = False) -> tuple[Size, ...]:
-    """The workloads of a case.
+    """Return the workloads of a case.
 
     A GPU gets 2 048 to 32 768 pixels (8 images of 16 x 16 to 64 x 64), and all that keeps no activations a million too.
     A CPU gets the 2 048 only: a step of the official formulation takes it about a second there, and time grows with the
@@ -120,7 +120,7 @@ class Contender:
 
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
-    """float32 matrix products of plain torch on CUDA in float32, or with tf32 operands if the precision is tf32."""
+    """Compute float32 matrix products of plain torch on CUDA in float32, or with tf32 operands if asked for tf32."""
     # Not torch.backends.cuda.matmul.fp32_precision: torch.compile refuses to work after it (pytorch issue 166387).
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -131,7 +131,7 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def flow_flop(size: Size, *, dense: bool, backward: bool = False) -> int:
-    """Operations of a flow: per block the subnet's two products and the rotation; backward, the former twice.
+    """Count the operations of a flow: per block the subnet's two products and the rotation; backward, the former twice.
 
     The position's share of the first product costs next to nothing when it is separable. The features need no
     gradient, so the first block's subnet computes none for its inputs.
@@ -147,7 +147,7 @@ def flow_flop(size: Size, *, dense: bool, backward: bool = False) -> int:
 
 
 def mixture_flop(size: Size, distances: int, *, backward: bool = False) -> int:
-    """Operations of so many distances a pixel; each costs as much again for the gradient of either side."""
+    """Count the operations of so many distances a pixel; the gradient of either side costs as much again."""
     return 2 * size.pixels * size.channels * distances * (3 if backward else 1)
 
 
@@ -185,14 +185,14 @@ class Problem:
         return torch.Generator(self.device).manual_seed(0)
 
     def ours(self, precision: str = "fp32", memory: str = "auto") -> Any:
-        """A copy of the model that computes in this way."""
+        """Return a copy of the model that computes in this way."""
         model = copy.deepcopy(self.model)
         model.precision, model.memory = precision, memory
         return model
 
     @torch.no_grad()
     def latent(self) -> tuple[Tensor, Tensor]:
-        """z (N, C) and log_det (N,) of the inputs."""
+        """Return z (N, C) and log_det (N,) of the inputs."""
         return self.official.flow(self.x, [self.position])
 
     def path(self) -> str:
@@ -208,7 +208,7 @@ def _named(name: str, precision: str) -> str:
 
 
 def coupling_case(problem: Problem) -> list[Contender]:
-    """The affine coupling by itself, forward and backward; the official one as FrEIA's block has it, by autograd.
+    """Time the affine coupling by itself, forward and backward; the official one as FrEIA's block has it, by autograd.
 
     On CUDA ours is timed with a subnet's output in bfloat16 too, which halves what is read of it.
     """
@@ -250,7 +250,7 @@ def coupling_case(problem: Problem) -> list[Contender]:
 
 
 def flow_case(problem: Problem) -> list[Contender]:
-    """Flow forward without gradients; ours with the separable code, and given the dense one.
+    """Time the flow without gradients; ours with the separable code, and given the dense one.
 
     On CUDA the forward pass of training in bf16 stands beside it: what whole blocks in one kernel gain.
     """
@@ -294,7 +294,7 @@ def flow_case(problem: Problem) -> list[Contender]:
 
 
 def mixture_case(problem: Problem) -> list[Contender]:
-    """Loss terms of stage 2 and their gradients for z, log_det and the parameters."""
+    """Time the loss terms of stage 2 and their gradients for z, log_det and the parameters."""
     size, mixture = problem.size, problem.official.mixture
     z, log_det = (tensor.requires_grad_() for tensor in problem.latent())
     inputs = {"z": z, "log_det": log_det}
@@ -323,7 +323,7 @@ def mixture_case(problem: Problem) -> list[Contender]:
 
 
 def scores_case(problem: Problem) -> list[Contender]:
-    """Log-density of every pixel under every class, and the entropy of its class posterior."""
+    """Time the log-density of every pixel under every class, and the entropy of its class posterior."""
     size = problem.size
     z, log_det = problem.latent()
     mu, delta, phi_inter, phi_intra = problem.official.mixture
@@ -351,7 +351,7 @@ def scores_case(problem: Problem) -> list[Contender]:
 
 
 def scoring_case(problem: Problem) -> list[Contender]:
-    """Features of images of one known class to maps by the official procedure: flow, densities, maps.
+    """Time the way from features of images of one known class to maps by the official procedure.
 
     Ours by default takes image by image, so that a score has the same bits in any company.
     """
@@ -396,7 +396,7 @@ def scoring_case(problem: Problem) -> list[Contender]:
 
 
 def training_case(problem: Problem) -> list[Contender]:
-    """A step of stage 2 (forward, backward, Adam), ours from the parts that `fit` puts together."""
+    """Time a step of stage 2 (forward, backward, Adam), ours from the parts that `fit` puts together."""
     size, x = problem.size, problem.x
     grid = problem.model.nfs[0].grid(size.height, size.width, x.device)
 
@@ -411,7 +411,7 @@ def training_case(problem: Problem) -> list[Contender]:
 
 
 def official_loop_case(problem: Problem) -> list[Contender]:
-    """The same step with the arguments and the optimizer that the official training script uses."""
+    """Time the same step with the arguments and the optimizer that the official training script uses."""
     size = problem.size
     labels = problem.labels.view(size.images, size.height, size.width)
 
@@ -422,7 +422,7 @@ def official_loop_case(problem: Problem) -> list[Contender]:
 
 
 def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence[Tensor]) -> list[Contender]:
-    """Our step from `inputs` at every precision, and with the kind of memory that "auto" does not take; the peers'.
+    """Return our step from `inputs` at every precision and in the memory that "auto" does not take, and the peers'.
 
     On CUDA ours in bf16 is there as a recorded graph, too; its memory was laid out when it was recorded.
     """
@@ -483,7 +483,7 @@ def _recorded_step(
 def _finish_step(
     inputs: Sequence[Tensor], flow: nn.Module, mixture: Sequence[Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[Callable[[Results], Results], int]:
-    """What follows the forward pass of a step, and the bytes that no step can avoid to move."""
+    """Return what follows the forward pass of a step, and the bytes that no step can avoid to move."""
 
     def finish(terms: Results) -> Results:
         optimizer.zero_grad()
@@ -507,7 +507,7 @@ def _peers(
     name: str | None = None,
     path: str | None = None,
 ) -> list[Contender]:
-    """The peer at each of its precisions."""
+    """Return the peer at each of its precisions."""
     name, path = name or problem.peer, path or problem.peer_path
     return [
         Contender(_named(name, precision), path, forward, flop, moved, finish, precision, is_peer=True)

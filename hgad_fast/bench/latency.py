@@ -1,4 +1,4 @@
-"""How long a camera waits for the verdict on a frame: the case "latency" of `hgad-fast bench`."""
+"""The case "latency" of `hgad-fast bench`: how long a camera waits for the verdict on a frame."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = 15
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one kind of call of a `Scorer`, frame by frame; of each stage the same frames, in turn with the calls.
+    """Times of one kind of call of a `Scorer`, frame by frame, and of its stages on the same frames, in turn with it.
 
     Attributes:
         case: "latency".
@@ -70,7 +70,7 @@ def measure(device: torch.device, device_name: str, quick: bool = False, seconds
 
 
 def model_for(img_size: int, device: torch.device, **settings: Any) -> HGADModel:
-    """An untrained model, calibrated on numbers: it takes as long as a trained one."""
+    """Return an untrained model with a made-up calibration: it takes as long as a trained one."""
     settings = {"backbone_arch": "tf_efficientnet_lite0"} | settings
     model = HGADModel(HGADConfig(n_classes=CLASSES, backbone_weights=None, img_size=img_size, **settings)).to(device)
     ids = torch.arange(30 * CLASSES) % CLASSES
@@ -106,19 +106,19 @@ def of_model(model: HGADModel, size: tuple[int, int], device_name: str, seconds:
     arch, side = model.config.backbone_arch, model.config.img_size
     assert arch is not None and isinstance(side, int)
     medians = {stage: float(np.median(times[stage])) for stage in stages}
-    found = []
+    latencies = []
     for call, error in zip(calls, errors, strict=True):
         p50, p95 = map(float, np.percentile(times[call], [50, 95]))
         asked: dict[str, Any] = {"size": size, "img_size": side, "backbone": arch, "device": device_name, "call": call}
         timed: dict[str, Any] = {"frames": len(times[call]), "p50": p50, "p95": p95, **medians}
-        found.append(Latency(case="latency", **asked, **timed, error=error))
-    return found
+        latencies.append(Latency(case="latency", **asked, **timed, error=error))
+    return latencies
 
 
 def _alternate(
     works: dict[str, Callable[[np.ndarray], Any]], frames: list[np.ndarray], device: torch.device, seconds: float
 ) -> dict[str, list[float]]:
-    """Times of all works frame by frame, in turn, for about so many seconds: from 5 to 200 each, warm-up left out."""
+    """Time all works in turn for about so many seconds: from 5 to 200 frames each, warm-up left out."""
     times: dict[str, list[float]] = {name: [] for name in works}
     deadline = None
     for turn in range(203):
@@ -136,11 +136,11 @@ def _alternate(
     return times
 
 
-def table(found: Iterable[Latency]) -> str:
-    """Text, one block a size of frames and of what the backbone sees."""
+def table(latencies: Iterable[Latency]) -> str:
+    """Return the times as text, one block for each size of frames and of what the backbone sees."""
     lines: list[str] = []
     heading = ""
-    for each in found:
+    for each in latencies:
         (h, w), before = each.size, heading
         heading = f"latency on {each.device}: frames of {h} x {w} seen at {each.img_size}, {each.backbone}"
         if heading != before:

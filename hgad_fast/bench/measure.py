@@ -1,4 +1,4 @@
-"""What `hgad-fast bench` and `benchmarks/` run: contenders are compared, and those that are right are timed in turn.
+"""The runner of `hgad-fast bench` and `benchmarks/`: it compares contenders and times those that are right, in turn.
 
 The share of the ceiling is the time that the slower of a contender's bytes and operations would take, at the rates of a
 copy and of a matrix product of the same precision measured in the same run, over the time measured.
@@ -103,10 +103,10 @@ def measure(
 
     def contenders(size: Size) -> list[Contender]:
         problem = Problem(size, device)
-        found = CASES[case](problem)
+        fresh = CASES[case](problem)
         if compiled:  # built anew, since a training step changes its model
-            found += [compile_contender(each) for each in CASES[case](problem) if each.is_peer]
-        return found
+            fresh += [compile_contender(each) for each in CASES[case](problem) if each.is_peer]
+        return fresh
 
     return compare(
         case,
@@ -122,7 +122,7 @@ def measure(
 
 @functools.cache
 def measure_ceiling(device: torch.device) -> Ceiling:
-    """The best of ten copies (read and write counted) and of ten matrix products of each kind, once a process."""
+    """Measure the best of ten copies (read and write counted) and of ten products of each kind, once a process."""
     cuda = device.type == "cuda"
 
     def best(work: Callable[[], object]) -> float:
@@ -140,7 +140,7 @@ def measure_ceiling(device: torch.device) -> Ceiling:
 
 
 def compile_contender(contender: Contender) -> Contender:
-    """The contender with its forward pass, hence its backward pass, under `torch.compile`."""
+    """Return the contender with its forward pass, hence its backward pass, under `torch.compile`."""
     return replace(contender, name=f"{contender.name}, compiled", forward=torch.compile(contender.forward))
 
 
@@ -227,7 +227,7 @@ def _first_peer(contenders: list[Contender]) -> Contender:
 
 
 def check(contenders: list[Contender]) -> dict[str, float | str]:
-    """Of each contender the largest Frobenius-relative deviation of a result from the first peer's, or why it is out.
+    """Return each contender's largest Frobenius-relative deviation from the first peer, or why it is out.
 
     Of a peer in tf32 the deviation is stated and not judged: what it loses is the official formulation's affair.
 
@@ -263,7 +263,7 @@ def _verdict(contender: Contender, expected: Results) -> float | str:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of the expected; in float64, without a copy in it."""
+    """Return the Frobenius norm of the difference over that of the expected; in float64, without a copy in it."""
     norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float64)
     actual, expected = actual.detach(), expected.detach()
     return float(norm(actual - expected) / norm(expected).clamp(min=1e-30))

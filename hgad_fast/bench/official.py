@@ -23,7 +23,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def official_flow(channels: int, position_dim: int, blocks: int, clamp: float = 1.9) -> nn.Module:
-    """The official flow of one level, `SequenceINN` of `AllInOneBlock`; unconditional if `position_dim` is 0.
+    """Return the official flow of one level, `SequenceINN` of `AllInOneBlock`; unconditional if `position_dim` is 0.
 
     Call it as `flow(x, [position])` with x (N, C) and position (N, P); it returns z (N, C) and log_det (N,).
     Its state dict has the names of official checkpoints. Its rotations come from NumPy's global random state.
@@ -57,7 +57,7 @@ def official_flow(channels: int, position_dim: int, blocks: int, clamp: float = 
 
 
 def official_position(position_dim: int, height: int, width: int) -> Tensor:
-    """The sinusoidal code (P, h, w): columns in the first half of the channels, rows in the second."""
+    """Return the sinusoidal code (P, h, w): columns in the first half of the channels, rows in the second."""
     half = position_dim // 2
     frequency = torch.exp(torch.arange(0, half, 2) * (-math.log(1e4) / half))
     column = torch.arange(width)[None, :] * frequency[:, None]
@@ -71,30 +71,30 @@ def official_position(position_dim: int, height: int, width: int) -> Tensor:
 
 
 def dense_position(position_dim: int, images: int, height: int, width: int) -> Tensor:
-    """`official_position` repeated for every image, (images * h * w, P), as the official loop passes it."""
+    """Return `official_position` repeated for every image, (images * h * w, P), as the official loop passes it."""
     code = official_position(position_dim, height, width)
     return code.expand(images, -1, -1, -1).permute(0, 2, 3, 1).reshape(-1, position_dim)
 
 
 def smoothed_onehot(labels: Tensor, n_classes: int, smoothing: float) -> Tensor:
-    """Uniformly smoothed targets (N, K) of labels (N,)."""
+    """Return uniformly smoothed targets (N, K) of labels (N,)."""
     return F.one_hot(labels, n_classes) * (1 - smoothing) + smoothing / n_classes
 
 
 def negative_half_squared_distances(z: Tensor, centres: Tensor) -> Tensor:
-    """-|z - c|^2 / 2 of z (N, C) to centres (R, C), (N, R), by the expansion of the square."""
+    """Return -|z - c|^2 / 2 of z (N, C) to centres (R, C), (N, R), by the expansion of the square."""
     cross = z @ centres.t()
     return -0.5 * (z.square().sum(1, keepdim=True) - 2 * cross + centres.square().sum(1))
 
 
 def log_density(z: Tensor, centres: Tensor, log_weights: Tensor, log_det: Tensor) -> Tensor:
-    """Natural-log density (N,) of z (N, C) under mixtures of centres (N, M, C) and log_weights (N, M)."""
+    """Return the natural-log density (N,) of z (N, C) under mixtures of centres (N, M, C) and log_weights (N, M)."""
     distances = (z[:, None] - centres).square().sum(2)
     return torch.logsumexp(log_weights - 0.5 * distances, 1) + log_det - z.shape[1] / 2 * LOG_2PI
 
 
 def intra_class_centres(mu: Tensor, delta: Tensor) -> Tensor:
-    """Centres (K, M, C) from main centres mu (K, C) and offsets delta (K, M - 1, C)."""
+    """Return the centres (K, M, C) from main centres mu (K, C) and offsets delta (K, M - 1, C)."""
     return torch.cat([mu[:, None], mu[:, None] + delta], 1)
 
 
@@ -109,7 +109,7 @@ def official_losses(
     phi_intra: Tensor,
     stage: int,
 ) -> dict[str, Tensor]:
-    """The loss terms of the paper's section 3, means over pixels, with every distance materialised.
+    """Return the loss terms of the paper's section 3, means over pixels, with every distance materialised.
 
     Args:
         z, log_det: output of the flow, (N, C) and (N,).
@@ -146,7 +146,7 @@ def official_losses(
 
 
 def official_loss(terms: dict[str, Tensor], lambda1: float = 1.0, lambda2: float = 100.0) -> Tensor:
-    """What is minimised: lambda1 L_g - lambda2 L_mi + L_e, plus the intra-class terms where there are any."""
+    """Return what is minimised: lambda1 L_g - lambda2 L_mi + L_e, plus the intra-class terms where there are any."""
     intra = (terms[name] for name in ("L_g_intra", "L_z") if name in terms)
     return lambda1 * terms["L_g"] - lambda2 * terms["L_mi"] + terms["L_e"] + sum(intra)
 
@@ -159,7 +159,7 @@ def official_scores(
     phi_intra: Tensor,
     classes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What pixels are scored by: log-density / C of each class (N, len(classes)), and negative entropy (N,).
+    """Return what pixels are scored by: log-density / C of each class (N, len(classes)), and negative entropy (N,).
 
     A column is what the official code computes when told that all images show the class; None is all classes.
     """
@@ -175,7 +175,7 @@ def official_scores(
 
 
 def official_map(levels: list[Tensor], map_size: int) -> Tensor:
-    """Map (B, s, s) from scores (B, h, w) of each level: one of `official_scores`, for images of one class.
+    """Return the map (B, s, s) from scores (B, h, w) of each level: one of `official_scores`, for images of one class.
 
     The product of the maps of the log-density and of the negative entropy is the published anomaly map.
     """
@@ -221,7 +221,7 @@ class OfficialLevel(nn.Module):
 
     @classmethod
     def of(cls, model: Any, level: int = 0) -> OfficialLevel:
-        """A copy of one level of an `HGADModel`, on its device; without FrEIA its flow is a `DefinitionFlow`."""
+        """Return a copy of one level of an `HGADModel`, on its device; without FrEIA its flow is a `DefinitionFlow`."""
         config = model.config
         mixture = [part[level] for part in (model.mus, model.mu_deltas, model.phi_inters, model.phi_intras)]
         channels, layers, position_dim = mixture[0].shape[1], config.coupling_layers, config.pos_embed_dim
@@ -237,12 +237,12 @@ class OfficialLevel(nn.Module):
         return self.mu, self.delta, self.phi_inter, self.phi_intra
 
     def forward(self, x: Tensor, labels: Tensor, onehot: Tensor, position: Tensor, stage: int) -> dict[str, Tensor]:
-        """Loss terms of features x (N, C); the other arguments as in `official_losses`, position (N, P)."""
+        """Return the loss terms of features x (N, C); the other arguments as in `official_losses`, position (N, P)."""
         z, log_det = self.flow(x, [position])
         return official_losses(z, log_det, labels, onehot, *self.mixture, stage)
 
     def optimizer(self, lr: float = 2e-4) -> torch.optim.Adam:
-        """Adam as published."""
+        """Return Adam as published."""
         groups: list[dict[str, Any]] = [
             {"params": list(self.flow.parameters()), "weight_decay": 1e-4},
             {"params": [self.mu, self.delta]},

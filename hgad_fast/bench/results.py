@@ -1,4 +1,4 @@
-"""What was measured: rows and failures, as a table, as JSON and as a roofline image."""
+"""Results of benchmarks: rows and failures, as a table, as JSON and as a roofline image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GRADIENT_TOLERANCE = {"fp32": 5e-3, "tf32": 3e-2, "bf16": 6e-2}
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the machine does at best, now: a large copy, and a large matrix product at each precision."""
+    """The best that the machine does now: a large copy, and a large matrix product at each precision."""
 
     bytes_per_second: float
     flop_per_second: dict[str, float]
@@ -80,7 +80,7 @@ Outcome = Row | Failure | Latency
 
 
 def wrong_results(outcomes: Iterable[Outcome]) -> list[str]:
-    """A line for each contender whose results are wrong."""
+    """Return a line for each contender whose results are wrong."""
     lines = []
     for outcome in outcomes:
         if isinstance(outcome, Latency):
@@ -93,7 +93,7 @@ def wrong_results(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """The outcomes as text, one block a case and size."""
+    """Return the outcomes as text, one block for each case and size."""
     outcomes = list(outcomes)
     lines: list[str] = []
     for (case, size, device), block in grouped(outcomes).items():
@@ -122,7 +122,7 @@ def table(outcomes: Iterable[Outcome]) -> str:
 
 
 def grouped(outcomes: Iterable[Outcome]) -> dict[tuple[str, Size, str], list[Row | Failure]]:
-    """Rows and failures by case, size and device, in their order."""
+    """Group rows and failures by case, size and device, in their order."""
     groups: dict[tuple[str, Size, str], list[Row | Failure]] = {}
     for outcome in outcomes:
         if isinstance(outcome, Latency):
@@ -259,7 +259,7 @@ def save(outcomes: Iterable[Outcome], path: str | os.PathLike[str], about: dict[
 
 
 def document(outcomes: Iterable[Outcome], about: dict[str, Any]) -> dict[str, Any]:
-    """What `save` writes."""
+    """Return what `save` writes."""
     outcomes = list(outcomes)
     return about | {
         "rows": [asdict(outcome) for outcome in outcomes if isinstance(outcome, Row)],

@@ -17,7 +17,7 @@ import torch
 
 
 def alternate(contenders: Sequence[Callable[[], object]], rounds: int, device: torch.device) -> np.ndarray:
-    """Seconds (contender, round), NaN if out of memory. They take turns, each round starting with the next one."""
+    """Return seconds (contender, round), NaN if out of memory; they take turns, each round starting with the next."""
     times = np.empty((len(contenders), rounds))
     release_memory(device)
     for r in range(rounds):
@@ -37,7 +37,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock time of the work until the device has finished it."""
+    """Return the wall-clock time of the work until the device has finished it."""
     synchronise(device)
     start = time.perf_counter()
     work()
@@ -56,7 +56,7 @@ def quartiles(values: np.ndarray) -> tuple[float, float]:
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors alive at the worst moment of the work, beyond those alive before it.
+    """Return the bytes of tensors alive at the worst moment of the work, beyond those alive before it.
 
     On CUDA it is the allocator's own peak. On a CPU the profiler's record of every allocation and release is
     summed, which is exact and repeatable; the resident size depends on what the C library keeps. The scratch
@@ -77,7 +77,7 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_resident(work: Callable[[], object]) -> int:
-    """Bytes of anonymous memory of this process at the worst moment of the work, beyond those before it (Linux).
+    """Return the bytes of this process's anonymous memory at the worst moment of the work, beyond those before (Linux).
 
     What the C library keeps and the scratch space of matrix libraries count; pages of mapped files, which the kernel
     may take back, do not. Looked at every few milliseconds.
@@ -101,7 +101,7 @@ def peak_resident(work: Callable[[], object]) -> int:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs.
+    """Return the resident memory of this process that no file backs.
 
     Raises:
         OSError: this system does not tell (Linux does).
@@ -114,7 +114,7 @@ def anonymous_bytes() -> int:
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """The profiler's library reports on its own start, and on missing GPUs, past Python's streams."""
+    """Silence the profiler's library, which reports its start and missing GPUs past Python's streams."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -81,7 +81,7 @@ class Case:
 
     @property
     def has_threshold(self) -> bool:
-        """Whether the threshold is one that scores can be compared with: positive and finite."""
+        """True if scores can be compared with the threshold: it is positive and finite."""
         return 0 < self.threshold < np.inf
 
     @property
@@ -102,7 +102,7 @@ class Case:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether verdict and truth are both known, and differ."""
+        """True if verdict and truth are both known, and differ."""
         both_known = self.is_anomalous is not None and self.is_defective is not None
         return both_known and self.is_anomalous != self.is_defective
 
