@@ -9,7 +9,7 @@ computation cancels or divides by small numbers, and as small as the last digit 
 
 The disturbance of one operation is
 - nothing, where it only moves, selects or compares numbers (`EXACT`);
-- a unit in the last place, relative to the result, for everything that acts on elements, and for constants;
+- a unit in the last place, relative to the result, for everything that acts on elements;
 - u sqrt(n) times the sum of the absolute values of the terms, for sums of n terms (`SUMS`): the probabilistic bound of
   Higham and Mary, "A new approach to probabilistic rounding error analysis", 2019, for any order of summation;
 - a unit in the last place of its precision, for an operand that the library rounds to bfloat16 or tf32;
@@ -50,7 +50,7 @@ EXACT = {
     "clamp", "clamp_max", "clamp_min", "clone", "constant_pad_nd", "copy", "detach", "diag_embed", "diagonal",
     "diagonal_copy", "embedding", "empty", "empty_like", "empty_strided", "eq", "expand", "eye", "fill", "flip",
     "floor", "full", "full_like", "gather", "ge", "gt", "index", "index_copy", "index_fill", "index_select",
-    "isfinite", "isinf", "isnan", "le", "logical_and", "logical_not", "logical_or", "lt", "masked_fill",
+    "isfinite", "isinf", "isnan", "le", "lift_fresh", "logical_and", "logical_not", "logical_or", "lt", "masked_fill",
     "masked_scatter", "masked_select", "max", "max_pool2d_with_indices", "max_pool2d_with_indices_backward",
     "maximum", "min", "minimum", "ne", "neg", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros",
     "nonzero", "normal", "one_hot", "ones", "ones_like", "permute", "rand", "randn", "randperm", "reflection_pad2d",
