@@ -7,6 +7,8 @@ import rounding
 import torch
 from torch import Tensor, nn
 
+from hgad_fast.modules.flow import ConditionalFlow, sinusoidal_position
+
 
 def chunked_sum(x: Tensor, parts: int) -> Tensor:
     total = torch.zeros((), dtype=x.dtype)
@@ -70,6 +72,43 @@ def test_what_asks_for_float32_is_computed_in_float64() -> None:
     x = torch.rand(100)
     exact, _ = rounding.exact_and_tolerance(lambda x: x.float().to(torch.float32).sum(dtype=torch.float32), x)
     assert exact.item() == pytest.approx(x.double().sum().item(), rel=1e-15)
+
+
+def test_a_view_shares_what_it_views_and_an_operation_in_place_is_disturbed() -> None:
+    def viewed(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.unflatten(0, (2, -1)).movedim(0, 1), x
+
+    x = torch.rand(6)
+    _, (of_view, of_x) = rounding.exact_and_tolerance(viewed, x)
+    assert max(of_view.max(), of_x.max()) < 1.2e-7 * x.max() + 1e-37
+    _, in_place = rounding.exact_and_tolerance(lambda x: x.clone().mul_(3.0), x)
+    assert (in_place > 2 * 1.2e-7 * x).all()
+
+
+@pytest.mark.parametrize(("precision", "digits"), [("tf32", 11), ("bf16", 8)])
+def test_operands_of_a_reduced_precision_may_be_rounded_to_it_and_no_coarser(precision: str, digits: int) -> None:
+    flow, x = ConditionalFlow(8, 2, 0), torch.randn(40, 8)
+    flow.precision = precision
+
+    def z(flow: ConditionalFlow, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return flow(x)[0]
+
+    rounding.assert_close(z(flow, x), z, flow, x)
+    coarse = rounding.exact_and_tolerance(z, flow, x)[1].median()
+    flow.precision = "fp32"
+    fine = rounding.exact_and_tolerance(z, flow, x)[1].median()
+    assert coarse > 2.0 ** (23 - digits) / 64 * fine
+
+
+def test_computing_in_float64_leaves_nothing_behind() -> None:
+    code = sinusoidal_position(3, 4, 8)
+    with rounding.in_float64():
+        flow = ConditionalFlow(8, 1, 8).double()
+        z, _ = flow(torch.rand(12, 8), flow.grid(3, 4))
+        assert z.dtype == sinusoidal_position(3, 4, 8).row.dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32 and torch.rand(1).float().dtype == torch.float32
+    assert torch.equal(sinusoidal_position(3, 4, 8).row, code.row)
 
 
 def test_disturbances_are_the_same_on_every_run() -> None:

@@ -15,6 +15,10 @@ The disturbance of one operation is
 - a unit in the last place of its precision, for an operand that the library rounds to bfloat16 or tf32;
 - a unit in the last place of the largest input, for logarithms of sums of exponentials (`LOG_SUMS`), and of the largest
   entry of the matrix, for factorisations, which are backward stable (`FACTORISATIONS`).
+
+Trainings, and everything else that two ways must make the same, are compared in float64 throughout (`in_float64`).
+Bounds written down elsewhere are for what no processor changes: given numbers, counts, float64 statistics, pixels and
+the steps of 8 and 16 bits.
 """
 
 from __future__ import annotations
@@ -67,7 +71,7 @@ SUMS = {
     "mv", "nansum", "scatter_add", "scatter_reduce", "sum", "trace", "upsample_bicubic2d", "upsample_bilinear2d",
     "upsample_bilinear2d_backward",
 }  # fmt: skip
-LOG_SUMS = {"_log_softmax", "_softmax", "logaddexp", "logcumsumexp", "logsumexp"}
+LOG_SUMS = {"_log_softmax", "logaddexp", "logcumsumexp", "logsumexp"}
 FACTORISATIONS = {
     "_linalg_det", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "cholesky_solve", "linalg_cholesky_ex",
     "linalg_householder_product", "linalg_inv_ex", "linalg_lu", "linalg_lu_factor_ex", "linalg_matrix_exp",
@@ -124,10 +128,9 @@ def exact_and_tolerance(
     leaves, structure = tree_flatten(exact)
     squares = [torch.zeros_like(x) for x in leaves]
     for seed in range(SAMPLES):
-        for square, x, y in zip(
-            squares, leaves, tree_flatten(_run(function, inputs, _Rounding(eps, seed)))[0], strict=True
-        ):
-            square += torch.where(x == y, 0, x - y).nan_to_num(0.0) ** 2  # infinite in both, or in one: no error known
+        disturbed, _ = tree_flatten(_run(function, inputs, _Rounding(eps, seed)))
+        for square, x, y in zip(squares, leaves, disturbed, strict=True):
+            square += torch.where(x == y, 0, x - y).nan_to_num(0.0) ** 2  # nothing is known where one is infinite
     tiny = torch.finfo(precision).tiny
     tolerance = [
         MARGIN * (square / SAMPLES).sqrt() + eps * x.abs().nan_to_num(0.0, 0.0) + tiny
@@ -185,8 +188,8 @@ def _doubled(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).double()
     if isinstance(value, Tensor):
-        value = value.detach().clone().requires_grad_(value.requires_grad)
-        return value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+        copied = value.detach().clone()
+        return copied.double().requires_grad_(value.requires_grad) if value.is_floating_point() else copied
     return value
 
 
@@ -206,12 +209,11 @@ class _Rounding(TorchDispatchMode):
             with self:
                 return OPDEFS[f"hgad_fast::{func._opname}"]._init_fn(*args, **kwargs)
         name = func.overloadpacket.__name__.removesuffix("_")
-        inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and x.is_floating_point()]
-        if not self.eps or name in EXACT:
+        if not self.eps or name in EXACT or func.is_view:
             return func(*args, **kwargs)
         if name in FACTORISATIONS:
             args = tree_map(self._disturbed_matrix, args)
-        scales = self._scales(func, name, args, kwargs, inputs)
+        scales = self._scales(func, name, args, kwargs)
         result = func(*args, **kwargs)
         for i, written in enumerate(self._written(func, args, kwargs, result)):
             self._disturb(written, scales[i] if i < len(scales) else written.abs())
@@ -226,27 +228,24 @@ class _Rounding(TorchDispatchMode):
     def _noise(self, shape: torch.Size) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64) * 2 - 1
 
-    def _scales(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor]) -> list[Tensor]:
+    def _scales(self, func: Any, name: str, args: Any, kwargs: Any) -> list[Tensor]:
         """Return what each result is rounded relative to; nothing, where that is the result itself."""
         if name in SUMS:
             magnitudes, options = tree_map(lambda x: x.abs() if _is_real(x) else x, (args, kwargs))
             results = [x for x in tree_flatten(func(*magnitudes, **options))[0] if _is_real(x)]
             return [x.abs() * max(1.0, math.sqrt(_terms(name, args, x)) / 2) for x in results]
         if name in LOG_SUMS:
-            largest = max(float(x[x.isfinite()].abs().max()) if x.isfinite().any() else 0.0 for x in inputs)
-            return [] if name == "_softmax" else [torch.tensor(max(1.0, largest), dtype=torch.float64)]
+            finite = [x[x.isfinite()] for x in tree_flatten((args, kwargs))[0] if _is_real(x)]
+            return [torch.cat([x.flatten() for x in finite] + [torch.ones(1)]).abs().max()]
         return []
 
     def _written(self, func: Any, args: Any, kwargs: Any, result: Any) -> list[Tensor]:
-        names = [argument.name for argument in func._schema.arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        mutated = [
-            given[argument.name]
-            for argument in func._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given
-        ]
-        tensors = tree_flatten(mutated if mutated else result)[0]
-        return [x for x in tensors if _is_real(x)]
+        """Return the tensors that an operation wrote: those it was given to write to, or its results."""
+        arguments = func._schema.arguments
+        given = dict(zip((argument.name for argument in arguments), args, strict=False)) | kwargs
+        written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write and a.name in given]
+        tensors = [given[name] for name in written] if written else result
+        return [x for x in tree_flatten(tensors)[0] if _is_real(x)]
 
     def _disturb(self, value: Tensor, scale: Tensor) -> None:
         scale = torch.where(value.isfinite(), scale, 0).nan_to_num(0.0, 0.0, 0.0)
