@@ -217,10 +217,10 @@ def test_score_writes_table_overlays_and_maps(model, data, tmp_path):
     assert {path.name for path in (output / "overlays").iterdir()} == {f"{name}.png" for name in names}
     for name in names:
         assert read_image(output / "overlays" / f"{name}.png").shape[2] > 600
-    found = np.load(output / "maps" / "leaning-test-patch-000.npy")
+    actual = np.load(output / "maps" / "leaning-test-patch-000.npy")
     expected = HGADModel.load(model).score(images[1]).anomaly_map[0]
-    assert found.dtype == np.float32 and found.shape == (48, 64)
-    np.testing.assert_array_equal(found, expected.numpy())
+    assert actual.dtype == np.float32 and actual.shape == (48, 64)
+    np.testing.assert_array_equal(actual, expected.numpy())
     with open(output / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["file"] for row in rows] == [str(images[0] / f"{i:03}.png") for i in range(3)] + [str(images[1])]
@@ -260,9 +260,9 @@ def test_data_counts_and_names_what_must_be_fixed(data, tmp_path):
     assert lines[2].split() == ["leaning", "10", "0", "2", "3", "3"]
     copy = shutil.copytree(data, tmp_path / "copy")
     (copy / "upright/test/good/000.png").write_bytes(b"")
-    found = hgad("data", data, copy, "--json")
-    told = json.loads(found.stdout)
-    assert found.exit_code == 1 and found.stderr.startswith(
+    actual = hgad("data", data, copy, "--json")
+    told = json.loads(actual.stdout)
+    assert actual.exit_code == 1 and actual.stderr.startswith(
         f"hgad-fast: {sum(f['is_error'] for f in told['findings'])} "
     )
     assert list(told["counts"]) == [f"{root.name}-{name}" for root in (data, copy) for name in ("leaning", "upright")]
@@ -311,8 +311,8 @@ def test_images_seen_at_another_size(model, data, tmp_path):
     again = succeeds("score", native, file, "--img-size", "native", "--max-memory", "3GB", "--tiles", "never", "--json")
     assert again.stderr == ""
     (row,) = json.loads(again.stdout)
-    found = expected.score(file, img_size="native")
-    assert (row["score"], row["threshold"]) == (float(found.image_score), float(found.threshold))
+    actual = expected.score(file, img_size="native")
+    assert (row["score"], row["threshold"]) == (float(actual.image_score), float(actual.threshold))
     succeeds("eval", native, data, "--img-size", "native", "--output", tmp_path / "figures.json")
     tested = json.loads((tmp_path / "figures.json").read_text())["images"]["honest"]
     (same,) = [p for p in tested if p["path"] == "upright/test/patch/000.png"]
@@ -321,12 +321,12 @@ def test_images_seen_at_another_size(model, data, tmp_path):
 
 
 def test_info_describes_machine_and_model(model):
-    found = json.loads(succeeds("info", model, "--json").stdout)
-    assert found["hgad_fast"] == hgad_fast.__version__ and found["torch"] == torch.__version__
-    assert found["backend"] in ("torch", "triton")
-    assert found["model"]["classes"] == "leaning, upright"
-    assert found["model"]["backbone"] == "test_efficientnet"
-    assert found["model"]["calibration"].startswith("10 images, false-alarm rate 1.0%")
+    actual = json.loads(succeeds("info", model, "--json").stdout)
+    assert actual["hgad_fast"] == hgad_fast.__version__ and actual["torch"] == torch.__version__
+    assert actual["backend"] in ("torch", "triton")
+    assert actual["model"]["classes"] == "leaning, upright"
+    assert actual["model"]["backbone"] == "test_efficientnet"
+    assert actual["model"]["calibration"].startswith("10 images, false-alarm rate 1.0%")
     text = succeeds("info", model).stdout
     for word in (hgad_fast.__version__, torch.__version__, "leaning, upright", str(model)):
         assert word in text
@@ -345,8 +345,8 @@ def test_info_without_triton(monkeypatch):
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find_spec(name, *a))
     monkeypatch.setattr(importlib.metadata, "version", no_version)
-    found = json.loads(succeeds("info", "--json").stdout)
-    assert found["triton"] is None and found["backend"] == "torch"
+    actual = json.loads(succeeds("info", "--json").stdout)
+    assert actual["triton"] is None and actual["backend"] == "torch"
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes

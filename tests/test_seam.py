@@ -240,8 +240,8 @@ def test_it_is_evaluated_and_reported(model: ToyModel, root: Path, run: Path, tm
 
 def test_it_is_ablated(root: Path, tmp_path: Path) -> None:
     variants = {"few": config(projections=2), "many": config(projections=8)}
-    found = ablate.run(root, config(), tmp_path, variants=variants, training_images=12, say=lambda text: None)
-    for variant in found["variants"].values():
+    actual = ablate.run(root, config(), tmp_path, variants=variants, training_images=12, say=lambda text: None)
+    for variant in actual["variants"].values():
         assert variant["figures"].keys() == {"official", "class inferred"}
         assert variant["figures"]["class inferred"].keys() == {"likelihood"}
         assert variant["figures"]["class inferred"]["likelihood"]["mean"][0] == 1

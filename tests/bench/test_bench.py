@@ -145,9 +145,9 @@ def out_of_memory() -> dict[str, torch.Tensor]:
 
 
 def compared(*contenders: cases.Contender, **options: Any) -> dict[str, results.Outcome]:
-    found = measure.compare("a case", TINY, list(contenders), CPU, CEILING, rounds=2, **options)
-    assert [outcome.contender for outcome in found] == [each.name for each in contenders]
-    return {outcome.contender: outcome for outcome in found}
+    actual = measure.compare("a case", TINY, list(contenders), CPU, CEILING, rounds=2, **options)
+    assert [outcome.contender for outcome in actual] == [each.name for each in contenders]
+    return {outcome.contender: outcome for outcome in actual}
 
 
 def test_contenders_take_turns_and_none_always_goes_first() -> None:
@@ -315,17 +315,19 @@ def test_on_cuda_every_precision_is_right_too(case: str, monkeypatch: pytest.Mon
 
 
 def test_latency_of_a_scorer_is_stated_with_the_share_of_the_backbone(tmp_path: Path) -> None:
-    found = measure.run(["latency"], quick=True, device="cpu", output=tmp_path / "r.json")
-    assert [each.call for each in found] == ["verdict, class given", "verdict, class inferred", "verdict and map"]
+    actual = measure.run(["latency"], quick=True, device="cpu", output=tmp_path / "r.json")
+    assert [each.call for each in actual] == ["verdict, class given", "verdict, class inferred", "verdict and map"]
     written = json.loads((tmp_path / "r.json").read_text())
-    assert written["rows"] == [] and [each["p95"] for each in written["latencies"]] == [each.p95 for each in found]
-    for each in found:
+    assert written["rows"] == [] and [each["p95"] for each in written["latencies"]] == [each.p95 for each in actual]
+    for each in actual:
         assert each.frames == 5 and each.error == 0 and each.size == (96, 128) and each.img_size == 64
         assert 0 < each.p50 <= each.p95 and 0 < each.preparation and 0 < each.features
         assert each.beyond_backbone == each.p50 - each.features
-        assert all(f"{1e3 * value:.2f}" in results.table(found) for value in (each.p50, each.p95, each.beyond_backbone))
-    assert results.wrong_results(found) == []
-    (line,) = results.wrong_results([replace(found[0], error=0.3)])
+        assert all(
+            f"{1e3 * value:.2f}" in results.table(actual) for value in (each.p50, each.p95, each.beyond_backbone)
+        )
+    assert results.wrong_results(actual) == []
+    (line,) = results.wrong_results([replace(actual[0], error=0.3)])
     assert line == "latency, verdict, class given: the score deviates by 3.0e-01"
 
 

@@ -78,13 +78,13 @@ def test_no_job_begins_after_the_time_is_up_and_the_file_says_which(tmp_path: Pa
 
         return gpu.Job(name, run)
 
-    found = report()
-    gpu.carry_out([taking(200, "a"), taking(200, "b"), taking(1, "c")], found, tmp_path / "r.json", 400, clock)
+    actual = report()
+    gpu.carry_out([taking(200, "a"), taking(200, "b"), taking(1, "c")], actual, tmp_path / "r.json", 400, clock)
     assert [name for name, _ in seen] == ["a", "b"]
     assert [[check["name"] for check in checks] for _, checks in seen] == [[], ["a"]]  # written after each job
     written = read(tmp_path / "r.json")
     assert [check["name"] for check in written["checks"]] == ["a", "b"] and written["left_out"] == ["c"]
-    assert found.passed and "no time was left for 1: c" in gpu.summary(found)
+    assert actual.passed and "no time was left for 1: c" in gpu.summary(actual)
 
 
 def test_a_job_in_progress_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +100,9 @@ def test_a_job_in_progress_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             except Exception:  # what a library might do
                 pass
 
-    found, before = report(), signal.getsignal(signal.SIGALRM)
+    actual, before = report(), signal.getsignal(signal.SIGALRM)
     jobs = [gpu.Job("short", list, 100), gpu.Job("endless", endless), gpu.Job("next", list)]
-    gpu.carry_out(jobs, found, tmp_path / "r.json", 250, clock)
+    gpu.carry_out(jobs, actual, tmp_path / "r.json", 250, clock)
     assert alarms == [(signal.ITIMER_REAL, seconds) for seconds in (100, 0, 250, 0)]
     assert read(tmp_path / "r.json")["left_out"] == ["endless", "next"]
     assert signal.getsignal(signal.SIGALRM) == before
@@ -115,19 +115,19 @@ def test_a_job_that_takes_too_long_leaves_the_others_their_time(tmp_path: Path) 
         while True:
             signal.pause()
 
-    found = report()
+    actual = report()
     jobs = [gpu.Job("endless", endless, 0.2), gpu.Job("next", lambda: [gpu.Check("next", 0, 0)])]
-    gpu.carry_out(jobs, found, tmp_path / "r.json", HOURS, Clock())
-    assert found.left_out == ["endless"] and [check.name for check in found.checks] == ["next"]
+    gpu.carry_out(jobs, actual, tmp_path / "r.json", HOURS, Clock())
+    assert actual.left_out == ["endless"] and [check.name for check in actual.checks] == ["next"]
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_figures_are_written_and_shown_also_those_that_are_none(tmp_path: Path) -> None:
-    found = report()
-    found.add([gpu.Figure("a", 1.25, "ms"), gpu.Figure("b", None, "ms", "why"), gpu.Figure("c", math.nan, "of 1")])
-    figures = read(found.save(tmp_path / "r.json"))["figures"]
+    actual = report()
+    actual.add([gpu.Figure("a", 1.25, "ms"), gpu.Figure("b", None, "ms", "why"), gpu.Figure("c", math.nan, "of 1")])
+    figures = read(actual.save(tmp_path / "r.json"))["figures"]
     assert [figure["value"] for figure in figures] == [1.25, None, None] and figures[1]["note"] == "why"
-    text = gpu.summary(found)
+    text = gpu.summary(actual)
     assert "figure a: 1.25 ms" in text and "figure b: - ms why" in text
 
 
@@ -168,31 +168,31 @@ def test_a_crash_fails_the_run_and_spares_the_other_jobs(tmp_path: Path) -> None
     def crash() -> list[gpu.Check]:
         raise RuntimeError("illegal memory access\nand so on")
 
-    found = report()
+    actual = report()
     jobs = [gpu.Job("bad", crash), gpu.Job("good", lambda: [gpu.Check("good", 1e-7, 1e-6)])]
-    gpu.carry_out(jobs, found, tmp_path / "r.json", HOURS)
+    gpu.carry_out(jobs, actual, tmp_path / "r.json", HOURS)
     bad, good = read(tmp_path / "r.json")["checks"]
     assert not bad["passed"] and bad["note"] == "RuntimeError: illegal memory access" and good["passed"]
-    assert not found.passed and "FAILED bad runs" in gpu.summary(found)
+    assert not actual.passed and "FAILED bad runs" in gpu.summary(actual)
 
 
 def test_an_error_that_is_no_number_fails_and_is_written(tmp_path: Path) -> None:
     check = gpu.worst("x", 1e-3, [torch.tensor([math.nan])], [torch.ones(1, dtype=torch.float64)])
     assert not check.passed
-    found = report()
-    found.add([check])
-    assert read(found.save(tmp_path / "r.json"))["checks"][0]["error"] is None
+    actual = report()
+    actual.add([check])
+    assert read(actual.save(tmp_path / "r.json"))["checks"][0]["error"] is None
 
 
 def test_a_wrong_benchmark_fails_the_run_and_a_repeated_one_is_replaced() -> None:
-    found = report()
+    actual = report()
     wrong = results.Failure(
         "flow", SMALL, "a device", "hgad_fast", "triton", "fp32", "wrong: z deviates", is_wrong=True
     )
-    found.add([wrong])
-    assert not found.passed and "flow, hgad_fast" in gpu.summary(found)
-    found.add([replace(wrong, reason="out of memory", is_wrong=False)])
-    assert found.passed and len(found.outcomes) == 1 and "out of memory" in gpu.summary(found)
+    actual.add([wrong])
+    assert not actual.passed and "flow, hgad_fast" in gpu.summary(actual)
+    actual.add([replace(wrong, reason="out of memory", is_wrong=False)])
+    assert actual.passed and len(actual.outcomes) == 1 and "out of memory" in gpu.summary(actual)
 
 
 def test_dry_run_of_the_whole_plan(
@@ -200,10 +200,10 @@ def test_dry_run_of_the_whole_plan(
 ) -> None:
     """Every check passes on the definitions, and benchmarks leave their rows (test_bench.py runs each of them)."""
     monkeypatch.setattr(cases, "CASES", {name: cases.CASES[name] for name in ("coupling", "training")})
-    found = report()
-    gpu.carry_out(gpu.plan(CPU, quick=True), found, tmp_path / "results", HOURS)
-    assert not found.left_out
-    assert [str(check) for check in found.checks if not check.passed] == []
+    actual = report()
+    gpu.carry_out(gpu.plan(CPU, quick=True), actual, tmp_path / "results", HOURS)
+    assert not actual.left_out
+    assert [str(check) for check in actual.checks if not check.passed] == []
     (path,) = (tmp_path / "results").iterdir()
     written = read(path)
     assert {row["case"] for row in written["rows"]} == set(cases.CASES) and written["failures"] == []
@@ -211,8 +211,8 @@ def test_dry_run_of_the_whole_plan(
     figures = {figure["name"]: figure["value"] for figure in written["figures"]}
     missing = [name for name, value in figures.items() if value is None]
     assert len(figures) > 40 and missing == [name for name in figures if "the device is busy" in name]  # a CPU is none
-    text = gpu.summary(found)
-    assert f"{len(found.checks)} of {len(found.checks)} checks passed" in text and "x, " in text
+    text = gpu.summary(actual)
+    assert f"{len(actual.checks)} of {len(actual.checks)} checks passed" in text and "x, " in text
     assert str(path) in capsys.readouterr().out
 
 
@@ -285,10 +285,10 @@ def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
     assert torch.equal(tf32.rounded(x), _operand(x, "tf32"))
     a, b = torch.randn(2, tf32.SIDE, tf32.SIDE)
     for kind, prepare in (("truncated", tf32.truncated), ("rounded", tf32.rounded), ("exact", torch.clone)):
-        found = tf32.deviations(prepare(a) @ prepare(b), a, b)
+        actual = tf32.deviations(prepare(a) @ prepare(b), a, b)
         last_digits = tf32.SIDE**0.5 * torch.finfo(torch.float32).eps  # of sums of SIDE terms
-        assert min(found, key=found.__getitem__) == kind and found[kind] < last_digits
-        assert all(error > 1e-4 for other, error in found.items() if other != kind)
+        assert min(actual, key=actual.__getitem__) == kind and actual[kind] < last_digits
+        assert all(error > 1e-4 for other, error in actual.items() if other != kind)
 
 
 def test_tf32_kernel_compiles_for_a_tensor_core(compiler: Compiler) -> None:

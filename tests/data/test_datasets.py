@@ -181,13 +181,13 @@ def lines(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_layout(tmp_path: Path, name: str) -> None:
-    found = discover(build(tmp_path, name))
+    actual = discover(build(tmp_path, name))
     prefix = "1cls/" if name == "VisA for one class" else ""
-    assert found.layout == SAME_FOLDERS.get(name, name)
-    assert found.root == tmp_path / prefix
-    assert described(found) == [line.replace(prefix, "") for line in lines(PUBLISHED[name][2])]
-    assert found.stray_masks == ()
-    assert check_images(found.train + found.validation + found.test)[1] == ()
+    assert actual.layout == SAME_FOLDERS.get(name, name)
+    assert actual.root == tmp_path / prefix
+    assert described(actual) == [line.replace(prefix, "") for line in lines(PUBLISHED[name][2])]
+    assert actual.stray_masks == ()
+    assert check_images(actual.train + actual.validation + actual.test)[1] == ()
 
 
 @pytest.mark.parametrize("name", ["MVTec AD", "MVTec AD 2", "BTAD", "MVTec 3D-AD"])
@@ -200,8 +200,8 @@ def test_one_class_of_a_published_layout(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_of_masks_is_a_mask(tmp_path: Path) -> None:
-    found = discover(build(tmp_path, "MVTec LOCO"))
-    first = found.test[1].mask
+    actual = discover(build(tmp_path, "MVTec LOCO"))
+    first = actual.test[1].mask
     assert first is not None
     corner = np.zeros((8, 12), np.uint8)
     corner[0, 0] = 200
@@ -211,9 +211,9 @@ def test_a_folder_of_masks_is_a_mask(tmp_path: Path) -> None:
     expected = corner > 0
     expected[2:4, 3:5] = True
     np.testing.assert_array_equal(read_mask(first).numpy(), expected)
-    assert [finding.kind for finding in survey(found).errors] == []
+    assert [finding.kind for finding in survey(actual).errors] == []
     draw(first / "001.png", corner[1:])
-    assert [error.reason for error in check_images(found.test, skip_bad=True)[1]] == [
+    assert [error.reason for error in check_images(actual.test, skip_bad=True)[1]] == [
         "its masks differ in size; they belong to one image, and have its size"
     ]
     write(tmp_path / "box/ground_truth/logical/007/000.png")
@@ -223,9 +223,9 @@ def test_a_folder_of_masks_is_a_mask(tmp_path: Path) -> None:
 def test_classes_of_several_layouts_side_by_side(tmp_path: Path) -> None:
     build(tmp_path, "BTAD")
     build(tmp_path, "MVTec 3D-AD")
-    found = discover(tmp_path)
-    assert found.class_names == ("01", "02", "03", "tire") and found.layout == "BTAD + MVTec 3D-AD"
-    assert described(found)[4:6] == lines(PUBLISHED["MVTec 3D-AD"][2])[1:2] + lines(PUBLISHED["BTAD"][2])[3:4]
+    actual = discover(tmp_path)
+    assert actual.class_names == ("01", "02", "03", "tire") and actual.layout == "BTAD + MVTec 3D-AD"
+    assert described(actual)[4:6] == lines(PUBLISHED["MVTec 3D-AD"][2])[1:2] + lines(PUBLISHED["BTAD"][2])[3:4]
 
 
 def test_real_iad_in_its_sizes_and_lists(tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_real_iad_with_the_class_in_its_prefix(tmp_path: Path) -> None:
     listed = {**REALIAD, "meta": {"prefix": "realiad_1024/usb/"}}
     write(tmp_path / "realiad_jsons/stick.json", json.dumps(listed))
     (tmp_path / "realiad_jsons/usb.json").unlink()
-    found = discover(tmp_path)
-    assert described(found) == [line.replace(" usb ", " stick ") for line in lines(REALIAD_SAMPLES)]
+    actual = discover(tmp_path)
+    assert described(actual) == [line.replace(" usb ", " stick ") for line in lines(REALIAD_SAMPLES)]
 
 
 # a dataset of one's own: MVTec AD's layout, a CSV file, or normal images only
@@ -285,17 +285,17 @@ def test_mvtec_layout_of_ones_own(tmp_path: Path) -> None:
     for name in (".cache/train/good/0.png", "ground_truth/0.png", "docs/licence.txt", "overview.png"):
         write(tmp_path / name)
 
-    found = discover(tmp_path)
+    actual = discover(tmp_path)
 
     gear, eye = tmp_path / "zahnrad", tmp_path / "Öse"
-    assert found.root == tmp_path
-    assert found.class_names == ("zahnrad", "Öse")
+    assert actual.root == tmp_path
+    assert actual.class_names == ("zahnrad", "Öse")
     normals = gear / "train" / "good"
-    assert found.train == (
+    assert actual.train == (
         *(Sample(normals / name, 0) for name in ("B.PNG", "a.JPeG", "b.png", "lot 2/c.tif")),
         Sample(eye / "train" / "good" / "0.bmp", 1),
     )
-    assert found.test == (
+    assert actual.test == (
         Sample(gear / "test/good/1.png", 0),
         Sample(gear / "test/hole/1.png", 0, "hole", gear / "ground_truth/hole/1_mask.png"),
         Sample(gear / "test/hole/2.jpg", 0, "hole", gear / "ground_truth/hole/2.BMP"),
@@ -304,7 +304,7 @@ def test_mvtec_layout_of_ones_own(tmp_path: Path) -> None:
         Sample(eye / "test/good/1.webp", 1),
         Sample(eye / "test/scratch/2.v1.png", 1, "scratch", eye / "ground_truth/scratch/2.v1_mask.tiff"),
     )
-    assert [sample.is_anomalous for sample in found.test] == [False, True, True, True, True, False, True]
+    assert [sample.is_anomalous for sample in actual.test] == [False, True, True, True, True, False, True]
 
 
 @pytest.mark.parametrize("root", [".", "../bolt", "{tmp}/bolt"])
@@ -312,9 +312,9 @@ def test_one_class_as_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root
     write(tmp_path / "bolt" / "train" / "good" / "1.png")
     write(tmp_path / "bolt" / "test" / "bent" / "2.png")
     monkeypatch.chdir(tmp_path / "bolt")
-    found = discover(root.format(tmp=tmp_path))
-    assert found.class_names == ("bolt",)
-    assert [(s.path.resolve(), s.class_id, s.defect) for s in found.train + found.test] == [
+    actual = discover(root.format(tmp=tmp_path))
+    assert actual.class_names == ("bolt",)
+    assert [(s.path.resolve(), s.class_id, s.defect) for s in actual.train + actual.test] == [
         (tmp_path / "bolt/train/good/1.png", 0, "good"),
         (tmp_path / "bolt/test/bent/2.png", 0, "bent"),
     ]
@@ -323,14 +323,14 @@ def test_one_class_as_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root
 def test_folder_of_class_folders(tmp_path: Path) -> None:
     for name in ("nut/2.png", "nut/1.jpg", "bolt/1.ppm", ".git/1.png", "ground_truth/1.png", "readme.txt"):
         write(tmp_path / name)
-    found = discover(str(tmp_path))
-    assert found.class_names == ("bolt", "nut")
-    assert found.train == (
+    actual = discover(str(tmp_path))
+    assert actual.class_names == ("bolt", "nut")
+    assert actual.train == (
         Sample(tmp_path / "bolt/1.ppm", 0),
         Sample(tmp_path / "nut/1.jpg", 1),
         Sample(tmp_path / "nut/2.png", 1),
     )
-    assert found.test == ()
+    assert actual.test == ()
 
 
 @pytest.mark.parametrize("separator", [",", ";"])
@@ -347,18 +347,18 @@ def test_csv(tmp_path: Path, separator: str) -> None:
         write(tmp_path / "set" / name)
     elsewhere = write(tmp_path / "other/é.png")
     text = "\n".join(lines(rows.format(elsewhere=elsewhere))).replace(",", separator)
-    found = discover(write(tmp_path / "set/list.csv", "\ufeff" + text))  # as spreadsheets write UTF-8
+    actual = discover(write(tmp_path / "set/list.csv", "\ufeff" + text))  # as spreadsheets write UTF-8
     root = tmp_path / "set"
-    assert found.layout == "CSV" and found.root == root and found.class_names == ("bolt", "nut")
-    assert found.train == (Sample(root / "c.png", 0), Sample(root / "b.png", 1), Sample(root / "lot/a.png", 1))
-    assert found.validation == (Sample(root / "d.png", 0),)
-    assert found.test == (
+    assert actual.layout == "CSV" and actual.root == root and actual.class_names == ("bolt", "nut")
+    assert actual.train == (Sample(root / "c.png", 0), Sample(root / "b.png", 1), Sample(root / "lot/a.png", 1))
+    assert actual.validation == (Sample(root / "d.png", 0),)
+    assert actual.test == (
         Sample(elsewhere, 0),
         Sample(root / "e.png", 1, "scratch", root / "masks/e.png"),
         Sample(root / "f.png", 1, "1"),
     )
-    assert fingerprint(found.train, root) == fingerprint(discover(root / "list.csv").train, root)
-    assert len(fingerprint(found.test, root)) == 64  # of files beyond the root, too
+    assert fingerprint(actual.train, root) == fingerprint(discover(root / "list.csv").train, root)
+    assert len(fingerprint(actual.test, root)) == 64  # of files beyond the root, too
 
 
 @pytest.mark.parametrize(
@@ -479,9 +479,9 @@ def test_masks_that_belong_to_no_image_are_kept_in_mind(tmp_path: Path) -> None:
         write(tmp_path / "bolt/ground_truth/bent/7_mask.png"),
         write(tmp_path / "bolt/ground_truth/cracked/0_mask.png"),
     ]
-    found = discover(tmp_path)
-    assert found.stray_masks == tuple(stray)
-    assert union([found, discover(build(tmp_path / "btad", "BTAD"))]).stray_masks == tuple(stray)
+    actual = discover(tmp_path)
+    assert actual.stray_masks == tuple(stray)
+    assert union([actual, discover(build(tmp_path / "btad", "BTAD"))]).stray_masks == tuple(stray)
     build(tmp_path / "visa", "VisA")
     stray = write(tmp_path / "visa/pcb1/Data/Masks/Anomaly/001.png")
     assert discover(tmp_path / "visa").stray_masks == (stray,)
@@ -493,26 +493,26 @@ def test_masks_that_belong_to_no_image_are_kept_in_mind(tmp_path: Path) -> None:
 def test_union_of_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     roots = [build(tmp_path / "a", "MVTec AD"), build(tmp_path / "b/x", "MVTec AD 2"), build(tmp_path / "b/y", "MPDD")]
     parts = [discover(root) for root in roots]
-    found = discover(roots)
-    assert found.root == tmp_path and found.layout == "MVTec AD + MVTec AD 2"
-    assert found.class_names == ("bolt", "wood", "can", "tubes")
+    actual = discover(roots)
+    assert actual.root == tmp_path and actual.layout == "MVTec AD + MVTec AD 2"
+    assert actual.class_names == ("bolt", "wood", "can", "tubes")
     expected = [
         [line.replace(str(root), "") for line in described(replace(part, root=tmp_path))]
         for root, part in zip(roots, parts, strict=True)
     ]
-    assert sorted(described(found)) == sorted(line for part in expected for line in part)
-    assert discover(parts) == discover("+".join(map(str, roots))) == discover(Path("+".join(map(str, roots)))) == found
+    assert sorted(described(actual)) == sorted(line for part in expected for line in part)
+    assert discover(parts) == discover("+".join(map(str, roots))) == discover(Path("+".join(map(str, roots)))) == actual
     monkeypatch.chdir(tmp_path)
-    assert discover("a+b/x+b/y") == found
+    assert discover("a+b/x+b/y") == actual
     assert discover(["a"]) == discover("a")
 
 
 def test_names_that_collide_in_a_union_get_the_folder(tmp_path: Path) -> None:
     first, second = build(tmp_path / "first", "MVTec AD"), build(tmp_path / "second", "MVTec AD")
     shutil.rmtree(second / "wood")
-    found = discover([first, second])
-    assert found.class_names == ("first-bolt", "wood", "second-bolt")
-    assert [found.class_names[s.class_id] for s in found.train] == ["first-bolt"] * 2 + ["wood"] + ["second-bolt"] * 2
+    actual = discover([first, second])
+    assert actual.class_names == ("first-bolt", "wood", "second-bolt")
+    assert [actual.class_names[s.class_id] for s in actual.train] == ["first-bolt"] * 2 + ["wood"] + ["second-bolt"] * 2
     with pytest.raises(ValueError, match="two of the datasets have a class 'first-bolt': rename the folder"):
         discover([first, first])
     with pytest.raises(ValueError, match="no datasets"):

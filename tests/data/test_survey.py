@@ -35,16 +35,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def kinds(found: Survey) -> list[str]:
-    return [finding.kind for finding in found.findings]
+def kinds(actual: Survey) -> list[str]:
+    return [finding.kind for finding in actual.findings]
 
 
 def test_a_dataset_in_order(root: Path) -> None:
-    found = survey(discover(root), decode=True)
-    assert found.counts == {"bolt": Counts(16, 0, 2, 3, 3), "nut": Counts(16, 0, 2, 3, 3)}
-    assert found.images == {"12 x 8 L": 21, "12 x 8 RGB": 21}
-    assert found.findings == () and found.layout == "MVTec AD"
-    text = found.table().splitlines()
+    actual = survey(discover(root), decode=True)
+    assert actual.counts == {"bolt": Counts(16, 0, 2, 3, 3), "nut": Counts(16, 0, 2, 3, 3)}
+    assert actual.images == {"12 x 8 L": 21, "12 x 8 RGB": 21}
+    assert actual.findings == () and actual.layout == "MVTec AD"
+    text = actual.table().splitlines()
     assert text[0] == f"MVTec AD: {root}"
     assert text[-2].split() == ["all", "32", "0", "4", "6", "6"]
     assert text[-1] == "images: 21 of 12 x 8 L, 21 of 12 x 8 RGB"
@@ -128,11 +128,11 @@ def untested(root: Path) -> None:
 )
 def test_what_is_wrong_is_found(root: Path, fault: Callable, kind: str, detail: str, is_error: bool) -> None:
     fault(root)
-    found = survey(discover(root))
-    assert set(kinds(found)) == {kind} and len(found.findings) == (2 if fault is emptied else 1)
-    assert detail.format(root=root) in found.findings[0].detail
-    assert found.errors == (found.findings if is_error else ())
-    assert f"{'error' if is_error else 'warning'}: {kind} ({len(found.findings)})" in found.table().splitlines()
+    actual = survey(discover(root))
+    assert set(kinds(actual)) == {kind} and len(actual.findings) == (2 if fault is emptied else 1)
+    assert detail.format(root=root) in actual.findings[0].detail
+    assert actual.errors == (actual.findings if is_error else ())
+    assert f"{'error' if is_error else 'warning'}: {kind} ({len(actual.findings)})" in actual.table().splitlines()
 
 
 def test_a_truncated_image_is_found_by_decoding(root: Path) -> None:
@@ -153,18 +153,18 @@ def test_errors_come_first_and_only_a_few_of_a_kind_are_shown(root: Path) -> Non
     for i in range(8):
         draw(root / f"nut/ground_truth/dent/stray{i}.png", np.ones((8, 12), np.uint8))
     leak(root)
-    found = survey(discover(root))
-    assert kinds(found) == ["same image in two places"] + ["mask without image"] * 8
-    text = found.table()
+    actual = survey(discover(root))
+    assert kinds(actual) == ["same image in two places"] + ["mask without image"] * 8
+    text = actual.table()
     assert "... and 3 more; --json lists them all" in text and text.count("stray") == 5
-    told = json.loads(json.dumps(found.to_dict()))
+    told = json.loads(json.dumps(actual.to_dict()))
     assert len(told["findings"]) == 9 and told["counts"]["nut"]["with_mask"] == 3 and told["root"] == str(root)
 
 
 def test_a_leak_between_datasets_is_found(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "nut", tmp_path / "other/nut")
     dataset: Dataset = discover([root, tmp_path / "other"])
-    found = survey(dataset)
-    assert set(found.counts) == {"bolt", "set-nut", "other-nut"}
-    assert kinds(found) == ["same image in two places"] * 21
-    assert "(set-nut and other-nut)" in found.findings[0].detail
+    actual = survey(dataset)
+    assert set(actual.counts) == {"bolt", "set-nut", "other-nut"}
+    assert kinds(actual) == ["same image in two places"] * 21
+    assert "(set-nut and other-nut)" in actual.findings[0].detail

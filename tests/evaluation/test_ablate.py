@@ -72,13 +72,13 @@ def ablation(root, tmp_path_factory):
     patch.setattr(ablate, "STRIDE", 1)
     said: list[str] = []
     variants = HGADModel.variants(CONFIG, ["single-gaussian", "hgad"], centres=())
-    found = ablate.run(root, CONFIG, output, variants=variants, training_images=6, say=said.append)
+    actual = ablate.run(root, CONFIG, output, variants=variants, training_images=6, say=said.append)
     patch.undo()
-    return output, found, said
+    return output, actual, said
 
 
 def test_the_product_is_what_evaluate_measures(ablation, root):
-    output, found, said = ablation
+    output, actual, said = ablation
     model = HGADModel.load(output / "hgad" / MODEL)
     normals = feature_set(model, datasets.discover(root))
     rows, others = ablate._drawn(normals.class_ids, model.class_names, 6, CONFIG.seed)
@@ -86,7 +86,7 @@ def test_the_product_is_what_evaluate_measures(ablation, root):
     with pytest.warns(UserWarning, match="too few"):
         model.calibrate(normals.subset(others))
     expected = evaluate(model, root, details=False)
-    figures = found["variants"]["hgad"]["figures"]
+    figures = actual["variants"]["hgad"]["figures"]
     for setting, protocol in (("official", "official"), ("class inferred", "honest")):
         for name in ("coarse", "fine"):
             row = expected.figures[protocol][name]
@@ -94,7 +94,7 @@ def test_the_product_is_what_evaluate_measures(ablation, root):
             assert ours == pytest.approx((row.image_auroc, row.pixel_auroc), abs=SWAPPED)
         mean = expected.mean(protocol)
         assert figures[setting]["product"]["mean"] == pytest.approx([mean.image_auroc, mean.pixel_auroc], abs=SWAPPED)
-    confusion = found["variants"]["hgad"]["confusion"]
+    confusion = actual["variants"]["hgad"]["confusion"]
     assert {k: {o: n for o, n in row.items() if n} for k, row in confusion.items()} == expected.confusion
     assert f"{100 * mean.image_auroc:.1f} / {100 * mean.pixel_auroc:.1f}" in said[-1]
 
@@ -124,7 +124,7 @@ def test_each_map_is_the_one_that_score_makes(ablation, root):
 def test_overlap_of_the_log_densities(ablation, root):
     model = HGADModel.load(ablation[0] / "hgad" / MODEL)
     dataset = datasets.discover(root)
-    found = ablation[1]["variants"]["hgad"]["log_density_overlap"]
+    actual = ablation[1]["variants"]["hgad"]["log_density_overlap"]
     for k, name in enumerate(dataset.class_names):
         normal, anomalous = [], []
         for sample in (s for s in dataset.test if s.class_id == k):
@@ -136,14 +136,14 @@ def test_overlap_of_the_log_densities(ablation, root):
         pair = [torch.cat(some).numpy() for some in (normal, anomalous)]
         edges = np.linspace(min(map(np.min, pair)), max(map(np.max, pair)), 61)
         shares = [np.histogram(values, edges)[0] / len(values) for values in pair]
-        assert found[name] == pytest.approx(np.minimum(*shares).sum(), abs=0.02)
-    assert found["mean"] == pytest.approx((found["coarse"] + found["fine"]) / 2) and 0 < found["mean"] < 1
+        assert actual[name] == pytest.approx(np.minimum(*shares).sum(), abs=0.02)
+    assert actual["mean"] == pytest.approx((actual["coarse"] + actual["fine"]) / 2) and 0 < actual["mean"] < 1
 
 
 def test_other_numbers_of_centres_are_variants(root, tmp_path):
     config = CONFIG.replace(meta_epochs=1)
-    found = ablate.run(root, config, tmp_path, variants=HGADModel.variants(config, [], [3]), say=lambda text: None)
-    assert list(found["variants"]) == ["hgad-3-centres"]
+    actual = ablate.run(root, config, tmp_path, variants=HGADModel.variants(config, [], [3]), say=lambda text: None)
+    assert list(actual["variants"]) == ["hgad-3-centres"]
     assert HGADModel.load(tmp_path / "hgad-3-centres" / MODEL).config.n_intra_centers == 3
 
 
@@ -159,16 +159,16 @@ def test_false_alarms_are_counted_over_splits(ablation):
 
 
 def test_what_is_written_is_used_again(ablation, root, monkeypatch):
-    output, found, _ = ablation
-    assert json.loads((output / "ablation.json").read_text()) == json.loads(json.dumps(found))
-    for name in found["variants"]:
+    output, actual, _ = ablation
+    assert json.loads((output / "ablation.json").read_text()) == json.loads(json.dumps(actual))
+    for name in actual["variants"]:
         with Image.open(output / name / "log-density.png") as image:
             assert np.asarray(image.convert("L")).std() > 10
     monkeypatch.setattr(fit._Run, "_sub_epoch", lambda *a: pytest.fail("trained again"))
     monkeypatch.setattr(ablate, "STRIDE", 1)
     only = {"variants": HGADModel.variants(CONFIG, ["hgad"], []), "say": lambda text: None}
     again = ablate.run(root, CONFIG, output, training_images=6, **only)
-    assert json.dumps(again["variants"]["hgad"]) == json.dumps(found["variants"]["hgad"])
+    assert json.dumps(again["variants"]["hgad"]) == json.dumps(actual["variants"]["hgad"])
     with pytest.raises(ValueError, match="was trained on other images"):
         ablate.run(root, CONFIG, output, training_images=5, **only)
 
@@ -178,10 +178,10 @@ def test_without_masks_there_are_no_pixel_figures(root, tmp_path):
     blind = dataclasses.replace(dataset, test=tuple(dataclasses.replace(s, mask=None) for s in dataset.test))
     config = CONFIG.replace(meta_epochs=1)
     variants = HGADModel.variants(config, ["inter-class"], [])
-    found = ablate.run(blind, config, tmp_path, variants=variants, say=lambda text: None)
-    (image, pixel) = found["variants"]["inter-class"]["figures"]["official"]["product"]["mean"]
+    actual = ablate.run(blind, config, tmp_path, variants=variants, say=lambda text: None)
+    (image, pixel) = actual["variants"]["inter-class"]["figures"]["official"]["product"]["mean"]
     assert 0 <= image <= 1 and pixel is None
-    assert "NaN" not in (tmp_path / "ablation.json").read_text() and "nan" not in ablate.table(found)
+    assert "NaN" not in (tmp_path / "ablation.json").read_text() and "nan" not in ablate.table(actual)
 
 
 def test_what_cannot_be(root, tmp_path):

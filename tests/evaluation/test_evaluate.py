@@ -172,11 +172,11 @@ def test_both_protocols_equal_an_independent_computation(model, root, monkeypatc
     assert len(seen) == 15
     assert list(result.figures) == ["official", "honest"]
     for protocol, expected in figures.items():
-        found = result.figures[protocol]
-        assert list(found) == ["bolt", "nut", "washer"]
+        actual = result.figures[protocol]
+        assert list(actual) == ["bolt", "nut", "washer"]
         for name, (image, pixel) in expected.items():
-            assert found[name].image_auroc == pytest.approx(image, abs=1e-9, nan_ok=True)
-            assert found[name].pixel_auroc == pytest.approx(pixel, abs=1e-4, nan_ok=True)
+            assert actual[name].image_auroc == pytest.approx(image, abs=1e-9, nan_ok=True)
+            assert actual[name].pixel_auroc == pytest.approx(pixel, abs=1e-4, nan_ok=True)
         mean = result.mean(protocol)
         assert mean.image_auroc == pytest.approx(np.nanmean([image for image, _ in expected.values()]))
         assert mean.pixel_auroc == pytest.approx(np.nanmean([pixel for _, pixel in expected.values()]), abs=1e-4)
@@ -197,12 +197,12 @@ def test_each_figure_is_that_of_metrics(whole, model, root):
     scores, labels, maps, masks = {}, {}, {}, {}
     dataset = datasets.discover(root)
     for sample in dataset.test:
-        found = model.score_features(preprocess.image_features(model, images.read_image(sample.path)))
+        actual = model.score_features(preprocess.image_features(model, images.read_image(sample.path)))
         name = dataset.class_names[sample.class_id]
-        scores.setdefault(name, []).append(float(found.image_score))
+        scores.setdefault(name, []).append(float(actual.image_score))
         labels.setdefault(name, []).append(sample.is_anomalous)
         if sample.mask or not sample.is_anomalous:
-            maps.setdefault(name, []).append(found.anomaly_map[0])
+            maps.setdefault(name, []).append(actual.anomaly_map[0])
             mask = torch.zeros(maps[name][-1].shape, dtype=torch.bool)
             if sample.mask:
                 seen = images.whole_image(images.read_mask(sample.mask), model.config.img_size)
@@ -231,12 +231,12 @@ def test_every_image_is_on_record(whole, model, root):
     for protocol in ("official", "honest"):
         assert {image.path for image in whole.images[protocol]} == samples.keys()
     for image in whole.images["honest"]:
-        sample, found = samples[image.path], model.score(root / image.path)
+        sample, actual = samples[image.path], model.score(root / image.path)
         assert (image.defect, image.is_anomalous) == (sample.defect, sample.is_anomalous)
-        assert image.inferred_class == NAMES[int(found.class_id)]
-        assert image.score == float(found.image_score)
-        assert (image.p_value, image.threshold) == (float(found.p_value), float(found.threshold))
-        assert image.is_flagged == bool(found.is_anomalous)
+        assert image.inferred_class == NAMES[int(actual.class_id)]
+        assert image.score == float(actual.image_score)
+        assert (image.p_value, image.threshold) == (float(actual.p_value), float(actual.threshold))
+        assert image.is_flagged == bool(actual.is_anomalous)
     assert all(image.is_flagged is image.threshold is None for image in whole.images["official"])
     counted = sum(n for row in whole.confusion.values() for n in row.values())
     assert counted == len(samples)
@@ -261,12 +261,12 @@ def test_table_says_protocol_checkpoint_and_all_figures(whole):
         head, names, *rows = block.splitlines()
         assert head.startswith(f"{protocol} protocol: class ") and head.endswith("checkpoint: last")
         assert len(names.split()) == len(FIGURES)
-        found = {row.split()[0]: row.split()[1:] for row in rows}
-        assert list(found) == ["bolt", "nut", "washer", "mean", "pooled"]
+        actual = {row.split()[0]: row.split()[1:] for row in rows}
+        assert list(actual) == ["bolt", "nut", "washer", "mean", "pooled"]
         expected = {**whole.figures[protocol], "mean": whole.mean(protocol), "pooled": whole.pooled[protocol]}
         for name, row in expected.items():
             figures = [getattr(row, figure) for figure in FIGURES]
-            assert found[name] == ["-" if math.isnan(figure) else f"{100 * figure:.1f}" for figure in figures]
+            assert actual[name] == ["-" if math.isnan(figure) else f"{100 * figure:.1f}" for figure in figures]
 
 
 def test_another_checkpoint_may_give_the_official_figures(whole, model, root):
@@ -301,9 +301,9 @@ def test_a_class_without_threshold_counts_in_neither_share(model, root, monkeypa
     monkeypatch.setattr(model, "calibration", partial)
     flagged = {False: [], True: []}
     for sample in datasets.discover(root).test:
-        found = model.score(sample.path)
-        if not found.threshold.isnan():
-            flagged[sample.is_anomalous].append(bool(found.is_anomalous))
+        actual = model.score(sample.path)
+        if not actual.threshold.isnan():
+            flagged[sample.is_anomalous].append(bool(actual.is_anomalous))
     result = evaluate(model, root, details=False)
     assert 0 < len(flagged[False]) < 9
     assert result.false_alarm_rate == pytest.approx(np.mean(flagged[False]))
@@ -319,8 +319,8 @@ def test_the_best_checkpoint_on_the_test_set_is_kept(model, root, tmp_path):
 
     def follow(record):
         if record["sub_epoch"] == 1:
-            found = evaluate(trained, dataset, details=False)
-            seen.append((found.mean("official").image_auroc, found.checkpoints["official"]))
+            actual = evaluate(trained, dataset, details=False)
+            seen.append((actual.mean("official").image_auroc, actual.checkpoints["official"]))
 
     trained.fit(dataset, callbacks=[best, follow], cache="ram")
     values = [auroc for auroc, _ in seen]
@@ -328,9 +328,9 @@ def test_the_best_checkpoint_on_the_test_set_is_kept(model, root, tmp_path):
     kept = HGADModel.load(path)
     assert kept.checkpoint == f"best on the test set (mean image AUROC), meta-epoch {int(np.argmax(values))}"
     assert kept.calibration is None
-    found = evaluate(trained, root, official=kept, details=False)
-    assert found.mean("official").image_auroc == best.best == max(values)
-    assert kept.checkpoint in found.table()
+    actual = evaluate(trained, root, official=kept, details=False)
+    assert actual.mean("official").image_auroc == best.best == max(values)
+    assert kept.checkpoint in actual.table()
     assert BestCheckpoint(trained, root, path, resume=True).best == max(values)
     assert BestCheckpoint(trained, root, path).best == -math.inf
 

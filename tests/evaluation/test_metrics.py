@@ -151,8 +151,8 @@ def quantised_maps(seed: int, size: int, levels: int) -> tuple[np.ndarray, np.nd
 def test_aupro_agrees_with_anomalib(case: tuple[int, int, int]) -> None:
     maps, masks = quantised_maps(*case)
     figures = metrics.pixel_metrics(maps, masks, (0.3, 0.05, 1.0))
-    found = [figures[f"aupro_{limit}"] for limit in ("0.3", "0.05", "1")]
-    assert found == pytest.approx(ANOMALIB_AUPRO[case], abs=1e-6)  # ten roundings of a float32 near 1
+    actual = [figures[f"aupro_{limit}"] for limit in ("0.3", "0.05", "1")]
+    assert actual == pytest.approx(ANOMALIB_AUPRO[case], abs=1e-6)  # ten roundings of a float32 near 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -435,9 +435,9 @@ def test_pixel_intervals_are_those_of_images_resampled_in_full() -> None:
         metrics.pixel_metrics([maps[i] for i in rows], [masks[i] for i in rows])
         for rows in metrics._resamples(labels, 40, seed=3)
     ]
-    found = metrics.pixel_intervals(maps, masks, n=40, level=0.9, seed=3)
-    assert list(found) == list(drawn[0])
-    for name, interval in found.items():
+    actual = metrics.pixel_intervals(maps, masks, n=40, level=0.9, seed=3)
+    assert list(actual) == list(drawn[0])
+    for name, interval in actual.items():
         expected = np.quantile([figures[name] for figures in drawn], [0.05, 0.95])
         width = expected[1] - expected[0]
         assert width > 0.01
@@ -449,8 +449,8 @@ def test_pixel_intervals_of_one_defect_and_of_images_without_a_normal_pixel() ->
     one = metrics.pixel_intervals([ramp], [ramp > 7], n=5)
     assert {name: low for name, (low, _) in one.items()} == pytest.approx(dict.fromkeys(one, 1.0))
     assert all(low == high for low, high in one.values())
-    found = metrics.pixel_intervals([ramp, ramp], [ramp > 7, ramp >= 0], n=20)  # some draw the second twice
-    assert all(0 <= low <= high <= 1 for low, high in found.values())
+    actual = metrics.pixel_intervals([ramp, ramp], [ramp > 7, ramp >= 0], n=20)  # some draw the second twice
+    assert all(0 <= low <= high <= 1 for low, high in actual.values())
 
 
 SQUARE = np.ones((2, 2), np.float32)

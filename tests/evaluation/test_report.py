@@ -193,32 +193,32 @@ def test_rates_are_what_the_calibration_judges(run: Path, evaluation: Evaluation
     model = HGADModel.load(run / "model.safetensors")
     assert model.calibration is not None
     for rate in (0.02, 0.1, 0.3):
-        found = report._at_rate(model, model.calibration, evaluation, rate)
+        actual = report._at_rate(model, model.calibration, evaluation, rate)
         model.calibration.false_alarm_rate = rate
         counts: Counter[bool] = Counter()
         for image in evaluation.images["honest"]:
             class_id = torch.tensor([model.class_names.index(image.inferred_class)])
             _, verdict, _, _ = model.calibration.judge(torch.tensor([image.score]), class_id)
             counts[image.is_anomalous] += bool(verdict)
-        assert (found.false_alarms, found.found) == (counts[False], counts[True])
-        assert (found.normal, found.defective) == (evaluation.n_normal, evaluation.n_anomalous) == (12, 12)
-        assert found.attainable >= rate
+        assert (actual.false_alarms, actual.found) == (counts[False], counts[True])
+        assert (actual.normal, actual.defective) == (evaluation.n_normal, evaluation.n_anomalous) == (12, 12)
+        assert actual.attainable >= rate
     # 12 images at 1/2: 3 to 9 alarms are 96.1 % of the cases, 4 to 8 only 85.4 %
     assert report._AtRate(0.5, 0.5, 6, 12, 0, 0).expected == (3, 9)
 
 
 def test_the_worst_images_come_first(page: Page, evaluation: Evaluation) -> None:
-    found = evaluation.images["honest"]
+    actual = evaluation.images["honest"]
     worst = []
     for is_anomalous in (True, False):
-        group = [image for image in found if image.is_anomalous == is_anomalous]
+        group = [image for image in actual if image.is_anomalous == is_anomalous]
         group.sort(key=lambda image: image.score / (image.threshold or 0), reverse=not is_anomalous)
         worst += [image.path for image in group[: report.SHOWN]]
     spans = [attributes.get("class") for attributes in page.of("span")]
     files = [text for text, name in zip(page.text["span"], spans, strict=True) if name == "file"]
     assert files == worst
     verdicts = [text for text, name in zip(page.text["span"], spans, strict=True) if name and "verdict" in name]
-    flags = {image.path: (image.is_flagged, image.is_anomalous) for image in found}
+    flags = {image.path: (image.is_flagged, image.is_anomalous) for image in actual}
     names = {(True, True): "called defective", (False, False): "called normal"}
     names |= {(False, True): "missed", (True, False): "false alarm"}
     assert verdicts == [names[flags[file]] for file in files]

@@ -75,12 +75,12 @@ def test_image_pyramid_is_the_official_one(size):
     images = torch.randn(2, 3, height, width)
     features = backbone(images)
     assert len(features) == 3
-    for level, found in enumerate(features):
+    for level, actual in enumerate(features):
         h, w = height >> level, width >> level
         resized = torch.from_numpy(np.stack([bilinear_aligned(image, h, w) for image in images.double().numpy()]))
         expected = backbone.net(resized)[0]
-        assert found.shape == expected.shape and found.shape[1] == backbone.feature_dims[level]
-        torch.testing.assert_close(found, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
+        assert actual.shape == expected.shape and actual.shape[1] == backbone.feature_dims[level]
+        torch.testing.assert_close(actual, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
 
 
 @pytest.mark.usefixtures("float64")

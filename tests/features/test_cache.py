@@ -21,19 +21,19 @@ KEY = {"backbone": "b", "dtype": "torch.float32"}
 
 def features(*names: str, dtype: torch.dtype = torch.float32) -> dict[str, list[torch.Tensor]]:
     """Two levels an image, of 120 and 36 values; the images differ."""
-    found = {}
+    actual = {}
     for name in names:
         generator = torch.Generator().manual_seed(int(name, 16))
         levels = (torch.randn(shape, generator=generator).to(dtype) for shape in ((4, 5, 6), (2, 3, 6)))
-        found[name] = list(levels)
-    return found
+        actual[name] = list(levels)
+    return actual
 
 
 def assert_holds(kept: MemoryCache | DiskCache, *names: str, dtype: torch.dtype = torch.float32) -> None:
     for name, maps in features(*names, dtype=dtype).items():
         assert name in kept
-        for found, expected in zip(kept[name], maps, strict=True):
-            assert found.dtype == dtype and torch.equal(found, expected)
+        for actual, expected in zip(kept[name], maps, strict=True):
+            assert actual.dtype == dtype and torch.equal(actual, expected)
 
 
 def disk(root: Path, *names: str, limit: int | None = None, key: dict = KEY) -> DiskCache:

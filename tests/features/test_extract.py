@@ -185,9 +185,9 @@ def on_disk(tmp_path_factory) -> dict:
     return {"cache": "disk", "cache_dir": tmp_path_factory.mktemp("cache")}
 
 
-def assert_same_bits(found: FeatureSet, expected: FeatureSet) -> None:
-    assert found.fingerprint == expected.fingerprint and torch.equal(found.class_ids, expected.class_ids)
-    for ours, theirs in zip(found.images, expected.images, strict=True):
+def assert_same_bits(actual: FeatureSet, expected: FeatureSet) -> None:
+    assert actual.fingerprint == expected.fingerprint and torch.equal(actual.class_ids, expected.class_ids)
+    for ours, theirs in zip(actual.images, expected.images, strict=True):
         for level, other in zip(ours, theirs, strict=True):
             assert level.dtype == torch.float32 and torch.equal(level, other)
 
@@ -207,16 +207,16 @@ def test_only_what_changed_is_computed(model, woods, on_disk, computed):
     (woods / "ash" / "1.png").unlink()
     Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(woods / "oak" / "1.png")
     Image.fromarray(np.full((48, 32, 3), 8, np.uint8)).save(woods / "oak" / "2.png")
-    found = feature_set(model, woods, **on_disk)
+    actual = feature_set(model, woods, **on_disk)
     assert sorted(computed) == [woods / "oak" / "1.png", woods / "oak" / "2.png"]
-    assert_same_bits(found, feature_set(model, woods))
+    assert_same_bits(actual, feature_set(model, woods))
 
 
 def test_equal_images_are_computed_once(model, woods, on_disk, computed):
     (woods / "oak" / "0.png").write_bytes((woods / "ash" / "0.png").read_bytes())
-    found = feature_set(model, woods, **on_disk)
-    assert len(computed) == 3 and len(found) == 4
-    assert torch.equal(found.images[0][1], found.images[2][1])
+    actual = feature_set(model, woods, **on_disk)
+    assert len(computed) == 3 and len(actual) == 4
+    assert torch.equal(actual.images[0][1], actual.images[2][1])
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ def test_it_is_torchs_interpolation(size, resized, align_corners):
     rows, columns = (
         between(torch.arange(m), n, m, align_corners=align_corners) for n, m in zip(size, resized, strict=True)
     )
-    found = bilinear(x, rows, columns)
-    torch.testing.assert_close(found, whole, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
+    actual = bilinear(x, rows, columns)
+    torch.testing.assert_close(actual, whole, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
     origin = int(rows.first[resized[0] // 2])
     part = bilinear(x[..., origin:, :], rows.part(resized[0] // 2, resized[0], origin), columns)
-    assert torch.equal(part, found[..., resized[0] // 2 :, :])
+    assert torch.equal(part, actual[..., resized[0] // 2 :, :])

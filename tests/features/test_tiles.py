@@ -38,10 +38,10 @@ def test_tiles_of_lite0_are_the_whole(monkeypatch, size):
     image = torch.rand(3, *size)
     plan = encoder.passes(*size)
     assert len(plan[0].rows) * len(plan[0].columns) > 1
-    for found, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
-        assert found.shape == whole.shape
-        assert float((found - whole).norm() / whole.norm()) < SAME_IN_FLOAT64
-        assert float((found - whole).abs().max() / whole.abs().max()) < SAME_IN_FLOAT64
+    for actual, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
+        assert actual.shape == whole.shape
+        assert float((actual - whole).norm() / whole.norm()) < SAME_IN_FLOAT64
+        assert float((actual - whole).abs().max() / whole.abs().max()) < SAME_IN_FLOAT64
 
 
 @pytest.mark.usefixtures("float64")
@@ -59,8 +59,8 @@ def test_tiles_of_other_networks_are_the_whole(monkeypatch, arch, settings):
     encoder = small_tiles(monkeypatch, arch, **settings)
     image = torch.rand(3, 489, 91)
     assert encoder.is_local and len(encoder.passes(489, 91)[0].rows) > 1
-    for found, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
-        assert float((found - whole).norm() / whole.norm()) < SAME_IN_FLOAT64
+    for actual, whole in zip(encoder.feature_maps(image).whole(), encoder(encoder.normalize(image[None])), strict=True):
+        assert float((actual - whole).norm() / whole.norm()) < SAME_IN_FLOAT64
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ class Mixer(torch.nn.Module):
 
 
 def test_a_module_that_only_names_a_kernel_has_no_reach_of_its_own():
-    found = tiles.footprint(Mixer(), [1])
-    assert found.halo == 2 and found.is_local
+    actual = tiles.footprint(Mixer(), [1])
+    assert actual.halo == 2 and actual.is_local
 
 
 @pytest.mark.parametrize("length", range(1, 200, 13))
@@ -95,13 +95,13 @@ def test_a_module_that_only_names_a_kernel_has_no_reach_of_its_own():
 def test_cuts_keep_padding_and_phase(length, parts):
     stride, halo = 8, 16
     cells = -(-length // stride)
-    found = tiles.cuts(length, cells, parts, stride, halo)
-    assert [c.first for c in found[1:]] == [c.last for c in found[:-1]]
-    assert found[0].first == found[0].start == 0 and found[-1].last == cells and found[-1].stop == length
-    for c in found:
+    actual = tiles.cuts(length, cells, parts, stride, halo)
+    assert [c.first for c in actual[1:]] == [c.last for c in actual[:-1]]
+    assert actual[0].first == actual[0].start == 0 and actual[-1].last == cells and actual[-1].stop == length
+    for c in actual:
         assert c.start % stride == 0 and (length - c.stop) % stride == 0
         assert c.start <= max(0, c.first * stride - halo) and c.stop >= min(c.last * stride + halo, length)
-    assert len({c.stop - c.start for c in found}) == 1 and len(found) <= parts
+    assert len({c.stop - c.start for c in actual}) == 1 and len(actual) <= parts
 
 
 @pytest.mark.parametrize("size", [(8000, 8000), (16001, 3000), (31, 20000), (999, 7777)])
@@ -122,8 +122,8 @@ def test_a_streamlined_network_gives_the_same_features(arch):
     fast = backbone.streamlined(net)
     images = torch.randn(2, 3, 96, 83)
     with torch.no_grad():
-        for found, expected in zip(fast(images), net(images), strict=True):
-            assert float((found - expected).norm() / expected.norm()) < SAME_IN_FLOAT64
+        for actual, expected in zip(fast(images), net(images), strict=True):
+            assert float((actual - expected).norm() / expected.norm()) < SAME_IN_FLOAT64
     norms = [module for module in fast.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert not norms and len(list(fast.modules())) <= len(list(net.modules()))
 

@@ -243,10 +243,10 @@ def test_coupling_blocks_of_strided_features_and_of_parameters_that_learn(interp
     buffer[:, 5:18] = drawn.x
     blocks = ops.Blocks(*(t.clone().requires_grad_() for t in drawn.blocks))
     expected = interpreted.blocks.coupling_blocks(*drawn.arguments(), precision="bf16")
-    found = interpreted.blocks.coupling_blocks(
+    actual = interpreted.blocks.coupling_blocks(
         *drawn._replace(x=buffer[:, 5:18], blocks=blocks).arguments(), precision="bf16"
     )
-    for value, expected_value in zip(found, expected, strict=True):
+    for value, expected_value in zip(actual, expected, strict=True):
         assert torch.equal(value, expected_value) and not value.requires_grad
 
 
@@ -658,8 +658,8 @@ def test_mixture_definitions_match_loops(mixture, smoothing):
         constant = float(log_det[n]) - 0.5 * z.shape[1] * math.log(2 * math.pi)
         full = log_sum_exp([log_p[k] + log_pi[k] for k in range(K)])
         expected = (full + constant, max(log_p) + constant, log_p[y] + constant, entropy)
-        found = (scores.log_density, scores.best_log_density, scores.own_log_density, scores.entropy)
-        for score, value in zip(found, expected, strict=True):
+        actual = (scores.log_density, scores.best_log_density, scores.own_log_density, scores.entropy)
+        for score, value in zip(actual, expected, strict=True):
             assert float(score[n]) == pytest.approx(value, rel=1e-10, abs=1e-10)
         assert log_p[int(scores.best_class[n])] == pytest.approx(max(log_p), rel=1e-10)
         assert scores.class_log_density[n].tolist() == pytest.approx([v + constant for v in log_p], rel=1e-10)

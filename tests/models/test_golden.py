@@ -154,11 +154,11 @@ def test_trajectory(golden: Golden):
 
 def test_official_checkpoint_loads():
     golden = Golden("small")
-    wanted = {key: value.clone() for key, value in golden.model.state_dict().items()}
+    expected = {key: value.clone() for key, value in golden.model.state_dict().items()}
     for parameter in golden.model.parameters():
         torch.nn.init.normal_(parameter)
     golden.model.load_official_checkpoint(FOLDER / "hgad_official_checkpoint.pt")
-    assert all(torch.equal(value, wanted[key]) for key, value in golden.model.state_dict().items())
+    assert all(torch.equal(value, expected[key]) for key, value in golden.model.state_dict().items())
     checkpoint = torch.load(FOLDER / "hgad_official_checkpoint.pt", weights_only=True)
     assert checkpoint["nfs"][0].keys() == golden.model.nfs[0].state_dict().keys()
 

@@ -101,15 +101,15 @@ def our_terms(
 def assert_same(ours, official):
     (terms, gradients), (wanted_terms, wanted_gradients) = ours, official
     assert terms.keys() == wanted_terms.keys()
-    for name, wanted in wanted_terms.items():
+    for name, expected in wanted_terms.items():
         assert terms[name].dim() == 0
-        assert (terms[name] - wanted).abs() <= SAME_IN_FLOAT64 * wanted.abs(), name
-    for name, wanted in wanted_gradients.items():
-        found = gradients[name]
-        if wanted is None:
-            assert found is None, name
+        assert (terms[name] - expected).abs() <= SAME_IN_FLOAT64 * expected.abs(), name
+    for name, expected in wanted_gradients.items():
+        actual = gradients[name]
+        if expected is None:
+            assert actual is None, name
         else:
-            assert (found - wanted).norm() <= SAME_IN_FLOAT64 * (1 + wanted.norm()), name
+            assert (actual - expected).norm() <= SAME_IN_FLOAT64 * (1 + expected.norm()), name
 
 
 def test_official_script_contract():
@@ -229,8 +229,8 @@ def test_any_pos_embed_is_honoured_as_given(double: HGAD, change):
 def test_the_grid_is_recognised_and_nothing_else(model: HGAD, h: int, w: int, images: int):
     flow = model.nfs[0]
     grid = dense_position(sinusoidal_position(h, w, P), images)
-    found = flow.position([grid])
-    assert torch.allclose(dense_position(found, images), grid, rtol=0, atol=1e-6)
+    actual = flow.position([grid])
+    assert torch.allclose(dense_position(actual, images), grid, rtol=0, atol=1e-6)
     swapped = grid.roll(P // 2, 1)  # rows first, columns second
     for other in (grid + 2e-6, swapped if h * w > 1 and h != w else -grid, grid.clone().requires_grad_()):
         position = flow.position([other])
@@ -241,13 +241,13 @@ def test_a_dense_pos_embed_may_be_trained(double: HGAD):
     x, labels, onehot, pos_embed = batch_of(double, 0)
     pos_embed.requires_grad_()
     official.official_loss(double(x, (labels, onehot), pos_embed, scale=0, epoch=0)).backward()
-    found, pos_embed.grad = pos_embed.grad, None
+    actual, pos_embed.grad = pos_embed.grad, None
     flow = official.official_flow(double.feat_dims[0], P, LAYERS)
     flow.load_state_dict(double.nfs[0].state_dict())
     z, log_det = flow(x, [pos_embed])
     mixture = (double.mus[0], double.mu_deltas[0], double.phi_inters[0], double.phi_intras[0])
     official.official_loss(official.official_losses(z, log_det, labels.flatten(), onehot, *mixture, stage=1)).backward()
-    assert (found - pos_embed.grad).norm() < SAME_IN_FLOAT64 * pos_embed.grad.norm()
+    assert (actual - pos_embed.grad).norm() < SAME_IN_FLOAT64 * pos_embed.grad.norm()
 
 
 def test_trajectory_across_the_stage_switch(double: HGAD):
@@ -292,10 +292,10 @@ def test_helpers_of_the_class(model: HGAD):
     torch.testing.assert_close(model.calculate_distances_to_inter_class_centers(z, mu=mu[:, 0]), distances[:, :, 0])
     assert model.calculate_distances_to_inter_class_centers(torch.zeros(1, model.feat_dims[0])).shape == (1, K)
     log_py, log_det = torch.randn(3).log_softmax(0), torch.randn(7)
-    wanted = torch.distributions.MixtureSameFamily(
+    expected = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(logits=log_py),
         torch.distributions.Independent(torch.distributions.Normal(mu[1], 1.0), 1),
     ).log_prob(z)
-    torch.testing.assert_close(model.get_logps(z, mu[1], log_py, log_det, 5), wanted + log_det)
+    torch.testing.assert_close(model.get_logps(z, mu[1], log_py, log_det, 5), expected + log_det)
     own = mu[1].expand(7, 3, 5)
-    torch.testing.assert_close(model.get_logps(z, own, log_py.expand(7, 3), log_det, 5), wanted + log_det)
+    torch.testing.assert_close(model.get_logps(z, own, log_py.expand(7, 3), log_det, 5), expected + log_det)

@@ -177,8 +177,8 @@ def test_flow_and_every_gradient_equal_the_definition(channels: int, kind: str, 
     upstream = [torch.randn_like(t) for t in expected]
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     gradients = torch.autograd.grad(result, leaves, upstream)
-    for found, wanted in zip(gradients, torch.autograd.grad(expected, leaves, upstream), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for actual, expected_gradient in zip(gradients, torch.autograd.grad(expected, leaves, upstream), strict=True):
+        torch.testing.assert_close(actual, expected_gradient, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("memory", ops.MEMORY_MODES)
@@ -252,11 +252,11 @@ def test_float32_gradients_are_about_as_exact_as_the_official_ones():
 def test_flow_gradients_of_one_output_or_of_parameters_alone():
     blocks, x = make_blocks(6, 0, layers=2), torch.randn(8, 6, dtype=F64)
     for pick in (0, 1):
-        found = torch.autograd.grad(ops.flow(x, blocks, clamp=CLAMP)[pick].sum(), leaves_of(blocks), allow_unused=True)
-        wanted = torch.autograd.grad(
+        actual = torch.autograd.grad(ops.flow(x, blocks, clamp=CLAMP)[pick].sum(), leaves_of(blocks), allow_unused=True)
+        expected = torch.autograd.grad(
             ops.flow_definition(x, blocks, clamp=CLAMP)[pick].sum(), leaves_of(blocks), allow_unused=True
         )
-        for a, b in zip(found, wanted, strict=True):
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-10, atol=1e-10)
 
 
@@ -362,16 +362,16 @@ def test_mixture_losses_and_gradients_are_the_equations(labels, classes, centres
     if stage == 2:
         expected["L_g_intra"] = -(own + log_det) / channels
         expected["L_z"] = -F.logsigmoid((own + log_det) / channels - 0.5 * math.log(2 * math.pi))
-    found = ops.mixture_losses(z, log_det, labels, *parameters, label_smoothing=e, stage=stage)
-    assert found.keys() == expected.keys()
+    actual = ops.mixture_losses(z, log_det, labels, *parameters, label_smoothing=e, stage=stage)
+    assert actual.keys() == expected.keys()
     upstream = {name: torch.randn(n, dtype=F64) for name in expected}
     leaves = [z, *parameters]
     gradients = [
         torch.autograd.grad(list(terms.values()), leaves, list(upstream.values()), allow_unused=True)
-        for terms in (found, expected)
+        for terms in (actual, expected)
     ]
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-10)
     for a, b in zip(*gradients, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -401,8 +401,8 @@ def test_soft_targets_replace_the_smoothed_label():
     d = -0.5 * (z[:, None] - parameters[0]).square().sum(-1)
     log_pi = parameters[2].log_softmax(0)
     expected = (targets * ((d + log_pi).log_softmax(1) - log_pi)).sum(1)
-    found = ops.mixture_losses(z, log_det, labels, *parameters, targets=targets)["L_mi"]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    actual = ops.mixture_losses(z, log_det, labels, *parameters, targets=targets)["L_mi"]
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_far_centres_do_not_cancel():
@@ -476,8 +476,8 @@ def test_own_class_scores_are_those_of_all_classes(n, monkeypatch):
 def test_own_class_scores_of_the_kernel(interpreted):
     z, log_det, labels = torch.randn(20, 6), torch.randn(20), torch.tensor([3, 1])
     mixture = [p.detach().float() for p in make_mixture(5, 4, 6)]
-    found = ops.own_class_scores(z, log_det, *mixture, labels, backend="triton")
-    torch.testing.assert_close(found, ops.own_class_scores(z, log_det, *mixture, labels, backend="torch"))
+    actual = ops.own_class_scores(z, log_det, *mixture, labels, backend="triton")
+    torch.testing.assert_close(actual, ops.own_class_scores(z, log_det, *mixture, labels, backend="torch"))
 
 
 def test_ties_go_to_the_lowest_class():

@@ -35,9 +35,9 @@ def calibration(*scores, rate=0.01) -> Calibration:
     return Calibration(torch.zeros(len(scores), 1), flat, ids, rate)
 
 
-def judge(found, scores, k=0):
+def judge(actual, scores, k=0):
     scores = torch.as_tensor(scores, dtype=torch.float32)
-    return found.judge(scores, torch.full((len(scores),), k))
+    return actual.judge(scores, torch.full((len(scores),), k))
 
 
 def pooled_by_hand(scores, k):
@@ -58,8 +58,8 @@ def pooled_by_hand(scores, k):
 
 
 def test_p_values_by_hand_with_ties():
-    found = calibration([1, 2, 2, 3, 5, 5, 5, 8, 9], rate=0.3)
-    p_value, is_anomalous, threshold, rate = judge(found, [0, 1, 2, 2.5, 5, 6, 8, 9, 10])
+    actual = calibration([1, 2, 2, 3, 5, 5, 5, 8, 9], rate=0.3)
+    p_value, is_anomalous, threshold, rate = judge(actual, [0, 1, 2, 2.5, 5, 6, 8, 9, 10])
     assert p_value.tolist() == [n / 10 for n in (10, 10, 9, 7, 6, 3, 3, 2, 1)]
     assert threshold.tolist() == [5] * 9  # three of ten may raise an alarm: those above the third largest
     assert is_anomalous.tolist() == [False] * 5 + [True] * 4
@@ -69,12 +69,12 @@ def test_p_values_by_hand_with_ties():
 @pytest.mark.parametrize("n", [1, 2, 9, 99, 250])
 @pytest.mark.parametrize("rate", [0.01, 0.07, 0.29, 0.5])
 def test_p_value_floor_and_attainable_rate(n, rate):
-    found = calibration(torch.randn(n).tolist(), rate=rate)
-    p_value, is_anomalous, threshold, attained = judge(found, [1e9, -1e9])
+    actual = calibration(torch.randn(n).tolist(), rate=rate)
+    p_value, is_anomalous, threshold, attained = judge(actual, [1e9, -1e9])
     assert p_value.tolist() == [1 / (n + 1), 1]
     assert is_anomalous.tolist() == [True, False]
-    assert attained.tolist() == [max(rate, 1 / (n + 1))] * 2 == [found.attainable_rate(0)] * 2
-    assert 0 < (found.scores > threshold[0]).sum() + 1 <= max(rate, 1 / (n + 1)) * (n + 1) + 1e-9
+    assert attained.tolist() == [max(rate, 1 / (n + 1))] * 2 == [actual.attainable_rate(0)] * 2
+    assert 0 < (actual.scores > threshold[0]).sum() + 1 <= max(rate, 1 / (n + 1)) * (n + 1) + 1e-9
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
@@ -82,15 +82,15 @@ def test_p_value_floor_and_attainable_rate(n, rate):
 @pytest.mark.parametrize("ties", [False, True])
 def test_verdict_threshold_and_p_value_agree_to_the_bit(rate, counts, ties):
     draw = [torch.randn(n) * (k + 1) + 3 for k, n in enumerate(counts)]
-    found = calibration(*([x.round() if ties else x for x in draw]), rate=rate)
+    actual = calibration(*([x.round() if ties else x for x in draw]), rate=rate)
     for k in range(len(counts)):
-        _, _, threshold, _ = judge(found, [0.0], k)
+        _, _, threshold, _ = judge(actual, [0.0], k)
         at = float(threshold[0]) if counts[k] else 0.0
         edge = np.float32(
             [at, np.nextafter(np.float32(at), np.float32(1e9)), np.nextafter(np.float32(at), np.float32(-1e9))]
         )
-        scores = torch.cat([found.scores, torch.from_numpy(edge), torch.randn(50) * 5])
-        p_value, is_anomalous, threshold, attained = judge(found, scores, k)
+        scores = torch.cat([actual.scores, torch.from_numpy(edge), torch.randn(50) * 5])
+        p_value, is_anomalous, threshold, attained = judge(actual, scores, k)
         if counts[k] == 0:
             assert p_value.isnan().all() and threshold.isnan().all() and attained.isnan().all()
             assert not is_anomalous.any()
@@ -105,13 +105,13 @@ def test_verdict_threshold_and_p_value_agree_to_the_bit(rate, counts, ties):
 @pytest.mark.parametrize("counts", [(20, 20, 20, 20, 20), (3, 50, 50), (8, 30, 2, 70, 1, 0)])
 def test_pooled_scores_are_standardised_by_class(counts):
     scores = [(torch.randn(n) * 10.0**k + k).tolist() for k, n in enumerate(counts)]
-    found = calibration(*scores)
+    actual = calibration(*scores)
     for k, n in enumerate(counts):
         if n < 3:
             continue
         expected = pooled_by_hand(scores, k)
         tests = torch.randn(30) * 10.0**k + k
-        p_value, _, threshold, rate = judge(found, tests, k)
+        p_value, _, threshold, rate = judge(actual, tests, k)
         total = len(expected)
         assert total == sum(m for m in counts if m >= 3)
         at_least = (expected[None] >= tests.double().numpy()[:, None]).sum(1)
@@ -129,10 +129,10 @@ def test_a_class_with_enough_images_is_compared_with_its_own_alone():
 
 
 def test_classes_with_none_one_or_two_images():
-    found = calibration([], [1.0], [1.0, 2.0], [1.0, 2.0, 4.0], torch.randn(40).tolist())
+    actual = calibration([], [1.0], [1.0, 2.0], [1.0, 2.0, 4.0], torch.randn(40).tolist())
     for k, (n, rate) in enumerate([(0, math.nan), (1, 1 / 2), (2, 1 / 3), (43, 1 / 44), (43, 1 / 44)]):
-        p_value, is_anomalous, threshold, attained = judge(found, [100.0], k)
-        assert np.array_equal([found.attainable_rate(k), float(attained)], [rate, rate], equal_nan=True)
+        p_value, is_anomalous, threshold, attained = judge(actual, [100.0], k)
+        assert np.array_equal([actual.attainable_rate(k), float(attained)], [rate, rate], equal_nan=True)
         assert bool(is_anomalous) == (n > 0)
         assert math.isnan(p_value) if n == 0 else float(p_value) == 1 / (n + 1)
         assert math.isnan(threshold) == (n == 0)
@@ -145,8 +145,8 @@ def test_a_lone_class_is_not_pooled_with_itself():
 
 
 def test_scores_without_spread():
-    found = calibration([2.0] * 10, [3.0] * 10)
-    p_value, is_anomalous, threshold, _ = judge(found, [1.0, 2.0, 2.5], 0)
+    actual = calibration([2.0] * 10, [3.0] * 10)
+    p_value, is_anomalous, threshold, _ = judge(actual, [1.0, 2.0, 2.5], 0)
     assert threshold.tolist() == [2.0] * 3
     assert is_anomalous.tolist() == [False, False, True]
     assert p_value.tolist() == [1, 1, 1 / 21]
@@ -182,11 +182,11 @@ def test_pooling_raises_no_more_alarms_than_allowed(name, counts):
 
 
 def test_false_alarm_rate_may_be_set_at_any_time():
-    found = calibration(torch.arange(99).tolist())
+    actual = calibration(torch.arange(99).tolist())
     tests = torch.arange(100) - 0.5
     for rate in (0.01, 0.1, 0.5, 0.1):
-        found.false_alarm_rate = rate
-        _, is_anomalous, threshold, attained = judge(found, tests)
+        actual.false_alarm_rate = rate
+        _, is_anomalous, threshold, attained = judge(actual, tests)
         assert int(is_anomalous.sum()) == round(100 * rate)
         assert float(attained[0]) == rate and float(threshold[0]) == 99 - 100 * rate
 
@@ -248,12 +248,12 @@ def test_standardised_fusion_is_the_sum_in_units_of_the_normal_peaks(tmp_path):
     for k in (0, 1):
         rows = normal.class_ids == k
         expected[rows] = sum(m[rows] / (m[rows].amax((1, 2)).mean() - m[rows].mean()) for m in factors)
-    found = model.score_features(batches(normal), normal.class_ids)
-    torch.testing.assert_close(found.anomaly_map, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
-    assert torch.equal(found.image_score, calibration.scores)
+    actual = model.score_features(batches(normal), normal.class_ids)
+    torch.testing.assert_close(actual.anomaly_map, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
+    assert torch.equal(actual.image_score, calibration.scores)
     model.save(tmp_path / "m.safetensors")
     one = HGADModel.load(tmp_path / "m.safetensors").score_features([x[3:4] for x in batches(normal)], 1)
-    assert torch.equal(one.anomaly_map[0], found.anomaly_map[3]) and torch.equal(one.p_value, found.p_value[3:4])
+    assert torch.equal(one.anomaly_map[0], actual.anomaly_map[3]) and torch.equal(one.p_value, actual.p_value[3:4])
 
 
 def test_standardised_fusion_without_held_out_images_is_the_product():
@@ -280,8 +280,8 @@ def test_scores_of_new_normal_images_are_valid_although_the_constants_come_from_
         some = protocol.Densities([x[rows] for x in logps], [x[rows] for x in neg_entropy], images.class_ids[rows])
         level_max = torch.stack([x[:n].max() for x in some.logps]).expand(2, -1)
         scores = maps.calibrated_maps(some, level_max, 12).amax((1, 2))
-        found = Calibration(level_max, scores[:n], some.group_ids[:n], 0.1)
-        flagged.append(float(found.judge(scores[n:], some.group_ids[n:])[1].double().mean()))
+        actual = Calibration(level_max, scores[:n], some.group_ids[:n], 0.1)
+        flagged.append(float(actual.judge(scores[n:], some.group_ids[n:])[1].double().mean()))
     assert np.mean(flagged) <= 0.1 + 3 * np.std(flagged) / 150**0.5
 
 

@@ -62,12 +62,12 @@ def test_lines_are_where_score_and_mask_are(tmp_path: Path, height: int, width: 
     image = np.full((3, height, width), GREY)
     image = read(overlay(image, scores, 1.0, mask, path=tmp_path / "overlay.png", title="here"))
     left, right = panels_of(image)[-1]
-    found = image[:, left:right]
-    below = found.shape[0] * 9 // 10  # leaves out the words under the panels
-    panel = (found < 250).any(-1)
+    actual = image[:, left:right]
+    below = actual.shape[0] * 9 // 10  # leaves out the words under the panels
+    panel = (actual < 250).any(-1)
     panel[below:] = False
     panel[: np.flatnonzero(panel.all(1))[0]] = False
-    red, blue = close_to(found, RED) & panel, close_to(found, BLUE) & panel
+    red, blue = close_to(actual, RED) & panel, close_to(actual, BLUE) & panel
     pixel = 1 / min(height, width)
     # The line runs between the last cell below and the first above the threshold: within one cell of the map.
     np.testing.assert_allclose(extent_in_image(red, panel), [1 / 4, 1 / 2, 1 / 2, 3 / 4], atol=0.05)
@@ -115,8 +115,8 @@ def test_without_a_threshold_the_scale_ends_at_the_maximum(tmp_path: Path) -> No
         (None, True, "score 1.50", False),
     ],
 )
-def test_verdict(found: bool | None, true: bool | None, verdict: str, wrong: bool) -> None:
-    case = Case(np.zeros((8, 8)), np.zeros((4, 4)), 2.0, image_score=3.0, is_anomalous=found, is_defective=true)
+def test_verdict(actual: bool | None, true: bool | None, verdict: str, wrong: bool) -> None:
+    case = Case(np.zeros((8, 8)), np.zeros((4, 4)), 2.0, image_score=3.0, is_anomalous=actual, is_defective=true)
     assert case.verdict == verdict
     assert case.is_wrong == wrong
 
@@ -132,9 +132,9 @@ def test_contact_sheet_outlines_every_found_defect_and_no_other(tmp_path: Path) 
     def drawn(colour: tuple[int, ...]) -> list[list[bool]]:
         """Whether the colour occurs in the panel "found" of each row and block."""
         half = image.shape[1] // 2
-        found = [image[:, 3 * half // 4 : half], image[:, half + 3 * half // 4 :]]
+        actual = [image[:, 3 * half // 4 : half], image[:, half + 3 * half // 4 :]]
         middle = 20 + (image.shape[0] - 90) // 2
-        return [[bool(close_to(block[rows], colour, 40).any()) for block in found] for rows in _halves(middle)]
+        return [[bool(close_to(block[rows], colour, 40).any()) for block in actual] for rows in _halves(middle)]
 
     assert drawn(RED) == [[True, False], [False, True]]
     assert drawn(BLUE) == [[True, True], [False, False]]

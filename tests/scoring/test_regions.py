@@ -38,13 +38,13 @@ def test_nothing_lies_above(threshold: float) -> None:
 def whole(scores: np.ndarray, threshold: float) -> list[Region]:
     """The same from labels of the whole map."""
     labels, count = ndimage.label(scores > threshold, np.ones((3, 3)))
-    found = []
+    actual = []
     for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):
         values = scores[labels == k]
         y, x = map(int, np.argwhere((labels == k) & (scores == values.max()))[0])
         box = (columns.start, rows.start, columns.stop, rows.stop)
-        found.append(Region(*box, values.size, float(values.max()), x, y, float(values.mean(dtype=np.float64))))
-    return sorted(found, key=lambda region: (-region.peak, region.top, region.left))
+        actual.append(Region(*box, values.size, float(values.max()), x, y, float(values.mean(dtype=np.float64))))
+    return sorted(actual, key=lambda region: (-region.peak, region.top, region.left))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
@@ -52,11 +52,11 @@ def whole(scores: np.ndarray, threshold: float) -> list[Region]:
 def test_bands_do_not_show(rows: int, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = np.random.default_rng(0).random((37, 23), dtype=np.float32)
     monkeypatch.setattr(regions, "BAND_PIXELS", rows * 23)
-    found, expected = find_regions(scores, 1 - density), whole(scores, 1 - density)
-    assert [dataclasses.replace(region, mean=0) for region in found] == [
+    actual, expected = find_regions(scores, 1 - density), whole(scores, 1 - density)
+    assert [dataclasses.replace(region, mean=0) for region in actual] == [
         dataclasses.replace(region, mean=0) for region in expected
     ]
-    np.testing.assert_allclose([region.mean for region in found], [region.mean for region in expected], rtol=1e-12)
+    np.testing.assert_allclose([region.mean for region in actual], [region.mean for region in expected], rtol=1e-12)
 
 
 def test_a_spiral_across_all_bands_is_one_region(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,5 +64,5 @@ def test_a_spiral_across_all_bands_is_one_region(monkeypatch: pytest.MonkeyPatch
     comb = np.zeros((9, 9))
     comb[:, ::2] = 1  # teeth that meet in the last row only
     comb[-1] = 1
-    (found,) = find_regions(comb, 0.5)
-    assert (found.left, found.top, found.right, found.bottom, found.area) == (0, 0, 9, 9, int(comb.sum()))
+    (actual,) = find_regions(comb, 0.5)
+    assert (actual.left, actual.top, actual.right, actual.bottom, actual.area) == (0, 0, 9, 9, int(comb.sum()))

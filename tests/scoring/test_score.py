@@ -132,8 +132,8 @@ def test_densities_and_the_inferred_class_are_the_definition(flow_arch):
     assert len(set(free.class_id.tolist())) > 1  # or the comparison says little
     for ids in (free.class_id, torch.tensor([2, 2, 1, 1, 0, 0])):
         result = model.score_features(features, ids, "official")
-        for found, entropy, (density, h) in zip(result.logps, result.neg_entropy, levels, strict=True):
-            assert_close(found, of_class(density, ids.tolist()))
+        for actual, entropy, (density, h) in zip(result.logps, result.neg_entropy, levels, strict=True):
+            assert_close(actual, of_class(density, ids.tolist()))
             assert_close(entropy, -h)
 
 
@@ -261,8 +261,8 @@ def test_chunks_of_rows_leave_no_seam(monkeypatch, chunk, flow_arch):
     monkeypatch.setattr(hgad, "CHUNK_PIXELS", chunk)
     chunks = model.score_features(features)
     for name in ("logps", "neg_entropy"):
-        for found, expected in zip(getattr(chunks, name), getattr(whole, name), strict=True):
-            assert_close(found, expected)
+        for actual, expected in zip(getattr(chunks, name), getattr(whole, name), strict=True):
+            assert_close(actual, expected)
     assert (chunks.anomaly_map - whole.anomaly_map).abs().max() < SAME_IN_FLOAT64
     alone = model.score_features([x[2:] for x in features])
     assert_same_bits(chunks, alone, slice(2, 3))
@@ -303,8 +303,8 @@ def test_chunks_have_one_size_and_fit_together(monkeypatch, chunk):
         assert frobenius(getattr(chunks, name)[0], getattr(whole, name)[0]) < SAME_IN_FLOAT64
 
 
-def frobenius(found, expected) -> float:
-    return float((found - expected).norm() / expected.norm())
+def frobenius(actual, expected) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.usefixtures("float64")
@@ -320,8 +320,8 @@ def test_a_piece_of_a_map_has_the_position_that_it_has_in_the_whole(calibrated):
     pieces = calibrated.densities(FeatureMaps(1, SIZES, pieces), None)
     assert torch.equal(pieces.group_ids, whole.group_ids)
     for name in ("logps", "neg_entropy"):
-        for found, expected in zip(getattr(pieces, name), getattr(whole, name), strict=True):
-            assert frobenius(found, expected) < SAME_IN_FLOAT64
+        for actual, expected in zip(getattr(pieces, name), getattr(whole, name), strict=True):
+            assert frobenius(actual, expected) < SAME_IN_FLOAT64
 
 
 def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
@@ -336,18 +336,18 @@ def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("size", [(24, 35), (7, 90), (61, 24), (24, 24)])
 def test_bands_of_a_map_fit_together(calibrated, monkeypatch, size):
-    (found,) = densities.densities(calibrated, random_features(1), None)
+    (actual,) = densities.densities(calibrated, random_features(1), None)
     level_max = calibrated.calibration.level_max
     for grid in [(24, 35), (35, 24), (24, 24)]:
         whole, bands = torch.empty(2, 1, *size)
         monkeypatch.setattr(maps, "BAND_PIXELS", 2**20)
-        expected = maps.write_calibrated(whole, found, level_max, grid)
+        expected = maps.write_calibrated(whole, actual, level_max, grid)
         for pixels in (1, 50, 100):
             monkeypatch.setattr(maps, "BAND_PIXELS", pixels)
-            maxima = maps.write_calibrated(bands.fill_(math.nan), found, level_max, grid)
+            maxima = maps.write_calibrated(bands.fill_(math.nan), actual, level_max, grid)
             assert torch.equal(maxima, expected) and torch.equal(bands, whole)
         on_grid = torch.empty(1, *grid)
-        maps.write_calibrated(on_grid, found, level_max, grid)
+        maps.write_calibrated(on_grid, actual, level_max, grid)
         assert torch.equal(maxima, on_grid.amax((1, 2)))
         assert frobenius(whole, maps.resample(on_grid, size)) < SAME_IN_FLOAT64
 
@@ -443,8 +443,8 @@ def test_batches_keep_to_the_memory_allowed(double_camera, monkeypatch):
         fast = double_camera.score(images, img_size="native", throughput=True, max_memory=limit)
         assert batches == expected
         assert_close(fast.image_score, alone.image_score)
-        for found, right in zip(fast.anomaly_map, alone.anomaly_map, strict=True):
-            assert_close(found, right)
+        for actual, right in zip(fast.anomaly_map, alone.anomaly_map, strict=True):
+            assert_close(actual, right)
 
 
 def test_every_kind_of_input_gives_the_same(camera, tmp_path):
@@ -548,12 +548,12 @@ def with_blob(image, top, left):
 def test_a_defect_shows_where_it_is(spotter, size, place):
     clean = grey_image(*size)
     image, (y, x) = with_blob(clean, *place)
-    found, before = spotter.score(image), spotter.score(clean)
-    assert found.image_score > before.image_score
-    assert found.anomaly_map.shape == (1, *size)
-    assert math.dist(peak(found.anomaly_map - before.anomaly_map), (y, x)) < 0.1 * min(size)
-    found, before = (spotter.score(p, map_size=(100, 200)) for p in (image, clean))
-    row, column = peak(found.anomaly_map - before.anomaly_map)
+    actual, before = spotter.score(image), spotter.score(clean)
+    assert actual.image_score > before.image_score
+    assert actual.anomaly_map.shape == (1, *size)
+    assert math.dist(peak(actual.anomaly_map - before.anomaly_map), (y, x)) < 0.1 * min(size)
+    actual, before = (spotter.score(p, map_size=(100, 200)) for p in (image, clean))
+    row, column = peak(actual.anomaly_map - before.anomaly_map)
     assert math.dist((row / 100 * size[0], column / 200 * size[1]), (y, x)) < 0.1 * min(size)
 
 

@@ -51,21 +51,21 @@ def test_it_says_what_the_model_says(model: HGADModel, tmp_path: Path) -> None:
     expected = model.score(frame)
     tensor = torch.from_numpy(frame).permute(2, 0, 1) / 255
     for form in (frame, frame.astype(np.uint16) * 257, frame / np.float32(255), tensor, Image.fromarray(frame)):
-        found = scorer(form)
-        assert found.p_value == float(expected.p_value) and found.is_anomalous == bool(expected.is_anomalous)
-        assert found.class_name == model.class_names[int(expected.class_id)]
-        assert_scored(found, model, frame)
-    inside = sum(region.area for region in found.regions())
-    assert inside == int((found.anomaly_map.double() > found.threshold).sum())
+        actual = scorer(form)
+        assert actual.p_value == float(expected.p_value) and actual.is_anomalous == bool(expected.is_anomalous)
+        assert actual.class_name == model.class_names[int(expected.class_id)]
+        assert_scored(actual, model, frame)
+    inside = sum(region.area for region in actual.regions())
+    assert inside == int((actual.anomaly_map.double() > actual.threshold).sum())
 
 
 def test_class_and_map_size_are_the_scorers(model: HGADModel) -> None:
     (frame,) = frames(1)
     for name in ("a", "b"):
-        found = Scorer(model, class_id=name, map_size=(6, 10))(frame)
+        actual = Scorer(model, class_id=name, map_size=(6, 10))(frame)
         expected = model.score(frame, name, map_size=(6, 10))
-        assert found.class_name == name and found.score == float(expected.image_score)
-        assert_scored(found, model, frame, name, map_size=(6, 10))
+        assert actual.class_name == name and actual.score == float(expected.image_score)
+        assert_scored(actual, model, frame, name, map_size=(6, 10))
 
 
 def test_a_map_at_the_frames_size_is_made_only_when_it_is_asked_for(
@@ -75,9 +75,9 @@ def test_a_map_at_the_frames_size_is_made_only_when_it_is_asked_for(
     made: list[tuple[int, int]] = []
     write = maps._filled
     monkeypatch.setattr(maps, "_filled", lambda out, *rest: made.append(tuple(out.shape)) or write(out, *rest))
-    found = scorer(frame)
-    assert found.is_anomalous in (False, True) and made == [(24, 41)]  # the grid that scores are computed on
-    assert found.anomaly_map is found.anomaly_map and found.anomaly_map.shape == found.size == (30, 50)
+    actual = scorer(frame)
+    assert actual.is_anomalous in (False, True) and made == [(24, 41)]  # the grid that scores are computed on
+    assert actual.anomaly_map is actual.anomaly_map and actual.anomaly_map.shape == actual.size == (30, 50)
     assert made == [(24, 41), (30, 50)]
 
 
@@ -91,9 +91,9 @@ def test_frames_of_any_size_have_the_map_of_the_model(
     for map_size in (None, (11, 7)):
         scorer = Scorer(model, frame_size=(30, 50), map_size=map_size)
         expected = model.score(frame, map_size=map_size)
-        found = scorer(frame)
-        assert found.score == float(expected.image_score)
-        assert_scored(found, model, frame, map_size=map_size)
+        actual = scorer(frame)
+        assert actual.score == float(expected.image_score)
+        assert_scored(actual, model, frame, map_size=map_size)
 
 
 def test_a_rate_of_its_own(model: HGADModel) -> None:
@@ -109,9 +109,9 @@ def test_a_rate_of_its_own(model: HGADModel) -> None:
 @pytest.mark.filterwarnings("ignore:images are seen at")
 def test_a_size_and_a_memory_of_its_own(model: HGADModel) -> None:
     (frame,) = frames(1)
-    found, expected = Scorer(model, img_size="native")(frame), model.score(frame, img_size="native")
-    assert found.score == float(expected.image_score)
-    assert_scored(found, model, frame, img_size="native")
+    actual, expected = Scorer(model, img_size="native")(frame), model.score(frame, img_size="native")
+    assert actual.score == float(expected.image_score)
+    assert_scored(actual, model, frame, img_size="native")
     with pytest.raises(ValueError, match="an image of 30 x 50 pixels .* max_memory is 10 MB"):
         Scorer(model, frame_size=(30, 50), max_memory="10MB")
     with pytest.raises(ValueError, match="max_memory is 'lots'"):
@@ -124,7 +124,7 @@ def test_threads_take_turns(model: HGADModel) -> None:
     scorer, many = Scorer(model), frames(12)
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(scorer, many))
-    assert [found.score for found in together] == [float(model.score(frame).image_score) for frame in many]
+    assert [actual.score for actual in together] == [float(model.score(frame).image_score) for frame in many]
 
 
 def test_mistakes_are_named_before_the_first_frame(model: HGADModel) -> None:

@@ -102,13 +102,13 @@ def test_the_position_of_a_tile_is_its_place_in_the_whole_map():
     model, image = detector(feature_levels=1), torch.rand(3, 353, 217)
     encoder = model.encoder
     assert n_tiles(model, 353, 217) > 1
-    (found,) = model.densities(encoder.feature_maps(image), torch.zeros(1, dtype=torch.int64)).logps
+    (actual,) = model.densities(encoder.feature_maps(image), torch.zeros(1, dtype=torch.int64)).logps
     (x,) = encoder(encoder.normalize(image[None]))
     _, channels, h, w = x.shape
     code = dense_position(model.nfs[0].grid(h, w))
     z, log_det = model.nfs[0](x.permute(0, 2, 3, 1).reshape(h * w, channels), code)
     density, _ = model.mixture.own_scores(z, log_det, 0, torch.zeros(1, dtype=torch.int64))
-    assert_close(found, density.view(1, h, w) / channels)
+    assert_close(actual, density.view(1, h, w) / channels)
 
 
 # ------------------------------------------------------------------------------------------------ memory

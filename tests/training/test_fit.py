@@ -157,20 +157,20 @@ def test_trajectory_across_the_stage_switch_equals_plain_autograd(monkeypatch, t
         for group in optimizer.param_groups:
             group["lr"] = reference_rate(config, meta_epoch, step / (2 * steps))
         optimizer.zero_grad()
-        found = []
+        actual = []
         for level in range(2):
             terms = reference_terms(reference, level, [levels[level][i] for i in indices], ids[indices].tolist(), stage)
             weights = dict.fromkeys(TERMS, 1) | {"L_g": config.lambda1, "L_mi": -config.lambda2}
             weights = [weights[name] * (name in trained) for name in TERMS]
             sum(weight * term for weight, term in zip(weights, terms, strict=False)).backward()
-            found.append([term.item() for term in terms])
+            actual.append([term.item() for term in terms])
         optimizer.step()
         if step % 2:  # the records hold the means of two batches
             record = history.records[step // 2]
             assert record["stage"] == stage
-            ours = [[level[name] for name in TERMS[: len(found[0])]] for level in record["losses"]]
-            np.testing.assert_allclose(ours, np.mean([previous, found], 0), rtol=SAME_IN_FLOAT64)
-        previous = found
+            ours = [[level[name] for name in TERMS[: len(actual[0])]] for level in record["losses"]]
+            np.testing.assert_allclose(ours, np.mean([previous, actual], 0), rtol=SAME_IN_FLOAT64)
+        previous = actual
     assert len(order) == 16
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (ours - theirs).norm() <= SAME_IN_FLOAT64 * theirs.norm(), name
@@ -371,9 +371,9 @@ def test_features_trained_on_are_rounded_and_those_calibrated_on_are_not(photogr
     assert not torch.equal(half.mixture.mus[0], whole.mixture.mus[0])
     exact = feature_set(half, photographs)
     _, held_out = split(exact.class_ids, half.config.calibration_fraction, half.config.seed)
-    found = half.calibration.tensors()
+    actual = half.calibration.tensors()
     calibrate_on(half, exact.subset(held_out))
-    assert_equal(half.calibration.tensors(), found)
+    assert_equal(half.calibration.tensors(), actual)
 
 
 @pytest.mark.filterwarnings("ignore:too few calibration images")

@@ -106,25 +106,25 @@ def test_two_processes_train_what_one_does(tmp_path):
     pair.mkdir()
     assert outcomes([*start(single, "train", 1), *start(pair, "train", 2)]) == [(0, "")] * 3
     expected = torch.load(single / "train 0.pt")
-    found = [torch.load(pair / f"train {rank}.pt") for rank in (0, 1)]
+    actual = [torch.load(pair / f"train {rank}.pt") for rank in (0, 1)]
     for rank in (0, 1):
         for name, tensor in expected["model"].items():
             torch.testing.assert_close(
-                found[rank]["model"][name], tensor, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64, msg=name
+                actual[rank]["model"][name], tensor, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64, msg=name
             )
-            assert torch.equal(found[rank]["model"][name], found[0]["model"][name])
-        for ours, theirs in zip(found[rank]["losses"], expected["losses"], strict=True):
+            assert torch.equal(actual[rank]["model"][name], actual[0]["model"][name])
+        for ours, theirs in zip(actual[rank]["losses"], expected["losses"], strict=True):
             for level, right in zip(ours, theirs, strict=True):
                 assert level == pytest.approx(right, rel=SAME_IN_FLOAT64)
         for name, tensor in expected["calibration"].items():
             torch.testing.assert_close(
-                found[rank]["calibration"][name], tensor, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64
+                actual[rank]["calibration"][name], tensor, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64
             )
-    assert [one["seen"] for one in (expected, *found)] == [10, 10, 0]  # callbacks are the first process's
+    assert [one["seen"] for one in (expected, *actual)] == [10, 10, 0]  # callbacks are the first process's
     assert sorted(os.listdir(pair / "run")) == sorted([CHECKPOINT, METRICS, MODEL, RUN])
     assert len((pair / "run" / METRICS).read_text().splitlines()) == 10
     saved = HGADModel.load(pair / "run" / MODEL).state_dict()
-    assert all(torch.equal(tensor, found[0]["model"][name].float()) for name, tensor in saved.items())
+    assert all(torch.equal(tensor, actual[0]["model"][name].float()) for name, tensor in saved.items())
 
 
 def test_a_process_that_dies_ends_the_other_with_a_message(tmp_path):

@@ -39,9 +39,9 @@ def gradients(model: HGADModel) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
 
 
-def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    found, expected = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (found, expected))
-    return float((found - expected).detach().norm() / expected.detach().norm())
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    actual, expected = (torch.cat([t.double().flatten() for t in tensors]) for tensors in (actual, expected))
+    return float((actual - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])
