@@ -104,7 +104,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often each kernel has been launched on the interpreter, by name."""
+    """Return a count of the launches of each kernel on the interpreter, by name."""
     counts: dict[str, int] = {}
     launch = GridExecutor.__call__
 

@@ -55,7 +55,7 @@ def succeeds(*args: Any) -> Result:
 
 
 def fails(*args: Any) -> str:
-    """The one line of the error; nothing is left on stdout and no exception comes through."""
+    """Return the one line of the error; nothing is left on stdout and no exception comes through."""
     result = hgad(*args)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)

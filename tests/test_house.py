@@ -56,7 +56,7 @@ def room(module: str) -> str:
 
 
 def test_the_walk_sees_the_imports() -> None:
-    """Of all kinds: relative and absolute, of modules and of names, at the top of a file and in a function."""
+    """It sees all kinds: relative and absolute, of modules and of names, at the top of a file and in a function."""
     edges = graph()
     for user, used in (
         ("hgad_fast.scoring.score", "hgad_fast.scoring.maps"),  # from .maps import name
@@ -89,7 +89,7 @@ def test_only_the_face_of_the_operations_is_more_than_a_folder() -> None:
 
 
 def test_methods_are_known_in_their_rooms_alone() -> None:
-    """What HGAD is made of stands in the rooms of the methods and in what measures and demonstrates them."""
+    """The parts of HGAD stand in the rooms of the methods and in what measures and demonstrates them."""
     method = re.compile(
         r"n_intra_centers|mu_delta|phi_int(er|ra)|coupling|lambda[12]|StageLoss|LOSS_TERMS|\bHGAD(Model|Config)\b"
     )

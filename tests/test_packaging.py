@@ -81,7 +81,7 @@ def test_version_is_the_packages_version(wheel: zipfile.ZipFile) -> None:
 
 @pytest.mark.parametrize(("statement", "allowed"), [(IMPORT, set()), (HELP, TYPER)], ids=["import", "help"])
 def test_start_loads_little_beyond_torch(statement: str, allowed: set[str]) -> None:
-    """What that costs in time: benchmarks/startup.py."""
+    """benchmarks/startup.py says what that costs in time."""
     loaded = "sorted(set(sys.modules) - before)"
     code = f"import sys, torch\nbefore = set(sys.modules)\n{statement}\nimport json; print(json.dumps({loaded}))"
     modules = json.loads(run_python(code).splitlines()[-1])

@@ -119,7 +119,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished training."""
+    """Return the folder of a finished training."""
     folder = tmp_path_factory.mktemp("run")
     ToyModel(config()).fit(root, output_dir=folder, false_alarm_rate=0.2)
     return folder

@@ -297,7 +297,7 @@ def test_without_freia_the_definition_is_the_peer(case: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_on_cuda_every_precision_is_right_too(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU will run, with the products' operands rounded by the definitions."""
+    """Everything that a GPU will run, with the products' operands rounded by the definitions."""
 
     class LikeCuda(cases.Problem):
         def __init__(self, size: cases.Size, device: torch.device) -> None:

@@ -153,7 +153,7 @@ SAME_FOLDERS = {"MPDD": "MVTec AD", "MVTec LOCO": "MVTec AD", "VisA for one clas
 
 
 def build(root: Path, name: str) -> Path:
-    """The dataset in miniature: 12 x 8 pixels each, images of distinct content, masks with a spot of ones."""
+    """Make the dataset in miniature: 12 x 8 pixels each, images of distinct content, masks with a spot of ones."""
     files, texts, _ = PUBLISHED[name]
     for i, file in enumerate(files.split()):
         is_mask = any(part in file for part in ("ground_truth", "/Masks/", "/gt/", "usb_3.png"))

@@ -328,7 +328,7 @@ def test_work_does_not_grow_with_the_thresholds_and_the_figure_is_that_of_800(mo
 
 
 def trapezoids(line: np.ndarray, limit: float = 1.0) -> float:
-    """The area under a polyline up to `limit`, as `naive_aupro` takes it."""
+    """Return the area under a polyline up to `limit`, as `naive_aupro` takes it."""
     area = 0.0
     for (x0, y0), (x1, y1) in pairwise(line.T):
         if x0 < limit and x1 > x0:

@@ -62,7 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished training, with its report."""
+    """Return the folder of a finished training, with its report."""
     folder = tmp_path_factory.mktemp("run with a space")
     config = HGADConfig(
         n_classes=3,

@@ -171,7 +171,7 @@ def test_an_image_that_the_backbone_cannot_take_is_named(model, woods, monkeypat
 
 @pytest.fixture
 def computed(model, monkeypatch) -> list[Path]:
-    """The files whose features are computed, in this order."""
+    """Return the files whose features are computed, in this order."""
     files, extractor = [], extract._Extractor
     original = extractor._seen_or_error
     monkeypatch.setattr(

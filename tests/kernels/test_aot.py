@@ -174,7 +174,7 @@ class Launch(NamedTuple):
 
 
 def launches_of(call: str, kernels: SimpleNamespace) -> dict[str, Launch]:
-    """What a call launches, by kernel (the last launch of each)."""
+    """Return what a call launches, by kernel (the last launch of each)."""
     launches = {}
 
     class Recorder:
@@ -199,7 +199,7 @@ def launches_of(call: str, kernels: SimpleNamespace) -> dict[str, Launch]:
 
 
 class Figures(NamedTuple):
-    """What a compiled kernel costs."""
+    """The cost of a compiled kernel."""
 
     registers: int
     spills: int  # loads and stores of local memory
@@ -252,7 +252,7 @@ def _nvidia_figures(binary: Binary, matrix: str) -> Figures:
 
 
 def _innermost_loops(code: dict[int, str], matrix: str) -> list[list[str]]:
-    """The innermost loop bodies with matrix instructions.
+    """Return the innermost loop bodies with matrix instructions.
 
     A jump back makes a loop only where its target cannot be got round. Blackwell's waits for a product spin behind all
     other code and jump back to where they were wanted: no loop, for the way to there need not lead through the spin.

@@ -397,13 +397,13 @@ def test_mixture_terms_of_strided_pixels_and_expanded_gradients(interpreted):
 
 
 def transposed(mixture: Mixture) -> Mixture:
-    """The same values, in memory the other way round."""
+    """Return the same values, in memory the other way round."""
     return Mixture(*(t.mT.contiguous().mT if t.dim() > 1 else t for t in mixture))
 
 
 @pytest.mark.parametrize("classes", [5, 66])
 def test_mixture_terms_far_from_the_origin(interpreted, classes):
-    """Where the centres sit does not matter: the error stays that of the distances."""
+    """The place of the centres does not matter: the error stays that of the distances."""
     mixture = Mixture.draw(12, classes, 4, torch.tensor([3, 1]), 40)
     shift = 1024.0  # rounds z and mu, before either side sees them
     check_mixture_terms(interpreted, mixture._replace(z=mixture.z + shift, mu=mixture.mu + shift))

@@ -71,7 +71,7 @@ def batch_of(model: HGAD, level: int, images: int = 3) -> tuple[Tensor, Tensor, 
 
 
 def official_terms(model: HGAD, level: int, x: Tensor, labels: Tensor, onehot: Tensor, pos_embed: Tensor, epoch: int):
-    """The terms and their gradients by FrEIA blocks and materialised distances."""
+    """Return the terms and their gradients by FrEIA blocks and materialised distances."""
     flow = official.official_flow(model.feat_dims[level], P, LAYERS)
     flow.load_state_dict(model.nfs[level].state_dict())
     parts = (model.mus, model.mu_deltas, model.phi_inters, model.phi_intras)

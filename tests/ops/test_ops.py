@@ -241,7 +241,7 @@ def test_drift_of_rebuilt_inputs_is_bounded(every: int, monkeypatch):
 
 
 def test_float32_gradients_are_about_as_exact_as_the_official_ones():
-    """Of a whole step at the official channels and depth, what is rebuilt included; medians over five seeds."""
+    """In a whole step at the official channels and depth, what is rebuilt included; medians over five seeds."""
     errors = scaling.gradient_errors(replace(scaling.SMALL, images=2, height=4, width=4, position_dim=16))["median"]
     official = errors.pop("official, checkpoint_every=0")
     assert 0 < official < 1e-5

@@ -130,7 +130,7 @@ def test_contact_sheet_outlines_every_found_defect_and_no_other(tmp_path: Path) 
     image[image.shape[0] - 90 :] = 255  # the legend has words and a line in the same colours
 
     def drawn(colour: tuple[int, ...]) -> list[list[bool]]:
-        """Whether the colour occurs in the panel "found" of each row and block."""
+        """Return whether the colour occurs in the panel "found" of each row and block."""
         half = image.shape[1] // 2
         actual = [image[:, 3 * half // 4 : half], image[:, half + 3 * half // 4 :]]
         middle = 20 + (image.shape[0] - 90) // 2

@@ -36,7 +36,7 @@ def test_nothing_lies_above(threshold: float) -> None:
 
 
 def whole(scores: np.ndarray, threshold: float) -> list[Region]:
-    """The same from labels of the whole map."""
+    """Return the same from labels of the whole map."""
     labels, count = ndimage.label(scores > threshold, np.ones((3, 3)))
     actual = []
     for k, (rows, columns) in enumerate(ndimage.find_objects(labels), 1):

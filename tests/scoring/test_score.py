@@ -325,7 +325,7 @@ def test_a_piece_of_a_map_has_the_position_that_it_has_in_the_whole(calibrated):
 
 
 def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
-    """Whether the densities of all classes are kept until it is known, or the pixels are scored again."""
+    """No matter if the densities of all classes are kept until it is known, or the pixels are scored again."""
     features = random_features(3)
     kept = calibrated.score_features(features)
     assert_same_bits(kept, calibrated.score_features(features, kept.class_id), slice(None))

@@ -18,7 +18,7 @@ from hgad_fast.scoring.calibration import Calibration
 
 
 def detector(arch: str = "test_resnet", **settings) -> HGADModel:
-    """Of images at their own resolution; its map has four pixels for a cell of the feature map."""
+    """Return a model of images at their own resolution; its map has four pixels for a cell of the feature map."""
     settings = {"out_indices": (1,), "feature_levels": 2, "n_classes": 2, "img_size": 64, "msk_size": 64} | settings
     model = HGADModel(
         HGADConfig(
@@ -37,7 +37,7 @@ def detector(arch: str = "test_resnet", **settings) -> HGADModel:
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """As small as the halo allows."""
+    """Make tiles as small as the halo allows."""
     monkeypatch.setattr(backbone, "ALWAYS_WHOLE", 0)
     monkeypatch.setattr(preprocess, "ALWAYS_WHOLE", 0)
     monkeypatch.setattr(backbone, "TILE_MEMORY", 1)

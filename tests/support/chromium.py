@@ -105,7 +105,7 @@ class Browser:
             pass
 
     def evaluate(self, script: str) -> Any:
-        """The value of a JavaScript expression, as JSON gives it."""
+        """Return the value of a JavaScript expression, as JSON gives it."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
         if "exceptionDetails" in answer:
             raise ValueError(answer["exceptionDetails"]["exception"]["description"])
@@ -130,7 +130,7 @@ class Browser:
         return answer["result"]
 
     def _next(self) -> dict[str, Any]:
-        """The next message of Chromium; what the page says on the console is kept."""
+        """Return the next message of Chromium; what the page says on the console is kept."""
         while b"\0" not in self._read:
             more = os.read(self._answers, 1 << 16)
             if not more:

@@ -42,7 +42,7 @@ class Request(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """What came of a `Request`."""
+    """The outcome of a `Request`."""
 
     machine_code: bytes | str  # a cubin, or AMD's assembly
     ptx: str  # empty for AMD

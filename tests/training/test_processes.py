@@ -75,7 +75,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, case: str, processes: int) -> list[subprocess.Popen]:
-    """As torchrun would start them, without its launcher."""
+    """Start processes as torchrun would, without its launcher."""
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}",
         "OMP_NUM_THREADS": "1",
