@@ -105,7 +105,7 @@ def test_without_a_threshold_the_scale_ends_at_the_maximum(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("found", "true", "verdict", "wrong"),
+    ("actual", "true", "verdict", "wrong"),
     [
         (True, True, "score 1.50: defect", False),
         (True, False, "score 1.50: defect (false alarm)", True),
