@@ -136,6 +136,12 @@ def test_adam_s_moments_of_a_checkpoint_of_format_2_are_those_of_each_block() ->
         assert torch.equal(converted[12 + offset]["exp_avg"], state["optimizer"]["state"][24 + offset]["exp_avg"])
 
 
+def test_another_configuration_is_named_before_a_checkpoint_of_format_2_is_converted() -> None:
+    with pytest.raises(ValueError, match="trained with another configuration: coupling_layers 2 -> 4"):
+        model = HGADModel(HGADConfig(**TRAINING | {"coupling_layers": 4}))
+        model.fit(training_data(), resume=COMPAT / "stage-2" / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("lost", ["state", "param_groups"])
 def test_a_checkpoint_of_format_2_that_lacks_something_is_refused_by_name(lost: str, tmp_path: Path) -> None:
     state = torch.load(COMPAT / "stage-2" / "checkpoint.pt", weights_only=True)
@@ -144,7 +150,7 @@ def test_a_checkpoint_of_format_2_that_lacks_something_is_refused_by_name(lost: 
     else:
         state["optimizer"]["param_groups"].pop()
     torch.save(state, tmp_path / "old.pt")
-    with pytest.raises(ValueError, match=r"old\.pt"):
+    with pytest.raises(ValueError, match=r"old\.pt.* does not fit this optimizer"):
         HGADModel(HGADConfig(**TRAINING)).fit(training_data(), resume=tmp_path / "old.pt")
 
 

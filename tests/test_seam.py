@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import hgad_fast
-from hgad_fast import HGADModel, Scorer, methods
+from hgad_fast import HGADConfig, HGADModel, Scorer, methods
 from hgad_fast.cli import app
 from hgad_fast.data.images import read_image
 from hgad_fast.evaluation import ablate
@@ -148,6 +148,14 @@ def test_it_trains_and_resumes_to_the_bit(root: Path, run: Path, tmp_path: Path)
     assert len(losses) == 4 and losses[-1] < losses[0]
     with pytest.raises(ValueError, match="another configuration: projections 4 -> 3"):
         ToyModel(config(projections=3)).fit(root, output_dir=tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_another_method_is_refused_by_name(root: Path, tmp_path: Path) -> None:
+    settings = {"backbone_arch": None, "feature_levels": 1, "feature_dims": (5,), "meta_epochs": 1, "sub_epochs": 1}
+    features = [torch.randn(6, 5, 3, 4)], [0, 1] * 3
+    HGADModel(HGADConfig(2, coupling_layers=1, pos_embed_dim=8, **settings)).fit(features, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="is of a training of hgad, and this model is one of toy"):
+        ToyModel(ToyConfig(2, **settings)).fit(features, output_dir=tmp_path, resume=True)
 
 
 def test_a_loss_that_is_no_number_is_named(root: Path) -> None:

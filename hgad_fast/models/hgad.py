@@ -232,9 +232,16 @@ class HGADModel(OfficialSurface, Detector):
 
     # ---- scoring
 
-    def score_features(self, *args: Any, **options: Any) -> ScoreResult:
+    def score_features(
+        self,
+        features: Sequence[Tensor],
+        class_ids: Any = None,
+        normalization: str = "calibrated",
+        map_size: int | tuple[int, int] | None = None,
+        **options: Any,
+    ) -> ScoreResult:
         """Return what `Detector.score_features` does, with an entropy of 0 where there is one class only."""
-        result = super().score_features(*args, **options)
+        result = super().score_features(features, class_ids, normalization, map_size, **options)
         if not result.neg_entropy:  # of one class: its posterior is certain
             result.neg_entropy = [torch.zeros_like(logps) for logps in result.logps or ()]
         return result

@@ -79,7 +79,7 @@ class ConditionalFlow(nn.Module):
         self.checkpoint_every = 0
         self.precision = "fp32"
         blocks = Blocks.stack([_initial_block(channels, position_dim) for _ in range(coupling_layers)])
-        *trained, w_perm = map(torch.Tensor.contiguous, blocks)
+        *trained, w_perm = blocks
         self.w1, self.b1, self.w2, self.b2, self.global_scale, self.global_offset = map(nn.Parameter, trained)
         self.register_buffer("w_perm", w_perm)
 
@@ -115,7 +115,7 @@ class ConditionalFlow(nn.Module):
         )
 
     def position(self, condition: ops.Position | list[Tensor]) -> ops.Position:
-        """Return a condition in its cheapest form; None where it is None, or the flow unconditional."""
+        """Return a condition in its cheapest form; None where it is None, or a dense code of an unconditional flow."""
         if isinstance(condition, SeparablePosition):
             return condition
         if isinstance(condition, (list, tuple)):
@@ -142,17 +142,43 @@ class ConditionalFlow(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        expected = {prefix + name: tensor for name, tensor in official_names(self.blocks).items()}
+        fitting = {}
+        for name, own in expected.items():
+            saved = state_dict.get(name)
+            if saved is None:
+                if strict:
+                    missing_keys.append(name)
+            elif not isinstance(saved, Tensor):
+                error_msgs.append(f"{name} is of type {type(saved).__name__}; it must be a tensor")
+            elif saved.shape != own.shape:
+                error_msgs.append(
+                    f"size mismatch for {name}: the shape in the state is {tuple(saved.shape)}, "
+                    f"and {tuple(own.shape)} in this model"
+                )
+            else:
+                fitting[name] = saved
+        if strict:
+            unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in expected]
         with torch.no_grad():
-            expected = {prefix + name: tensor for name, tensor in official_names(self.blocks).items()}
-            for name, own in expected.items():
-                saved = state_dict.get(name)
-                if saved is None:
-                    missing_keys += [name] * strict
-                elif saved.shape != own.shape:
-                    error_msgs.append(f"size mismatch for {name}: {tuple(saved.shape)} for {tuple(own.shape)}")
-                elif not name.endswith(INVERSE):
-                    own.copy_(saved)
-        unexpected_keys += [name for name in state_dict if strict and name.startswith(prefix) and name not in expected]
+            if local_metadata.get("assign_to_params_buffers") and len(fitting) == len(expected):
+                self._take({name.removeprefix(prefix): saved for name, saved in fitting.items()})
+                return
+            for name, saved in fitting.items():
+                if not name.endswith(INVERSE):
+                    expected[name].copy_(saved)  # a view of the stacked parameter
+
+    def _take(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the parameters by those of a whole state: on its device and in its dtype, as `assign=True` asks."""
+        for official, field in OFFICIAL_NAMES.items():
+            stacked = torch.stack([state[f"module_list.{k}.{official}"] for k in range(len(self.w1))])
+            own = getattr(self, field)
+            if isinstance(own, nn.Parameter):
+                setattr(self, field, nn.Parameter(stacked, requires_grad=own.requires_grad))
+            else:
+                setattr(self, field, stacked.mT.contiguous().mT)  # the layout of `Blocks.stack`
 
 
 def official_names(blocks: Blocks) -> dict[str, Tensor]:

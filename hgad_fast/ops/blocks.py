@@ -52,7 +52,11 @@ class Blocks(NamedTuple):
         """Return blocks in the stacked form, differentiable in each of them."""
         if isinstance(blocks, Blocks):
             return blocks
-        return cls._make(map(torch.stack, zip(*blocks, strict=True)))
+        if not blocks:
+            raise ValueError("blocks is empty; a flow has at least one coupling block")
+        stacked = cls._make(map(torch.stack, zip(*blocks, strict=True)))
+        # Column after column, as QR gives a rotation: a product with the other layout rounds otherwise.
+        return stacked._replace(w_perm=stacked.w_perm.mT.contiguous().mT)
 
     def each(self) -> list[Block]:
         """Return the blocks in order, as views."""

@@ -40,6 +40,7 @@ def run_identity(model: Detector, data_fingerprint: str) -> dict[str, str]:
     return {
         "data": data_fingerprint,
         "backbone": "" if model.encoder is None else state_hash(model.encoder),
+        "method": model.config.method,
         "config": model.config.identity(),
     }
 
@@ -81,11 +82,15 @@ def read_checkpoint(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or foreign file can raise many kinds
         raise ValueError(f"{path} cannot be read as a training checkpoint: {error}") from error
-    state = _in_current_format(path, model, state)
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        raise ValueError(f"{path} is no training checkpoint of this version of hgad_fast")
     saved_identity = state["identity"]
+    if (method := saved_identity.get("method", "hgad")) != identity["method"]:
+        raise ValueError(f"{path} is of a training of {method}, and this model is one of {identity['method']}")
     if saved_identity["config"] != identity["config"]:
         old, new = json.loads(saved_identity["config"]), json.loads(identity["config"])
-        changed = [f"{field} {old.get(field)!r} -> {new[field]!r}" for field in new if old.get(field) != new[field]]
+        fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
+        changed = [f"{field} {old.get(field)!r} -> {new.get(field)!r}" for field in fields]
         raise ValueError(f"{path} was trained with another configuration: {', '.join(changed)}")
     if saved_identity["backbone"] != identity["backbone"]:
         raise ValueError(f"{path} was trained with other backbone weights; start anew, or give it the same")
@@ -94,6 +99,7 @@ def read_checkpoint(
             f"{path} was trained on other images than these, or held out others, or with features of another "
             "precision (cache_dtype); start anew, or give it the same"
         )
+    state = _in_current_format(path, model, state)
     expected_shapes, saved_shapes = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (trained_tensors(model), state["model"])
@@ -105,14 +111,15 @@ def read_checkpoint(
     return state
 
 
-def _in_current_format(path: Path, model: Detector, state: Any) -> dict[str, Any]:
+def _in_current_format(path: Path, model: Detector, state: dict[str, Any]) -> dict[str, Any]:
     """Return the state, converted if an older version wrote it."""
-    converted = None
-    if isinstance(state, dict):
-        try:
-            converted = state if state.get("format") == FORMAT else model.convert_checkpoint(state)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}, of the format {state['format']!r}, cannot be converted: {error!r}") from error
+    try:
+        converted = state if state.get("format") == FORMAT else model.convert_checkpoint(state)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}, of the format {state['format']!r}, does not fit this optimizer: it lacks moments, or holds "
+            f"others ({error!r})"
+        ) from error
     if converted is None:
         raise ValueError(f"{path} is no training checkpoint of this version of hgad_fast")
     return converted

@@ -120,3 +120,25 @@ def test_stacked_or_block_by_block_is_the_same_operation(memory: str) -> None:
                 assert torch.equal(tensor.grad, getattr(flow, field).grad[k]), field
     again = ops.Blocks.stack(blocks)
     assert ops.Blocks.stack(again) is again
+
+
+def test_rotations_keep_the_layout_of_qr_through_copies_and_files():
+    """A product with the other layout rounds otherwise, and old files would score otherwise in the last digit."""
+    flow = ConditionalFlow(6, 3, 4)
+    loaded = ConditionalFlow(6, 3, 4)
+    loaded.load_state_dict(flow.state_dict())
+    for each in (flow, loaded, copy.deepcopy(flow).double()):
+        assert each.w_perm.mT.is_contiguous() and not each.w_perm.is_contiguous()
+
+
+def test_a_state_may_be_assigned_and_what_does_not_fit_is_named():
+    flow, taken = ConditionalFlow(6, 2, 0), ConditionalFlow(6, 2, 0).to("meta")
+    taken.w1.requires_grad_(False)
+    taken.load_state_dict(flow.state_dict(), assign=True)
+    x = torch.randn(5, 6)
+    assert torch.equal(taken(x)[0], flow(x)[0]) and not taken.w1.requires_grad and taken.w2.requires_grad
+    name, state = "module_list.1.subnet.0.weight", flow.state_dict()
+    with pytest.raises(RuntimeError, match=rf"size mismatch for {name}: the shape in the state is \(3,\), and"):
+        flow.load_state_dict(state | {name: torch.zeros(3)})
+    with pytest.raises(RuntimeError, match=f"{name} is of type int; it must be a tensor"):
+        flow.load_state_dict(state | {name: 3})
