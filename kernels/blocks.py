@@ -36,7 +36,7 @@ NUM_STAGES = 1 if torch.version.hip else 2  # with three, the shared memory of c
 BLOCK_HIDDEN = 32
 BLOCK_K = 32
 CHANNEL_MULTIPLE = 8  # halves of rows begin at multiples of 16 bytes; others load value by value, and spill registers
-ROTATED_MULTIPLE = 64  # an even number of chunks: the loop over an odd number the compiler unrolls altogether
+ROTATED_MULTIPLE = 64  # an even number of chunks: the compiler fully unrolls the loop over an odd number
 SLOTS = tl.constexpr(32)  # columns, then rows of a patch, in the one-hot product
 FEW_PIXELS = 8192  # up to so many, programs take patches of half the size, to keep more processors busy
 

@@ -25,8 +25,8 @@ class Config:
 
     Attributes:
         method: the method's name, in files and on the command line.
-        without_effect: fields that change no result, each with the value that replaces its own where a training run is
-            compared with one that resumes it.
+        without_effect: fields that a resumed run may have otherwise, since they change no more than last digits; each
+            with the value that replaces its own where the two are compared.
 
     Raises:
         ValueError: a field has a value that cannot work; the message names the field, the value and what is allowed.

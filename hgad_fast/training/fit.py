@@ -116,7 +116,7 @@ def fit(
     if model.config.accumulate > 1 and not model.pointwise:
         raise ValueError(
             f"accumulate is {model.config.accumulate}: the method {model.config.method!r} looks at a batch as a whole, "
-            "so it cannot be worked off in parts; leave it 1"
+            "so it cannot be processed in parts; leave it 1"
         )
     with joined(model.device) as processes, Display(progress if processes.is_first else False) as display:
         output = None if output_dir is None else Path(output_dir).absolute()

@@ -77,7 +77,7 @@ class Step:
     """Makes the steps of a training: one backward pass and one optimizer for all levels.
 
     Each process takes its share of the images; the gradient is that of the mean over the pixels of all of them. With
-    `accumulate` that share is processed in so many parts, which gives the same gradient in less memory. With
+    `accumulate` that share is processed in that many parts, which gives the same gradient in less memory. With
     `clip_grad_norm` the gradient of each of the method's clip groups is scaled down to that norm where it is longer.
 
     Args:
@@ -108,7 +108,7 @@ class Step:
         Args:
             images: one (C, h, w) tensor per level of each image, on the CPU.
             labels: their classes (n,), on the CPU.
-            stage: of the training.
+            stage: number of the stage, from 1.
             rate: learning rate.
 
         Returns:
