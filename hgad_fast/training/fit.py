@@ -32,6 +32,7 @@ from .checkpoint import (
     writing,
 )
 from .display import Display
+from .feeding import Selection
 from .processes import joined
 from .step import Step
 
@@ -229,6 +230,7 @@ class _Run:
             self._require_finite_parameters(meta_epoch)
             self.meta_epoch = meta_epoch + 1
             self._save_checkpoint()
+        self.step.feed.clear()  # what follows may need the memory
         self.model.eval()
 
     def _sub_epoch(self, meta_epoch: int, sub_epoch: int) -> dict[str, Any]:
@@ -239,11 +241,13 @@ class _Run:
         fetched: list[Tensor] = []
         fetch_every = FETCH_EVERY if self.model.device.type == "cuda" else 1
         stage, rate = 1, 0.0
-        for batch, indices in enumerate(self._batches(passes)):
+        shares = [indices[self.processes.rank :: self.processes.count] for indices in self._batches(passes)]
+        inputs = [(Selection(self.features.images, share), self.features.class_ids[share]) for share in shares]
+        for batch, (images, labels) in enumerate(inputs):
             stage, rate = self.model.schedule(Progress(meta_epoch, sub_epoch, batch, self.batches))
-            share = indices[self.processes.rank :: self.processes.count]
-            images, labels = [self.features.images[i] for i in share], self.features.class_ids[share]
             pending.append(self.step(images, labels, stage, rate))
+            if batch + 1 < len(inputs):
+                self.step.prefetch(*inputs[batch + 1])
             if len(pending) == fetch_every or batch == self.batches - 1:
                 losses = self.processes.sum(torch.stack(pending)).cpu()
                 self._require_finite(losses, passes * self.batches + batch + 1 - len(pending))
