@@ -328,6 +328,7 @@ class DeviceFeed:
             if self._resident_bytes / len(self._resident) * len(source) > self._budget:
                 self._resident, self._resident_bytes, self._budget = {}, 0, 0.0
 
+    @torch.no_grad()
     def _stage(self, part: DevicePart) -> None:
         """Write what of a part is not on the device yet into the buffer, and queue its copy."""
         maps = {i: image for i, image in enumerate(part.images) if not isinstance(image, _Resident)}

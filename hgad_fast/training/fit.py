@@ -88,7 +88,8 @@ def fit(
         output_dir: where ``checkpoint.pt`` (at the start and after every meta-epoch), ``metrics.jsonl`` and in the end
             ``run.json`` (the root of the data) and ``model.safetensors`` are written; None writes nothing.
         cache: where features are kept between passes: ``"ram"``; ``"disk"``, where later runs and other processes can
-            use them too; or None to compute them anew in every pass. The result is the same bit for bit.
+            use them too; or None to compute them anew in every pass. The result is the same bit for bit. Beside that, a
+            GPU keeps those trained on where they take a third of its free memory at most (`training.feeding`).
         cache_dir: folder of the cache on disk, ``output_dir/features`` by default. Give one to share it between runs:
             it may serve any models and datasets.
         cache_dtype: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for features of half the size, wherever they are
@@ -101,7 +102,7 @@ def fit(
         skip_bad: leave out images that cannot be decoded, and report them, instead of stopping.
         progress: show a progress bar; None: if stderr is a terminal.
         cuda_graphs: record steps as CUDA graphs, which saves a launch for each kernel; for one process, and images of
-            few sizes. The gain has not been measured.
+            few sizes: four shapes of a batch in each stage. The gain has not been measured.
 
     Returns:
         The history, one record per sub-epoch.

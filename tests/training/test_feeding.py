@@ -166,6 +166,14 @@ def test_a_batch_that_was_not_announced_is_taken_all_the_same(queue):
     assert_same(batches_of(feed, announced, others), expected_batches(announced, others, 1))
 
 
+def test_features_that_require_gradients_are_copied_like_others(queue):
+    """Nothing of their history is kept: the buffer outlives the batch."""
+    images, labels = [[features.requires_grad_() for features in maps] for maps in make_images()], torch.arange(7)
+    batches = batches_of(DeviceFeed(queue), images, labels)
+    assert not any(group.x.requires_grad for groups in batches[0] for group in groups)
+    assert_same(batches, expected_batches([[x.detach() for x in maps] for maps in images], labels, 1))
+
+
 # ---- what stays on the device
 
 
