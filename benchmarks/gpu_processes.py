@@ -89,7 +89,10 @@ class Report:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, whose file replaces that of `path` when the block ends without an error."""
+    """Yield a temporary path, whose file replaces that of `path` when the block ends without an error.
+
+    (`hgad_fast.files` has a stricter one; to import it takes torch.)
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     yield temporary

@@ -12,7 +12,7 @@ from compilation import Compiler, Request
 
 from benchmarks import gpu_checks, gpu_figures, tf32
 from hgad_fast import ops
-from hgad_fast.bench import cases
+from hgad_fast.bench import cases, measure
 from hgad_fast.evaluation import metrics
 
 CPU = torch.device("cpu")
@@ -171,6 +171,11 @@ def test_a_run_that_differs_from_the_first_in_one_bit_is_found(
     assert len(calls) == 3 and alike.error == error
 
 
+def test_the_kernels_pass_with_far_centres(interpreted: Any) -> None:
+    assert ops.path(torch.zeros(1)) == "triton"
+    assert [str(check) for check in gpu_checks.check_far_centres(SMALL, CPU) if not check.passed] == []
+
+
 def test_far_centres_need_more_than_one_piece_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     size = gpu_checks.SIZES[0]
     assert all(check.passed for check in gpu_checks.check_far_centres(size, CPU))
@@ -185,3 +190,16 @@ def test_far_centres_need_more_than_one_piece_of_tf32(monkeypatch: pytest.Monkey
     wrong.reference = real.reference  # type: ignore[attr-defined]
     monkeypatch.setattr(ops, "mixture_scores", wrong)
     assert [check.passed for check in gpu_checks.check_far_centres(size, CPU)] == [True, False]
+
+
+def test_ceilings_are_those_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = []
+
+    def once(work: Any, device: torch.device) -> float:
+        factors.extend(work.args)  # of a product two, of a copy its source
+        return 1.0
+
+    monkeypatch.setattr(measure, "seconds", once)
+    measure.measure_ceiling.__wrapped__(CPU)
+    assert len(factors) == 30
+    assert all(factor.std() > 0.9 and factor[0].ne(factor[1]).all() for factor in factors[::10])

@@ -344,6 +344,16 @@ def test_both_commands_run_as_they_are_printed(run: str, tmp_path: Path, capsys:
         assert any("3 stages" in figure["name"] for figure in written["figures"])
 
 
+@pytest.mark.parametrize("group", ["compile", "scoring", "kernels", "largest-batch", "training-40-classes"])
+def test_jobs_of_the_other_groups_run(group: str, tmp_path: Path) -> None:
+    """The rest of the run, but for the cases, of which test_bench.py runs each, and the backbone in `Scorer`."""
+    assert gpu_jobs.carry_out_jobs(gpu_jobs.jobs(group, CPU, small=True), CPU, tmp_path / "r.json") == 0
+    written = read(tmp_path / "r.json")
+    assert written["passed"] and written["unfinished"] == written["left_out"] == []
+    assert all(figure["value"] is not None for figure in written["figures"])
+    assert len(written["figures"]) + len(written["checks"]) >= 2
+
+
 def test_without_a_gpu_it_says_so_at_once() -> None:
     command = ["make", "--no-print-directory", "-s", "gpu", f"PYTHON={sys.executable}"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
