@@ -30,9 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies float32 only
-IEEE = bool(torch.version.hip) or triton.knobs.runtime.interpret  # AMD multiplies float32 as it is
-NUM_STAGES = 1 if torch.version.hip else 2  # with three, the shared memory of consumer cards does not suffice
+from .common import FLOAT32, launch, load, multiply, operand, stages, tanh, to_bfloat16, zeros
+
 BLOCK_HIDDEN = 32
 BLOCK_K = 32
 CHANNEL_MULTIPLE = 8  # halves of rows begin at multiples of 16 bytes; others load value by value, and spill registers
@@ -49,80 +48,23 @@ class _Variant(NamedTuple):
     table_pieces: int
 
 
-FLOAT32 = "ieee" if IEEE else "tf32x3"
 VARIANTS = {
     "fp32": _Variant(FLOAT32, FLOAT32, table_pieces=3),
-    "tf32": _Variant("ieee" if IEEE else "tf32", FLOAT32, table_pieces=2),
+    "tf32": _Variant(FLOAT32 if FLOAT32 == "ieee" else "tf32", FLOAT32, table_pieces=2),
     "bf16": _Variant("ieee", "ieee", table_pieces=2),
 }
-
-
-@triton.jit
-def _tanh(u):
-    """Return tanh to float32 accuracy, near 0 too; as in coupling.py."""
-    v = u * u
-    series = u * (1.0 + v * (-1.0 / 3 + v * (2.0 / 15 + v * (-17.0 / 315 + v * (62.0 / 2835)))))
-    return tl.where(v < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u)))
-
-
-@triton.jit
-def _bfloat16(x):
-    """Round x to the nearest bfloat16; under the interpreter a float32 of that value."""
-    if INTERPRETED:
-        bits = x.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
-def _operand(x, PRECISION: tl.constexpr):
-    """Return x as an operand of the subnet's products; rounded to tf32 here, because tensor cores truncate."""
-    if PRECISION == "bf16":
-        return _bfloat16(x)
-    elif PRECISION == "tf32":
-        return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-    else:
-        return x
-
-
-@triton.jit
-def _load(at, mask=None):
-    """Return operands that are stored rounded, as a product takes them."""
-    x = tl.load(at, mask=mask, other=None if mask is None else 0.0)
-    return x.to(tl.float32) if INTERPRETED else x
 
 
 @triton.jit
 def _park(out_ptr, u, row, c, mask, C: tl.constexpr, PRECISION: tl.constexpr):
     """Store channels c of u in the output's rows until they are rotated, for bf16x3 as two bfloat16 pieces."""
     if PRECISION == "bf16":
-        large = _bfloat16(u)
+        large = to_bfloat16(u)
         at = out_ptr.to(tl.pointer_type(tl.bfloat16)) + row[:, None] * (2 * C) + c[None, :]
         tl.store(at, large, mask=mask)
-        tl.store(at + C, _bfloat16(u - large.to(tl.float32)), mask=mask)
+        tl.store(at + C, to_bfloat16(u - large.to(tl.float32)), mask=mask)
     else:
         tl.store(out_ptr + row[:, None] * C + c[None, :], u, mask=mask)
-
-
-@triton.jit
-def _zeros(BLOCK_N: tl.constexpr, EDGES: tl.constexpr):
-    """Return a tuple of zeros (BLOCK_N, EDGES[i + 1] - EDGES[i])."""
-    zeros = ()
-    for i in tl.static_range(len(EDGES) - 1):
-        zeros += (tl.full((BLOCK_N, EDGES[i + 1] - EDGES[i]), 0.0, tl.float32),)  # type: ignore[assignment]
-    return zeros
-
-
-@triton.jit
-def _multiply(x, w_ptr, k, sums, STRIDE: tl.constexpr, EDGES: tl.constexpr, DOT: tl.constexpr):
-    """Add x W^T to sums, columns k of W, rows by their edges."""
-    new = ()
-    for i in tl.static_range(len(EDGES) - 1):
-        c = tl.arange(EDGES[i], EDGES[i + 1])
-        w = _load(w_ptr + c[:, None] * STRIDE + k[None, :])
-        new += (tl.dot(x, tl.trans(w), sums[i], input_precision=DOT),)  # type: ignore[assignment]
-    return new
 
 
 @triton.jit(do_not_specialize=["H", "W"])
@@ -182,37 +124,37 @@ def _block_kernel(
     x1_at = row[:, None] * C + c[None, :]
     x1 = tl.load(x_ptr + x1_at, mask=x1_mask, other=0.0)
     _park(out_ptr, x1, row, c, x1_mask, C, PRECISION)
-    x1 = _operand(x1, PRECISION)
+    x1 = operand(x1, PRECISION)
     if POSITION:
         slot = tl.arange(0, ONE_HOT)
         piece = slot // SLOTS
         s = slot % SLOTS
         one_hot = (s[None, :] == n_w[:, None]) | (s[None, :] == PATCH_W + n_h[:, None])
-        one_hot = _bfloat16((one_hot & (piece < TABLE_PIECES)[None, :]).to(tl.float32))
+        one_hot = to_bfloat16((one_hot & (piece < TABLE_PIECES)[None, :]).to(tl.float32))
         entry = tl.where(s < PATCH_W, tl.minimum(w0 + s, W - 1), W + tl.minimum(h0 + s - PATCH_W, H - 1))
         entry += tl.minimum(piece, TABLE_PIECES - 1) * (W + H)
 
-    scales = _zeros(BLOCK_N, HALF_EDGES)
-    shifts = _zeros(BLOCK_N, HALF_EDGES)
+    scales = zeros(BLOCK_N, HALF_EDGES)
+    shifts = zeros(BLOCK_N, HALF_EDGES)
     for j0 in range(0, HIDDEN, BLOCK_HIDDEN):
         j = j0 + tl.arange(0, BLOCK_HIDDEN)
-        w1 = _load(w1_ptr + j[:, None] * WIDTH + c[None, :])
+        w1 = load(w1_ptr + j[:, None] * WIDTH + c[None, :])
         hidden = tl.dot(x1, tl.trans(w1), input_precision=SUBNET)
         if POSITION:
-            table = _load(table_ptr + entry[:, None] * HIDDEN + j[None, :])
+            table = load(table_ptr + entry[:, None] * HIDDEN + j[None, :])
             hidden = tl.dot(one_hot, table, hidden, input_precision="ieee")
         else:
             hidden += tl.load(table_ptr + j)[None, :]
-        hidden = _operand(tl.maximum(hidden, 0.0), PRECISION)
-        scales = _multiply(hidden, w2_ptr, j, scales, HIDDEN, HALF_EDGES, SUBNET)
-        shifts = _multiply(hidden, w2_ptr + HALF * HIDDEN, j, shifts, HIDDEN, HALF_EDGES, SUBNET)
+        hidden = operand(tl.maximum(hidden, 0.0), PRECISION)
+        scales = multiply(hidden, w2_ptr, j, scales, HIDDEN, HALF_EDGES, SUBNET)
+        shifts = multiply(hidden, w2_ptr + HALF * HIDDEN, j, shifts, HIDDEN, HALF_EDGES, SUBNET)
 
     log_det = tl.load(log_det_ptr + row, mask=row_mask, other=0.0)
     for i in tl.static_range(len(HALF_EDGES) - 1):
         c2 = tl.arange(HALF_EDGES[i], HALF_EDGES[i + 1])
         a_s = scales[i] + tl.load(b2_ptr + c2)[None, :]
         a_t = shifts[i] + tl.load(b2_ptr + HALF + c2)[None, :]
-        s = clamp * _tanh(0.1 * a_s)  # 0 in the padding
+        s = clamp * tanh(0.1 * a_s)  # 0 in the padding
         log_det += tl.sum(s, axis=1)
         x2_mask = row_mask[:, None] & (c2 < C2)[None, :]
         x2_at = row[:, None] * C + (C1 + c2)[None, :]
@@ -221,15 +163,15 @@ def _block_kernel(
     tl.store(log_det_ptr + row, log_det, mask=row_mask)
 
     tl.debug_barrier()  # what is parked was written by other threads
-    rotated = _zeros(BLOCK_N, FULL_EDGES)
+    rotated = zeros(BLOCK_N, FULL_EDGES)
     for k0 in range(0, ROTATED, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         if PRECISION == "bf16":  # large, large, small
             u_ptr = out_ptr.to(tl.pointer_type(tl.bfloat16)) + tl.where(k < C, k, k - C)[None, :]
-            u = _load(u_ptr + row[:, None] * (2 * C), row_mask[:, None] & (k < 3 * C)[None, :])
+            u = load(u_ptr + row[:, None] * (2 * C), row_mask[:, None] & (k < 3 * C)[None, :])
         else:
-            u = _load(out_ptr + row[:, None] * C + k[None, :], row_mask[:, None] & (k < C)[None, :])
-        rotated = _multiply(u, rotation_ptr, k, rotated, ROTATED, FULL_EDGES, ROTATION)
+            u = load(out_ptr + row[:, None] * C + k[None, :], row_mask[:, None] & (k < C)[None, :])
+        rotated = multiply(u, rotation_ptr, k, rotated, ROTATED, FULL_EDGES, ROTATION)
     tl.debug_barrier()  # nobody overwrites what another still reads
     for i in tl.static_range(len(FULL_EDGES) - 1):
         c = tl.arange(FULL_EDGES[i], FULL_EDGES[i + 1])
@@ -268,12 +210,16 @@ def coupling_blocks(
     buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(len(parameters[0]), 2))]
     for i, constants in enumerate(map(_Constants._make, zip(*packed, strict=True))):
         out = buffers[i % 2]
-        _block_kernel[(patches,)](
-            x, *constants, log_det, out, H, W, clamp, C, constants.w1.shape[1], constants.w1.shape[0],
-            _edges(C // 2), _edges(C), constants.rotation.shape[-1], bool(conditions),
-            variant.table_pieces, SLOTS.value * triton.next_power_of_2(variant.table_pieces),
-            precision, variant.subnet, variant.rotation, patch_h, patch_w, BLOCK_HIDDEN, BLOCK_K,
-            num_warps=warps, num_stages=NUM_STAGES,
+        launch(
+            _block_kernel, patches, warps=warps, stages=stages(x.device),
+            x_ptr=x, w1_ptr=constants.w1, w2_ptr=constants.w2, b2_ptr=constants.b2, table_ptr=constants.table,
+            rotation_ptr=constants.rotation, shift_ptr=constants.shift, log_det_ptr=log_det, out_ptr=out,
+            H=H, W=W, clamp=clamp, C=C, WIDTH=constants.w1.shape[1], HIDDEN=constants.w1.shape[0],
+            HALF_EDGES=_edges(C // 2), FULL_EDGES=_edges(C), ROTATED=constants.rotation.shape[-1],
+            POSITION=bool(conditions), TABLE_PIECES=variant.table_pieces,
+            ONE_HOT=SLOTS.value * triton.next_power_of_2(variant.table_pieces),
+            PRECISION=precision, SUBNET=variant.subnet, ROTATION=variant.rotation,
+            PATCH_H=patch_h, PATCH_W=patch_w, BLOCK_HIDDEN=BLOCK_HIDDEN, BLOCK_K=BLOCK_K,
         )  # fmt: skip
         x = out
     if C > channels:

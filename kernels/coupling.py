@@ -12,17 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import launch, rows, tanh
+
 BLOCK_N = 16  # more rows per program double its registers and gain nothing: the kernels are bound by memory
 MAX_BLOCK_C = 256
 NUM_WARPS = 4
-
-
-@triton.jit
-def _tanh(u):
-    """Return tanh to float32 accuracy: near 0, where a fresh flow has its scales, the exponential form cancels."""
-    v = u * u
-    series = u * (1.0 + v * (-1.0 / 3 + v * (2.0 / 15 + v * (-17.0 / 315 + v * (62.0 / 2835)))))
-    return tl.where(v < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * u)))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -55,7 +49,7 @@ def _forward_kernel(
         x = tl.load(x_ptr + n[:, None] * X_STRIDE + c[None, :], mask=mask, other=0.0).to(tl.float32)
         a_s = tl.load(a_ptr + a_at, mask=mask, other=0.0).to(tl.float32)  # 0 adds nothing to log_det
         a_t = tl.load(a_ptr + C2 + a_at, mask=mask, other=0.0).to(tl.float32)
-        s = clamp * _tanh(0.1 * a_s)
+        s = clamp * tanh(0.1 * a_s)
         t = 0.1 * a_t
         if INVERSE:
             y = (x - t) * tl.exp(-s)
@@ -109,11 +103,11 @@ def _backward_kernel(
         y = tl.load(y_ptr + n[:, None] * Y_STRIDE + c[None, :], mask=mask, other=0.0).to(tl.float32)
         a_s = tl.load(a_ptr + a_at, mask=mask, other=0.0).to(tl.float32)
         a_t = tl.load(a_ptr + C2 + a_at, mask=mask, other=0.0).to(tl.float32)
-        tanh = _tanh(0.1 * a_s)
-        exp_s = tl.exp(clamp * tanh)
+        tanh_s = tanh(0.1 * a_s)
+        exp_s = tl.exp(clamp * tanh_s)
         scaled = y - 0.1 * a_t  # x e^s without a division
         gs = gy * scaled + glog_det[:, None]
-        ga_s = (0.1 * clamp) * (1.0 - tanh * tanh) * gs
+        ga_s = (0.1 * clamp) * (1.0 - tanh_s * tanh_s) * gs
         ga_t = 0.1 * gy
         tl.store(gx_ptr + n[:, None] * GX_STRIDE + c[None, :], gy * exp_s, mask=mask)
         tl.store(x_ptr + n[:, None] * X_STRIDE + c[None, :], scaled / exp_s, mask=mask)
@@ -132,10 +126,11 @@ def affine_coupling_into(x2: Tensor, a: Tensor, clamp: float, *, inverse: bool, 
     N, C2 = x2.shape
     if x2.numel() == 0:
         return
-    x2, a = _rows(x2), _rows(a)
-    _forward_kernel[(triton.cdiv(N, BLOCK_N),)](
-        x2, a, out, log_det, N, clamp, C2, x2.stride(0), a.stride(0), out.stride(0), inverse,
-        BLOCK_N, _block_c(C2), num_warps=NUM_WARPS,
+    x2, a = rows(x2), rows(a)
+    launch(
+        _forward_kernel, triton.cdiv(N, BLOCK_N), warps=NUM_WARPS,
+        x_ptr=x2, a_ptr=a, y_ptr=out, log_det_ptr=log_det, N=N, clamp=clamp,
+        C2=C2, INVERSE=inverse, BLOCK_N=BLOCK_N, BLOCK_C=_block_c(C2),
     )  # fmt: skip
 
 
@@ -151,11 +146,11 @@ def affine_coupling_backward_into(
     ga = torch.empty((N, 2 * C2), dtype=a.dtype, device=a.device)
     gb = torch.empty((programs, 2 * C2), dtype=torch.float32, device=a.device)
     if y2.numel() > 0:
-        gy2, glog_det, y2, a = _rows(gy2), glog_det.contiguous(), _rows(y2), _rows(a)
-        _backward_kernel[(programs,)](
-            gy2, glog_det, y2, a, gx2, ga, gb, x2, N, clamp, C2,
-            gy2.stride(0), y2.stride(0), a.stride(0), gx2.stride(0), x2.stride(0),
-            BLOCK_N, _block_c(C2), num_warps=NUM_WARPS,
+        gy2, glog_det, y2, a = rows(gy2), glog_det.contiguous(), rows(y2), rows(a)
+        launch(
+            _backward_kernel, programs, warps=NUM_WARPS,
+            gy_ptr=gy2, glog_det_ptr=glog_det, y_ptr=y2, a_ptr=a, gx_ptr=gx2, ga_ptr=ga, gb_ptr=gb, x_ptr=x2,
+            N=N, clamp=clamp, C2=C2, BLOCK_N=BLOCK_N, BLOCK_C=_block_c(C2),
         )  # fmt: skip
     return ga, gb.sum(0)
 
@@ -176,11 +171,6 @@ def affine_coupling_backward(
     x2 = torch.empty(y2.shape, dtype=y2.dtype, device=y2.device)
     ga, gb = affine_coupling_backward_into(gy2, glog_det, y2, a, clamp, gx2=gx2, x2=x2)
     return gx2, ga, gb, x2
-
-
-def _rows(t: Tensor) -> Tensor:
-    """Return `t` if its rows are contiguous (those of a column slice are), else a copy (of expanded gradients)."""
-    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
 def _block_c(C2: int) -> int:

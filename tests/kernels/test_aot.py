@@ -41,6 +41,8 @@ class Budget(NamedTuple):
     shared: int  # bytes
     registers: int = 255
     matrix: int = 1  # so many matrix instructions must appear
+    narrow_loads: int = 0  # outside loops; of values that each row or column has one of
+    blocks: int = 1  # so many thread blocks must fit on a multiprocessor of sm_90
     concessions: dict[str, dict[str, int]] = {}  # bounds of single targets; without one, no spill is allowed
 
 
@@ -120,7 +122,7 @@ CALLS = {
 @pytest.mark.parametrize(("call", "kernel"), [(call, kernel) for call in BUDGETS for kernel in BUDGETS[call]])
 def test_budget(compiler, compiled, compiled_for_amd, call, kernel, target):
     budget = BUDGETS[call][kernel]
-    launches = launches_of(call, compiled_for_amd if target == "gfx942" else compiled)
+    launches = launches_of(call, compiled_for_amd if target == "gfx942" else compiled, target)
     figures = compile_for(compiler, target, launches[kernel])
     bounds = {
         "registers": budget.registers,
@@ -129,7 +131,9 @@ def test_budget(compiler, compiled, compiled_for_amd, call, kernel, target):
         "shared": min(budget.shared, SHARED_LIMIT[target]),
     }
     if target != "gfx942":
-        bounds["narrow_loads"] = 0
+        bounds |= {"narrow_loads": budget.narrow_loads, "loop_narrow_loads": 0}
+    if target == "sm_90":
+        bounds["loop_barriers"] = 0
     bounds |= budget.concessions.get(target, {})
     for name, bound in bounds.items():
         figure = getattr(figures, name)
@@ -137,12 +141,14 @@ def test_budget(compiler, compiled, compiled_for_amd, call, kernel, target):
     instruction = MATRIX_INSTRUCTION[target]
     assert figures.matrix >= budget.matrix, f"{kernel} ({call}) on {target}: {figures.matrix} {instruction}"
     assert figures.wide_loads > 0, f"{kernel} ({call}) on {target}: no load of 8 or 16 bytes"
+    if target == "sm_90":
+        assert figures.blocks >= budget.blocks, f"{kernel} ({call}): {figures.blocks} blocks on a multiprocessor"
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("call", [call for call in CALLS if call not in BUDGETS])
 def test_unusual_sizes_compile(compiler, compiled, compiled_for_amd, call, target):
-    for name, launch in launches_of(call, compiled_for_amd if target == "gfx942" else compiled).items():
+    for name, launch in launches_of(call, compiled_for_amd if target == "gfx942" else compiled, target).items():
         figures = compile_for(compiler, target, launch)
         assert figures.shared <= SHARED_LIMIT[target], f"{name} ({call}) on {target}: {figures.shared} B shared"
 
@@ -173,13 +179,13 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-def launches_of(call: str, kernels: SimpleNamespace) -> dict[str, Launch]:
-    """Return what a call launches, by kernel (the last launch of each)."""
+def launches_of(call: str, kernels: SimpleNamespace, target: str) -> dict[str, Launch]:
+    """Return what a call launches on a target, by kernel (the last launch of each)."""
     launches = {}
 
     class Recorder:
         def __init__(self, module: str, kernel: JITFunction) -> None:
-            self.module, self.kernel = module, kernel
+            self.module, self.kernel, self.arg_names = module, kernel, kernel.arg_names
 
         def __getitem__(self, grid):
             def record(*args, **kwargs):
@@ -190,6 +196,8 @@ def launches_of(call: str, kernels: SimpleNamespace) -> dict[str, Launch]:
             return record
 
     with ExitStack() as stack:
+        name = "hip" if target == "gfx942" else target
+        stack.enter_context(mock.patch.object(kernels.common, "architecture", lambda device: name))
         for stem, module in vars(kernels).items():
             for name, kernel in vars(module).items():
                 if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
@@ -207,7 +215,10 @@ class Figures(NamedTuple):
     shared: int  # bytes
     matrix: int  # instructions
     narrow_loads: int  # of at most 4 bytes a thread
+    loop_narrow_loads: int  # those in innermost loops around matrix instructions
     wide_loads: int
+    loop_barriers: int  # MEMBAR there: a wait for all of memory, where operands are put in shared memory by hand
+    blocks: int  # that fit on a multiprocessor of sm_90
 
 
 def compile_for(compiler: Compiler, target: str, launch: Launch) -> Figures:
@@ -238,17 +249,33 @@ def _nvidia_figures(binary: Binary, matrix: str) -> Figures:
     code = {int(address, 16): text for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)}
     lines = list(code.values())
     spill = re.compile(r"\b(LDL|STL)\b")
-    loads = [line for line in lines if re.search(r"\b(LDG|LDGSTS)\.E", line)]
-    wide = [line for line in loads if re.search(r"\.(64|128)\b", line)]
+    loops = _innermost_loops(code, matrix)
+    inside = [instruction for body in loops for instruction in body]
+    registers, warps = int(re.search(r"REG:(\d+)", usage)[1]), binary.warps
     return Figures(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        registers=registers,
         spills=_count(spill, lines),
-        loop_spills=sum(_count(spill, body) for body in _innermost_loops(code, matrix)),
+        loop_spills=_count(spill, inside),
         shared=binary.shared,
         matrix=_count(matrix, lines),
-        narrow_loads=len(loads) - len(wide),
-        wide_loads=len(wide),
+        narrow_loads=_loads(lines, wide=False) - _loads(inside, wide=False),
+        loop_narrow_loads=_loads(inside, wide=False),
+        wide_loads=_loads(lines, wide=True),
+        loop_barriers=_count("MEMBAR", inside),
+        # Registers are allotted to a warp by 256; each block takes 1 KB of shared memory for itself.
+        blocks=min(65536 // (-(-registers * 32 // 256) * 256 * warps), 64 // warps, 233_472 // (binary.shared + 1024)),
     )
+
+
+def _loads(instructions: list[str], *, wide: bool) -> int:
+    """Count the loads from global memory of 8 or 16 bytes a thread, or those of less."""
+    loads = [opcode for opcode in map(_opcode, instructions) if re.match(r"(LDG|LDGSTS)\.E", opcode)]
+    return sum(wide == bool(re.search(r"\.(64|128)(\.|$)", opcode)) for opcode in loads)
+
+
+def _opcode(instruction: str) -> str:
+    """Return the opcode with its modifiers: operands tell nothing of a width, ``[R12.64]`` is an address of 64 bits."""
+    return re.match(r"(?:@!?\w+ )?(\S+)", instruction)[1]
 
 
 def _innermost_loops(code: dict[int, str], matrix: str) -> list[list[str]]:
@@ -296,7 +323,10 @@ def _amd_figures(binary: Binary, matrix: str) -> Figures:
         shared=binary.shared,
         matrix=_count(matrix, text.splitlines()),
         narrow_loads=len(loads) - len(wide),
+        loop_narrow_loads=0,  # not told apart either
         wide_loads=len(wide),
+        loop_barriers=0,
+        blocks=1,
     )
 
 

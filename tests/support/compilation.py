@@ -47,6 +47,7 @@ class Binary(NamedTuple):
     machine_code: bytes | str  # a cubin, or AMD's assembly
     ptx: str  # empty for AMD
     shared: int  # bytes
+    warps: int
 
 
 class Compiler:
@@ -82,7 +83,7 @@ def compile_here(request: Request) -> Binary:
     source = ASTSource(kernel, request.signature, request.constants, request.attributes)
     binary = triton.compile(source, target=target, options=request.options)
     code = binary.asm["amdgcn" if target.backend == "hip" else "cubin"]
-    return Binary(code, binary.asm.get("ptx", ""), binary.metadata.shared)
+    return Binary(code, binary.asm.get("ptx", ""), binary.metadata.shared, binary.metadata.num_warps)
 
 
 def overwritten_names() -> list[str]:
