@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..features.extract import kept
+
 RESIDENT_SHARE = 1 / 3  # of the device's free memory, measured once, after the first step has taken what it needs
 ALIGNMENT = 256  # bytes: where the maps of a group begin in a buffer
 
@@ -101,6 +103,10 @@ class Selection(Sequence[list[Tensor]]):
 
     def __getitem__(self, i: Any) -> Any:
         return self.source[self.numbers[i]]
+
+    def kept(self, i: int) -> list[Tensor]:
+        """Return the maps of image `i` of the selection in the precision that they are cached in."""
+        return kept(self.source, self.numbers[i])
 
 
 class Part(Protocol):
@@ -311,12 +317,13 @@ class DeviceFeed:
 
     def _new_parts(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> list[DevicePart]:
         numbers: Sequence[int | None] = [None] * len(images)
+        taken: list[_Resident | list[Tensor]] = []
         if isinstance(images, Selection):
             self._decide(images.source)
             numbers = images.numbers
-        taken = [
-            (None if number is None else self._resident.get(number)) or images[i] for i, number in enumerate(numbers)
-        ]
+            taken += [self._resident.get(number) or images.kept(i) for i, number in enumerate(images.numbers)]
+        else:
+            taken += images
         return [DevicePart(self, taken[part], numbers[part], labels[part]) for part in bounds(len(images), count)]
 
     def _decide(self, source: Sequence[list[Tensor]]) -> None:

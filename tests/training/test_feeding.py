@@ -6,14 +6,16 @@ import copy
 import itertools
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import rounding
 import torch
+from PIL import Image
 from rounding import SAME_IN_FLOAT64
 from torch import Tensor
 
 from hgad_fast import HGADConfig, HGADModel
-from hgad_fast.features.extract import FeatureSet
+from hgad_fast.features.extract import FeatureSet, feature_set
 from hgad_fast.training import feeding, step
 from hgad_fast.training.feeding import Batch, DeviceFeed, DeviceQueue, Selection, gather
 from hgad_fast.training.processes import Processes
@@ -370,3 +372,19 @@ def test_the_queue_of_a_gpu(cuda, monkeypatch):
                 ("event", "default 1"),
             ]
     assert feed.queue.free_memory() == 300
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_cached_features_are_copied_in_the_precision_of_the_cache(queue, tmp_path, dtype):
+    for i in range(4):
+        (tmp_path / "oak").mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+            tmp_path / "oak" / f"{i}.png"
+        )
+    settings = {"n_classes": 1, "feature_levels": 1, "out_indices": [2], "img_size": 32}
+    model = HGADModel(HGADConfig(backbone_arch="test_efficientnet", backbone_weights=None, **settings))
+    features = feature_set(model, tmp_path, cache_dtype=dtype).subset(torch.tensor([2, 0, 1]))
+    chosen, labels = Selection(features.images, [0, 2]), torch.zeros(2, dtype=torch.int64)
+    assert_same(batches_of(DeviceFeed(queue), chosen, labels), expected_batches(chosen, labels, 1))
+    values = sum(features.images[i][0].numel() for i in chosen.numbers)
+    assert queue.named("copy")[0][1] == values * getattr(torch, dtype).itemsize + 2 * 8
