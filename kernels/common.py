@@ -83,12 +83,12 @@ def tiled(matrix: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
 def pieces(name: str, matrix: Tensor, edges: tuple[int, ...], columns: int, *, transposed: bool = False) -> dict[str, Any]:
     """Return a matrix as three arguments, by tiles of the rows (or with `transposed` columns) from edge to edge.
 
-    They are called `name_a`, `name_b` and `name_c`; None where there are fewer pieces. (A tuple of descriptors would be
+    They are called `name_a` to `name_d`; None where there are fewer pieces. (A tuple of descriptors would be
     one argument, but Triton 3.6 does not launch it.)
     """
     sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
     tiles = [tiled(matrix, columns, size) if transposed else tiled(matrix, size, columns) for size in sizes]
-    return {f"{name}_{letter}": tiles[i] if i < len(tiles) else None for i, letter in enumerate("abc")}
+    return {f"{name}_{letter}": tiles[i] if i < len(tiles) else None for i, letter in enumerate("abcd")}
 
 
 def launch(

@@ -139,11 +139,11 @@ def pack(
     return out
 
 
-def edges(n: int) -> tuple[int, ...]:
+def edges(n: int, largest: int = 256) -> tuple[int, ...]:
     """Return 0 and the ends of shrinking pieces that cover n, powers of two from 16 up: 100 gives 0, 64, 96, 112."""
     ends, remaining = [0], triton.cdiv(n, 16) * 16
     while remaining:
-        ends.append(ends[-1] + 2 ** (remaining.bit_length() - 1))
+        ends.append(ends[-1] + min(2 ** (remaining.bit_length() - 1), largest))
         remaining -= ends[-1] - ends[-2]
     return tuple(ends)
 
@@ -163,6 +163,11 @@ class Layout(NamedTuple):
     def half_edges(self) -> tuple[int, ...]:
         """The pieces of C / 2 channels in a product."""
         return edges(self.C // 2)
+
+    @property
+    def short_edges(self) -> tuple[int, ...]:
+        """Shorter pieces of C / 2 channels, for a kernel that does so much with each that longer ones do not fit."""
+        return edges(self.C // 2, largest=32)
 
     @property
     def full_edges(self) -> tuple[int, ...]:

@@ -37,12 +37,12 @@ def _rotated(
         small = to_bfloat16(x - large.to(tl.float32))
         new = ()
         for i in tl.static_range(len(EDGES) - 1):
-            SIZE: tl.constexpr = EDGES[i + 1] - EDGES[i]
-            large_matrix = tl.trans(tile(matrix[i], row + EDGES[i], column + k0, SIZE, BLOCK_K, K, TILED))
-            small_matrix = tl.trans(tile(matrix[i], row + FULL + EDGES[i], column + k0, SIZE, BLOCK_K, K, TILED))
-            total = tl.dot(small, large_matrix, sums[i])
-            total = tl.dot(large, small_matrix, total)
-            new += (tl.dot(large, large_matrix, total),)  # type: ignore[assignment]
+            at = row + EDGES[i]
+            large_m = tile(matrix[i], at, column + k0, EDGES[i + 1] - EDGES[i], BLOCK_K, K, TILED)
+            small_m = tile(matrix[i], at + FULL, column + k0, EDGES[i + 1] - EDGES[i], BLOCK_K, K, TILED)
+            total = tl.dot(small, tl.trans(large_m), sums[i])
+            total = tl.dot(large, tl.trans(small_m), total)
+            new += (tl.dot(large, tl.trans(large_m), total),)  # type: ignore[assignment]
         sums = new
     return sums
 
@@ -54,6 +54,7 @@ def _rotate_kernel(
     matrix_a,  # (L 2 FULL, K) in: pieces; columns for x1, and from K / 2 on for y2; by tiles of FULL's first piece
     matrix_b,  # by tiles of the second piece, or None
     matrix_c,
+    matrix_d,
     shift_ptr,  # (L, FULL) in
     out_ptr,  # (N, C) out; x1 and y2 may be its halves
     k,  # the block
@@ -76,7 +77,7 @@ def _rotate_kernel(
     x1_ptr += row0 * X1_STRIDE
     y2_ptr += row0 * Y2_STRIDE
     shift_ptr += k * FULL
-    matrix = (matrix_a, matrix_b, matrix_c)
+    matrix = (matrix_a, matrix_b, matrix_c, matrix_d)
     row = 2 * k * FULL
     sums = zeros(BLOCK_N, EDGES)
     sums = _rotated(sums, x1_ptr, n, row_mask, matrix, row, 0, HALF, X1_STRIDE, K, EDGES, BLOCK_K, TILED)
@@ -95,9 +96,11 @@ def _unrotate_kernel(
     inverse_a,  # (L 2 FULL, K) in: R^-1, as the matrix of `_rotate_kernel`
     inverse_b,
     inverse_c,
+    inverse_d,
     transposed_a,  # (L 2 FULL, K) in: R^T
     transposed_b,
     transposed_c,
+    transposed_d,
     shift_ptr,  # (L, FULL) in: - R^-1 shift
     u_ptr,  # (N, C) out, or in; may be z
     gu_ptr,  # (N, C) out; may be gz
@@ -125,7 +128,7 @@ def _unrotate_kernel(
     row = 2 * k * FULL
     if z_ptr is not None:
         z_ptr += row0 * Z_STRIDE
-        inverse = (inverse_a, inverse_b, inverse_c)
+        inverse = (inverse_a, inverse_b, inverse_c, inverse_d)
         sums = zeros(BLOCK_N, EDGES)
         sums = _rotated(sums, z_ptr, n, row_mask, inverse, row, 0, HALF, Z_STRIDE, K, EDGES, BLOCK_K, TILED)
         z_ptr += HALF
@@ -137,7 +140,7 @@ def _unrotate_kernel(
             mask = row_mask[:, None] & (c < C)[None, :]
             tl.store(u_ptr + n[:, None] * U_STRIDE + c[None, :], u, mask=mask)
     gz_ptr += row0 * GZ_STRIDE
-    transposed = (transposed_a, transposed_b, transposed_c)
+    transposed = (transposed_a, transposed_b, transposed_c, transposed_d)
     gsums = zeros(BLOCK_N, EDGES)
     gsums = _rotated(gsums, gz_ptr, n, row_mask, transposed, row, 0, HALF, GZ_STRIDE, K, EDGES, BLOCK_K, TILED)
     gz_ptr += HALF

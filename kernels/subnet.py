@@ -102,6 +102,7 @@ def _coupling_kernel(
     w2_a,  # (2 L HALF, HIDDEN) in: scales, then shifts of each block, by tiles of the first piece of HALF
     w2_b,  # by tiles of the second piece, or None
     w2_c,
+    w2_d,
     table,  # (L (W + H), PIECES HIDDEN) in: what columns, then rows add, b1 in the former, by tiles
     b2_ptr,  # (L, 2, HALF) in
     k,  # the block
@@ -137,7 +138,7 @@ def _coupling_kernel(
     c = tl.arange(0, WIDTH)
     x1 = tl.load(x1_ptr + row[:, None] * X1_STRIDE + c[None, :], mask=row_mask[:, None] & (c < C2)[None, :], other=0.0)
     scales, shifts = subnet_output(
-        operand(x1, PRECISION), n_h, n_w, h0, w0, H, W, k, w1, (w2_a, w2_b, w2_c), table, None, row, row_mask,
+        operand(x1, PRECISION), n_h, n_w, h0, w0, H, W, k, w1, (w2_a, w2_b, w2_c, w2_d), table, None, row, row_mask,
         WIDTH, HIDDEN, HALF_EDGES, 0, ROWS, PIECES, PRECISION, DOT, PATCH_H * PATCH_W, BLOCK_HIDDEN, TILED,
     )  # fmt: skip
     b2_ptr += k * (2 * HALF)
@@ -163,6 +164,7 @@ def _coupling_backward_kernel(
     w2_a,
     w2_b,
     w2_c,
+    w2_d,
     table,
     b2_ptr,
     k,
@@ -210,12 +212,13 @@ def _coupling_backward_kernel(
     x1 = operand(tl.load(x1_ptr + row[:, None] * X1_STRIDE + c[None, :], mask=x1_mask, other=0.0), PRECISION)
     tl.store(x1_operand_ptr + row[:, None] * X1_OPERAND_STRIDE + c[None, :], x1, mask=x1_mask)
     scales, shifts = subnet_output(
-        x1, n_h, n_w, h0, w0, H, W, k, w1, (w2_a, w2_b, w2_c), table, h_ptr, row, row_mask,
+        x1, n_h, n_w, h0, w0, H, W, k, w1, (w2_a, w2_b, w2_c, w2_d), table, h_ptr, row, row_mask,
         WIDTH, HIDDEN, HALF_EDGES, H_STRIDE, ROWS, PIECES, PRECISION, DOT, PATCH_H * PATCH_W, BLOCK_HIDDEN, TILED,
     )  # fmt: skip
     b2_ptr += k * (2 * HALF)
     glog_det = tl.load(glog_det_ptr + row, mask=row_mask, other=0.0)
     for i in tl.static_range(len(HALF_EDGES) - 1):
+        tl.debug_barrier()  # one piece after the other: together they would not fit into the registers
         c2 = tl.arange(HALF_EDGES[i], HALF_EDGES[i + 1])
         tanh_s = tanh(0.1 * (scales[i] + tl.load(b2_ptr + c2)[None, :]))
         t = 0.1 * (shifts[i] + tl.load(b2_ptr + HALF + c2)[None, :])
@@ -245,9 +248,11 @@ def _hidden_backward_kernel(
     w2_a,  # (L HIDDEN, 2 HALF) in: transposed, by tiles of the first piece of HALF
     w2_b,  # by tiles of the second piece, or None
     w2_c,
+    w2_d,
     w1_a,  # (L HALF, HIDDEN) in: W1's columns for x1, transposed, by tiles of the first piece of HALF
     w1_b,
     w1_c,
+    w1_d,
     gx1_ptr,  # (N, C1) in and out: gh W1x is added
     k,  # the block
     N,
@@ -277,15 +282,15 @@ def _hidden_backward_kernel(
         mask = row_mask[:, None] & (c2 < C2)[None, :]
         ga_s += (load(ga_at + c2[None, :], mask),)  # type: ignore[assignment]
         ga_t += (load(ga_at + C2 + c2[None, :], mask),)  # type: ignore[assignment]
-    w2 = (w2_a, w2_b, w2_c)
+    w2 = (w2_a, w2_b, w2_c, w2_d)
     gx1 = zeros(BLOCK_N, HALF_EDGES)
     for j0 in range(0, HIDDEN, BLOCK_HIDDEN):
         j = k * HIDDEN + j0
         gh = tl.full((BLOCK_N, BLOCK_HIDDEN), 0.0, tl.float32)
         for i in tl.static_range(len(HALF_EDGES) - 1):
-            SIZE: tl.constexpr = HALF_EDGES[i + 1] - HALF_EDGES[i]
-            scales = tile(w2[i], j, HALF_EDGES[i], BLOCK_HIDDEN, SIZE, 2 * HALF, TILED)
-            shifts = tile(w2[i], j, HALF + HALF_EDGES[i], BLOCK_HIDDEN, SIZE, 2 * HALF, TILED)
+            c = HALF_EDGES[i]
+            scales = tile(w2[i], j, c, BLOCK_HIDDEN, HALF_EDGES[i + 1] - HALF_EDGES[i], 2 * HALF, TILED)
+            shifts = tile(w2[i], j, HALF + c, BLOCK_HIDDEN, HALF_EDGES[i + 1] - HALF_EDGES[i], 2 * HALF, TILED)
             gh = tl.dot(ga_s[i], tl.trans(scales), gh, input_precision=DOT)
             gh = tl.dot(ga_t[i], tl.trans(shifts), gh, input_precision=DOT)
         units = j0 + tl.arange(0, BLOCK_HIDDEN)
@@ -293,7 +298,7 @@ def _hidden_backward_kernel(
         h_mask = row_mask[:, None] & (units < H_STRIDE)[None, :]
         gh = operand(tl.where(load(h_at, h_mask) > 0, gh, 0.0), PRECISION)
         tl.store(h_at, gh, mask=h_mask)
-        gx1 = multiply(gh, (w1_a, w1_b, w1_c), k * HALF, j0, gx1, HIDDEN, HALF_EDGES, BLOCK_HIDDEN, DOT, TILED)
+        gx1 = multiply(gh, (w1_a, w1_b, w1_c, w1_d), k * HALF, j0, gx1, HIDDEN, HALF_EDGES, BLOCK_HIDDEN, DOT, TILED)
     for i in tl.static_range(len(HALF_EDGES) - 1):
         c = tl.arange(HALF_EDGES[i], HALF_EDGES[i + 1])
         mask = row_mask[:, None] & (c < C2)[None, :]

@@ -71,10 +71,10 @@ class _Flow:
         images = self.N // max(self.H * self.W, 1)
         self.patches = images * triton.cdiv(self.H, self.tile.height) * triton.cdiv(self.W, self.tile.width)
 
-    def subnet_arguments(self, k: int) -> dict[str, object]:
-        """Return the arguments of block k's kernels that compute the subnet."""
+    def subnet_arguments(self, k: int, edges: tuple[int, ...]) -> dict[str, object]:
+        """Return the arguments of block k's kernels that compute the subnet, its results in pieces."""
         w1, w2, b2, table = self.subnets
-        edges, hidden, width = self.layout.half_edges, self.layout.hidden.size, self.layout.width.size
+        hidden, width = self.layout.hidden.size, self.layout.width.size
         return {
             "w1": tiled(w1, BLOCK_HIDDEN, width), **pieces("w2", w2, edges, BLOCK_HIDDEN),
             "table": tiled(table, POSITIONS.value, BLOCK_HIDDEN), "b2_ptr": b2,
@@ -129,7 +129,7 @@ def flow_forward(
         y2 = x[:, half:] if owned else flow.empty(flow.N, half)
         launch(
             _coupling_kernel, flow.patches, x1_ptr=x[:, :half], x2_ptr=x[:, half:], y2_ptr=y2, log_det_ptr=log_det,
-            **flow.subnet_arguments(k),
+            **flow.subnet_arguments(k, flow.layout.half_edges),
         )  # fmt: skip
         out = x if owned and not keep else flow.empty(flow.N, flow.C)
         rotate(x[:, :half], y2, rotations, shifts, k, flow.layout.full_edges, out)
@@ -178,7 +178,7 @@ def flow_backward(
         launch(
             _coupling_backward_kernel, flow.patches, x1_ptr=u[:, :half], y2_ptr=u[:, half:], gy2_ptr=gu[:, half:],
             glog_det_ptr=glog_det, h_ptr=h, x1_operand_ptr=first_inputs, ga_ptr=ga, gb_ptr=ga_sums[k],
-            REBUILD=not keep, **flow.subnet_arguments(k),
+            REBUILD=not keep, **flow.subnet_arguments(k, layout.short_edges),
         )  # fmt: skip
         _product(ga.mT, h, gw2[k])
         launch(
