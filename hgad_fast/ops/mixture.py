@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import fused, no_double_backward, path
+from .dispatch import fused, in_float32, no_double_backward, path
 
 SCORE_ROWS = 8192  # pixels whose densities are computed together by the definitions of scoring
 
@@ -171,6 +171,7 @@ def mixture_terms_backward(
     return gz, gmu, gdelta, gphi_inter, glog_w - log_w.exp() * glog_w.sum(1, keepdim=True)
 
 
+@in_float32
 def mixture_losses(
     z: Tensor,
     log_det: Tensor,
@@ -448,6 +449,7 @@ def _mixture_scores(z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | 
 
 
 @torch.no_grad()
+@in_float32
 def own_class_scores(
     z: Tensor,
     log_det: Tensor,
