@@ -108,7 +108,7 @@ def _unrotate_kernel(
     transposed_b,
     transposed_c,
     transposed_d,
-    shift_ptr,  # (L, FULL) in: - R^-1 shift
+    shift_ptr,  # (L, FULL) in: R^-1 shift
     u_ptr,  # (N, C) out, or in; may be z
     gu_ptr,  # (N, C) out; may be gz
     sums_ptr,  # (programs, 2, FULL) out: sums of gu u, and of gu, over each program's rows
@@ -143,7 +143,7 @@ def _unrotate_kernel(
         tl.debug_barrier()
         for i in tl.static_range(len(EDGES) - 1):
             c = tl.arange(EDGES[i], EDGES[i + 1])
-            u = sums[i] + tl.load(shift_ptr + c)[None, :]
+            u = sums[i] - tl.load(shift_ptr + c)[None, :]
             mask = row_mask[:, None] & (c < C)[None, :]
             tl.store(u_ptr + n[:, None] * U_STRIDE + c[None, :], u, mask=mask)
     gz_ptr += row0 * GZ_STRIDE
@@ -172,7 +172,7 @@ def rotate(
     """Write [x1, y2] M^T + shift to `out` (N, C), of which x1 and y2 (N, C / 2) may be the halves.
 
     `matrices` (L, 2, FULL, K) are the bfloat16 pieces of M for L blocks, padded with zeros up to the last of `edges`;
-    block k is computed. `shifts` is (L, FULL).
+    block k is computed. `shifts` has FULL numbers of each block.
     """
     N, C = out.shape
     chosen = tile_of("rotation", out.device)
@@ -198,7 +198,7 @@ def unrotate(
     """Write the input of a rotation and its gradient, `u` and `gu` (N, C), and of the latter sums over rows.
 
     They may be written over z and gz (N, C). Without z, u is given. `inverses` and `transposed` are matrices as in
-    `rotate`. `sums` (programs, 2, FULL) gets the sums of gu u, then of gu, over the rows of each of
+    `rotate`; `shifts` is subtracted from u. `sums` (programs, 2, FULL) gets the sums of gu u, then of gu, over the rows of each of
     `rotation_programs` programs.
     """
     N, C = gz.shape

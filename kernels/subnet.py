@@ -4,8 +4,8 @@ With x1 (N, C1) and the position's contribution to a pixel, table[column] + tabl
 
     h = relu(x1 W1x^T + table[column] + table[row]),   a = h W2^T + b2,   y2 = affine_coupling(x2, a).
 
-Forward, a program owns a patch of one image and takes the hidden units a chunk at a time: a chunk is multiplied by W2
-at once, and neither h nor a leaves the chip. Backward, a first kernel rebuilds h and a in the same way, writes h and the
+Forward, a program owns a patch of one image and takes the hidden units chunk by chunk: a chunk is multiplied by W2 at
+once, and neither h nor a leaves the chip. Backward, a first kernel rebuilds h and a in the same way, writes h and the
 gradient ga of a, and replaces y2 by x2 and the gradient of y2 by that of x2. A second one takes the hidden units chunk
 by chunk again, gh = (ga W2) [h > 0], overwrites h by gh, and adds gh W1x to the gradient of x1. The gradients of the
 weights, ga^T h and gh^T [x1 | position], are sums over all pixels, which torch's matrix products do best.

@@ -46,17 +46,25 @@ class _Subnets(NamedTuple):
 
 
 class _Flow:
-    """What forward and backward pass of a flow have in common."""
+    """What forward and backward pass of a flow have in common; the latter gets what the former has `packed`."""
 
     def __init__(
-        self, x: Tensor, conditions: list[Tensor], parameters: list[Tensor], clamp: float, precision: str
+        self,
+        x: Tensor,
+        conditions: list[Tensor],
+        parameters: list[Tensor],
+        clamp: float,
+        precision: str,
+        packed: list[Tensor] | None = None,
     ) -> None:
         self.w1, _, _, _, self.global_scale, self.global_offset, self.w_perm = parameters
         self.N, self.device, self.clamp, self.precision = len(x), x.device, clamp, precision
         self.layout = Layout(x.shape[1], self.w1.shape[1])
         self.C = self.layout.C
-        self.gain = gains(self.global_scale)
-        self.subnets = _Subnets.packed(conditions, parameters, self.layout, precision)
+        if packed is None:
+            packed = [gains(self.global_scale), *_Subnets.packed(conditions, parameters, self.layout, precision)]
+        self.packed = packed
+        self.gain, self.subnets = packed[0], _Subnets._make(packed[1:])
         self.conditions = conditions
         self.W, self.H = map(len, conditions) if conditions else (1, self.N)
         few = ", few pixels" if precision == "bf16" and self.N <= FEW_PIXELS else ""
@@ -92,24 +100,20 @@ class _Flow:
             scale=self.gain, scale_rows=transpose, divide=divide,
         )  # fmt: skip
 
-    def full(self, t: Tensor) -> Tensor:
-        """Return channels (L, C) as the kernels add them to a product's result (L, FULL)."""
-        return pack(t[:, None], Axis.plain(1, 1), self.layout.full, "fp32").flatten(1)
-
 
 def flow_forward(
     x: Tensor, conditions: list[Tensor], parameters: list[Tensor], clamp: float, keep: bool, every: int, precision: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Compute `_flow_forward` of ops/blocks.py: z (N, C), the log-determinant (N,), and what is kept.
+    """Compute `_flow_forward` of ops/blocks.py: z (N, C), log-determinant (N,), and what is kept.
 
-    With `keep` that is what each block rotates, [x1, y2]; else the inputs of blocks every, 2 every, ...: (N, C) with the
-    padding of `Layout`.
+    With `keep` that is what each block rotates, [x1, y2]; else the inputs of blocks every, 2 every, ...: (N, C) with
+    the padding of `Layout`. The packed parameters follow. `kept_like` says the same in shapes.
     """
     flow = _Flow(x, conditions, parameters, clamp, precision)
     channels, half, L = x.shape[1], flow.C // 2, len(flow.w1)
     log_det = flow.gain.log().sum().repeat(flow.N)
     rotations = flow.rotations(transpose=False)
-    shifts = flow.full((flow.global_offset @ flow.w_perm.mT).squeeze(1))
+    shifts = pack(flow.global_offset @ flow.w_perm.mT, Axis.plain(1, 1), flow.layout.full, "fp32")
     kept: list[Tensor] = []
     given = spread(x, flow.C).contiguous()
     owned = given is not x  # else the caller's memory
@@ -130,7 +134,25 @@ def flow_forward(
         if keep:
             kept.append(x)
         x, owned = out, True
-    return gathered(x if owned else x.clone(), channels), log_det, kept
+    return gathered(x if owned else x.clone(), channels), log_det, kept + flow.packed
+
+
+def kept_like(
+    x: Tensor, conditions: list[Tensor], parameters: list[Tensor], keep: bool, every: int, precision: str
+) -> list[Tensor]:
+    """Return empty tensors like those that `flow_forward` keeps."""
+    layout, L = Layout(x.shape[1], parameters[0].shape[1]), len(parameters[0])
+    count = L if keep else (L - 1) // every if every else 0
+    kept = [x.new_empty(x.shape[0], layout.C) for _ in range(count if x.shape[0] else 0)]
+    positions, outputs, hidden = sum(map(len, conditions)) or 1, layout.scales_and_shifts.size, layout.hidden.size
+    return [
+        *kept,
+        x.new_empty(L, x.shape[1]),
+        x.new_empty(L, 1, hidden, layout.width.size, dtype=OPERAND[precision]),
+        x.new_empty(L, 1, outputs, hidden, dtype=OPERAND[precision]),
+        x.new_empty(L, 1, 1, outputs),
+        x.new_empty(L, positions, TABLE_PIECES * hidden, dtype=torch.bfloat16),
+    ]
 
 
 def flow_backward(
@@ -150,13 +172,14 @@ def flow_backward(
 
     In the context of `tf32_products` torch multiplies float32 with tf32 operands.
     """
-    flow = _Flow(z, conditions, parameters, clamp, precision)
+    packed = saved[-1 - len(_Subnets._fields) :]
+    flow = _Flow(z, conditions, parameters, clamp, precision, packed)
     channels, half, L, N = z.shape[1], flow.C // 2, len(flow.w1), flow.N
     layout, dtype = flow.layout, OPERAND[precision]
     if N == 0:
         return torch.zeros_like(gz), [t.new_zeros(t.shape) for t in parameters[:-1]]
     inverses, transposed = flow.rotations(transpose=True, divide=True), flow.rotations(transpose=True)
-    shifts = flow.full(flow.global_offset.squeeze(1) / -flow.gain)
+    shifts = pack(flow.global_offset, Axis.plain(1, 1), layout.full, "fp32", scale=flow.gain, divide=True)
     w1 = pack(flow.w1[:, :, : layout.half.first].mT, layout.half, layout.hidden, precision)
     w2 = pack(parameters[2].mT, layout.hidden, layout.scales_and_shifts, precision)
 

@@ -348,9 +348,8 @@ def _(x, conditions, parameters, clamp, keep, every, precision, backend):  # typ
     blocks, hidden = parameters[0].shape[:2]
     n, c2 = x.shape[0], x.shape[1] // 2
     if _training_kernels_run(x, conditions, precision, backend):
-        count = blocks if keep else (blocks - 1) // every if every else 0
-        padded = -(-x.shape[1] // 8) * 8
-        return x.new_empty(x.shape), x.new_empty(n), [x.new_empty(n, padded) for _ in range(count if n else 0)]
+        kept = kernels("training").kept_like(x, conditions, parameters, keep, every, precision)
+        return x.new_empty(x.shape), x.new_empty(n), kept
     dtype = torch.bfloat16 if precision == "bf16" and x.is_cuda else x.dtype
     kept = [x.new_empty(x.shape) for _ in range((blocks - 1) // every if every else 0)]
     for _ in range(blocks if keep else 0):

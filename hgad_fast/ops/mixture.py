@@ -211,9 +211,9 @@ def mixture_losses(
     channels = z.shape[1]
     if targets is not None:
         information = _soft_information(z, targets, mu, log_weights(phi_inter.detach()))
-    losses = {"L_g": -(lse + log_det) / channels, "L_mi": information, "L_e": entropy}
+    losses = {"L_g": (lse + log_det) / -channels, "L_mi": information, "L_e": entropy}
     if stage == 2:
-        losses["L_g_intra"] = -(own + log_det) / channels
+        losses["L_g_intra"] = (own + log_det) / -channels
         losses["L_z"] = F.softplus(losses["L_g_intra"] + 0.5 * math.log(2 * math.pi))
     return losses
 
