@@ -303,7 +303,8 @@ def training_step(precision: str = "bf16", memory: str = "reversible", images: i
 def mixture(images: int = 8, rows: int = 4096) -> Traffic:
     """Count the mixture's terms and their gradients, with labels per image."""
     with counted() as (traffic, counter):
-        z, labels = torch.empty(images * rows, 200, device="cuda"), torch.empty(images, dtype=torch.int64, device="cuda")
+        z = torch.empty(images * rows, 200, device="cuda")
+        labels = torch.empty(images, dtype=torch.int64, device="cuda")
         shapes = (15, 200), (15, 9, 200), (15,), (15, 10)
         parameters = [torch.empty(shape, device="cuda") for shape in shapes]
         options = {"label_smoothing": 0.02, "stage": 2}

@@ -49,7 +49,7 @@ def test_launches_of_the_mixture():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_scoring_of_a_million_pixels(known):
-    """Each block reads and writes the features, and the mixture reads them; of an unknown class, K densities a pixel."""
+    """Each block reads and writes the features, and the mixture reads them; it returns K densities if none is known."""
     within(len(scoring(known).launches), 60, scoring(known))
     features = 4 * 200 * 10**6
     outputs = 4 * 10**6 * (4 if known else 15 + 4)

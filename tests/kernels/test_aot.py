@@ -48,10 +48,10 @@ class Budget(NamedTuple):
 
 
 # What is allowed beyond the budgets, by target; without a concession no spill is. Ampere has neither a memory for sums
-# nor one that copies tiles by itself: their registers, and the addresses, are a program's own, and a tile of 16 rows is
-# read in pieces of 4 bytes. Its loops spill a value or two for each of some 300 instructions. Blackwell and Hopper spill
-# a few in front of the loops and behind them, which a program goes through once. AMD has 512 registers a thread; with
-# more than 256, one wavefront runs on a SIMD instead of two.
+# nor one that copies tiles by itself: their registers, and the addresses, are a program's own, and a tile of 16 rows
+# is read in pieces of 4 bytes. Its loops spill a value or two for each of some 300 instructions. Blackwell and Hopper
+# spill a few in front of the loops and behind them, which a program goes through once. AMD has 512 registers a thread;
+# with more than 256, one wavefront runs on a SIMD instead of two.
 AMPERE = {"spills": 64, "loop_spills": 32, "narrow_loads": 16, "loop_narrow_loads": 8}
 TRAINING = {"sm_80": AMPERE, "sm_90": {"spills": 8}, "sm_100": {"spills": 40}, "gfx942": {"registers": 352}}
 ROTATION = {**TRAINING, "sm_80": {**AMPERE, "spills": 160}}

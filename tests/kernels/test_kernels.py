@@ -216,6 +216,14 @@ def test_coupling_blocks_round_the_operands_that_the_definition_rounds(interpret
         assert (value - expected).norm() < allowed.norm() / rounding.MARGIN / 4
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+@pytest.mark.parametrize("channels", [60, 63, 123, 127, 190])
+def test_coupling_blocks_of_channels_that_need_little_padding_or_none(interpreted, channels, precision):
+    """Padding by nothing keeps the strides of what is padded: a rotation was read transposed."""
+    drawn = Blocks.draw(channels, 4, 1, 1, 3, 5)
+    drawn.check(interpreted.blocks.coupling_blocks(*drawn.arguments(), precision=precision), precision=precision)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # 1 - 2 / inf is right
 @pytest.mark.parametrize("scale", [0.0, 1e-8, 1e10])
 def test_coupling_blocks_of_extreme_features(interpreted, scale):
