@@ -67,10 +67,8 @@ TILES = {
         "sm_100": Tile(64, 4, 2),
         "other": Tile(64, 4, 1),
     },
-    "rotation": {
+    "rotation": {  # as for whole blocks
         "sm_90": Tile(128, 8, 3),
-        "sm_100": Tile(128, 8, 1),
-        "sm_103": Tile(128, 8, 1),
         "hip": Tile(64, 4, 1),
         "other": Tile(64, 4, 2),
     },
