@@ -93,15 +93,14 @@ def test_another_state_is_seen():
 def test_other_memory_is_seen_even_at_an_address_of_before():
     """As in a loop over mixtures of two models: memory that was let go is given to the next mixture."""
     flow = make_flow()
-    addresses = set()
-    for i in range(10):
-        addresses.add(flow.w2.data_ptr())
+    memory = flow.w2.detach().numpy().copy()
 
-        def replace(factor: float = 0.5 + 0.1 * (i % 5)) -> None:
-            flow.w2.data = factor * flow.w2.data
+    def replace() -> None:
+        memory[:] *= 1.1
+        flow.w2.data = torch.from_numpy(memory)  # torch does not count it, and the address is one of before
 
+    for _ in range(3):
         check_follows(flow, replace)
-    assert len(addresses) < 10
 
 
 def test_maps_of_other_sizes_share_the_parameters(packings):
