@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -34,15 +35,9 @@ MORE_MODES = [("bf16", "reversible", 0), ("tf32", "standard", 0), ("tf32", "reve
 
 
 @pytest.fixture(autouse=True)
-def rounded_as_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the definition round what it does not round on a CPU: rotations' factors, and gh where it is summed."""
-    original = blocks_module._first_layer_gradients
-
-    def first_layer_gradients(gh: Tensor, x1: Tensor, conditions: list[Tensor], precision: str, *out: Tensor) -> None:
-        original(blocks_module._operand(gh, precision), x1, conditions, precision, *out)
-
-    monkeypatch.setattr(blocks_module, "_first_layer_gradients", first_layer_gradients)
-    monkeypatch.setattr(blocks_module, "ROTATION", "bf16x3")
+def rounded_as_in_the_kernels() -> Iterator[None]:
+    with rounding.as_in_the_kernels():
+        yield
 
 
 class Case(NamedTuple):

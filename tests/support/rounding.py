@@ -157,6 +157,21 @@ def in_float64() -> Iterator[None]:
 
 
 @contextmanager
+def as_in_the_kernels() -> Iterator[None]:
+    """Let a flow's definition round what only kernels round: the factors of rotations, and gh where it is summed."""
+    original = blocks._first_layer_gradients
+
+    def first_layer_gradients(gh: Tensor, x1: Tensor, conditions: list[Tensor], precision: str, *out: Tensor) -> None:
+        original(blocks._operand(gh, precision), x1, conditions, precision, *out)
+
+    with (
+        mock.patch.object(blocks, "_first_layer_gradients", first_layer_gradients),
+        mock.patch.object(blocks, "ROTATION", "bf16x3"),
+    ):
+        yield
+
+
+@contextmanager
 def _computing(rounding: _Rounding) -> Iterator[None]:
     default = torch.get_default_dtype()
     sinusoidal_position.cache_clear()  # codes are made anew, rounded like everything else, and not kept for others

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 import pytest
+import rounding
 import torch
 from torch import Tensor
 
 from hgad_fast import HGADConfig, HGADModel
-from hgad_fast.ops import blocks
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import Step
 
@@ -51,12 +51,12 @@ def float32_losses() -> Tensor:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_training_reaches_the_loss_of_float32(precision, monkeypatch):
+def test_training_reaches_the_loss_of_float32(precision):
     """300 steps of the full objective, activations rebuilt; on a CPU the operands alone are rounded."""
     expected = float32_losses()
     start, end = expected[:LAST].mean(), expected[-LAST:].mean()
     assert start - end > 100 and abs(end) > 10  # it learned, and a share of what it reached means something
-    monkeypatch.setattr(blocks, "ROTATION", "bf16x3")
-    losses = train(precision)
+    with rounding.as_in_the_kernels():
+        losses = train(precision)
     assert not torch.equal(losses[:LAST], expected[:LAST])  # it did round
     assert abs(losses[-LAST:].mean() - end) < ALLOWED * abs(end)
