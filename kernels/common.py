@@ -30,7 +30,6 @@ fenced. Tiles that the memory accelerator copies (`tile`) need no fence.
 """
 
 
-
 class Tile(NamedTuple):
     """The pixels and warps of a program, and the stages of its loops: how many iterations ahead loads are started."""
 
@@ -147,9 +146,7 @@ def pieces(
     return {f"{name}_{letter}": tiles[i] if i < len(tiles) else None for i, letter in enumerate("abcd")}
 
 
-def launch(
-    kernel: Any, programs: int | tuple[int, ...], *, warps: int = 4, stages: int = 1, **arguments: Any
-) -> None:
+def launch(kernel: Any, programs: int | tuple[int, ...], *, warps: int = 4, stages: int = 1, **arguments: Any) -> None:
     """Start a kernel on the device of its tensors, whatever the current device is.
 
     Args:

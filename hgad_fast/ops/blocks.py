@@ -168,8 +168,8 @@ def flow_path(x: Tensor, position: Position, precision: str, backend: str | None
     Returns:
         ``"torch"``, ``"triton"`` (products in torch, the coupling in a kernel) or ``"triton, whole blocks"``, for
         bfloat16 subnets of at most 200 channels with a separable position or none. There the hidden layer, seven times
-        the size of the features, never leaves the chip. Where a gradient is wanted, and in tf32, the kernels of training
-        compute flows of such sizes, block by block.
+        the size of the features, never leaves the chip. Where a gradient is wanted, and in tf32, the kernels of
+        training compute flows of such sizes, block by block.
     """
     computed_by = path(x, backend)
     whole = computed_by == "triton" and _block_kernel_fits(x, _conditions(position), precision)

@@ -167,9 +167,7 @@ def test_threads_at_once_see_their_own_values(interpreted):
                 counter = Counter()
             counter.value.fill_(number + 10 * i)
             wrong.extend(
-                (number, i)
-                for _ in range(2)
-                if cache.get(counter.make, ("kind",), [counter.value]) != number + 10 * i
+                (number, i) for _ in range(2) if cache.get(counter.make, ("kind",), [counter.value]) != number + 10 * i
             )
             if number == 0:
                 cache.empty()
