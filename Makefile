@@ -43,7 +43,8 @@ test-matrix:
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
 
-# For a machine with a GPU, whose python has torch and Triton: nothing is installed, and the checkout is what runs.
+# For a machine with a GPU, whose python has torch and Triton: nothing is installed, and the checkout is what runs. Results
+# go to runs/gpu. For a rented machine without network, `python -m benchmarks.gpu --plan` prints two short runs.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 

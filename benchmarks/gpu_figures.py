@@ -1,7 +1,7 @@
 """Figures of `make gpu` beside the cases: kernels on the device alone, training and scoring as a whole.
 
-Each function is a section of the run. It returns figures, and checks where something must hold; on a CPU it runs too,
-on small sizes, so that the tests can hold it to its word.
+Each function is a job of the run, and yields figures as it has them. On a CPU it runs too, on small sizes, so that the
+tests can hold it to its word.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_findings import Figure, LeftOut
 from hgad_fast import environment, ops
 from hgad_fast.bench import cases, latency, measure, timing
 from hgad_fast.bench.cases import Size
@@ -34,20 +36,6 @@ from hgad_fast.training.step import EAGER_STEPS, Group, Step, gather, on_side_st
 L2_BYTES = 256e6  # several times what the largest second-level caches hold
 MEMORY_LIMIT = 16e9
 RATE = 1e-4
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value, and the value that was aimed at."""
-
-    name: str
-    value: float | None  # None: could not be measured, the note says why
-    unit: str
-    note: str = ""
-
-    def __str__(self) -> str:
-        value = "-" if self.value is None else f"{self.value:.4g}"
-        return f"figure {self.name}: {value} {self.unit} {self.note}".rstrip()
 
 
 # ---- kernels on the device alone
@@ -74,8 +62,8 @@ def device_seconds(works: Sequence[Callable[[], Any]], device: torch.device, rep
     return statistics.median(times[1:])
 
 
-def kernel_times(size: Size, device: torch.device) -> list[Figure]:
-    """Time each kernel; its rate, of the bytes it must read and write, is a share of a copy's."""
+def kernel_times(size: Size, device: torch.device, kind: str = "") -> Iterator[Figure]:
+    """Time each kernel whose name begins with the kind; its rate, of the bytes it must move, is a share of a copy's."""
     n, half = size.pixels, size.channels // 2
     problem = cases.Problem(size, device)
     mixture, labels = [t.detach() for t in problem.official.mixture], problem.image_labels
@@ -113,24 +101,26 @@ def kernel_times(size: Size, device: torch.device) -> list[Figure]:
         ),
     }
     rate = measure.measure_ceiling(device).bytes_per_second
-    figures = []
     for name, (draw, kernel, moved) in kernels.items():
+        if not name.startswith(kind):
+            continue
         copies = min(max(math.ceil(L2_BYTES / moved), 2), 16) if device.type == "cuda" else 2
         works = [functools.partial(kernel, *draw()) for _ in range(copies)]
         taken = device_seconds(works, device)
         label = f"{name}, {n} pixels, C={size.channels}, K={size.classes}"
-        figures.append(Figure(label, 1e3 * taken, "ms", "on the device alone, inputs rotated"))
-        figures.append(Figure(f"{label}, of a copy's bytes per second", moved / taken / rate, "of 1"))
+        yield Figure(label, 1e3 * taken, "ms", "on the device alone, inputs rotated")
+        yield Figure(f"{label}, of a copy's bytes per second", moved / taken / rate, "of 1")
         del works
         timing.release_memory(device)
-    return figures
 
 
-def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Figure]:
+def density_times(size: Size, device: torch.device, rounds: int = 5) -> Iterator[Figure]:
     """Time flow and all densities for scoring, against the official formulation in batches of 32 768 pixels."""
     problem = cases.Problem(size, device)
     mixture = [t.detach() for t in problem.official.mixture]
     grid = problem.model.nfs[0].grid(size.height, size.width, device)
+    label = f"flow and mixture, {size.pixels} pixels, {size.classes * size.centres} centres"
+    flop = cases.flow_flop(size, dense=False) + cases.mixture_flop(size, size.classes * size.centres)
 
     @torch.no_grad()
     def ours(flow: Any) -> Tensor:
@@ -145,27 +135,39 @@ def density_times(size: Size, device: torch.device, rounds: int = 5) -> list[Fig
                 for x, position in zip(problem.x.split(32768), problem.position.split(32768), strict=True)
             ]
 
-    works: dict[str, Callable[[], Any]] = {
-        f"ours, {precision}": functools.partial(ours, problem.ours(precision).nfs[0])
-        for precision in problem.precisions
-    }
-    works |= {f"official, {precision}": functools.partial(official, precision) for precision in problem.peer_precisions}
-    taken: dict[str, float] = {}
-    for name, work in works.items():
+    def taken(work: Callable[[], Any]) -> float:
         work()
-        taken[name] = statistics.median(timing.seconds(work, device) for _ in range(rounds))
-    label = f"flow and mixture, {size.pixels} pixels, {size.classes * size.centres} centres"
-    flop = cases.flow_flop(size, dense=False) + cases.mixture_flop(size, size.classes * size.centres)
-    figures = [Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in taken.items()]
-    for precision in problem.precisions:
-        mine = taken[f"ours, {precision}"]
+        return statistics.median(timing.seconds(work, device) for _ in range(rounds))
+
+    our_times: dict[str, float] = {}
+    for precision in reversed(problem.precisions):  # the fastest first: it is wanted most
+        our_times[precision] = mine = taken(functools.partial(ours, problem.ours(precision).nfs[0]))
+        yield Figure(f"{label}, ours, {precision}", 1e3 * mine, "ms")
         share = flop / mine / measure.measure_ceiling(device).flop_per_second[precision]
-        figures.append(Figure(f"{label}, ours, {precision}, of a product's operations per second", share, "of 1"))
-        figures += [
-            Figure(f"{label}, official {peer} over ours {precision}", taken[f"official, {peer}"] / mine, "x")
-            for peer in problem.peer_precisions
-        ]
-    return figures
+        yield Figure(f"{label}, ours, {precision}, of a product's operations per second", share, "of 1")
+    for peer in problem.peer_precisions:
+        theirs = taken(functools.partial(official, peer))
+        yield Figure(f"{label}, {problem.peer}, {peer}", 1e3 * theirs, "ms")
+        for precision, mine in our_times.items():
+            yield Figure(f"{label}, {problem.peer}, {peer}, over ours, {precision}", theirs / mine, "x")
+
+
+def block_times(size: Size, device: torch.device, rounds: int = 5) -> Iterator[Figure]:
+    """Time the flow without gradients in bf16, whole blocks on CUDA, with the stages that HGAD_FAST_STAGES asks for."""
+    problem = cases.Problem(replace(size, images=1), device)
+    flow: Any = problem.ours("bf16").nfs[0]
+    grid = flow.grid(size.height, size.width, device)
+    x = torch.randn(size.pixels, size.channels, generator=problem.generator(), device=device)
+
+    @torch.no_grad()
+    def work() -> None:
+        flow(x, grid)
+
+    work()
+    taken = statistics.median(timing.seconds(work, device) for _ in range(rounds))
+    stages = os.environ.get("HGAD_FAST_STAGES", "the usual")
+    label = f"flow in whole blocks, {size.pixels} pixels, bf16, {stages} stages"
+    yield Figure(label, 1e3 * taken, "ms", f"path: {ops.flow_path(x, grid, 'bf16')}")
 
 
 # ---- training
@@ -222,40 +224,36 @@ def _measured_step(label: str, work: Callable[[], Any], size: Size, device: torc
     ]
 
 
-def training_times(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
+def training_times(size: Size, device: torch.device, precision: str, rounds: int = 10) -> Iterator[Figure]:
     """Time steps of three levels from features in memory, as `fit` makes them, in every way it can."""
     images = Images(size)
-    figures = []
-    for precision in ops.PRECISIONS if device.type == "cuda" else ("fp32",):
-        for memory in ops.MEMORY_MODES:
-            for graph in _graph_choices(device):
-                step = Step(three_levels(size, device, precision, memory), Processes(), graph)
-                work = functools.partial(step, images.images, images.labels, 2, RATE)
-                label = f"training, K={size.classes}, {precision}, {memory}, {'recorded' if graph else 'eager'}"
-                measured = _measured_step(label, work, size, device, rounds)
-                figures += measured[:2] if graph else measured  # a recorded step's memory was laid out before
-                del step, work
-    return figures
+    for memory in ops.MEMORY_MODES:
+        for graph in _graph_choices(device):
+            step = Step(three_levels(size, device, precision, memory), Processes(), graph)
+            work = functools.partial(step, images.images, images.labels, 2, RATE)
+            label = f"training, K={size.classes}, {precision}, {memory}, {'recorded' if graph else 'eager'}"
+            measured = _measured_step(label, work, size, device, rounds)
+            yield from measured[:2] if graph else measured  # a recorded step's memory was laid out before
+            del step, work
 
 
-def official_training_times(size: Size, device: torch.device, compiled: bool, rounds: int = 5) -> list[Figure]:
+def official_training_times(
+    size: Size, device: torch.device, precision: str, compiled: bool, rounds: int = 5
+) -> Iterator[Figure]:
     """Time the official formulation, one level after the other; features lie on the device already."""
     problems = [cases.Problem(replace(size, height=h, width=w), device) for h, w in Images(size).maps]
-    figures = []
-    for precision in problems[0].peer_precisions[-1:] if compiled else problems[0].peer_precisions:
-        levels = []
-        for problem in problems:
-            (peer,) = (each for each in cases.training_case(problem) if each.is_peer and each.precision == precision)
-            levels.append(measure.compile_contender(peer) if compiled else peer)
-        label = f"training, K={size.classes}, {problems[0].peer}, {precision}, {'compiled' if compiled else 'eager'}"
-        work = functools.partial(_one_after_the_other, levels)
-        try:
-            figures += _measured_step(label, work, size, device, rounds)
-        except RuntimeError as error:  # torch.compile, most likely: the official formulation's affair
-            if not compiled:
-                raise
-            figures.append(Figure(f"{label}, time of a step", None, "ms", str(error).strip().partition("\n")[0]))
-    return figures
+    levels = []
+    for problem in problems:
+        (peer,) = (each for each in cases.training_case(problem) if each.is_peer and each.precision == precision)
+        levels.append(measure.compile_contender(peer) if compiled else peer)
+    label = f"training, K={size.classes}, {problems[0].peer}, {precision}, {'compiled' if compiled else 'eager'}"
+    work = functools.partial(_one_after_the_other, levels)
+    try:
+        yield from _measured_step(label, work, size, device, rounds)
+    except RuntimeError as error:  # torch.compile, most likely: the official formulation's affair
+        if not compiled:
+            raise
+        yield Figure(f"{label}, time of a step", None, "ms", str(error).strip().partition("\n")[0])
 
 
 def _one_after_the_other(levels: Iterable[cases.Contender]) -> None:
@@ -326,13 +324,12 @@ class Stopwatch:
         return taken
 
 
-def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> list[Figure]:
+def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> Iterator[Figure]:
     """Profile steps: calls in which the host waits for the device, and the share of time that the device is busy."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     images = Images(size)
     cuda = device.type == "cuda"
-    figures = []
     for graph in _graph_choices(device):
         step = Step(three_levels(size, device, "bf16" if cuda else "fp32"), Processes(), graph)
         work = functools.partial(step, images.images, images.labels, 2, RATE)
@@ -353,11 +350,10 @@ def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> list[Fi
         label = f"training, K={size.classes}, {'recorded' if graph else 'eager'}"
         waits = host_waits(events)
         note = ", ".join(sorted(set(waits)))
-        figures.append(Figure(f"{label}, waits of the host inside {steps} steps", len(waits), "calls", note))
-        figures.append(Figure(f"{label}, share of the time in which the device is busy", busy_share(events), "of 1"))
+        yield Figure(f"{label}, waits of the host inside {steps} steps", len(waits), "calls", note)
+        yield Figure(f"{label}, share of the time in which the device is busy", busy_share(events), "of 1")
         del step, work
         timing.release_memory(device)
-    return figures
 
 
 STEP = "hgad step"
@@ -389,9 +385,10 @@ def busy_share(events: Iterable[Event]) -> float:
     return busy / (until - work[0][0])
 
 
-def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> list[Figure]:
+def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> Iterator[Figure]:
     """Find how many images fit in a step of 16 GB, everything counted, within a 16th."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    label = "largest batch in 16 GB"
     counts: dict[str, int] = {}
     steps = {"ours, fp32": _our_step, "ours, bf16": _our_step, "official": _official_step}
     for name, make in steps.items():
@@ -404,12 +401,11 @@ def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> list
         finally:
             if device.type == "cuda":
                 torch.cuda.set_per_process_memory_fraction(1.0, device)
+        yield Figure(f"{label}, {name}", counts[name], "images")
         del step
         timing.release_memory(device)
-    label = "largest batch in 16 GB"
-    figures: list[Figure] = [Figure(f"{label}, {name}", count, "images") for name, count in counts.items()]
     ratio = counts["ours, bf16"] / max(counts["official"], 1)
-    return [*figures, Figure(f"{label}, ours, bf16, over the official", ratio, "x")]
+    yield Figure(f"{label}, ours, bf16, over the official", ratio, "x")
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -469,8 +465,8 @@ def _official_step(size: Size, device: torch.device, _: str) -> Callable[[int], 
     return step
 
 
-def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figure]:
-    """Return last loss and AUROC of shifted pixels in held-out images, of one training in every precision.
+def convergence(size: Size, device: torch.device, steps: int = 300) -> Iterator[Figure]:
+    """Yield last loss and AUROC of shifted pixels in held-out images, of one training in every precision.
 
     Features of a class vary about a mean and along a few directions of their own; a defect is a patch moved away.
     """
@@ -512,16 +508,12 @@ def convergence(size: Size, device: torch.device, steps: int = 300) -> list[Figu
             z, log_det = flow(held_out.flatten(0, 1).to(device), grid)
             density, _ = model.mixture.own_scores(z, log_det, 0, held_out_labels.to(device))
         auroc = 100 * share_in_order(-density.cpu(), defects.flatten() > 0)
-        results[precision] = float(torch.stack(losses[-len(training) :]).mean()), auroc
-    label = f"after {steps} steps"
-    figures = []
-    for precision, (loss, auroc) in results.items():
-        off = abs(loss / results["fp32"][0] - 1)
-        figures.append(Figure(f"{label}, loss, {precision}", loss, "", f"{off:.2%} from fp32"))
-        figures.append(
-            Figure(f"{label}, AUROC, {precision}", auroc, "%", f"{auroc - results['fp32'][1]:+.2f} points from fp32")
-        )
-    return figures
+        results[precision] = last_loss, _ = float(torch.stack(losses[-len(training) :]).mean()), auroc
+        exact_loss, exact_auroc = results["fp32"]  # the first
+        off = f"{abs(last_loss / exact_loss - 1):.2%} from fp32"
+        yield Figure(f"after {steps} steps, loss, {precision}", last_loss, "", off)
+        points = f"{auroc - exact_auroc:+.2f} points from fp32"
+        yield Figure(f"after {steps} steps, AUROC, {precision}", auroc, "%", points)
 
 
 def share_in_order(scores: Tensor, is_positive: Tensor) -> float:
@@ -534,19 +526,17 @@ def share_in_order(scores: Tensor, is_positive: Tensor) -> float:
 # ---- scoring
 
 
-def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: int = 8) -> list[Figure]:
+def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: int = 8) -> Iterator[Figure]:
     """Time the way from features to a verdict, label-free and calibrated, at the usual and at an enlarged size."""
     model = three_levels(size, device, "bf16" if device.type == "cuda" else "fp32").eval()
     _calibrate(model, size)
-    figures = []
     for name, factor, count in (("an image", 1, frames), (f"an image {enlarged} times as wide", enlarged, 3)):
         maps = [(h * factor, w * factor) for h, w in Images(replace(size, images=1)).maps]
         features = [torch.randn(1, size.channels, h, w, device=device) for h, w in maps]
         work = functools.partial(model.score_features, features)
         label = f"features to map, {name}"
-        figures += _latency(label, work, device, count)
-        figures.append(Figure(f"{label}, memory", timing.peak_memory(work, device) / 1e9, "GB"))
-    return figures
+        yield from _latency(label, work, device, count)
+        yield Figure(f"{label}, memory", timing.peak_memory(work, device) / 1e9, "GB")
 
 
 def _calibrate(model: HGADModel, size: Size) -> None:
@@ -563,13 +553,15 @@ def _latency(label: str, work: Callable[[], Any], device: torch.device, count: i
     return [Figure(f"{label}, p{p}", float(np.percentile(times, p)), "ms") for p in (50, 95)]
 
 
-def scorer_times(device: torch.device, backbone: str = "tf_efficientnet_b6", side: int = 1024) -> list[Figure]:
+def scorer_times(
+    device: torch.device, backbone: str = "tf_efficientnet_b6", side: int = 1024
+) -> Iterator[Figure | LeftOut]:
     """Time a frame from pixels to verdict, with a backbone of random weights, and the share beside the backbone."""
     if importlib.util.find_spec("timm") is None:
-        return [Figure("Scorer", None, "ms", "timm is not installed; see features to map")]
+        yield LeftOut("Scorer", "timm is not installed; see features to map")
+        return
     precision = "bf16" if device.type == "cuda" else "fp32"
     model = latency.model_for(side, device, backbone_arch=backbone, precision=precision)
-    figures = []
     for times_of_call in latency.of_model(model, (side, side), environment.device_name(device), seconds=8):
         label = f"Scorer, {backbone}, {side} px, {times_of_call.call}"
         times = {
@@ -577,5 +569,4 @@ def scorer_times(device: torch.device, backbone: str = "tf_efficientnet_b6", sid
             "p95": times_of_call.p95,
             "beyond the backbone, p50": times_of_call.beyond_backbone,
         }
-        figures += [Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in times.items()]
-    return figures
+        yield from (Figure(f"{label}, {name}", 1e3 * seconds, "ms") for name, seconds in times.items())

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hgad_fast import ops
+
 SIDE = 64
 DROPPED_BITS = 13  # of float32's 23 mantissa bits; tf32 keeps 10
 
@@ -28,6 +30,29 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     c = torch.empty_like(a)
     _dot_kernel[(1,)](a, b, c, SIDE)
     return c
+
+
+def product_of_a_flow(a: Tensor, b: Tensor, trained: bool, precision: str = "tf32") -> Tensor:
+    """Compute a @ b (SIDE, SIDE) by the flow's own products, with gradients wanted or not.
+
+    It has one block, x1 = a and x2 = 0. The subnet's first layer parts the positive from the negative entries of x1,
+    exactly; its second multiplies both with b and adds them up again, and the coupling adds a tenth of that to x2.
+    """
+    zero, one = torch.zeros_like(a), torch.eye(SIDE, device=a.device)
+    no_bias = zero[0].repeat(2)
+    block = ops.Block(
+        w1=torch.cat([one, -one]),
+        b1=no_bias,
+        w2=torch.cat([torch.cat([zero, zero], 1), torch.cat([b.T, -b.T], 1)]),
+        b2=no_bias,
+        global_scale=no_bias[None],
+        global_offset=no_bias[None],
+        w_perm=torch.eye(2 * SIDE, device=a.device),
+    )
+    x = torch.cat([a, zero], 1).requires_grad_(trained)
+    z, _ = ops.flow(x, [block], precision=precision)
+    gain = 0.1 * torch.nn.functional.softplus(zero[0, 0], beta=0.5)
+    return z.detach()[:, SIDE:] / (0.1 * gain)
 
 
 def truncated(x: Tensor) -> Tensor:

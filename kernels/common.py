@@ -1,7 +1,7 @@
 """What the kernels share: the launch, the choices by architecture, and small pieces of arithmetic.
 
 Every kernel is started by `launch`, with keyword arguments. A parameter `X_STRIDE` is the row stride of the tensor given
-as `x_ptr`, and `launch` fills it in; a tensor without such a parameter has to be contiguous.
+as `x_ptr`, and `launch` fills it in. A tensor without such a parameter, or `x_strides`, has to be contiguous.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies float32 only
 HIP = bool(torch.version.hip)
@@ -23,8 +24,9 @@ FLOAT32 = "ieee" if HIP or triton.knobs.runtime.interpret else "tf32x3"
 FENCED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 """Whether Triton separates asynchronous copies to shared memory from the matrix instructions that read them.
 
-Releases up to 3.6, and some of 3.7, leave the fence out (triton-lang/triton issue 9610). There, loops on Hopper and Blackwell are not
-pipelined: operands pass through registers, and these stores are fenced.
+Releases up to 3.6, and some of 3.7, leave the fence out (triton-lang/triton issue 9610). There, a loop on Hopper or
+Blackwell that copies operands through pointers is not pipelined: they pass through registers, and these stores are
+fenced. Tiles that the memory accelerator copies (`tile`) need no fence.
 """
 
 # Stages of a pipelined loop: how many iterations ahead its loads are started. Hopper starts a product before the last
@@ -44,14 +46,49 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def stages(device: torch.device) -> int:
-    """Return the stages of a pipelined loop on a device; the environment variable HGAD_FAST_STAGES overrules it."""
+def accelerated(device: torch.device) -> bool:
+    """Return whether a device has an accelerator that copies tiles of matrices to shared memory, as `tile` reads them.
+
+    It takes no registers for addresses, and its copies are ordered before the products that read them without a fence
+    (a fence waits for all of a thread block's memory traffic, in every iteration of a loop).
+    """
+    return architecture(device) in ("sm_90", "sm_100", "sm_103")
+
+
+def stages(device: torch.device, *, tiles: bool = False) -> int:
+    """Return the stages of a pipelined loop on a device; the environment variable HGAD_FAST_STAGES overrules it.
+
+    Args:
+        device: where the loop runs.
+        tiles: the loop reads the operands of its products by `tile` only.
+    """
     if override := os.environ.get("HGAD_FAST_STAGES"):
         return int(override)
-    name = architecture(device)
-    if not FENCED and name in ("sm_90", "sm_100", "sm_103"):
+    if not FENCED and not tiles and accelerated(device):
         return 1
-    return STAGES.get(name, 2)
+    return STAGES.get(architecture(device), 2)
+
+
+def tiled(matrix: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
+    """Return a matrix (contiguous, the columns last) as the argument of a kernel that reads tiles of it by `tile`.
+
+    The rows of its leading axes follow each other.
+    """
+    matrix = matrix.view(-1, matrix.shape[-1])
+    if not accelerated(matrix.device):
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def pieces(name: str, matrix: Tensor, edges: tuple[int, ...], columns: int, *, transposed: bool = False) -> dict[str, Any]:
+    """Return a matrix as three arguments, by tiles of the rows (or with `transposed` columns) from edge to edge.
+
+    They are called `name_a` to `name_d`; None where there are fewer pieces. (A tuple of descriptors would be
+    one argument, but Triton 3.6 does not launch it.)
+    """
+    sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+    tiles = [tiled(matrix, columns, size) if transposed else tiled(matrix, size, columns) for size in sizes]
+    return {f"{name}_{letter}": tiles[i] if i < len(tiles) else None for i, letter in enumerate("abcd")}
 
 
 def launch(
@@ -69,19 +106,24 @@ def launch(
         ValueError: tensors lie on different devices, or a tensor has strides that the kernel does not take.
     """
     device = None
-    for name, value in tuple(arguments.items()):
+    for parameter in kernel.arg_names:
+        name, pointer = parameter.removesuffix("_STRIDE").lower(), f"{parameter.removesuffix('_STRIDE').lower()}_ptr"
+        if parameter.endswith("_STRIDE"):
+            value = arguments[pointer]
+            arguments[parameter] = 0 if value is None else value.stride(0)
+            if value is not None and (value.dim() != 2 or value.stride(1) != 1 and value.shape[1] > 1):
+                raise ValueError(f"{name} has strides {value.stride()}; its rows must be contiguous")
+    for parameter, value in arguments.items():
+        value = value.base if isinstance(value, TensorDescriptor) else value
         if not isinstance(value, Tensor):
             continue
+        name = parameter.removesuffix("_ptr")
         if device not in (None, value.device):
-            raise ValueError(f"{name.removesuffix('_ptr')} is on {value.device}, other arguments are on {device}")
+            raise ValueError(f"{name} is on {value.device}, other arguments are on {device}")
         device = value.device
-        stride = f"{name.removesuffix('_ptr').upper()}_STRIDE"
-        if stride in kernel.arg_names:
-            if value.dim() != 2 or value.stride(1) != 1 and value.shape[1] > 1:
-                raise ValueError(f"{name.removesuffix('_ptr')} has strides {value.stride()}; its rows must be contiguous")
-            arguments[stride] = value.stride(0)
-        elif not value.is_contiguous():
-            raise ValueError(f"{name.removesuffix('_ptr')} has strides {value.stride()}; it must be contiguous")
+        strided = {f"{name.upper()}_STRIDE", f"{name}_strides"} & {*kernel.arg_names}
+        if not strided and not value.is_contiguous():
+            raise ValueError(f"{name} has strides {value.stride()}; it must be contiguous")
     if device is None:
         raise ValueError(f"{kernel.__name__} is given no tensor")
     grid = (programs,) if isinstance(programs, int) else programs
@@ -151,11 +193,24 @@ def zeros(BLOCK_N: tl.constexpr, EDGES: tl.constexpr):
 
 
 @triton.jit
-def multiply(x, w_ptr, k, sums, STRIDE: tl.constexpr, EDGES: tl.constexpr, DOT: tl.constexpr):
-    """Add x W^T to sums, columns k of W, rows by their edges."""
+def tile(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, TILED: tl.constexpr):
+    """Return a tile of what `tiled` returned, a descriptor with TILED, else a pointer to rows of STRIDE elements."""
+    if TILED:
+        return matrix.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        return load(matrix + r[:, None] * STRIDE + c[None, :])
+
+
+@triton.jit
+def multiply(
+    x, matrix, row, column, sums,
+    STRIDE: tl.constexpr, EDGES: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """Add x W^T to sums: COLUMNS columns of W, and its rows from edge to edge, for which `matrix` has a `tiled` each."""
     new = ()
     for i in tl.static_range(len(EDGES) - 1):
-        c = tl.arange(EDGES[i], EDGES[i + 1])
-        w = load(w_ptr + c[:, None] * STRIDE + k[None, :])
+        w = tile(matrix[i], row + EDGES[i], column, EDGES[i + 1] - EDGES[i], COLUMNS, STRIDE, TILED)
         new += (tl.dot(x, tl.trans(w), sums[i], input_precision=DOT),)  # type: ignore[assignment]
     return new

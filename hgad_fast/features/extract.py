@@ -99,6 +99,15 @@ class _Selected(Sequence[list[Tensor]]):
     def __getitem__(self, i: Any) -> Any:
         return self.items[self.indices[i]]
 
+    def kept(self, i: int) -> list[Tensor]:
+        """Return what `kept` does of the item at `i`."""
+        return kept(self.items, self.indices[i])
+
+
+def kept(images: Sequence[list[Tensor]], i: int) -> list[Tensor]:
+    """Return the maps (C, h, w) of image `i` in the precision that they are cached in; float32 where none is."""
+    return images.kept(i) if isinstance(images, (_Selected, _Images)) else images[i]
+
 
 def channels_last(features: Tensor) -> Tensor:
     """Return a map (C, h, w) in float32, with the channels of a pixel side by side: (h * w, C) is a view of it."""
@@ -290,12 +299,16 @@ class _Images(Sequence[list[Tensor]]):
         return len(self.files)
 
     def __getitem__(self, i: Any) -> Any:
+        return [level.float() for level in self.kept(i)]
+
+    def kept(self, i: int) -> list[Tensor]:
+        """Return the maps (C, h, w) of image `i` in the precision of the cache."""
         content, path = self.files[i]
         if self.cache is not None and content in self.cache:
             features = self.cache[content]
         else:
             features = self.extractor.features(self.extractor.seen(path))
-        return [level.float().permute(2, 0, 1) for level in features]
+        return [level.permute(2, 0, 1) for level in features]
 
 
 class _Extractor:

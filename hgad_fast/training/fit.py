@@ -32,6 +32,7 @@ from .checkpoint import (
     writing,
 )
 from .display import Display
+from .feeding import Selection
 from .processes import joined
 from .step import Step
 
@@ -87,7 +88,8 @@ def fit(
         output_dir: where ``checkpoint.pt`` (at the start and after every meta-epoch), ``metrics.jsonl`` and in the end
             ``run.json`` (the root of the data) and ``model.safetensors`` are written; None writes nothing.
         cache: where features are kept between passes: ``"ram"``; ``"disk"``, where later runs and other processes can
-            use them too; or None to compute them anew in every pass. The result is the same bit for bit.
+            use them too; or None to compute them anew in every pass. The result is the same bit for bit. Beside that, a
+            GPU keeps those trained on where they take a third of its free memory at most (`training.feeding`).
         cache_dir: folder of the cache on disk, ``output_dir/features`` by default. Give one to share it between runs:
             it may serve any models and datasets.
         cache_dtype: ``"float32"``, or ``"float16"`` or ``"bfloat16"`` for features of half the size, wherever they are
@@ -100,7 +102,7 @@ def fit(
         skip_bad: leave out images that cannot be decoded, and report them, instead of stopping.
         progress: show a progress bar; None: if stderr is a terminal.
         cuda_graphs: record steps as CUDA graphs, which saves a launch for each kernel; for one process, and images of
-            few sizes. The gain has not been measured.
+            few sizes: four shapes of a batch in each stage. The gain has not been measured.
 
     Returns:
         The history, one record per sub-epoch.
@@ -229,6 +231,7 @@ class _Run:
             self._require_finite_parameters(meta_epoch)
             self.meta_epoch = meta_epoch + 1
             self._save_checkpoint()
+        self.step.feed.clear()  # what follows may need the memory
         self.model.eval()
 
     def _sub_epoch(self, meta_epoch: int, sub_epoch: int) -> dict[str, Any]:
@@ -239,11 +242,13 @@ class _Run:
         fetched: list[Tensor] = []
         fetch_every = FETCH_EVERY if self.model.device.type == "cuda" else 1
         stage, rate = 1, 0.0
-        for batch, indices in enumerate(self._batches(passes)):
+        shares = [indices[self.processes.rank :: self.processes.count] for indices in self._batches(passes)]
+        inputs = [(Selection(self.features.images, share), self.features.class_ids[share]) for share in shares]
+        for batch, (images, labels) in enumerate(inputs):
             stage, rate = self.model.schedule(Progress(meta_epoch, sub_epoch, batch, self.batches))
-            share = indices[self.processes.rank :: self.processes.count]
-            images, labels = [self.features.images[i] for i in share], self.features.class_ids[share]
             pending.append(self.step(images, labels, stage, rate))
+            if batch + 1 < len(inputs):
+                self.step.prefetch(*inputs[batch + 1])
             if len(pending) == fetch_every or batch == self.batches - 1:
                 losses = self.processes.sum(torch.stack(pending)).cpu()
                 self._require_finite(losses, passes * self.batches + batch + 1 - len(pending))

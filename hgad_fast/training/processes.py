@@ -59,7 +59,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     """Yield the processes of `torch.distributed` where it is initialised, those of torchrun, or this process alone.
 
     Processes that torchrun started have the environment variables RANK and WORLD_SIZE; for them the process group (NCCL
-    for a model on a GPU, else Gloo) is made here, and destroyed in the end.
+    for a model on a GPU, else Gloo) is made here, and destroyed in the end. Where several processes train together on
+    GPUs, the model's device becomes the current one of its process, and remains it: NCCL works on that.
 
     Raises:
         LostProcessError: another process ended or hangs. Gloo reports at once that a process ended; one that hangs is
@@ -73,6 +74,8 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if count == 1 or not dist.is_available():
         yield Processes()
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
         if not callers_group:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=ANSWER_WITHIN)

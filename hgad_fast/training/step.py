@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,48 +16,25 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..protocol import Detector
+from .feeding import Batch, DeviceFeed, DeviceQueue, Feed, HostFeed, Part
+from .feeding import Group as Group  # for callers that make a batch themselves
+from .feeding import gather as gather
 from .processes import Processes
 
 Result = TypeVar("Result")
 EAGER_STEPS = 3  # of each shape before one is recorded: they compile kernels, make optimizer state and memory pools
-MAX_GRAPHS = 4  # each holds a step's memory; with images of many sizes, the same shapes would hardly come again
+MAX_GRAPHS = 4  # of a stage: with images of many sizes, the same shapes would hardly come again
 
 
-class Group(NamedTuple):
-    """The images of one size at one level."""
+def check_labels(labels: Tensor, model: Detector) -> None:
+    """Raise a ValueError where the classes (n,) of images, on the CPU, are not among those of the model.
 
-    x: Tensor  # (n h w, C)
-    labels: Tensor  # (n,)
-    height: int
-    width: int
-
-    def to(self, device: torch.device) -> Group:
-        """Return the group with its tensors on a device; the host does not wait for the copy."""
-        return self._replace(x=self.x.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True))
-
-
-Batch = list[list[Group]]  # the groups of each level
-
-
-def gather(images: Sequence[list[Tensor]], labels: Tensor, *, pinned: bool = False) -> Batch:
-    """Return the feature maps of images as a batch on the host; those of one level and size form one group.
-
-    Args:
-        images: one (C, h, w) tensor per level of each image.
-        labels: their classes (n,).
-        pinned: put the batch in pinned memory.
+    Nothing behind it looks at them again: a kernel takes them as positions in its tables.
     """
-    levels: Batch = []
-    for maps in zip(*images, strict=True):
-        by_size: dict[tuple[int, int], list[int]] = {}
-        for i, features in enumerate(maps):
-            by_size.setdefault((features.shape[1], features.shape[2]), []).append(i)
-        groups = []
-        for (h, w), members in by_size.items():
-            x, y = torch.cat([maps[i].permute(1, 2, 0).flatten(0, 1) for i in members]), labels[members]
-            groups.append(Group(x.pin_memory(), y.pin_memory(), h, w) if pinned else Group(x, y, h, w))
-        levels.append(groups)
-    return levels
+    ids, classes = labels.numpy(), len(model.groups)
+    outside = ids[(ids < 0) | (ids >= classes)]
+    if model.groups_are_classes and len(outside):
+        raise ValueError(f"class id {outside[0]} is out of range: the model's classes have the ids 0 to {classes - 1}")
 
 
 def make_optimizer(model: Detector) -> torch.optim.Adam:
@@ -92,6 +69,9 @@ class Step:
         if graphs and processes.count > 1:
             raise ValueError("cuda_graphs=True works in one process; leave it out where several train together")
         self.model, self.config, self.processes, self.graphs = model, model.config, processes, graphs
+        self.feed: Feed = HostFeed(model.device)
+        if model.device.type == "cuda":
+            self.feed = DeviceFeed(DeviceQueue(model.device))
         self.optimizer = make_optimizer(model)
         if graphs:  # a recorded step reads its rate from the device
             for group in self.optimizer.param_groups:
@@ -101,38 +81,58 @@ class Step:
         self._stage = 0
         self._seen: Counter[Any] = Counter()
         self._recorded: dict[Any, _Recorded] = {}
+        self._pool: Any = None  # the memory of all recorded steps: no two of them run at the same time
 
     def __call__(self, images: Sequence[list[Tensor]], labels: Tensor, stage: int, rate: float) -> Tensor:
         """Make one step on this process's images.
 
         Args:
-            images: one (C, h, w) tensor per level of each image, on the CPU.
+            images: one (C, h, w) tensor per level of each image, on the CPU. A `feeding.Selection` may stay on the
+                device, so that it need not be copied again.
             labels: their classes (n,), on the CPU.
             stage: number of the stage, from 1.
             rate: learning rate.
 
         Returns:
             This process's part of the loss terms, (rows, terms): summed over the processes, the mean over all pixels.
+
+        Raises:
+            ValueError: a label is not the number of a class.
         """
+        check_labels(labels, self.model)
+        with on_device(self.model.device):
+            return self._step(images, labels, stage, rate)
+
+    def _step(self, images: Sequence[list[Tensor]], labels: Tensor, stage: int, rate: float) -> Tensor:
+        """Make one step, as `__call__` does, while the model's device is the current one."""
         if stage != self._stage:
+            self._drop_graphs()
             self._stage, self._loss = stage, self._stage_loss(stage)
         for group in self.optimizer.param_groups:
             if self.graphs:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        parts = min(self.config.accumulate, len(images))
-        bounds = [len(images) * part // parts for part in range(parts + 1)]
-        pinned = self.model.device.type == "cuda"
-        batches = (
-            gather(images[start:stop], labels[start:stop], pinned=pinned)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
-        )
-        pixels = [sum(features.shape[1] * features.shape[2] for features in maps) for maps in zip(*images, strict=True)]
+        parts = self.feed.parts(images, labels, self._parts(images))
+        levels = range(len(parts[0].members))
+        pixels = [sum(group.pixels for part in parts for group in part.members[level]) for level in levels]
         if self.graphs:
-            return self._graphed(list(batches), pixels)
-        device_batches = (_on_device(batch, self.model.device) for batch in batches)
-        return self._advance(device_batches, parts, self._all_pixels(pixels))
+            return self._graphed(parts, pixels)
+        return self._advance((part.batch() for part in parts), len(parts), self._all_pixels(pixels))
+
+    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor) -> None:
+        """Begin to bring the next step's images to the device, while it works on this one's.
+
+        Args:
+            images: what the next call is given, the same object.
+            labels: likewise.
+        """
+        with on_device(self.model.device):
+            self.feed.prefetch(images, labels, self._parts(images))
+
+    def _parts(self, images: Sequence[list[Tensor]]) -> int:
+        """Return in how many parts these images are processed."""
+        return min(self.config.accumulate, len(images))
 
     def _stage_loss(self, stage: int) -> nn.Module:
         """Return the objective of a stage, and note the terms that it reports."""
@@ -141,6 +141,14 @@ class Step:
         if self.processes.count == 1:
             return loss
         return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+
+    def _drop_graphs(self) -> None:
+        """Forget the recorded steps, which hold memory and no other stage can use, so that new ones are recorded."""
+        if self._recorded:
+            torch.cuda.synchronize(self.model.device)  # one of them may still run
+        self._recorded.clear()
+        self._seen.clear()
+        self._pool = None  # a pool whose graphs are all gone takes no others
 
     def _all_pixels(self, pixels: list[int]) -> Sequence[Any]:
         """Return the pixels of each level in the images of all processes, which may differ in size."""
@@ -167,53 +175,81 @@ class Step:
         self.optimizer.step()
         return reported
 
-    def _graphed(self, batches: list[Batch], pixels: list[int]) -> Tensor:
+    def _graphed(self, parts: Sequence[Part], pixels: list[int]) -> Tensor:
         """Make the step by replaying a recorded one of its shapes, which is recorded first where there is none yet.
 
         The first `EAGER_STEPS` of its shapes are made without, and so are all once `MAX_GRAPHS` others are recorded.
         """
-        shapes = [[(*group.x.shape, group.height, group.width) for group in _groups(batch)] for batch in batches]
-        key = str((self._stage, shapes))
+        shapes = [[(len(group.numbers), *group[1:]) for group in groups] for part in parts for groups in part.members]
+        key = str((len(parts), shapes))
         self._seen[key] += 1
-        if key not in self._recorded:
-            device_batches = [_on_device(batch, self.model.device) for batch in batches]
+        if key in self._recorded:
+            recorded = self._recorded[key]
+            for part, recorded_batch in zip(parts, recorded.batches, strict=True):
+                part.fill(recorded_batch)
+        else:
+            batches = [part.batch() for part in parts]
 
             def work() -> Tensor:
-                return self._advance(iter(device_batches), len(batches), pixels)
+                return self._advance(iter(batches), len(batches), pixels)
 
             if self._seen[key] <= EAGER_STEPS or len(self._recorded) == MAX_GRAPHS:
                 return on_side_stream(work)
-            self._recorded[key] = _Recorded(device_batches, *record(work))
-        recorded = self._recorded[key]
-        for recorded_batch, batch in zip(recorded.batches, batches, strict=True):
-            for target, source in zip(_groups(recorded_batch), _groups(batch), strict=True):
-                target.x.copy_(source.x, non_blocking=True)
-                target.labels.copy_(source.labels, non_blocking=True)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            recorded = self._recorded[key] = _Recorded(batches, *record(work, self._pool))
         recorded.replay()
         return recorded.terms.clone()  # the next replay overwrites them
 
 
-def _on_device(batch: Batch, device: torch.device) -> Batch:
-    return [[group.to(device) for group in groups] for groups in batch]
+def on_device(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Return a context in which `device` is the current one: streams, events and graphs are made there.
+
+    A device other than a GPU, or None, changes nothing.
+    """
+    return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
 
 
-def _groups(batch: Batch) -> Iterator[Group]:
-    return (group for groups in batch for group in groups)
+_side_streams: dict[int, torch.cuda.Stream] = {}  # by device; each stream has a pool of memory of its own
 
 
-def on_side_stream(work: Callable[[], Result]) -> Result:
-    """Do work on a side stream, as the steps before a recording must: the default stream cannot be recorded."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        result = work()
-    torch.cuda.current_stream().wait_stream(stream)
+def side_stream() -> torch.cuda.Stream:
+    """Return the side stream of the current device, always the same: new ones would multiply the reserved memory."""
+    device = torch.cuda.current_device()
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream()
+    return _side_streams[device]
+
+
+def on_side_stream(work: Callable[[], Result], device: torch.device | None = None) -> Result:
+    """Do work on a side stream, as the steps before a recording must: the default stream cannot be recorded.
+
+    Args:
+        work: what is done.
+        device: the GPU whose side stream is taken; None: the current one.
+    """
+    with on_device(device):
+        stream = side_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = work()
+        torch.cuda.current_stream().wait_stream(stream)
     return result
 
 
-def record(work: Callable[[], Result]) -> tuple[Callable[[], Any], Result]:
-    """Record the work's kernels without running them; return a function that runs them, and the result it fills."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
+def record(
+    work: Callable[[], Result], pool: Any = None, device: torch.device | None = None
+) -> tuple[Callable[[], Any], Result]:
+    """Record the work's kernels without running them; return a function that runs them, and the result it fills.
+
+    Args:
+        work: what is recorded, on the side stream of the device.
+        pool: memory shared with other recordings (`torch.cuda.graph_pool_handle`), of which one runs at a time, and
+            none reads what another wrote except its result; None: memory of its own.
+        device: the GPU that the work runs on; None: the current one.
+    """
+    with on_device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side_stream()):
+            result = work()
     return graph.replay, result

@@ -1,35 +1,29 @@
-"""`make gpu` without a GPU: its order, its budget, its file, and its checks as a dry run on the definitions."""
+"""`make gpu` without a GPU: its plan, processes that fail, what is kept, and both runs rehearsed on a CPU."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compilation import Compiler, Request
 
-from benchmarks import gpu, gpu_figures, tf32
-from hgad_fast import ops
-from hgad_fast.bench import cases, measure, results
-from hgad_fast.evaluation import metrics
-from hgad_fast.ops.blocks import _operand
+from benchmarks import gpu, gpu_jobs, gpu_plan, gpu_processes, triton_cache
+from benchmarks.gpu_findings import Check, Figure, LeftOut
+from benchmarks.gpu_plan import CASES, FINISHED, GROUPS, RUNS, Group, Run
+from hgad_fast.bench import cases, results
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-SMALL = gpu.SIZES[1]
-HOURS = 1e5  # seconds that no machine needs
-
-
-def report() -> gpu.Report:
-    return gpu.Report(measure.about_run(CPU))
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -39,263 +33,325 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
-class Clock:
-    """Moves only when told."""
+def commands(text: str) -> list[str]:
+    """Return what of a plan is no comment."""
+    return [line for line in text.splitlines() if not line.startswith("#")]
 
-    def __init__(self) -> None:
-        self.now = 1000.0
+
+# The plan.
+
+
+def test_every_group_has_jobs_and_is_in_one_run() -> None:
+    planned = [group.name for run in RUNS.values() for group in run.groups]
+    assert len(set(planned)) == len(planned)
+    assert tuple(sorted(CASES)) == tuple(sorted(cases.CASES))
+    for group in GROUPS:
+        for device, small in ((CUDA, False), (CPU, True)):
+            assert gpu_jobs.jobs(group, device, small)
+        names = [job.name for job in gpu_jobs.jobs(group, CUDA)]
+        assert len(set(names)) == len(names)
+    timed = {job.name for case in CASES for job in gpu_jobs.jobs(f"case-{case}", CUDA)}
+    assert timed == {f"{case}: {size}" for case in cases.CASES for size in cases.sizes(case, CUDA)}
+
+
+def test_what_is_worth_most_comes_first_and_fits_the_time() -> None:
+    """All phases have their time even if each takes all that it may."""
+    first, second = RUNS["1"], RUNS["2"]
+    assert (first.seconds, second.seconds) == (400, 270)
+    for run in (first, second):
+        assert sum(max(group.seconds for group in phase) for phase in run.phases) <= run.seconds - 15
+    side_by_side, *others = first.phases
+    assert [group.seconds for group in side_by_side] == [140] * 5
+    assert [phase[0].name for phase in others] == ["training", "training-steps", "training-official", "million"]
+    names = [group.name for group in second.groups]
+    assert names == ["determinism", "convergence", "stages-2", "stages-3", "centres", "waits"]
+    assert GROUPS["stages-3"].environment == {"HGAD_FAST_STAGES": "3"}
+    assert all(len(phase) == 1 for run in RUNS.values() for phase in run.phases[run is first :])
+    assert "sanitizer" not in {group.name for run in RUNS.values() for group in run.groups}
+
+
+def test_the_plan_is_two_short_commands_and_says_what_to_do_between_them() -> None:
+    text = gpu_plan.plan_text(COMMIT, [name for name in GROUPS if name not in RUNS["2"].groups])
+    first, second = commands(text)
+    for run, command in (("1", first), ("2", second)):
+        assert len(command) < 2000 and f"--run {run} " in command and f"--commit {COMMIT}" in command
+        assert '--output "${OUT:?}"' in command and "--no-index --no-deps" in command
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+    assert "--triton-cache" not in first and "--triton-cache .triton-cache.tar.gz" in second
+    assert "--also" not in first and "--also check-flow," in second
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    between = "\n".join(comments[4:])
+    assert "cp triton-cache.tar.gz .triton-cache.tar.gz" in between and "gpu-1-0123456789ab.json" in between
+    assert "Carry .whl and .triton-cache.tar.gz" in between
+    assert "changes" not in text and "has changes" in gpu_plan.plan_text(f"{COMMIT}-dirty")
+
+
+def test_what_run_1_left_unexplained_joins_run_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    groups = {
+        "training": {"ended": FINISHED, "seconds": 1, "passed": True},
+        "million": {"ended": "timed out", "seconds": 1, "passed": True},
+        "check-flow": {"ended": FINISHED, "seconds": 1, "passed": False},
+    }
+    (tmp_path / "r.json").write_text(json.dumps({"groups": groups}))
+    assert gpu.main(["--plan", "--commit", COMMIT, "--after", str(tmp_path / "r.json")]) == 0
+    assert commands(capsys.readouterr().out)[1].endswith("--also million,check-flow")
+    chosen = gpu_plan.chosen_run("2", ["million", "waits", "million"])
+    assert [group.name for group in chosen.groups] == [*(group.name for group in RUNS["2"].groups), "million"]
+    assert [group.name for group in gpu_plan.chosen_run(None).groups] == [
+        group.name for run in RUNS.values() for group in run.groups
+    ]
+
+
+def test_a_group_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "sanitiser"])
+    assert "there is no group 'sanitiser'; there are check-flow, " in capsys.readouterr().err
+
+
+# The processes. Those of these tests are carried out by this file.
+
+
+def child(folder: Path) -> Callable[[Group], Sequence[str]]:
+    return lambda group: [sys.executable, "-m", "tests.benchmarks.test_gpu_plan", str(folder), group.name]
+
+
+def be_a_child(folder: Path, group: str, path: Path) -> int:
+    """Find something, then do what the group is called."""
+
+    def first() -> Any:
+        yield Check("found", 1e-7, 1e-6)
+
+    def second() -> Any:
+        yield Figure("half of the second job", 1.5, "ms")
+        (folder / f"{group} is here").touch()
+        print(f"this is {group}", flush=True)
+        if group == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if group == "hangs":
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+                signal.signal(number, signal.SIG_IGN)
+            helper = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+            (folder / "helper").write_text(str(helper.pid))
+            (folder / "hangs for ever").touch()
+            while True:
+                signal.pause()
+        if group == "fails":
+            raise RuntimeError("illegal memory access\nand so on")
+
+    todo = [gpu_jobs.Job("first", first), gpu_jobs.Job("second", second), gpu_jobs.Job("third", first)]
+    gpu_jobs.measure.about_run = lambda device: {"device": "a stub"}
+    gpu_jobs.faulthandler.register(signal.SIGUSR1)
+    return gpu_jobs.carry_out_jobs(todo, CPU, path)
+
+
+class Clock:
+    """Stands still until the file is there, and stands far ahead then."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
 
     def __call__(self) -> float:
-        return self.now
+        return 1e6 if self.file.exists() else 0.0
 
 
-def test_correctness_comes_first_then_ceilings_then_what_matters_most() -> None:
-    names = [job.name for job in gpu.plan(CUDA)]
-    assert len(set(names)) == len(names)
-    ceilings = names.index("ceilings")
-    checks, benchmarks = names[:ceilings], names[ceilings + 1 :]
-    for kind in ("coupling", "mixture", "scores", "flow"):
-        assert sum(name.startswith(f"{kind} against float64") for name in checks) == len(gpu.SIZES)
-    assert checks[-3:] == ["bitwise determinism", "torch.compile of a training step", "operands of a tf32 product"]
+def test_a_group_that_dies_or_hangs_costs_itself_alone(tmp_path: Path) -> None:
+    """What was found before is kept, what was not done is named, and no process is left."""
+    groups = {name: Group(name, 100) for name in ("dies", "hangs", "fails", "works")}
+    run = Run(1e9, ((groups["dies"],), (groups["hangs"],), (groups["fails"], groups["works"])))
+    report = gpu_processes.Report(tmp_path / "out", "gpu-1-x", {"commit": "x"})
+    (tmp_path / "work").mkdir()
+    gpu_processes.carry_out(run, report, child(tmp_path), tmp_path / "work", Clock(tmp_path / "hangs for ever"))
+    assert not report.passed
 
-    assert benchmarks[:2] == [f"training: {cases.LARGE}", f"mixture: {cases.MILLION_PIXELS}"]
-    assert benchmarks[len(gpu.FIRST)] == "training, all ways"
-    everything = {f"{case}: {size}" for case in cases.CASES for size in cases.sizes(case, CUDA)}
-    assert everything <= set(benchmarks)
-    compiled = [i for i, name in enumerate(benchmarks) if "compiled" in name]
-    assert min(compiled) > max(benchmarks.index(name) for name in everything)
-    assert len(compiled) == 1 + len(gpu.COMPILED)
-
-
-def test_no_job_begins_after_the_time_is_up_and_the_file_says_which(tmp_path: Path) -> None:
-    clock, seen = Clock(), []
-
-    def taking(seconds: float, name: str) -> gpu.Job:
-        def run() -> list[gpu.Check]:
-            seen.append((name, read(tmp_path / "r.json")["checks"]))
-            clock.now += seconds
-            return [gpu.Check(name, 0, 0)]
-
-        return gpu.Job(name, run)
-
-    actual = report()
-    gpu.carry_out([taking(200, "a"), taking(200, "b"), taking(1, "c")], actual, tmp_path / "r.json", 400, clock)
-    assert [name for name, _ in seen] == ["a", "b"]
-    assert [[check["name"] for check in checks] for _, checks in seen] == [[], ["a"]]  # written after each job
-    written = read(tmp_path / "r.json")
-    assert [check["name"] for check in written["checks"]] == ["a", "b"] and written["left_out"] == ["c"]
-    assert actual.passed and "no time was left for 1: c" in gpu.summary(actual)
-
-
-def test_a_job_in_progress_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The alarm is set for what is left of the time; here it comes at once, and the clock says so."""
-    clock, alarms = Clock(), []
-    monkeypatch.setattr(gpu.signal, "setitimer", lambda timer, seconds: alarms.append((timer, seconds)))
-
-    def endless() -> list[gpu.Check]:
-        clock.now += alarms[-1][1]
-        while True:
-            try:
-                signal.raise_signal(signal.SIGALRM)
-            except Exception:  # what a library might do
-                pass
-
-    actual, before = report(), signal.getsignal(signal.SIGALRM)
-    jobs = [gpu.Job("short", list, 100), gpu.Job("endless", endless), gpu.Job("next", list)]
-    gpu.carry_out(jobs, actual, tmp_path / "r.json", 250, clock)
-    assert alarms == [(signal.ITIMER_REAL, seconds) for seconds in (100, 0, 250, 0)]
-    assert read(tmp_path / "r.json")["left_out"] == ["endless", "next"]
-    assert signal.getsignal(signal.SIGALRM) == before
-
-
-def test_a_job_that_takes_too_long_leaves_the_others_their_time(tmp_path: Path) -> None:
-    """Here the alarm is the system's."""
-
-    def endless() -> list[gpu.Check]:
-        while True:
-            signal.pause()
-
-    actual = report()
-    jobs = [gpu.Job("endless", endless, 0.2), gpu.Job("next", lambda: [gpu.Check("next", 0, 0)])]
-    gpu.carry_out(jobs, actual, tmp_path / "r.json", HOURS, Clock())
-    assert actual.left_out == ["endless"] and [check.name for check in actual.checks] == ["next"]
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-
-def test_figures_are_written_and_shown_also_those_that_are_none(tmp_path: Path) -> None:
-    actual = report()
-    actual.add([gpu.Figure("a", 1.25, "ms"), gpu.Figure("b", None, "ms", "why"), gpu.Figure("c", math.nan, "of 1")])
-    figures = read(actual.save(tmp_path / "r.json"))["figures"]
-    assert [figure["value"] for figure in figures] == [1.25, None, None] and figures[1]["note"] == "why"
-    text = gpu.summary(actual)
-    assert "figure a: 1.25 ms" in text and "figure b: - ms why" in text
-
-
-@pytest.mark.parametrize("right", [0, 1, 2, 7, 37, 64])
-def test_the_largest_batch_is_found_to_a_sixteenth(right: int) -> None:
-    tried = []
-
-    def fits(count: int) -> bool:
-        tried.append(count)
-        return count <= right
-
-    assert right - max(right // 16, 1) < gpu_figures.largest(fits, 1000) <= right
-    assert len(tried) <= 12
-    assert gpu_figures.largest(lambda count: True, 100) == 64
-
-
-def test_auroc_is_that_of_the_library() -> None:
-    scores, positive = torch.randn(99), torch.rand(99) > 0.7
-    assert gpu_figures.share_in_order(scores, positive) == pytest.approx(metrics.auroc(scores, positive))
-
-
-def test_waits_and_idle_time_are_read_from_a_profile() -> None:
-    step = gpu_figures.STEP
-    events = [
-        (step, 0.0, 10.0, False),
-        (step, 1.0, 30.0, True),  # its span on the device, no work
-        ("cudaLaunchKernel", 1.0, 2.0, False),
-        ("cudaStreamSynchronize", 3.0, 9.0, False),
-        ("cudaDeviceSynchronize", 11.0, 40.0, False),  # after the step
-        *(("kernel", begin, end, True) for begin, end in ((2.0, 4.0), (3.0, 6.0), (8.0, 12.0))),
+    written = read(tmp_path / "out" / "gpu-1-x.json")
+    assert written["commit"] == "x" and written["device"] == "a stub"
+    endings = {name: (group["ended"], group["passed"]) for name, group in written["groups"].items()}
+    assert endings == {
+        "dies": ("killed by SIGKILL, in second", True),
+        "hangs": ("timed out, in second", True),
+        "fails": (FINISHED, False),
+        "works": (FINISHED, True),
+    }
+    assert sorted(written["left_out"]) == [
+        f"{group}: {job} ({endings[group][0]})" for group in ("dies", "hangs") for job in ("second", "third")
     ]
-    assert gpu_figures.host_waits(events) == ["cudaStreamSynchronize"]
-    assert gpu_figures.busy_share(events) == pytest.approx(0.8)
-    assert math.isnan(gpu_figures.busy_share(events[:1]))
+    found = [(check["group"], check["name"], check["passed"]) for check in written["checks"]]
+    assert {each for each in found if each[1] == "found"} == {(group, "found", True) for group in groups}
+    assert [each for each in found if not each[2]] == [("fails", "second runs", False)]
+    assert {figure["group"] for figure in written["figures"]} == set(groups)
+    text = report.summary()
+    assert "FAILED second runs" in text and "illegal memory access" in text and "to be explained: hangs" in text
+
+    log = (tmp_path / "out" / "gpu-1-x.log").read_text()
+    assert all(f"==== {group}: " in log and f"this is {group}" in log for group in groups)
+    hung = log.partition("==== hangs")[2].partition("==== ")[0]
+    assert "in second" in hung  # the function that waits
+    assert not is_running(int((tmp_path / "helper").read_text()))
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == [
+        "gpu-1-x.json",
+        "gpu-1-x.log",
+        "triton-cache.tar.gz",
+    ]
 
 
-def test_a_crash_fails_the_run_and_spares_the_other_jobs(tmp_path: Path) -> None:
-    def crash() -> list[gpu.Check]:
-        raise RuntimeError("illegal memory access\nand so on")
-
-    actual = report()
-    jobs = [gpu.Job("bad", crash), gpu.Job("good", lambda: [gpu.Check("good", 1e-7, 1e-6)])]
-    gpu.carry_out(jobs, actual, tmp_path / "r.json", HOURS)
-    bad, good = read(tmp_path / "r.json")["checks"]
-    assert not bad["passed"] and bad["note"] == "RuntimeError: illegal memory access" and good["passed"]
-    assert not actual.passed and "FAILED bad runs" in gpu.summary(actual)
+def is_running(pid: int) -> bool:
+    """Return whether a process runs; one that has ended may wait for its parent to ask."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
-def test_an_error_that_is_no_number_fails_and_is_written(tmp_path: Path) -> None:
-    check = gpu.worst("x", 1e-3, [torch.tensor([math.nan])], [torch.ones(1, dtype=torch.float64)])
-    assert not check.passed
-    actual = report()
-    actual.add([check])
-    assert read(actual.save(tmp_path / "r.json"))["checks"][0]["error"] is None
+def test_when_the_time_is_up_the_groups_left_are_named_and_nothing_is_passed(tmp_path: Path) -> None:
+    report = gpu_processes.Report(tmp_path / "out", "gpu-2-x", {})
+    clock = iter([0.0, 5.0, 10.0]).__next__
+    run = Run(4, ((Group("a", 1),), (Group("b", 1), Group("c", 1))))
+    gpu_processes.carry_out(run, report, lambda group: pytest.fail(group.name), tmp_path, clock)
+    assert not report.passed
+    written = read(tmp_path / "out" / "gpu-2-x.json")
+    assert written["left_out"] == [f"{name}: everything (no time was left)" for name in "abc"]
+    assert {group["ended"] for group in written["groups"].values()} == {"no time was left"}
 
 
-def test_a_wrong_benchmark_fails_the_run_and_a_repeated_one_is_replaced() -> None:
-    actual = report()
-    wrong = results.Failure(
-        "flow", SMALL, "a device", "hgad_fast", "triton", "fp32", "wrong: z deviates", is_wrong=True
-    )
-    actual.add([wrong])
-    assert not actual.passed and "flow, hgad_fast" in gpu.summary(actual)
-    actual.add([replace(wrong, reason="out of memory", is_wrong=False)])
-    assert actual.passed and len(actual.outcomes) == 1 and "out of memory" in gpu.summary(actual)
+def test_a_process_that_says_nothing_is_no_success(tmp_path: Path) -> None:
+    report = gpu_processes.Report(tmp_path / "out", "gpu-2-x", {})
+    run = Run(1e6, ((Group("silent", 1e6),),))
+    gpu_processes.carry_out(run, report, lambda group: [sys.executable, "-c", "raise SystemExit(7)"], tmp_path)
+    assert not report.passed and report.left_out == ["silent: everything (ended with status 7)"]
 
 
-def test_dry_run_of_the_whole_plan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every check passes on the definitions, and benchmarks leave their rows (test_bench.py runs each of them)."""
-    monkeypatch.setattr(cases, "CASES", {name: cases.CASES[name] for name in ("coupling", "training")})
-    actual = report()
-    gpu.carry_out(gpu.plan(CPU, quick=True), actual, tmp_path / "results", HOURS)
-    assert not actual.left_out
-    assert [str(check) for check in actual.checks if not check.passed] == []
-    (path,) = (tmp_path / "results").iterdir()
-    written = read(path)
-    assert {row["case"] for row in written["rows"]} == set(cases.CASES) and written["failures"] == []
-    assert {"device", "versions", "commit", "date"} <= written.keys()
-    figures = {figure["name"]: figure["value"] for figure in written["figures"]}
-    missing = [name for name, value in figures.items() if value is None]
-    assert len(figures) > 40 and missing == [name for name in figures if "the device is busy" in name]  # a CPU is none
-    text = gpu.summary(actual)
-    assert f"{len(actual.checks)} of {len(actual.checks)} checks passed" in text and "x, " in text
-    assert str(path) in capsys.readouterr().out
+def test_processes_are_ended_when_the_run_is(tmp_path: Path) -> None:
+    def clock() -> float:
+        if (tmp_path / "hangs for ever").exists():
+            raise SystemExit(143)
+        return 0.0
+
+    report = gpu_processes.Report(tmp_path / "out", "gpu-2-x", {})
+    with pytest.raises(SystemExit):
+        gpu_processes.carry_out(Run(1e6, ((Group("hangs", 1e6),),)), report, child(tmp_path), tmp_path, clock)
+    assert not is_running(int((tmp_path / "helper").read_text()))
+    written = read(tmp_path / "out" / "gpu-2-x.json")
+    assert written["groups"]["hangs"]["ended"] == "stopped with the run, in second" and len(written["checks"]) == 1
 
 
-@pytest.mark.parametrize(
-    ("operation", "check"),
-    [
-        ("affine_coupling", gpu.check_coupling),
-        ("affine_coupling_backward", gpu.check_coupling),
-        ("mixture_terms", gpu.check_mixture),
-        ("mixture_terms_backward", gpu.check_mixture),
-        ("mixture_scores", gpu.check_scores),
-    ],
-)
-def test_checks_find_a_small_error_in_every_result(operation: str, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = getattr(ops, operation)
+def test_an_error_costs_its_job_and_a_lost_device_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash() -> Any:
+        raise RuntimeError("illegal memory access")
 
-    def off(which: int) -> Any:
-        def wrong(*args: Any, **kwargs: Any) -> Any:
-            results = list(real(*args, **kwargs))
-            if torch.is_tensor(results[which]) and results[which].is_floating_point():
-                results[which] = results[which] * (1 + 1e-2)
-            return ops.MixtureScores(*results) if operation == "mixture_scores" else tuple(results)
-
-        wrong.reference = real.reference  # type: ignore[attr-defined]
-        return wrong
-
-    size = replace(SMALL, height=3, width=3)
-    assert all(each.passed for each in check(size, CPU))
-    names = {"affine_coupling": 2, "affine_coupling_backward": 4, "mixture_terms": 4, "mixture_terms_backward": 5}
-    for which in range(names.get(operation, 6)):
-        if operation == "mixture_scores" and which == 1:
-            continue  # best_class, below
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, operation, off(which))
-            assert not all(each.passed for each in check(size, CPU)), which
+    todo = [gpu_jobs.Job("bad", crash), gpu_jobs.Job("good", lambda: [Check("good", 0, 0), LeftOut("x", "why")])]
+    assert gpu_jobs.carry_out_jobs(todo, CPU, tmp_path / "r.json") == 0
+    written = read(tmp_path / "r.json")
+    assert [check["passed"] for check in written["checks"]] == [False, True] and written["unfinished"] == []
+    assert written["left_out"] == ["x (why)"] and not written["passed"]
+    monkeypatch.setattr(gpu_jobs, "_usable", lambda device: False)
+    assert gpu_jobs.carry_out_jobs(todo, CPU, tmp_path / "r.json") == 1
+    assert read(tmp_path / "r.json")["unfinished"] == ["bad", "good"]
 
 
-def test_a_wrong_best_class_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ops.mixture_scores
-
-    def wrong(*args: Any, **kwargs: Any) -> ops.MixtureScores:
-        scores = real(*args, **kwargs)
-        return scores._replace(best_class=(scores.best_class + 1) % SMALL.classes)
-
-    wrong.reference = real.reference  # type: ignore[attr-defined]
-    monkeypatch.setattr(ops, "mixture_scores", wrong)
-    assert not all(check.passed for check in gpu.check_scores(SMALL, CPU))
-
-
-def test_runs_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = ops.mixture_losses, []
-
-    def unsteady(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        calls.append(1)
-        losses = real(*args, **kwargs)
-        if len(calls) == 3:
-            losses["L_e"] = losses["L_e"] + torch.finfo(torch.float32).eps * losses["L_e"].detach().abs().clamp(min=1)
-        return losses
-
-    monkeypatch.setattr(ops, "mixture_losses", unsteady)
-    first, second = gpu.check_determinism(cases.QUICK, CPU)
-    assert first.error == 1 and not first.passed and second.passed
+def test_findings_of_every_kind_are_written_and_shown(tmp_path: Path) -> None:
+    identity = ("flow", cases.QUICK, "a device", "hgad_fast", "triton", "fp32")
+    found = [
+        Figure("a", 1.25, "ms"),
+        Figure("b", None, "ms", "why"),
+        Figure("c", math.nan, "of 1"),
+        results.Failure(*identity, "wrong: z deviates", is_wrong=True),
+    ]
+    gpu_jobs.carry_out_jobs([gpu_jobs.Job("all", lambda: found)], CPU, tmp_path / "r.json")
+    written = read(tmp_path / "r.json")
+    assert [figure["value"] for figure in written["figures"]] == [1.25, None, None]
+    assert not written["passed"] and len(written["failures"]) == 1
+    text = "\n".join(written["lines"])
+    assert "figure a: 1.25 ms" in text and "figure b: - ms why" in text and "flow, hgad_fast" in text
 
 
-def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
-    ulp = 2.0**-10
-    x = torch.tensor([1 + 0.49 * ulp, 1 + 0.5 * ulp, 1 + 0.99 * ulp, -1 - 0.75 * ulp, 1 + ulp])
-    assert tf32.truncated(x).tolist() == [1, 1, 1, -1, 1 + ulp]
-    assert tf32.rounded(x).tolist() == [1, 1 + ulp, 1 + ulp, -1 - ulp, 1 + ulp]
-    assert torch.equal(tf32.rounded(x), _operand(x, "tf32"))
-    a, b = torch.randn(2, tf32.SIDE, tf32.SIDE)
-    for kind, prepare in (("truncated", tf32.truncated), ("rounded", tf32.rounded), ("exact", torch.clone)):
-        actual = tf32.deviations(prepare(a) @ prepare(b), a, b)
-        last_digits = tf32.SIDE**0.5 * torch.finfo(torch.float32).eps  # of sums of SIDE terms
-        assert min(actual, key=actual.__getitem__) == kind and actual[kind] < last_digits
-        assert all(error > 1e-4 for other, error in actual.items() if other != kind)
+# Triton's cache.
+
+COMPILE = """
+import sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks.tf32 import _dot_kernel
+triton.knobs.cache.dir = sys.argv[1]
+hits = []
+triton.knobs.compilation.listener = lambda **about: hits.append(about["cache_hit"])
+source = ASTSource(_dot_kernel, dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), "*fp32") | {"SIDE": "constexpr"}, {(3,): 16})
+kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+print(hits, len(kernel.asm["cubin"]))
+"""
 
 
-def test_tf32_kernel_compiles_for_a_tensor_core(compiler: Compiler) -> None:
-    signature = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), "*fp32") | {"SIDE": "constexpr"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
-    request = Request("benchmarks.tf32", "_dot_kernel", signature, {(3,): tf32.SIDE}, aligned, {}, "sm_90")
-    assert "tf32" in compiler.compile(request).ptx
+def test_triton_finds_a_packed_cache_in_another_folder(tmp_path: Path) -> None:
+    """It keeps absolute paths, and refuses a kernel of which one file is missing."""
+
+    def compiled(folder: Path) -> str:
+        command = [sys.executable, "-c", COMPILE, str(folder)]
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+    first = compiled(tmp_path / "here")
+    assert first.startswith("[False]")
+    assert triton_cache.pack(tmp_path / "here", tmp_path / "out" / "cache.tar.gz") == 0
+    (tmp_path / "here").rename(tmp_path / "gone")
+    assert triton_cache.unpack(tmp_path / "out" / "cache.tar.gz", tmp_path / "there") > 0
+    assert not list((tmp_path / "there").glob("*/*.ptx")) and list((tmp_path / "there").glob("*/*.cubin"))
+    assert compiled(tmp_path / "there") == first.replace("False", "True")
+
+
+def test_a_cache_that_is_too_large_is_packed_in_part(tmp_path: Path) -> None:
+    for number in range(8):
+        kernel = tmp_path / "cache" / f"kernel-{number}"
+        kernel.mkdir(parents=True)
+        (kernel / "k.cubin").write_bytes(os.urandom(10_000))
+    target = tmp_path / "cache.tar.gz"
+    assert triton_cache.pack(tmp_path / "cache", target, limit=50_000) == 4 and target.stat().st_size <= 50_000
+    assert triton_cache.unpack(target, tmp_path / "there") == 4
+    assert triton_cache.pack(tmp_path / "cache", target, limit=10) == 8
+    assert [path.name for path in tmp_path.glob("*tar*")] == ["cache.tar.gz"]
+
+
+# The rehearsal.
+
+
+@pytest.mark.parametrize("run", ["1", "2"])
+def test_both_commands_run_as_they_are_printed(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU and on tiny sizes: every job passes and leaves its results in $OUT."""
+    assert gpu.main(["--plan", "--device", "cpu", "--small", "--commit", f"{COMMIT}-dirty"]) == 0
+    command = commands(capsys.readouterr().out)[int(run) - 1]
+    assert len(command) < 2000
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    name = f"gpu-{run}-0123456789ab-dirty"
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [f"{name}.json", f"{name}.log", "triton-cache.tar.gz"]
+    assert all(re.fullmatch("[A-Za-z0-9._-]+", file) for file in files)
+    written = read(tmp_path / f"{name}.json")
+    assert {name: group["ended"] for name, group in written["groups"].items()} == {
+        group.name: FINISHED for group in RUNS[run].groups
+    }
+    assert written["commit"] == f"{COMMIT}-dirty" and written["left_out"] == written["failures"] == []
+    assert {"device", "versions", "date", "notes"} <= written.keys()
+    assert all(check["passed"] for check in written["checks"]) and len(written["checks"]) >= 10
+    missing = [figure["name"] for figure in written["figures"] if figure["value"] is None]
+    assert all("the device is busy" in name for name in missing)  # a CPU is none
+    log = (tmp_path / f"{name}.log").read_text()
+    assert all(f"-- {job.name}" in log for group in RUNS[run].groups for job in gpu_jobs.jobs(group.name, CPU, True))
+    if run == "1":
+        assert {row["case"] for row in written["rows"]} == {"training", "flow"}
+        assert {figure["group"] for figure in written["figures"]} >= {"training-steps", "training-official", "million"}
+    else:
+        assert any("3 stages" in figure["name"] for figure in written["figures"])
+
+
+@pytest.mark.parametrize("group", ["compile", "scoring", "kernels", "largest-batch", "training-40-classes"])
+def test_jobs_of_the_other_groups_run(group: str, tmp_path: Path) -> None:
+    """The rest of the run, but for the cases, of which test_bench.py runs each, and the backbone in `Scorer`."""
+    assert gpu_jobs.carry_out_jobs(gpu_jobs.jobs(group, CPU, small=True), CPU, tmp_path / "r.json") == 0
+    written = read(tmp_path / "r.json")
+    assert written["passed"] and written["unfinished"] == written["left_out"] == []
+    assert all(figure["value"] is not None for figure in written["figures"])
+    assert len(written["figures"]) + len(written["checks"]) >= 2
 
 
 def test_without_a_gpu_it_says_so_at_once() -> None:
@@ -305,3 +361,7 @@ def test_without_a_gpu_it_says_so_at_once() -> None:
     said = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert result.returncode != 0 and result.stdout == ""
     assert said == ["benchmarks.gpu needs a CUDA GPU, and torch sees none here; `make bench` measures a CPU"]
+
+
+if __name__ == "__main__":
+    sys.exit(be_a_child(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])))

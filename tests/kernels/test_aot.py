@@ -25,6 +25,7 @@ import triton
 from compilation import TARGETS, Binary, Compiler, Request, overwritten_names
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hgad_fast.modules.flow import ConditionalFlow
 
@@ -100,6 +101,14 @@ def call_blocks(kernels: SimpleNamespace, C: int, pixels: int, P: int = 256) -> 
     kernels.blocks.coupling_blocks(torch.zeros(pixels, C), list(conditions), flow.blocks, precision="bf16")
 
 
+def call_training(kernels: SimpleNamespace, C: int, precision: str, pixels: int, P: int = 256) -> None:
+    flow = ConditionalFlow(C, 1, P).requires_grad_(False)
+    x, conditions = torch.zeros(pixels, C), list(flow.grid(16, pixels // 16) or [])
+    arguments = conditions, list(flow.blocks), 1.9
+    z, log_det, _ = kernels.training.flow_forward(x, *arguments, False, 0, precision)
+    kernels.training.flow_backward(z, log_det, z, [], *arguments, False, 0, precision)
+
+
 IMAGES, PIXELS = torch.zeros(2, dtype=torch.int64), torch.zeros(128, dtype=torch.int64)
 CALLS = {
     "coupling": lambda kernels: call_coupling(kernels, 200, torch.float32),
@@ -108,6 +117,11 @@ CALLS = {
     "mixture, 40 classes": lambda kernels: call_mixture(kernels, 200, 40, 10, IMAGES),
     "blocks": lambda kernels: call_blocks(kernels, 200, 16384),
     "blocks, few pixels": lambda kernels: call_blocks(kernels, 200, 4096),
+    "training, bf16": lambda kernels: call_training(kernels, 200, "bf16", 16384),
+    "training, tf32": lambda kernels: call_training(kernels, 200, "tf32", 16384),
+    "training, bf16, few pixels": lambda kernels: call_training(kernels, 200, "bf16", 4096),
+    "training, odd channels": lambda kernels: call_training(kernels, 37, "bf16", 16384),
+    "training, unconditional": lambda kernels: call_training(kernels, 40, "bf16", 16384, P=0),
     "blocks, odd channels": lambda kernels: call_blocks(kernels, 37, 16384),
     "blocks, unconditional": lambda kernels: call_blocks(kernels, 40, 16384, P=0),
     "coupling, odd channels": lambda kernels: call_coupling(kernels, 37, torch.float32),
@@ -196,8 +210,8 @@ def launches_of(call: str, kernels: SimpleNamespace, target: str) -> dict[str, L
             return record
 
     with ExitStack() as stack:
-        name = "hip" if target == "gfx942" else target
-        stack.enter_context(mock.patch.object(kernels.common, "architecture", lambda device: name))
+        architecture = "hip" if target == "gfx942" else target
+        stack.enter_context(mock.patch.object(kernels.common, "architecture", lambda device: architecture))
         for stem, module in vars(kernels).items():
             for name, kernel in vars(module).items():
                 if isinstance(kernel, JITFunction) and name.endswith("_kernel"):
@@ -228,6 +242,9 @@ def compile_for(compiler: Compiler, target: str, launch: Launch) -> Figures:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            shape = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype].removeprefix('*')}[{shape}]>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]

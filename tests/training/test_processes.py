@@ -21,7 +21,7 @@ from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.training import display, fit
 from hgad_fast.training.checkpoint import CHECKPOINT, METRICS, MODEL, RUN
-from hgad_fast.training.processes import Processes
+from hgad_fast.training.processes import Processes, joined
 from hgad_fast.training.step import Step
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +156,36 @@ def test_what_processes_cannot_share():
     model.config = model.config.replace(batch_size=2)
     with pytest.raises(ValueError, match="process 1 has other data, settings or backbone weights than process 0"):
         fit._Run(model, *options)
+
+
+@pytest.mark.parametrize("callers_group", [False, True])
+def test_the_device_of_the_model_is_current_before_nccl_starts(monkeypatch, cuda, callers_group):
+    calls = {"init_process_group": None, "new_group": "patient", "destroy_process_group": None}
+    calls |= {"get_rank": 1, "get_world_size": 2}
+    for name, result in calls.items():
+
+        def call(*args, name=name, result=result, **kwargs):
+            cuda.note(name, *args)
+            return result
+
+        monkeypatch.setattr(torch.distributed, name, call)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: callers_group)
+    if not callers_group:
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with joined(torch.device("cuda:1")) as processes:
+        assert (processes.rank, processes.count, processes.patient) == (1, 2, "patient")
+    asked = [call for call in cuda.calls if call[0] in ("set_device", "init_process_group", "new_group")]
+    started = [] if callers_group else [("init_process_group", "nccl")]
+    assert asked == [("set_device", "cuda:1"), *started, ("new_group",)]
+
+
+def test_a_process_alone_leaves_the_current_device(cuda, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with joined(torch.device("cuda:1")) as processes:
+        assert processes.count == 1
+    with joined(torch.device("cpu")):
+        assert cuda.calls == []
 
 
 def test_torchrun_and_the_command_line(tmp_path):

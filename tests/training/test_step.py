@@ -175,13 +175,13 @@ def test_nothing_in_a_step_waits_for_the_device(interpreted, settings):
             taken(*batch, stage, 1e-3)
 
 
-def test_a_recorded_step_is_the_step(monkeypatch):
+def test_a_recorded_step_is_the_step(monkeypatch, cuda):
     """Shapes, fixed memory and rates of recorded steps, with a recording that runs its work again on the CPU."""
     model = make_model().double()
     eager = copy.deepcopy(model)
     recorded: list[Tensor] = []
 
-    def record(work):
+    def record(work, pool):
         terms = torch.full((2, 5), torch.nan, dtype=torch.float64)
         recorded.append(terms)
         return lambda: terms.copy_(work()), terms
@@ -202,6 +202,81 @@ def test_a_recorded_step_is_the_step(monkeypatch):
     assert len(recorded) == 2
     assert relative_error(terms, expected) < SAME_IN_FLOAT64
     assert relative_error(list(model.parameters()), list(eager.parameters())) < SAME_IN_FLOAT64
+
+
+GPU = torch.device("cuda:1")  # which is not the current one
+
+
+def test_work_on_the_side_takes_one_stream_of_its_device(cuda):
+    for device in (GPU, GPU, None, None):
+        assert step.on_side_stream(lambda: (cuda.device, cuda.stream_of(cuda.device).name), device) == (
+            (1, "side 1") if device else (0, "side 0")
+        )
+    expected = [("new stream", 1), *[("wait", "side 1", "default 1"), ("wait", "default 1", "side 1")] * 2]
+    expected += [("new stream", 0), *[("wait", "side 0", "default 0"), ("wait", "default 0", "side 0")] * 2]
+    assert cuda.calls == expected
+
+
+def test_a_graph_is_made_on_its_device(cuda):
+    replay, result = step.record(lambda: cuda.device, device=GPU)
+    assert result == 1 and cuda.device == 0
+    assert cuda.calls == [("new graph", 1), ("new stream", 1), ("record", None, "side 1")]
+    step.record(lambda: None)  # as benchmarks call it
+    assert cuda.calls[3:] == [("new graph", 0), ("new stream", 0), ("record", None, "side 0")]
+
+
+@pytest.fixture
+def recording(monkeypatch, cuda) -> Step:
+    """Return steps of a model that is said to be on cuda:1, and is on the CPU; recordings run their work again."""
+    taken = Step(make_model(), Processes())
+    monkeypatch.setattr(HGADModel, "device", GPU)
+    taken.graphs = True
+    for group in taken.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    return taken
+
+
+def test_recorded_steps_are_dropped_when_the_stage_changes(recording, cuda):
+    """Four shapes in stage 1 leave room for four in stage 2, in a pool of its own: the old one is gone."""
+    sizes = [((2, width),) for width in range(2, 7)]
+    batches = [make_batch(sizes=size) for size in sizes]
+    for stage in (1, 2):
+        cuda.calls.clear()
+        for _ in range(step.EAGER_STEPS + 1):
+            for batch in batches:
+                recording(*batch, stage, 1e-3)
+        recorded = [call for call in cuda.calls if call[0] == "record"]
+        assert recorded == [("record", f"pool {stage}", "side 1")] * step.MAX_GRAPHS
+        assert cuda.calls.count(("synchronize", 1)) == stage - 1
+        assert len(recording._recorded) == step.MAX_GRAPHS
+    assert cuda.streams == 1
+
+
+def test_a_step_runs_on_the_device_of_its_model(recording, cuda, monkeypatch):
+    devices = []
+    advance = Step._advance
+    monkeypatch.setattr(Step, "_advance", lambda *args: devices.append(cuda.device) or advance(*args))
+    batch = make_batch(sizes=((2, 3),))
+    for graphs in (True, False):
+        recording.graphs = graphs
+        recording(*batch, 1, 1e-3)
+        recording.prefetch(*batch)
+    assert devices == [1, 1] and cuda.device == 0
+
+
+@pytest.mark.parametrize("label", [-1, 3, 70])
+def test_labels_out_of_range_are_told(label):
+    images, labels = make_batch()
+    labels[2] = label
+    message = f"class id {label} is out of range: the model's classes have the ids 0 to 2"
+    with pytest.raises(ValueError, match=message):
+        Step(make_model(), Processes())(images, labels, 1, 1e-3)
+
+
+def test_labels_of_a_method_that_forms_its_own_groups_may_be_any():
+    model = make_model()
+    model.groups_are_classes = False
+    step.check_labels(torch.tensor([70]), model)
 
 
 def test_graphs_need_a_gpu():
