@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -92,7 +93,13 @@ def pieces(name: str, matrix: Tensor, edges: tuple[int, ...], columns: int, *, t
 
 
 def launch(
-    kernel: Any, programs: int | tuple[int, ...], *, warps: int = 4, stages: int = 1, **arguments: Any
+    kernel: Any,
+    programs: int | tuple[int, ...],
+    *,
+    warps: int = 4,
+    stages: int = 1,
+    registers: Mapping[str, int] | None = None,
+    **arguments: Any,
 ) -> None:
     """Start a kernel on the device of its tensors, whatever the current device is.
 
@@ -100,6 +107,7 @@ def launch(
         kernel: a Triton kernel.
         programs: its grid.
         warps, stages: Triton's options.
+        registers: at most so many a thread, by `architecture`.
         arguments: the kernel's arguments by name. Row strides (`X_STRIDE` for `x_ptr`) are filled in.
 
     Raises:
@@ -127,8 +135,10 @@ def launch(
     if device is None:
         raise ValueError(f"{kernel.__name__} is given no tensor")
     grid = (programs,) if isinstance(programs, int) else programs
+    limit = (registers or {}).get(architecture(device))
+    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": limit} if limit else {})
     with on(device):
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+        kernel[grid](**arguments, **options)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

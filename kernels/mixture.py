@@ -31,13 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOAT32, launch, rows, stages, to_tf32
+from .common import FLOAT32, accelerated, launch, rows, stages, tile, tiled, to_tf32
 
 BLOCK_N = 64  # Hopper's and Blackwell's matrix instructions take 64 rows or more
 MAX_BLOCK_J = 64
 MAX_TABLE = 64 << 20  # bytes of offsets; where K (K + M) C needs more, they are formed in the loops
 SCORES_TILE = 128 * 64  # rows times columns
 SCORES_BLOCK_C = 16  # at 32, Triton 3.6 spills 22 registers on sm_80
+SCORES_REGISTERS = {"sm_90": 128}
 SPLIT = FLOAT32 == "tf32x3"
 
 
@@ -100,15 +101,20 @@ def _store_pieces(at, x, PIECE: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _multiply(big, small, at, sums, PIECE: tl.constexpr, SPLIT: tl.constexpr):
-    """Return sums + (big + small) W^T; at `at`, W's pieces are stored."""
-    w = tl.trans(tl.load(at))
+def _multiply(
+    big, small, table, row, column, sums,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, PIECE: tl.constexpr,
+    SPLIT: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """Return sums + (big + small) W^T; W are ROWS rows of a table, whose small pieces are PIECE rows further on."""
+    w = tile(table, row, column, ROWS, COLUMNS, STRIDE, TILED)
     if SPLIT:
-        sums = tl.dot(small, w, sums, input_precision="tf32")
-        sums = tl.dot(big, tl.trans(tl.load(at + PIECE)), sums, input_precision="tf32")
-        return tl.dot(big, w, sums, input_precision="tf32")
+        w_small = tile(table, row + PIECE, column, ROWS, COLUMNS, STRIDE, TILED)
+        sums = tl.dot(small, tl.trans(w), sums, input_precision="tf32")
+        sums = tl.dot(big, tl.trans(w_small), sums, input_precision="tf32")
+        return tl.dot(big, tl.trans(w), sums, input_precision="tf32")
     else:
-        return tl.dot(big, w, sums, input_precision="ieee")
+        return tl.dot(big, tl.trans(w), sums, input_precision="ieee")
 
 
 @triton.jit
@@ -130,6 +136,7 @@ def _prepare_terms_kernel(
     delta_ptr,  # (K, M - 1, C) in
     phi_inter_ptr,  # (K,) in
     phi_intra_ptr,  # (K, M) in
+    mean_ptr,  # (K, PADDED_C) out: mu and zeros
     offsets_ptr,  # (PIECES, K, J, PADDED_C) out, or None
     turned_ptr,  # (PIECES, K, PADDED_C, J) out: the same with rows and columns exchanged; or None
     half_norm_ptr,  # (K, J) out: |o_yj|^2 / 2
@@ -152,6 +159,8 @@ def _prepare_terms_kernel(
         c = c0 + tl.arange(0, BLOCK_C)
         o = _offsets(mu_ptr, delta_ptr, y, j, c, C, K, M)
         norm += tl.sum(o.to(tl.float64) * o.to(tl.float64), axis=1)
+        mu_y = tl.load(mu_ptr + y * C + c, mask=c < C, other=0.0)
+        tl.store(mean_ptr + y * PADDED_C + c, mu_y, mask=(c < PADDED_C) & (tl.program_id(1) == 0))
         if offsets_ptr is not None:
             at = offsets_ptr + (y * J + j)[:, None] * PADDED_C + c[None, :]
             _store_pieces(at, o, K * J * PADDED_C, SPLIT)
@@ -193,36 +202,38 @@ def _tile(
 
 
 @triton.jit
-def _centred(z_ptr, n, row_mask, mean_ptr, c, C: tl.constexpr, Z_STRIDE: tl.constexpr):
+def _centred(z_ptr, n, row_mask, mean_ptr, c, C: tl.constexpr, Z_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Load channels c of rows n less a mean (BLOCK_N, BLOCK_C); 0 in channels beyond C."""
     mask = row_mask[:, None] & (c < C)[None, :]
     z = tl.load(z_ptr + n[:, None] * Z_STRIDE + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    return z - tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
+    return z - tl.load(mean_ptr + tl.arange(0, BLOCK_N)[:, None] * 0 + c[None, :])
 
 
 @triton.jit
 def _logits(
-    z_ptr, n, row_mask, mu_ptr, delta_ptr, offsets_ptr, half_norm_ptr, y, j,
+    z_ptr, n, row_mask, mu_ptr, delta_ptr, mean_ptr, offsets, half_norm_ptr, y, j0,
     C: tl.constexpr, K: tl.constexpr, M: tl.constexpr, J: tl.constexpr, PADDED_C: tl.constexpr,
     Z_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """Return S (BLOCK_N, BLOCK_J) and |z'|^2 (BLOCK_N,)."""
     SPLIT: tl.constexpr = PRECISION == "tf32x3"
+    j = j0 + tl.arange(0, BLOCK_J)
     s = tl.full((BLOCK_N, BLOCK_J), 0.0, tl.float32)
-    norm = tl.full((BLOCK_N,), 0.0, tl.float32)
+    squares = tl.full((BLOCK_N, BLOCK_C), 0.0, tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
-        z = _centred(z_ptr, n, row_mask, mu_ptr + y * C, c, C, Z_STRIDE)
-        norm += tl.sum(z * z, axis=1)
-        if offsets_ptr is not None:
+        z = _centred(z_ptr, n, row_mask, mean_ptr + y * PADDED_C, c, C, Z_STRIDE, BLOCK_N)
+        squares += z * z
+        if offsets is not None:
             big, small = _split(z, SPLIT)
-            at = offsets_ptr + (y * J + j)[:, None] * PADDED_C + c[None, :]
-            s = _multiply(big, small, at, s, K * J * PADDED_C, SPLIT)
+            s = _multiply(
+                big, small, offsets, y * J + j0, c0, s, BLOCK_J, BLOCK_C, PADDED_C, K * J, SPLIT, TILED
+            )  # fmt: skip
         else:
             o = _offsets(mu_ptr, delta_ptr, y, j, c, C, K, M)
             s = tl.dot(z, tl.trans(o), s, input_precision=PRECISION)
-    return s - tl.load(half_norm_ptr + y * J + j)[None, :], norm
+    return s - tl.load(half_norm_ptr + y * J + j)[None, :], tl.sum(squares, axis=1)
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_image", "rows_per_image"])
@@ -230,7 +241,8 @@ def _terms_kernel(
     z_ptr,  # (N, C) in
     mu_ptr,  # (K, C) in
     delta_ptr,  # (K, M - 1, C) in
-    offsets_ptr,  # (PIECES, K, J, PADDED_C) in, or None: they are formed from mu and delta
+    mean_ptr,  # (K, PADDED_C) in: mu and zeros
+    offsets,  # (PIECES K J, PADDED_C) in, by tiles; None: they are formed from mu and delta
     half_norm_ptr,  # (K, J) in
     log_weight_ptr,  # (K, J) in
     labels_ptr,  # (images,) in
@@ -255,6 +267,7 @@ def _terms_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TILED: tl.constexpr,
 ):
     first, n, row_mask, y = _tile(
         labels_ptr, tiles_ptr, order_ptr, T, tiles_per_image, rows_per_image, K, BLOCK_N
@@ -271,8 +284,8 @@ def _terms_kernel(
     for j0 in range(0, K + M, BLOCK_J):
         j = j0 + tl.arange(0, BLOCK_J)
         s, norm = _logits(
-            z_ptr + first * Z_STRIDE, n, row_mask, mu_ptr, delta_ptr, offsets_ptr, half_norm_ptr, y, j,
-            C, K, M, J, PADDED_C, Z_STRIDE, PRECISION, BLOCK_N, BLOCK_J, BLOCK_C,
+            z_ptr + first * Z_STRIDE, n, row_mask, mu_ptr, delta_ptr, mean_ptr, offsets, half_norm_ptr, y, j0,
+            C, K, M, J, PADDED_C, Z_STRIDE, PRECISION, BLOCK_N, BLOCK_J, BLOCK_C, TILED,
         )  # fmt: skip
         is_class = (j < K)[None, :]
         x = s + tl.load(log_weight_ptr + y * J + j)[None, :]  # -inf in the padding
@@ -302,8 +315,10 @@ def _terms_backward_kernel(
     z_ptr,  # (N, C) in
     mu_ptr,  # (K, C) in
     delta_ptr,  # (K, M - 1, C) in
-    offsets_ptr,  # (PIECES, K, J, PADDED_C) in, or None
-    turned_ptr,  # (PIECES, K, PADDED_C, J) in, or None
+    mean_ptr,  # (K, PADDED_C) in
+    offsets,  # (PIECES K J, PADDED_C) in, by tiles, or None
+    turned,  # (PIECES K PADDED_C, J) in, by tiles, or None
+    turned_ptr,  # the same
     half_norm_ptr,  # (K, J) in
     log_weight_ptr,  # (K, J) in
     labels_ptr,  # (images,) in
@@ -336,6 +351,7 @@ def _terms_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TILED: tl.constexpr,
 ):
     SPLIT: tl.constexpr = PRECISION == "tf32x3"
     first, n, row_mask, y = _tile(
@@ -345,8 +361,8 @@ def _terms_backward_kernel(
     column = tl.arange(0, BLOCK_J)
     j = block * BLOCK_J + column
     s, _ = _logits(
-        z_ptr, n, row_mask, mu_ptr, delta_ptr, offsets_ptr, half_norm_ptr, y, j,
-        C, K, M, J, PADDED_C, Z_STRIDE, PRECISION, BLOCK_N, BLOCK_J, BLOCK_C,
+        z_ptr, n, row_mask, mu_ptr, delta_ptr, mean_ptr, offsets, half_norm_ptr, y, block * BLOCK_J,
+        C, K, M, J, PADDED_C, Z_STRIDE, PRECISION, BLOCK_N, BLOCK_J, BLOCK_C, TILED,
     )  # fmt: skip
     s = tl.where(row_mask[:, None], s, 0.0)  # what no row owns must not overflow: its gradients are 0 times it
     is_class = j < K
@@ -402,21 +418,30 @@ def _terms_backward_kernel(
         c = c0 + tl.arange(0, BLOCK_C)
         c_mask = c < C
         mask = row_mask[:, None] & c_mask[None, :]
-        z = _centred(z_ptr, n, row_mask, mu_ptr + y * C, c, C, Z_STRIDE)
+        z = _centred(z_ptr, n, row_mask, mean_ptr + y * PADDED_C, c, C, Z_STRIDE, BLOCK_N)
         gz_at = gz_ptr + n[:, None] * C + c[None, :]
         gz = tl.load(gz_at, mask=mask & (block > 0), other=0.0).to(tl.float32) - gnorm[:, None] * z
-        if turned_ptr is not None:
-            at = turned_ptr + (y * PADDED_C + c)[:, None] * J + j[None, :]
-            o = tl.load(at)
+        if turned is not None:
+            o_at = turned_ptr + (y * PADDED_C + c)[:, None] * J + j[None, :]  # not by tiles: those are for products alone
+            o = tl.load(o_at)
             if SPLIT:
-                o += tl.load(at + K * J * PADDED_C)
-            gz = _multiply(g_big, g_small, at, gz, K * J * PADDED_C, SPLIT)
+                o += tl.load(o_at + K * PADDED_C * J)
+            gz = _multiply(
+                g_big, g_small, turned, y * PADDED_C + c0, block * BLOCK_J, gz, BLOCK_C, BLOCK_J, J, K * PADDED_C, SPLIT, TILED
+            )  # fmt: skip
         else:
             o = tl.trans(_offsets(mu_ptr, delta_ptr, y, j, c, C, K, M))
             gz = tl.dot(g, tl.trans(o), gz, input_precision=PRECISION)
         tl.store(gz_at, gz, mask=mask)
         # Rows are channels here: fewer than 64, so that the operand from registers needs no fence.
-        goffset = tl.dot(tl.trans(z), g, -gsum[None, :] * o, input_precision=PRECISION)
+        goffset = -gsum[None, :] * o
+        if SPLIT:
+            z_big, z_small = _split(tl.trans(z), SPLIT)
+            goffset = tl.dot(z_small, g_big, goffset, input_precision="tf32")
+            goffset = tl.dot(z_big, g_small, goffset, input_precision="tf32")
+            goffset = tl.dot(z_big, g_big, goffset, input_precision="tf32")
+        else:
+            goffset = tl.dot(tl.trans(z), g, goffset, input_precision=PRECISION)
         at = part_ptr + column[None, :] * PART_C + c[:, None]
         tl.store(at, goffset, mask=stored[None, :] & c_mask[:, None])
 
@@ -531,7 +556,7 @@ def _scores_kernel(
     z_ptr,  # (N, C) in
     log_det_ptr,  # (N,) in
     mean_ptr,  # (PADDED_C,) in: what the centres are relative to
-    centres_ptr,  # (PIECES, PADDED_K, SLOTS, PADDED_C) in
+    centres,  # (PIECES PADDED_K SLOTS, PADDED_C) in, by tiles
     half_norm_ptr,  # (PADDED_K, SLOTS) in
     log_pi_ptr,  # (PADDED_K,) in
     log_w_ptr,  # (PADDED_K, SLOTS) in
@@ -555,6 +580,7 @@ def _scores_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,  # classes per block
     BLOCK_C: tl.constexpr,
+    TILED: tl.constexpr,
 ):
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_N
     n = tl.arange(0, BLOCK_N)
@@ -569,20 +595,23 @@ def _scores_kernel(
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     best_class = tl.full((BLOCK_N,), 0, tl.int32)
     own = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    base = tl.full((BLOCK_N,), 0.0, tl.float32)
+    squares = tl.full((BLOCK_N, BLOCK_C), 0.0, tl.float32)
+    for c0 in range(0, C, BLOCK_C):
+        z = _centred(z_ptr, n, row_mask, mean_ptr, c0 + tl.arange(0, BLOCK_C), C, Z_STRIDE, BLOCK_N)
+        squares += z * z
+    base = constant + tl.load(log_det_ptr + row, mask=row_mask, other=0.0).to(tl.float32)
+    base -= 0.5 * tl.sum(squares, axis=1)  # common to all centres, hence left out of every softmax
     slot = tl.arange(0, BLOCK_K * SLOTS)
     for k0 in range(0, PADDED_K, BLOCK_K):
         e = tl.full((BLOCK_N, BLOCK_K * SLOTS), 0.0, tl.float32)
-        norm = tl.full((BLOCK_N,), 0.0, tl.float32)
         for c0 in range(0, C, BLOCK_C):
-            c = c0 + tl.arange(0, BLOCK_C)
-            z = _centred(z_ptr, n, row_mask, mean_ptr, c, C, Z_STRIDE)
-            norm += tl.sum(z * z, axis=1)
+            z = _centred(z_ptr, n, row_mask, mean_ptr, c0 + tl.arange(0, BLOCK_C), C, Z_STRIDE, BLOCK_N)
             big, small = _split(z, SPLIT)
-            at = centres_ptr + (k0 * SLOTS + slot)[:, None] * PADDED_C + c[None, :]
-            e = _multiply(big, small, at, e, PADDED_K * SLOTS * PADDED_C, SPLIT)
-        base = constant + tl.load(log_det_ptr + row, mask=row_mask, other=0.0).to(tl.float32) - 0.5 * norm
-        e -= tl.load(half_norm_ptr + k0 * SLOTS + slot)[None, :]  # base is left out of every softmax
+            e = _multiply(
+                big, small, centres, k0 * SLOTS, c0, e,
+                BLOCK_K * SLOTS, BLOCK_C, PADDED_C, PADDED_K * SLOTS, SPLIT, TILED,
+            )  # fmt: skip
+        e -= tl.load(half_norm_ptr + k0 * SLOTS + slot)[None, :]
         x = e + tl.load(log_w_ptr + k0 * SLOTS + slot)[None, :]
 
         k = k0 + tl.arange(0, BLOCK_K)
@@ -627,9 +656,9 @@ def mixture_terms(
     lse, entropy, information, own = (_empty(z, n, dtype=z.dtype) for n in (N, N, N, N if stage == 2 else 0))
     if N > 0:
         offsets = _Offsets.prepare(mu, delta, phi_inter, phi_intra, stage)
-        block = _terms_block(offsets.K + offsets.M, backward=False)
+        block = _terms_block(len(mu) + offsets.M, backward=False)
         terms = [lse, entropy, information, own]
-        _launch_terms(rows(z), offsets, _Tiles.cut(labels, N, offsets.K), terms, label_smoothing, block, relative=False)
+        _launch_terms(rows(z), offsets, _Tiles.cut(labels, N, len(mu)), terms, label_smoothing, block, relative=False)
     return lse, entropy, information, own
 
 
@@ -672,16 +701,15 @@ def mixture_terms_backward(
     for i in range(triton.cdiv(K + M, width)):
         j0 = i * width
         launch(
-            _terms_backward_kernel, tiles.T, warps=block.warps, stages=stages(z.device),
-            z_ptr=z, mu_ptr=offsets.mu, delta_ptr=offsets.delta, offsets_ptr=offsets.table, turned_ptr=offsets.turned,
-            half_norm_ptr=offsets.half_norm, log_weight_ptr=offsets.log_weight, **tiles.arguments(), order_ptr=tiles.order,
+            _terms_backward_kernel, tiles.T, warps=block.warps, stages=offsets.stages(),
+            z_ptr=z, **offsets.arguments(block), turned=_tiled(offsets.turned, block.C, block.J), turned_ptr=offsets.turned,
+            **tiles.arguments(), order_ptr=tiles.order,
             rows_per_image=tiles.rows_per_image,
             glse_ptr=glse.contiguous(), gentropy_ptr=gentropy.contiguous(), ginformation_ptr=ginformation.contiguous(),
             gown_ptr=gown.contiguous(),
             lse_ptr=relative[0], entropy_ptr=relative[1], p_lse_ptr=relative[2], own_ptr=relative[3],
             gz_ptr=gz, part_ptr=part, block=i, label_smoothing=label_smoothing,
-            C=C, K=K, M=M, J=offsets.J, PADDED_C=offsets.C, WIDTH=width, PART_C=part.shape[2],
-            PRECISION=FLOAT32, BLOCK_N=BLOCK_N, BLOCK_J=block.J, BLOCK_C=block.C,
+            C=C, WIDTH=width, PART_C=part.shape[2],
         )  # fmt: skip
         classes = min(max(K - j0, 0), width)
         centres = min(width, K + M - j0) - classes if stage == 2 else CENTRES * (j0 == 0)
@@ -719,14 +747,16 @@ def mixture_scores(
         columns = max(MAX_BLOCK_J, slots)
         block_n = max(SCORES_TILE // columns, 16)
         launch(
-            _scores_kernel, triton.cdiv(N, block_n), warps=8, stages=stages(z.device),
-            z_ptr=rows(z), log_det_ptr=log_det.contiguous(), mean_ptr=centres.mean, centres_ptr=centres.table,
+            _scores_kernel, triton.cdiv(N, block_n), warps=8, stages=stages(z.device, tiles=True),
+            registers=SCORES_REGISTERS,
+            z_ptr=rows(z), log_det_ptr=log_det.contiguous(),
+            mean_ptr=centres.mean, centres=tiled(centres.table, columns, SCORES_BLOCK_C),
             half_norm_ptr=centres.half_norm, log_pi_ptr=centres.log_pi, log_w_ptr=centres.log_w, labels_ptr=labels,
             density_ptr=log_density, best_class_ptr=best_class, best_ptr=best, own_ptr=own, entropy_ptr=entropy,
             class_density_ptr=class_density,
             N=N, rows_per_label=1 if labels is None else N // labels.numel(), constant=-0.5 * C * math.log(2 * math.pi),
             C=C, K=K, PADDED_K=padded_k, SLOTS=slots, PADDED_C=padded_c, SPLIT=SPLIT,
-            BLOCK_N=block_n, BLOCK_K=columns // slots, BLOCK_C=SCORES_BLOCK_C,
+            BLOCK_N=block_n, BLOCK_K=columns // slots, BLOCK_C=SCORES_BLOCK_C, TILED=accelerated(z.device),
         )  # fmt: skip
     return log_density, best_class, best, own, entropy, class_density
 
@@ -736,24 +766,26 @@ class _Offsets(NamedTuple):
 
     mu: Tensor  # (K, C)
     delta: Tensor  # (K, centres - 1, C)
+    mean: Tensor  # (K, padded C): mu again
     table: Tensor | None  # (pieces, K, J, padded C)
     turned: Tensor | None  # (pieces, K, padded C, J)
     half_norm: Tensor  # (K, J)
     log_weight: Tensor  # (K, J)
     M: int  # 0 in stage 1
 
-    @property
-    def K(self) -> int:
-        return self.mu.shape[0]
+    def arguments(self, block: _Block) -> dict[str, Any]:
+        """Return the arguments that both training kernels take from here."""
+        (K, padded_c), J = self.mean.shape, self.half_norm.shape[1]
+        return {
+            "mu_ptr": self.mu, "delta_ptr": self.delta, "mean_ptr": self.mean,
+            "offsets": _tiled(self.table, block.J, block.C),
+            "half_norm_ptr": self.half_norm, "log_weight_ptr": self.log_weight,
+            "K": K, "M": self.M, "J": J, "PADDED_C": padded_c, "PRECISION": FLOAT32,
+            "BLOCK_N": BLOCK_N, "BLOCK_J": block.J, "BLOCK_C": block.C, "TILED": accelerated(self.mean.device),
+        }  # fmt: skip
 
-    @property
-    def J(self) -> int:
-        return self.half_norm.shape[1]
-
-    @property
-    def C(self) -> int:
-        """The channels, rounded up."""
-        return _padded(self.mu.shape[1])
+    def stages(self) -> int:
+        return stages(self.mean.device, tiles=self.table is not None)
 
     @classmethod
     def prepare(cls, mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor, stage: int) -> _Offsets:
@@ -765,15 +797,15 @@ class _Offsets(NamedTuple):
         table = turned = None
         if 8 * pieces * K * J * padded_c <= MAX_TABLE:
             table, turned = _empty(mu, pieces, K, J, padded_c), _empty(mu, pieces, K, padded_c, J)
-        half_norm, log_weight = _empty(mu, K, J), _empty(mu, K, J)
+        mean, half_norm, log_weight = _empty(mu, K, padded_c), _empty(mu, K, J), _empty(mu, K, J)
         launch(
             _prepare_terms_kernel, (K, J // 16),
             mu_ptr=mu, delta_ptr=delta, phi_inter_ptr=phi_inter, phi_intra_ptr=phi_intra,
-            offsets_ptr=table, turned_ptr=turned, half_norm_ptr=half_norm, log_weight_ptr=log_weight,
+            mean_ptr=mean, offsets_ptr=table, turned_ptr=turned, half_norm_ptr=half_norm, log_weight_ptr=log_weight,
             C=C, K=K, M=M, J=J, PADDED_C=padded_c, SPLIT=SPLIT,
             BLOCK_K=triton.next_power_of_2(K), BLOCK_M=triton.next_power_of_2(max(M, 1)), BLOCK_J=16, BLOCK_C=32,
         )  # fmt: skip
-        return cls(mu, delta, table, turned, half_norm, log_weight, M)
+        return cls(mu, delta, mean, table, turned, half_norm, log_weight, M)
 
 
 class _Centres(NamedTuple):
@@ -867,14 +899,16 @@ def _launch_terms(
     """Launch `_terms_kernel`, which writes A, H, I and B of all rows to `terms`; `relative` is its RELATIVE."""
     lse, entropy, information, own = terms
     launch(
-        _terms_kernel, tiles.T, warps=block.warps, stages=stages(z.device),
-        z_ptr=z, mu_ptr=offsets.mu, delta_ptr=offsets.delta, offsets_ptr=offsets.table,
-        half_norm_ptr=offsets.half_norm, log_weight_ptr=offsets.log_weight, **tiles.arguments(), order_ptr=tiles.order,
+        _terms_kernel, tiles.T, warps=block.warps, stages=offsets.stages(),
+        z_ptr=z, **offsets.arguments(block), **tiles.arguments(), order_ptr=tiles.order,
         rows_per_image=tiles.rows_per_image,
         lse_ptr=lse, entropy_ptr=entropy, information_ptr=information, own_ptr=own, label_smoothing=label_smoothing,
-        C=z.shape[1], K=offsets.K, M=offsets.M, J=offsets.J, PADDED_C=offsets.C, RELATIVE=relative,
-        PRECISION=FLOAT32, BLOCK_N=BLOCK_N, BLOCK_J=block.J, BLOCK_C=block.C,
+        C=z.shape[1], RELATIVE=relative,
     )  # fmt: skip
+
+
+def _tiled(table: Tensor | None, rows: int, columns: int) -> Any:
+    return None if table is None else tiled(table, rows, columns)
 
 
 def _padded(C: int) -> int:
