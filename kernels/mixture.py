@@ -318,7 +318,6 @@ def _terms_backward_kernel(
     mean_ptr,  # (K, PADDED_C) in
     offsets,  # (PIECES K J, PADDED_C) in, by tiles, or None
     turned,  # (PIECES K PADDED_C, J) in, by tiles, or None
-    turned_ptr,  # the same
     half_norm_ptr,  # (K, J) in
     log_weight_ptr,  # (K, J) in
     labels_ptr,  # (images,) in
@@ -333,7 +332,7 @@ def _terms_backward_kernel(
     p_lse_ptr,  # (N,) in
     own_ptr,  # (N,) in
     gz_ptr,  # (N, C) out, contiguous; added to if block > 0
-    part_ptr,  # (T, WIDTH, PART_C) out: this tile's gradients of its block's offsets, and in channel C of their phi
+    part_ptr,  # (T, WIDTH, PART_C) out: sums over a tile's rows of G z', then the gradient of phi, and the sum of G
     T,
     tiles_per_image,
     rows_per_image,
@@ -406,11 +405,11 @@ def _terms_backward_kernel(
     )
     g = gweight + tl.where(of_class, g, 0.0)  # dL / dS
 
-    gsum = tl.sum(g, axis=0)
     gphi = tl.sum(gweight, axis=0) - tl.exp(log_weight) * tl.where(is_class, tl.sum(glse, axis=0), tl.sum(gown, axis=0))
     stored = (column < WIDTH) & (j < K + M)
     part_ptr += tl.program_id(0).to(tl.int64) * (WIDTH * PART_C)
     tl.store(part_ptr + column * PART_C + C, gphi, mask=stored)
+    tl.store(part_ptr + column * PART_C + C + 1, tl.sum(g, axis=0), mask=stored)
     gz_ptr += first * C
     gnorm = tl.where(block == 0, glse + gown, zero)  # the sum of g over all columns, with the first block
     g_big, g_small = _split(g, SPLIT)
@@ -420,34 +419,31 @@ def _terms_backward_kernel(
         mask = row_mask[:, None] & c_mask[None, :]
         z = _centred(z_ptr, n, row_mask, mean_ptr + y * PADDED_C, c, C, Z_STRIDE, BLOCK_N)
         gz_at = gz_ptr + n[:, None] * C + c[None, :]
-        gz = tl.load(gz_at, mask=mask & (block > 0), other=0.0).to(tl.float32) - gnorm[:, None] * z
+        gz = -gnorm[:, None] * z
+        if K + M > BLOCK_J:
+            gz += tl.load(gz_at, mask=mask & (block > 0), other=0.0).to(tl.float32)
         if turned is not None:
-            o_at = turned_ptr + (y * PADDED_C + c)[:, None] * J + j[None, :]  # not by tiles: those are for products alone
-            o = tl.load(o_at)
-            if SPLIT:
-                o += tl.load(o_at + K * PADDED_C * J)
             gz = _multiply(
                 g_big, g_small, turned, y * PADDED_C + c0, block * BLOCK_J, gz, BLOCK_C, BLOCK_J, J, K * PADDED_C, SPLIT, TILED
             )  # fmt: skip
         else:
-            o = tl.trans(_offsets(mu_ptr, delta_ptr, y, j, c, C, K, M))
-            gz = tl.dot(g, tl.trans(o), gz, input_precision=PRECISION)
+            gz = tl.dot(g, _offsets(mu_ptr, delta_ptr, y, j, c, C, K, M), gz, input_precision=PRECISION)
         tl.store(gz_at, gz, mask=mask)
-        # Rows are channels here: fewer than 64, so that the operand from registers needs no fence.
-        goffset = -gsum[None, :] * o
-        if SPLIT:
+        if SPLIT:  # fewer than 64 rows, the channels: then operands from registers need no fence
             z_big, z_small = _split(tl.trans(z), SPLIT)
-            goffset = tl.dot(z_small, g_big, goffset, input_precision="tf32")
-            goffset = tl.dot(z_big, g_small, goffset, input_precision="tf32")
-            goffset = tl.dot(z_big, g_big, goffset, input_precision="tf32")
+            products = tl.dot(z_small, g_big, input_precision="tf32")
+            products = tl.dot(z_big, g_small, products, input_precision="tf32")
+            products = tl.dot(z_big, g_big, products, input_precision="tf32")
         else:
-            goffset = tl.dot(tl.trans(z), g, goffset, input_precision=PRECISION)
+            products = tl.dot(tl.trans(z), g, input_precision=PRECISION)
         at = part_ptr + column[None, :] * PART_C + c[:, None]
-        tl.store(at, goffset, mask=stored[None, :] & c_mask[:, None])
+        tl.store(at, products, mask=stored[None, :] & c_mask[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_image", "k0", "m0", "classes"])
 def _reduce_kernel(
+    mu_ptr,  # (K, C) in
+    delta_ptr,  # (K, CENTRES - 1, C) in
     part_ptr,  # (T, WIDTH, PART_C) in
     labels_ptr,  # (images,) in
     tiles_ptr,  # (3, T) in, or None
@@ -480,13 +476,19 @@ def _reduce_kernel(
     if M == 0:
         stop = tl.where(of_class, T, 0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_ptr = tl.where(of_class, mu_ptr + k * C, delta_ptr + (k * (CENTRES - 1) + m - 1) * C)
+    o = tl.load(o_ptr + c, mask=(c < C) & (of_class | (m > 0)), other=0.0)
     total = tl.full((BLOCK_C,), 0.0, tl.float32)
     t0 = 0
     while t0 < stop:  # a range that ends at run time stops Triton 3.6's interpreter
         t = t0 + tl.arange(0, BLOCK_T)
-        wanted = of_class | (_class(t, labels_ptr, tiles_ptr, T, tiles_per_image, K) == k)
-        at = part_ptr + (t.to(tl.int64)[:, None] * WIDTH + column) * PART_C + c[None, :]
-        total += tl.sum(tl.load(at, mask=(wanted & (t < T))[:, None] & (c <= C)[None, :], other=0.0), axis=0)
+        y = _class(t, labels_ptr, tiles_ptr, T, tiles_per_image, K)
+        wanted = (t < T) & (of_class | (y == k))
+        row_ptr = part_ptr + (t.to(tl.int64) * WIDTH + column) * PART_C
+        gsum = tl.load(row_ptr + C + 1, mask=wanted, other=0.0)
+        products = tl.load(row_ptr[:, None] + c[None, :], mask=wanted[:, None] & (c <= C)[None, :], other=0.0)
+        mu_y = tl.load(mu_ptr + y[:, None] * C + c[None, :], mask=of_class & (c < C)[None, :], other=0.0)
+        total += tl.sum(products - gsum[:, None] * (o[None, :] - mu_y), axis=0)
         t0 += BLOCK_T
     if of_class:
         tl.store(gmu_ptr + k * C + c, total, mask=c < C)
@@ -694,7 +696,7 @@ def mixture_terms_backward(
     tiles = _Tiles.cut(labels, N, K)
     block = _terms_block(K + M, backward=True)
     width = min(K + M, block.J)
-    part = _empty(z, tiles.T, width, triton.cdiv(C + 1, 4) * 4)  # rows of 16 bytes
+    part = _empty(z, tiles.T, width, triton.cdiv(C + 2, 4) * 4)  # rows of 16 bytes
     relative = [_empty(z, N if K + M > width else 0) for _ in range(4)]
     if K + M > width:  # with the same block, so that S is rounded alike in both kernels: its error cancels
         _launch_terms(z, offsets, tiles, relative, label_smoothing, block, relative=True)
@@ -702,7 +704,7 @@ def mixture_terms_backward(
         j0 = i * width
         launch(
             _terms_backward_kernel, tiles.T, warps=block.warps, stages=offsets.stages(),
-            z_ptr=z, **offsets.arguments(block), turned=_tiled(offsets.turned, block.C, block.J), turned_ptr=offsets.turned,
+            z_ptr=z, **offsets.arguments(block), turned=_tiled(offsets.turned, block.C, block.J),
             **tiles.arguments(), order_ptr=tiles.order,
             rows_per_image=tiles.rows_per_image,
             glse_ptr=glse.contiguous(), gentropy_ptr=gentropy.contiguous(), ginformation_ptr=ginformation.contiguous(),
@@ -715,7 +717,7 @@ def mixture_terms_backward(
         centres = min(width, K + M - j0) - classes if stage == 2 else CENTRES * (j0 == 0)
         launch(
             _reduce_kernel, (classes + centres * K, triton.cdiv(C + 1, 64)),
-            part_ptr=part, **tiles.arguments(),
+            mu_ptr=offsets.mu, delta_ptr=offsets.delta, part_ptr=part, **tiles.arguments(),
             gmu_ptr=gmu, gdelta_ptr=gdelta, gphi_inter_ptr=gphi_inter, gphi_intra_ptr=gphi_intra,
             k0=j0, m0=max(j0 - K, 0), classes=classes,
             C=C, K=K, M=M, CENTRES=CENTRES, WIDTH=width, PART_C=part.shape[2], BLOCK_T=64, BLOCK_C=64,
