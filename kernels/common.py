@@ -1,7 +1,7 @@
 """What the kernels share: the launch, the choices by architecture, and small pieces of arithmetic.
 
-Every kernel is started by `launch`, with keyword arguments. A parameter `X_STRIDE` is the row stride of the tensor given
-as `x_ptr`, and `launch` fills it in. A tensor without such a parameter, or `x_strides`, has to be contiguous.
+Every kernel is started by `launch`, with keyword arguments. A parameter `X_STRIDE` is the row stride of the tensor
+given as `x_ptr`, and `launch` fills it in. A tensor without such a parameter, or `x_strides`, has to be contiguous.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,10 +30,54 @@ Blackwell that copies operands through pointers is not pipelined: they pass thro
 fenced. Tiles that the memory accelerator copies (`tile`) need no fence.
 """
 
-# Stages of a pipelined loop: how many iterations ahead its loads are started. Hopper starts a product before the last
-# one has ended, so that with two stages a copy is awaited as soon as it is started. Consumer cards (8.6, 8.9, 12.x)
-# have 99 KB of shared memory a multiprocessor, too little for three. AMD's 64 KB suffice for one.
-STAGES = {"sm_80": 2, "sm_86": 2, "sm_89": 2, "sm_90": 3, "sm_100": 2, "sm_103": 2, "sm_120": 2, "hip": 1}
+
+
+class Tile(NamedTuple):
+    """The pixels and warps of a program, and the stages of its loops: how many iterations ahead loads are started."""
+
+    pixels: int
+    warps: int
+    stages: int
+
+
+# Tiles by kernel and architecture; what is not named here takes "other", consumer cards among them, which have 99 KB of
+# shared memory a multiprocessor. 16 pixels a warp are what a matrix instruction of a warp takes on all of them; more
+# warps read the weights fewer times, and their sums fill the registers. Hopper starts a product before the last one
+# has ended: with two stages it would wait for a copy as soon as it is started. AMD's 64 KB suffice for one.
+TILES = {
+    "subnet, bf16": {
+        "sm_80": Tile(128, 8, 2),
+        "sm_90": Tile(128, 8, 3),
+        "sm_100": Tile(128, 8, 2),
+        "hip": Tile(128, 8, 1),
+        "other": Tile(64, 4, 2),
+    },
+    # A whole block rotates, too. Blackwell keeps sums in a memory of 512 columns for 128 pixels, or twice as many for
+    # half the pixels: the 208 of a rotation fit once, and a pipelined loop holds three of them.
+    "blocks": {
+        "sm_80": Tile(128, 8, 2),
+        "sm_90": Tile(128, 8, 3),
+        "hip": Tile(128, 8, 1),
+        "other": Tile(64, 4, 2),
+    },
+    # Half the pixels keep twice the processors busy; operands of four bytes leave no room for more.
+    "subnet, bf16, few pixels": {"sm_90": Tile(64, 4, 3), "hip": Tile(64, 4, 1), "other": Tile(64, 4, 2)},
+    "subnet, tf32": {
+        "sm_80": Tile(64, 4, 2),
+        "sm_90": Tile(64, 4, 3),
+        "sm_100": Tile(64, 4, 2),
+        "other": Tile(64, 4, 1),
+    },
+    "rotation": {
+        "sm_90": Tile(128, 8, 3),
+        "sm_100": Tile(128, 8, 1),
+        "sm_103": Tile(128, 8, 1),
+        "hip": Tile(64, 4, 1),
+        "other": Tile(64, 4, 2),
+    },
+}
+FEW_PIXELS = 8192  # up to so many, programs take half as many
+STAGES = {"sm_90": 3, "hip": 1}  # of loops whose tiles do not depend on the architecture; 2 elsewhere
 
 
 @functools.cache
@@ -63,11 +107,23 @@ def stages(device: torch.device, *, tiles: bool = False) -> int:
         device: where the loop runs.
         tiles: the loop reads the operands of its products by `tile` only.
     """
+    return _stages(device, STAGES.get(architecture(device), 2), tiles)
+
+
+def tile_of(kernel: str, device: torch.device) -> Tile:
+    """Return the tile of a kernel whose loops read the operands of their products by `tile` only."""
+    by_architecture = TILES[kernel]
+    chosen = by_architecture.get(architecture(device), by_architecture["other"])
+    return chosen._replace(stages=_stages(device, chosen.stages, tiles=True))
+
+
+def _stages(device: torch.device, chosen: int, tiles: bool) -> int:
+    """Return the stages of a loop: those chosen, unless the environment says otherwise, or the compiler is unsafe."""
     if override := os.environ.get("HGAD_FAST_STAGES"):
         return int(override)
     if not FENCED and not tiles and accelerated(device):
         return 1
-    return STAGES.get(architecture(device), 2)
+    return chosen
 
 
 def tiled(matrix: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
@@ -81,8 +137,10 @@ def tiled(matrix: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def pieces(name: str, matrix: Tensor, edges: tuple[int, ...], columns: int, *, transposed: bool = False) -> dict[str, Any]:
-    """Return a matrix as three arguments, by tiles of the rows (or with `transposed` columns) from edge to edge.
+def pieces(
+    name: str, matrix: Tensor, edges: tuple[int, ...], columns: int, *, transposed: bool = False
+) -> dict[str, Any]:
+    """Return a matrix as four arguments, by tiles of the rows (or with `transposed` columns) from edge to edge.
 
     They are called `name_a` to `name_d`; None where there are fewer pieces. (A tuple of descriptors would be
     one argument, but Triton 3.6 does not launch it.)
@@ -218,7 +276,7 @@ def multiply(
     x, matrix, row, column, sums,
     STRIDE: tl.constexpr, EDGES: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Add x W^T to sums: COLUMNS columns of W, and its rows from edge to edge, for which `matrix` has a `tiled` each."""
+    """Add x W^T to sums: COLUMNS columns of W, and its rows from edge to edge, with an item of `matrix` for each."""
     new = ()
     for i in tl.static_range(len(EDGES) - 1):
         w = tile(matrix[i], row + EDGES[i], column, EDGES[i + 1] - EDGES[i], COLUMNS, STRIDE, TILED)

@@ -19,7 +19,6 @@ from .common import launch, to_bfloat16, to_tf32
 CHANNEL_MULTIPLE = 8  # halves of rows begin at multiples of 16 bytes; others load value by value, and spill registers
 BLOCK_HIDDEN = 32  # hidden units that are computed together
 BLOCK_K = 32  # terms of a rotation's sums that are read together
-ROTATED_MULTIPLE = 64  # an even number of chunks: the compiler fully unrolls the loop over an odd number
 PACK_ROWS, PACK_COLUMNS = 16, 64
 
 

@@ -11,38 +11,45 @@ A program owns rows and all their channels. It has read them before it writes: o
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import accelerated, launch, pieces, stages, tile, to_bfloat16, zeros
+from .common import FLOAT32, accelerated, launch, pieces, tile, tile_of, to_bfloat16, zeros
+from .packing import BLOCK_K
 
-BLOCK_N = 128
-BLOCK_K = 32
-WARPS = 8
+EXACT = tl.constexpr(FLOAT32)
 
 
 @triton.jit
-def _rotated(
+def rotated(
     sums, x_ptr, n, row_mask, matrix, row, column,
-    HALF: tl.constexpr, X_STRIDE: tl.constexpr, K: tl.constexpr, EDGES: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILED: tl.constexpr,
+    HALF: tl.constexpr, X_STRIDE: tl.constexpr, K: tl.constexpr, EDGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Add x M^T to sums, x (BLOCK_N, HALF) in float32 and M in pieces (2, FULL, K), of which HALF columns."""
+    """Add x M^T to sums, x (BLOCK_N, HALF) in float32 and M in pieces (2, FULL, K), of which HALF columns.
+
+    With the PRECISION "fp32" the first piece is M itself.
+    """
     FULL: tl.constexpr = EDGES[len(EDGES) - 1]
     for k0 in range(0, HALF, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + n[:, None] * X_STRIDE + k[None, :], mask=row_mask[:, None] & (k < HALF)[None, :], other=0.0)
-        large = to_bfloat16(x)
-        small = to_bfloat16(x - large.to(tl.float32))
+        if PRECISION == "bf16":
+            large = to_bfloat16(x)
+            small = to_bfloat16(x - large.to(tl.float32))
         new = ()
         for i in tl.static_range(len(EDGES) - 1):
             at = row + EDGES[i]
             large_m = tile(matrix[i], at, column + k0, EDGES[i + 1] - EDGES[i], BLOCK_K, K, TILED)
-            small_m = tile(matrix[i], at + FULL, column + k0, EDGES[i + 1] - EDGES[i], BLOCK_K, K, TILED)
-            total = tl.dot(small, tl.trans(large_m), sums[i])
-            total = tl.dot(large, tl.trans(small_m), total)
-            new += (tl.dot(large, tl.trans(large_m), total),)  # type: ignore[assignment]
+            if PRECISION == "bf16":
+                small_m = tile(matrix[i], at + FULL, column + k0, EDGES[i + 1] - EDGES[i], BLOCK_K, K, TILED)
+                total = tl.dot(small, tl.trans(large_m), sums[i])
+                total = tl.dot(large, tl.trans(small_m), total)
+                new += (tl.dot(large, tl.trans(large_m), total),)  # type: ignore[assignment]
+            else:
+                new += (tl.dot(x, tl.trans(large_m), sums[i], input_precision=EXACT),)  # type: ignore[assignment]
         sums = new
     return sums
 
@@ -80,8 +87,8 @@ def _rotate_kernel(
     matrix = (matrix_a, matrix_b, matrix_c, matrix_d)
     row = 2 * k * FULL
     sums = zeros(BLOCK_N, EDGES)
-    sums = _rotated(sums, x1_ptr, n, row_mask, matrix, row, 0, HALF, X1_STRIDE, K, EDGES, BLOCK_K, TILED)
-    sums = _rotated(sums, y2_ptr, n, row_mask, matrix, row, K // 2, HALF, Y2_STRIDE, K, EDGES, BLOCK_K, TILED)
+    sums = rotated(sums, x1_ptr, n, row_mask, matrix, row, 0, HALF, X1_STRIDE, K, EDGES, "bf16", BLOCK_K, TILED)
+    sums = rotated(sums, y2_ptr, n, row_mask, matrix, row, K // 2, HALF, Y2_STRIDE, K, EDGES, "bf16", BLOCK_K, TILED)
     tl.debug_barrier()  # nobody overwrites what another still reads
     for i in tl.static_range(len(EDGES) - 1):
         c = tl.arange(EDGES[i], EDGES[i + 1])
@@ -101,7 +108,7 @@ def _unrotate_kernel(
     transposed_b,
     transposed_c,
     transposed_d,
-    shift_ptr,  # (L, FULL) in: - R^-1 shift
+    shift_ptr,  # (L, FULL) in: R^-1 shift
     u_ptr,  # (N, C) out, or in; may be z
     gu_ptr,  # (N, C) out; may be gz
     sums_ptr,  # (programs, 2, FULL) out: sums of gu u, and of gu, over each program's rows
@@ -130,27 +137,29 @@ def _unrotate_kernel(
         z_ptr += row0 * Z_STRIDE
         inverse = (inverse_a, inverse_b, inverse_c, inverse_d)
         sums = zeros(BLOCK_N, EDGES)
-        sums = _rotated(sums, z_ptr, n, row_mask, inverse, row, 0, HALF, Z_STRIDE, K, EDGES, BLOCK_K, TILED)
+        sums = rotated(sums, z_ptr, n, row_mask, inverse, row, 0, HALF, Z_STRIDE, K, EDGES, "bf16", BLOCK_K, TILED)
         z_ptr += HALF
-        sums = _rotated(sums, z_ptr, n, row_mask, inverse, row, K // 2, HALF, Z_STRIDE, K, EDGES, BLOCK_K, TILED)
+        sums = rotated(sums, z_ptr, n, row_mask, inverse, row, K // 2, HALF, Z_STRIDE, K, EDGES, "bf16", BLOCK_K, TILED)
         tl.debug_barrier()
         for i in tl.static_range(len(EDGES) - 1):
             c = tl.arange(EDGES[i], EDGES[i + 1])
-            u = sums[i] + tl.load(shift_ptr + c)[None, :]
+            u = sums[i] - tl.load(shift_ptr + c)[None, :]
             mask = row_mask[:, None] & (c < C)[None, :]
             tl.store(u_ptr + n[:, None] * U_STRIDE + c[None, :], u, mask=mask)
     gz_ptr += row0 * GZ_STRIDE
     transposed = (transposed_a, transposed_b, transposed_c, transposed_d)
-    gsums = zeros(BLOCK_N, EDGES)
-    gsums = _rotated(gsums, gz_ptr, n, row_mask, transposed, row, 0, HALF, GZ_STRIDE, K, EDGES, BLOCK_K, TILED)
+    sums = zeros(BLOCK_N, EDGES)
+    sums = rotated(sums, gz_ptr, n, row_mask, transposed, row, 0, HALF, GZ_STRIDE, K, EDGES, "bf16", BLOCK_K, TILED)
     gz_ptr += HALF
-    gsums = _rotated(gsums, gz_ptr, n, row_mask, transposed, row, K // 2, HALF, GZ_STRIDE, K, EDGES, BLOCK_K, TILED)
+    sums = rotated(
+        sums, gz_ptr, n, row_mask, transposed, row, K // 2, HALF, GZ_STRIDE, K, EDGES, "bf16", BLOCK_K, TILED
+    )
     tl.debug_barrier()  # u was written by other threads, too
     sums_ptr += tl.program_id(0).to(tl.int64) * (2 * FULL)
     for i in tl.static_range(len(EDGES) - 1):
         c = tl.arange(EDGES[i], EDGES[i + 1])
         mask = row_mask[:, None] & (c < C)[None, :]
-        gu = gsums[i]
+        gu = sums[i]
         tl.store(gu_ptr + row0 * GU_STRIDE + n[:, None] * GU_STRIDE + c[None, :], gu, mask=mask)
         u = tl.load(u_ptr + n[:, None] * U_STRIDE + c[None, :], mask=mask, other=0.0)
         tl.store(sums_ptr + c, tl.sum(gu * u, axis=0))
@@ -163,13 +172,14 @@ def rotate(
     """Write [x1, y2] M^T + shift to `out` (N, C), of which x1 and y2 (N, C / 2) may be the halves.
 
     `matrices` (L, 2, FULL, K) are the bfloat16 pieces of M for L blocks, padded with zeros up to the last of `edges`;
-    block k is computed. `shifts` is (L, FULL).
+    block k is computed. `shifts` has FULL numbers of each block.
     """
     N, C = out.shape
+    chosen = tile_of("rotation", out.device)
     launch(
-        _rotate_kernel, triton.cdiv(N, BLOCK_N), warps=WARPS, stages=stages(out.device, tiles=True),
+        _rotate_kernel, triton.cdiv(N, chosen.pixels), warps=chosen.warps, stages=chosen.stages,
         x1_ptr=x1, y2_ptr=y2, **pieces("matrix", matrices, edges, BLOCK_K), shift_ptr=shifts, out_ptr=out, k=k, N=N,
-        C=C, K=matrices.shape[-1], EDGES=edges, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, TILED=accelerated(out.device),
+        C=C, K=matrices.shape[-1], EDGES=edges, BLOCK_N=chosen.pixels, BLOCK_K=BLOCK_K, TILED=accelerated(out.device),
     )  # fmt: skip
 
 
@@ -188,19 +198,20 @@ def unrotate(
     """Write the input of a rotation and its gradient, `u` and `gu` (N, C), and of the latter sums over rows.
 
     They may be written over z and gz (N, C). Without z, u is given. `inverses` and `transposed` are matrices as in
-    `rotate`. `sums` (programs, 2, FULL) gets the sums of gu u, then of gu, over the rows of each of
-    `rotation_programs(N)` programs.
+    `rotate`; `shifts` is subtracted from u. `sums` (programs, 2, FULL) gets the sums of gu u, then of gu, over the rows of each of
+    `rotation_programs` programs.
     """
     N, C = gz.shape
+    chosen = tile_of("rotation", gz.device)
     launch(
-        _unrotate_kernel, rotation_programs(N), warps=WARPS, stages=stages(gz.device, tiles=True),
+        _unrotate_kernel, triton.cdiv(N, chosen.pixels), warps=chosen.warps, stages=chosen.stages,
         z_ptr=z, gz_ptr=gz, **pieces("inverse", inverses, edges, BLOCK_K),
         **pieces("transposed", transposed, edges, BLOCK_K), shift_ptr=shifts,
         u_ptr=u, gu_ptr=gu, sums_ptr=sums, k=k, N=N,
-        C=C, K=inverses.shape[-1], EDGES=edges, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, TILED=accelerated(gz.device),
+        C=C, K=inverses.shape[-1], EDGES=edges, BLOCK_N=chosen.pixels, BLOCK_K=BLOCK_K, TILED=accelerated(gz.device),
     )  # fmt: skip
 
 
-def rotation_programs(N: int) -> int:
-    """Return the number of programs that rotate N rows."""
-    return triton.cdiv(N, BLOCK_N)
+def rotation_programs(N: int, device: torch.device) -> int:
+    """Return the number of programs that rotate N rows on a device."""
+    return triton.cdiv(N, tile_of("rotation", device).pixels)

@@ -4,14 +4,14 @@ With x1 (N, C1) and the position's contribution to a pixel, table[column] + tabl
 
     h = relu(x1 W1x^T + table[column] + table[row]),   a = h W2^T + b2,   y2 = affine_coupling(x2, a).
 
-Forward, a program owns a patch of one image and takes the hidden units a chunk at a time: the chunk is multiplied by W2
-at once, and neither h nor a leaves the chip. Backward, a first kernel rebuilds h and a in the same way, writes h and the
+Forward, a program owns a patch of one image and takes the hidden units chunk by chunk: a chunk is multiplied by W2 at
+once, and neither h nor a leaves the chip. Backward, a first kernel rebuilds h and a in the same way, writes h and the
 gradient ga of a, and replaces y2 by x2 and the gradient of y2 by that of x2. A second one takes the hidden units chunk
 by chunk again, gh = (ga W2) [h > 0], overwrites h by gh, and adds gh W1x to the gradient of x1. The gradients of the
-weights, ga^T h and gh^T [x1 | position], are products of N terms, which torch's library does best.
+weights, ga^T h and gh^T [x1 | position], are sums over all pixels, which torch's matrix products do best.
 
-Operands are bfloat16 or tf32, rounded to nearest; sums are float32. A product's extents are sums of powers of two, as in
-blocks.py, and the channels a multiple of 8 with zeros behind x1 and x2.
+Operands are bfloat16 or tf32, rounded to nearest; sums are float32. A product's extents are sums of powers of two: 100
+channels are 64 + 32 + 16. The channels are a multiple of 8, with zeros behind x1 and x2.
 """
 
 from __future__ import annotations

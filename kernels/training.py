@@ -1,35 +1,28 @@
-"""A flow in training, forward and backward: the Triton twins of `flow_forward` and `flow_backward` in ops/blocks.py.
+"""A flow in training: the Triton twins of `_flow_forward` and `_flow_backward` in ops/blocks.py.
 
-A block is five kernels and two products: forward the subnet with the coupling, then the rotation; backward the rotation's
-inverse with both gradients, the subnet and the coupling once more, and the hidden layer's gradient. Rows of features are
-changed in place where nobody else holds them. Per pixel and block that moves 18 KB at 200 channels, 256 positional ones.
+A block is five kernels and two products: forward the subnet with the coupling, then the rotation; backward the
+rotation's inverse with both gradients, the subnet and the coupling once more, and the hidden layer's gradient. Features
+are changed in place where nobody else holds them. At 200 channels and 256 positional ones that moves 18 KB a pixel.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .common import FLOAT32, accelerated, launch, pieces, stages, tiled
+from .common import FEW_PIXELS, FLOAT32, accelerated, launch, pieces, tile_of, tiled
 from .packing import BLOCK_HIDDEN, Axis, Layout, gains, gathered, pack, position_table, spread
 from .rotation import rotate, rotation_programs, unrotate
 from .subnet import POSITIONS, _coupling_backward_kernel, _coupling_kernel, _hidden_backward_kernel
 
-FEW_PIXELS = 8192  # up to so many, programs take patches of half the size, to keep more processors busy
 TABLE_PIECES = 2  # bfloat16 pieces of what positions add: with one, it would be rounded where the definition rounds not
 DOT = {"bf16": "ieee", "tf32": FLOAT32 if FLOAT32 == "ieee" else "tf32"}  # input_precision of the subnet's products
 OPERAND = {"bf16": torch.bfloat16, "tf32": torch.float32}
-
-
-class _Tile(NamedTuple):
-    """The pixels of a program, and its warps."""
-
-    height: int
-    width: int
-    warps: int
 
 
 class _Subnets(NamedTuple):
@@ -53,25 +46,34 @@ class _Subnets(NamedTuple):
 
 
 class _Flow:
-    """What forward and backward pass of a flow have in common."""
+    """What forward and backward pass of a flow have in common; the latter gets what the former has `packed`."""
 
     def __init__(
-        self, x: Tensor, conditions: list[Tensor], parameters: list[Tensor], clamp: float, precision: str
+        self,
+        x: Tensor,
+        conditions: list[Tensor],
+        parameters: list[Tensor],
+        clamp: float,
+        precision: str,
+        packed: list[Tensor] | None = None,
     ) -> None:
         self.w1, _, _, _, self.global_scale, self.global_offset, self.w_perm = parameters
         self.N, self.device, self.clamp, self.precision = len(x), x.device, clamp, precision
         self.layout = Layout(x.shape[1], self.w1.shape[1])
         self.C = self.layout.C
-        self.gain = gains(self.global_scale)
-        self.subnets = _Subnets.packed(conditions, parameters, self.layout, precision)
+        if packed is None:
+            packed = [gains(self.global_scale), *_Subnets.packed(conditions, parameters, self.layout, precision)]
+        self.packed = packed
+        self.gain, self.subnets = packed[0], _Subnets._make(packed[1:])
         self.conditions = conditions
         self.W, self.H = map(len, conditions) if conditions else (1, self.N)
-        warps = 8 if precision == "bf16" and self.N > FEW_PIXELS else 4
-        self.tile = _Tile(warps, 16, warps) if conditions else _Tile(16 * warps, 1, warps)
+        few = ", few pixels" if precision == "bf16" and self.N <= FEW_PIXELS else ""
+        self.tile = tile_of(f"subnet, {precision}{few}", self.device)
+        self.patch = (self.tile.pixels // 16, 16) if conditions else (self.tile.pixels, 1)
         images = self.N // max(self.H * self.W, 1)
-        self.patches = images * triton.cdiv(self.H, self.tile.height) * triton.cdiv(self.W, self.tile.width)
+        self.patches = images * triton.cdiv(self.H, self.patch[0]) * triton.cdiv(self.W, self.patch[1])
 
-    def subnet_arguments(self, k: int, edges: tuple[int, ...]) -> dict[str, object]:
+    def subnet_arguments(self, k: int, edges: tuple[int, ...]) -> dict[str, Any]:
         """Return the arguments of block k's kernels that compute the subnet, its results in pieces."""
         w1, w2, b2, table = self.subnets
         hidden, width = self.layout.hidden.size, self.layout.width.size
@@ -81,9 +83,9 @@ class _Flow:
             "k": k, "H": self.H, "W": self.W, "clamp": self.clamp,
             "C2": self.C // 2, "WIDTH": width, "HIDDEN": hidden, "HALF_EDGES": edges,
             "ROWS": bool(self.conditions), "PIECES": TABLE_PIECES, "PRECISION": self.precision,
-            "DOT": DOT[self.precision], "PATCH_H": self.tile.height, "PATCH_W": self.tile.width,
+            "DOT": DOT[self.precision], "PATCH_H": self.patch[0], "PATCH_W": self.patch[1],
             "BLOCK_HIDDEN": BLOCK_HIDDEN, "TILED": accelerated(self.device),
-            "warps": self.tile.warps, "stages": stages(self.device, tiles=True),
+            "warps": self.tile.warps, "stages": self.tile.stages,
         }  # fmt: skip
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,31 +93,27 @@ class _Flow:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def rotations(self, *, transpose: bool, divide: bool = False) -> Tensor:
-        """Return the pieces (L, 2, FULL, K) of rotations with gains: R diag(g), or R^T with its rows times or over g."""
+        """Return the pieces (L, 2, FULL, K) of R with columns times g, or of R^T with rows times, or over, g."""
         source = self.w_perm.mT if transpose else self.w_perm
         return pack(
             source, self.layout.full, self.layout.rotated, "bf16", pieces=2,
             scale=self.gain, scale_rows=transpose, divide=divide,
         )  # fmt: skip
 
-    def full(self, t: Tensor) -> Tensor:
-        """Return channels (L, C) as the kernels add them to a product's result (L, FULL)."""
-        return pack(t[:, None], Axis.plain(1, 1), self.layout.full, "fp32").flatten(1)
-
 
 def flow_forward(
     x: Tensor, conditions: list[Tensor], parameters: list[Tensor], clamp: float, keep: bool, every: int, precision: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Compute `flow_forward` of ops/blocks.py: z (N, C), the log-determinant (N,), and what is kept.
+    """Compute `_flow_forward` of ops/blocks.py: z (N, C), log-determinant (N,), and what is kept.
 
-    With `keep` that is what each block rotates, [x1, y2]; else the inputs of blocks every, 2 every, ...: (N, C) with the
-    padding of `Layout`.
+    With `keep` that is what each block rotates, [x1, y2]; else the inputs of blocks every, 2 every, ...: (N, C) with
+    the padding of `Layout`. The packed parameters follow. `kept_like` says the same in shapes.
     """
     flow = _Flow(x, conditions, parameters, clamp, precision)
     channels, half, L = x.shape[1], flow.C // 2, len(flow.w1)
     log_det = flow.gain.log().sum().repeat(flow.N)
     rotations = flow.rotations(transpose=False)
-    shifts = flow.full((flow.global_offset @ flow.w_perm.mT).squeeze(1))
+    shifts = pack(flow.global_offset @ flow.w_perm.mT, Axis.plain(1, 1), flow.layout.full, "fp32")
     kept: list[Tensor] = []
     given = spread(x, flow.C).contiguous()
     owned = given is not x  # else the caller's memory
@@ -136,7 +134,25 @@ def flow_forward(
         if keep:
             kept.append(x)
         x, owned = out, True
-    return gathered(x if owned else x.clone(), channels), log_det, kept
+    return gathered(x if owned else x.clone(), channels), log_det, kept + flow.packed
+
+
+def kept_like(
+    x: Tensor, conditions: list[Tensor], parameters: list[Tensor], keep: bool, every: int, precision: str
+) -> list[Tensor]:
+    """Return empty tensors like those that `flow_forward` keeps."""
+    layout, L = Layout(x.shape[1], parameters[0].shape[1]), len(parameters[0])
+    count = L if keep else (L - 1) // every if every else 0
+    kept = [x.new_empty(x.shape[0], layout.C) for _ in range(count if x.shape[0] else 0)]
+    positions, outputs, hidden = sum(map(len, conditions)) or 1, layout.scales_and_shifts.size, layout.hidden.size
+    return [
+        *kept,
+        x.new_empty(L, x.shape[1]),
+        x.new_empty(L, 1, hidden, layout.width.size, dtype=OPERAND[precision]),
+        x.new_empty(L, 1, outputs, hidden, dtype=OPERAND[precision]),
+        x.new_empty(L, 1, 1, outputs),
+        x.new_empty(L, positions, TABLE_PIECES * hidden, dtype=torch.bfloat16),
+    ]
 
 
 def flow_backward(
@@ -150,20 +166,25 @@ def flow_backward(
     keep: bool,
     every: int,
     precision: str,
+    tf32_products: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute `flow_backward` of ops/blocks.py: the gradients of x and of the parameters but the rotations."""
-    flow = _Flow(z, conditions, parameters, clamp, precision)
+    """Compute `_flow_backward` of ops/blocks.py: the gradients of x and of the parameters but the rotations.
+
+    In the context of `tf32_products` torch multiplies float32 with tf32 operands.
+    """
+    packed = saved[-1 - len(_Subnets._fields) :]
+    flow = _Flow(z, conditions, parameters, clamp, precision, packed)
     channels, half, L, N = z.shape[1], flow.C // 2, len(flow.w1), flow.N
     layout, dtype = flow.layout, OPERAND[precision]
     if N == 0:
-        return torch.zeros_like(gz), [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in parameters[:-1]]
+        return torch.zeros_like(gz), [t.new_zeros(t.shape) for t in parameters[:-1]]
     inverses, transposed = flow.rotations(transpose=True, divide=True), flow.rotations(transpose=True)
-    shifts = flow.full((flow.global_offset.squeeze(1) / -flow.gain))
+    shifts = pack(flow.global_offset, Axis.plain(1, 1), layout.full, "fp32", scale=flow.gain, divide=True)
     w1 = pack(flow.w1[:, :, : layout.half.first].mT, layout.half, layout.hidden, precision)
     w2 = pack(parameters[2].mT, layout.hidden, layout.scales_and_shifts, precision)
 
     first_inputs = _first_inputs(flow, dtype)
-    units, programs = triton.cdiv(layout.units, 8) * 8, rotation_programs(N)
+    units, programs = triton.cdiv(layout.units, 8) * 8, rotation_programs(N, flow.device)
     h, ga = flow.empty(N, units, dtype=dtype), flow.empty(N, flow.C, dtype=dtype)
     u, gu = (flow.empty(N, flow.C) for _ in range(2))
     gfirst, gw2 = flow.empty(L, units, first_inputs.shape[1]), flow.empty(L, flow.C, units)
@@ -171,28 +192,28 @@ def flow_backward(
     ga_sums = flow.empty(L, flow.patches, layout.scales_and_shifts.size)
     inputs = dict(zip(range(every, L, every), saved, strict=False)) if every and not keep else {}
     glog_det = glog_det.contiguous()
-    z, gz = (None if keep else spread(z, flow.C)), spread(gz, flow.C)
+    output, gz = None if keep else spread(z, flow.C), spread(gz, flow.C)
     for k in reversed(range(L)):
         u = saved[k] if keep else u
-        unrotate(z, gz, inverses, shifts, transposed, k, layout.full_edges, u, gu, gu_sums[k])
+        unrotate(output, gz, inverses, shifts, transposed, k, layout.full_edges, u, gu, gu_sums[k])
         launch(
             _coupling_backward_kernel, flow.patches, x1_ptr=u[:, :half], y2_ptr=u[:, half:], gy2_ptr=gu[:, half:],
             glog_det_ptr=glog_det, h_ptr=h, x1_operand_ptr=first_inputs, ga_ptr=ga, gb_ptr=ga_sums[k],
             REBUILD=not keep, **flow.subnet_arguments(k, layout.short_edges),
         )  # fmt: skip
-        _product(ga.mT, h, gw2[k])
+        _product(ga.mT, h, gw2[k], tf32_products)
         launch(
-            _hidden_backward_kernel, triton.cdiv(N, 16 * flow.tile.warps), warps=flow.tile.warps,
-            stages=stages(flow.device, tiles=True), ga_ptr=ga, h_ptr=h, gx1_ptr=gu[:, :half],
+            _hidden_backward_kernel, triton.cdiv(N, flow.tile.pixels), warps=flow.tile.warps,
+            stages=flow.tile.stages, ga_ptr=ga, h_ptr=h, gx1_ptr=gu[:, :half],
             **pieces("w2", w2, layout.half_edges, BLOCK_HIDDEN, transposed=True),
             **pieces("w1", w1, layout.half_edges, BLOCK_HIDDEN), TILED=accelerated(flow.device),
             k=k, N=N, C2=half, HIDDEN=layout.hidden.size, HALF_EDGES=layout.half_edges, PRECISION=precision,
-            DOT=DOT[precision], BLOCK_N=16 * flow.tile.warps, BLOCK_HIDDEN=BLOCK_HIDDEN,
+            DOT=DOT[precision], BLOCK_N=flow.tile.pixels, BLOCK_HIDDEN=BLOCK_HIDDEN,
         )  # fmt: skip
-        _product(h.mT, first_inputs, gfirst[k])
+        _product(h.mT, first_inputs, gfirst[k], tf32_products)
         gz = gu
         if not keep:
-            z = inputs.get(k, u)
+            output = inputs.get(k, u)
     gx = gathered(gz, channels)
     del h, ga, u, first_inputs
     gw1, gb1 = _first_layer_gradients(flow, gfirst[:, : layout.units])
@@ -232,9 +253,10 @@ def _first_layer_gradients(flow: _Flow, gfirst: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat([*parts, gcolumn @ column, grow @ row], 2), gcolumn.sum(2)
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _product(a: Tensor, b: Tensor, out: Tensor, tf32_products: Callable[[], AbstractContextManager[None]]) -> None:
     """Write a b to `out` in float32; the operands are rounded already."""
-    if a.dtype == torch.float32 or not a.is_cuda:
-        torch.mm(a.float(), b.float(), out=out)
-    else:
+    if a.dtype == torch.bfloat16 and a.is_cuda:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        with tf32_products():
+            torch.mm(a.float(), b.float(), out=out)

@@ -347,24 +347,34 @@ class StageLoss(nn.Module):
             self.trained.extend([*mixture.mu_deltas, *mixture.phi_intras])
         self.pixel_losses = mixture.losses
         self.config, self.stage = model.config, stage
+        self._weight: Tensor | None = None
 
     def forward(self, batch: Batch, pixels: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Return the loss, and its terms (S, terms): sums over the batch's pixels, divided by `pixels` (S)."""
         config = self.config
         weights = dict.fromkeys(LOSS_TERMS, 1.0) | {"L_g": config.lambda1, "L_mi": -config.lambda2}
-        total: Any = 0.0
-        reported = []
+        used = [name for name in self.terms if name in config.loss_terms]
+        losses, reported = [], []
         for level, (groups, count) in enumerate(zip(batch, pixels, strict=True)):
             flow: Any = self.flows[level]
             sums: dict[str, Tensor] = {}
             for x, labels, h, w in groups:
                 z, log_det = flow(x, flow.grid(h, w, x.device))
-                losses = self.pixel_losses(
+                terms = self.pixel_losses(
                     z, log_det, labels, level, stage=self.stage, label_smoothing=config.label_smoothing
                 )
-                for name, term in losses.items():
+                for name, term in terms.items():
                     sums[name] = sums[name] + term.sum() if name in sums else term.sum()
-            terms = {name: term / count for name, term in sums.items()}
-            total = total + sum(weights[name] * terms[name] for name in self.terms if name in config.loss_terms)
-            reported.append(torch.stack([terms[name].detach() for name in self.terms]))
-        return total, torch.stack(reported)
+            losses.append(torch.stack([sums[name] for name in used]) / count)
+            if len(used) == len(self.terms):
+                reported.append(losses[-1].detach())
+            else:
+                reported.append(torch.stack([sums[name].detach() for name in self.terms]) / count)
+        weight = self._on_device([weights[name] for name in used], losses[0])
+        return (torch.stack(losses) * weight).sum(), torch.stack(reported)
+
+    def _on_device(self, weights: list[float], like: Tensor) -> Tensor:
+        """Return the weights as a tensor, which is made once: a copy to the device in each step would cost a launch."""
+        if self._weight is None or self._weight.device != like.device or self._weight.dtype != like.dtype:
+            self._weight = torch.tensor(weights, dtype=like.dtype, device=like.device)
+        return self._weight

@@ -8,8 +8,8 @@ block and C2 = C // 2 are transformed; P positional channels; Hd = 2 (C1 + P) hi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .coupling import affine_coupling, affine_coupling_backward
-from .dispatch import fused, no_double_backward, path
+from .dispatch import float32_products, fused, in_float32, kernels, no_double_backward, path
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 MEMORY_MODES = ("standard", "reversible")
-BLOCK_KERNEL_CHANNELS = range(2, 201)  # with more, the kernel's sums spill from the registers inside its loops
+BLOCK_KERNEL_CHANNELS = range(2, 201)  # with more, the kernels' sums spill from the registers inside their loops
+ROTATION = "fp32"  # operands of the rotations' products here; the kernels' are bf16x3 (see `coupling_blocks`)
 
 
 class Block(NamedTuple):
@@ -76,6 +77,7 @@ class SeparablePosition(NamedTuple):
 Position = SeparablePosition | Tensor | None
 
 
+@in_float32
 def flow_definition(
     x: Tensor,
     blocks: Blocks | Sequence[Block],
@@ -179,6 +181,12 @@ def _block_kernel_fits(x: Tensor, conditions: list[Tensor], precision: str) -> b
     return channels_fit and x.dtype == torch.float32 and precision == "bf16" and len(conditions) != 1
 
 
+def _training_kernels_run(x: Tensor, conditions: list[Tensor], precision: str, backend: str) -> bool:
+    """Return whether the kernels of training compute the blocks: for operands of less than float32's bits."""
+    fits = x.shape[1] in BLOCK_KERNEL_CHANNELS and len(conditions) != 1 and x.dtype == torch.float32
+    return fits and precision != "fp32" and path(x, backend) == "triton"
+
+
 @fused("blocks")
 def coupling_blocks(
     x: Tensor,
@@ -242,20 +250,6 @@ def _gain(block: Block) -> Tensor:
     return 0.1 * F.softplus(block.global_scale, beta=0.5)
 
 
-@contextmanager
-def _cuda_products(precision: str, x: Tensor) -> Iterator[None]:
-    """Multiply float32 matrices on CUDA in true float32, or with tf32 operands, whatever the process's default is."""
-    if not x.is_cuda:
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _operand(x: Tensor, precision: str) -> Tensor:
     """Return x rounded to nearest in a product's operand precision; tensor cores would truncate, which is biased."""
     if precision == "fp32" or x.dtype == torch.float64:
@@ -268,14 +262,27 @@ def _operand(x: Tensor, precision: str) -> Tensor:
 
 def _product(x: Tensor, w: Tensor, precision: str, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Return x @ w with operands of the given precision and float32 accumulation, added to `add` or put into `out`."""
+    if precision == "bf16x3" and x.dtype == torch.float32:
+        (x, small_x), (w, small_w) = _pieces(x), _pieces(w)
+        y = small_x @ w + x @ small_w
+        y += x @ w
+        if add is not None:
+            return add.add_(y)
+        return y if out is None else out.copy_(y)
     x, w = _operand(x, precision), _operand(w, precision)
-    with _cuda_products(precision, x):
-        if x.dtype == torch.bfloat16:
-            y = torch.mm(x, w, out_dtype=torch.float32)
-            if add is not None:
-                return add.add_(y)
-            return y if out is None else out.copy_(y)
+    if x.dtype == torch.bfloat16:
+        y = torch.mm(x, w, out_dtype=torch.float32)
+        if add is not None:
+            return add.add_(y)
+        return y if out is None else out.copy_(y)
+    with float32_products(x.device, "tf32" if precision == "tf32" else "ieee"):
         return torch.mm(x, w, out=out) if add is None else add.addmm_(x, w)
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split x into two bfloat16 numbers, a large and a small one, returned as float32."""
+    large = x.bfloat16().to(x.dtype)
+    return large, (x - large).bfloat16().to(x.dtype)
 
 
 def _subnet(x1: Tensor, block: Block, conditions: list[Tensor], precision: str) -> tuple[Tensor, Tensor]:
@@ -298,6 +305,7 @@ def _subnet(x1: Tensor, block: Block, conditions: list[Tensor], precision: str) 
 
 
 @torch.library.custom_op("hgad_fast::flow_forward", mutates_args=())
+@in_float32
 def _flow_forward(
     x: Tensor,
     conditions: list[Tensor],
@@ -310,8 +318,11 @@ def _flow_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return z, the log-determinant, and what is kept for the backward pass.
 
-    That is the inputs of blocks every, 2 every, ..., and with `keep` (y2, h, a) of each block.
+    That is the inputs of blocks every, 2 every, ..., and with `keep` (y2, h, a) of each block; where the training
+    kernels compute, which rebuild h and a in any case, with `keep` [x1, y2] of each block alone.
     """
+    if _training_kernels_run(x, conditions, precision, backend):
+        return kernels("training").flow_forward(x, conditions, parameters, clamp, keep, every, precision)
     c1 = x.shape[1] - x.shape[1] // 2
     x = x.contiguous()
     log_det = x.new_zeros(x.shape[0])
@@ -325,8 +336,8 @@ def _flow_forward(
         gain = _gain(block)
         log_det += coupling_log_det.add_(gain.log().sum())
         rotation = (block.w_perm * gain).T
-        x = _product(x1, rotation[:c1], "fp32", add=(block.global_offset @ block.w_perm.T).repeat(x.shape[0], 1))
-        x = _product(y2, rotation[c1:], "fp32", add=x)
+        x = _product(x1, rotation[:c1], ROTATION, add=(block.global_offset @ block.w_perm.T).repeat(x.shape[0], 1))
+        x = _product(y2, rotation[c1:], ROTATION, add=x)
         if keep:
             activations += [y2, h, a]
     return x, log_det, inputs + activations
@@ -336,6 +347,9 @@ def _flow_forward(
 def _(x, conditions, parameters, clamp, keep, every, precision, backend):  # type: ignore[no-untyped-def]
     blocks, hidden = parameters[0].shape[:2]
     n, c2 = x.shape[0], x.shape[1] // 2
+    if _training_kernels_run(x, conditions, precision, backend):
+        kept = kernels("training").kept_like(x, conditions, parameters, keep, every, precision)
+        return x.new_empty(x.shape), x.new_empty(n), kept
     dtype = torch.bfloat16 if precision == "bf16" and x.is_cuda else x.dtype
     kept = [x.new_empty(x.shape) for _ in range((blocks - 1) // every if every else 0)]
     for _ in range(blocks if keep else 0):
@@ -344,6 +358,7 @@ def _(x, conditions, parameters, clamp, keep, every, precision, backend):  # typ
 
 
 @torch.library.custom_op("hgad_fast::flow_inference", mutates_args=())
+@in_float32
 def _flow_inference(
     x: Tensor, conditions: list[Tensor], parameters: list[Tensor], clamp: float, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -360,6 +375,7 @@ def _(x, conditions, parameters, clamp, precision, backend):  # type: ignore[no-
 
 
 @torch.library.custom_op("hgad_fast::flow_backward", mutates_args=())
+@in_float32
 def _flow_backward(
     gz: Tensor,
     glog_det: Tensor,
@@ -380,6 +396,12 @@ def _flow_backward(
     `saved` is what the forward pass kept, after x itself with `keep`. Without it the input of each block is rebuilt
     from its output, with the forward pass's operands.
     """
+    if _training_kernels_run(z, conditions, precision, backend):
+        multiply = functools.partial(float32_products, z.device, "tf32")
+        gx, gradients = kernels("training").flow_backward(
+            gz, glog_det, z, saved, conditions, parameters, clamp, keep, every, precision, multiply
+        )
+        return gx, [], gradients
     c1 = z.shape[1] - z.shape[1] // 2
     blocks = Blocks._make(parameters).each()
     first = 0 if keep else every
@@ -396,11 +418,11 @@ def _flow_backward(
             y2, h, a = activations[3 * k : 3 * k + 3]
         else:
             offset = (-block.global_offset / gain).repeat(z.shape[0], 1)
-            u = _product(z, block.w_perm / gain, "fp32", add=offset)
+            u = _product(z, block.w_perm / gain, ROTATION, add=offset)
             x1, y2 = u[:, :c1], u[:, c1:]
             h, a = _subnet(x1, block, conditions, precision)
 
-        gu = _product(gz, block.w_perm * gain, "fp32")
+        gu = _product(gz, block.w_perm * gain, ROTATION)
         ggain = torch.cat([(gu[:, :c1] * x1).sum(0), (gu[:, c1:] * y2).sum(0)]).add_(glog_det.sum()) / gain
         torch.mul(ggain, 0.1 * torch.sigmoid(0.5 * block.global_scale), out=gscale[k])
         torch.div(gu.sum(0), gain, out=goffset[k])
@@ -452,7 +474,8 @@ def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     """Save what `_flow_gradients` reads."""
     x, conditions, parameters, clamp, keep, every, precision, backend = inputs
     z, _, saved = output
-    saved = [x, *saved] if keep else saved
+    if keep and not _training_kernels_run(x, conditions, precision, backend):
+        saved = [x, *saved]
     ctx.set_materialize_grads(False)  # zeros for every saved activation would cost what keeping them costs
     ctx.conditions = slice(1 + len(saved), 1 + len(saved) + len(conditions))
     ctx.options = (clamp, keep, every, precision, backend)

@@ -12,13 +12,17 @@ import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
+
+_PRODUCTS = threading.RLock()  # the precision of float32 products on CUDA is one setting for all threads
 
 
 @functools.cache
@@ -57,6 +61,40 @@ def _obstacle(x: Tensor) -> str | None:
     return None
 
 
+@contextmanager
+def float32_products(device: torch.device, operands: str = "ieee") -> Iterator[None]:
+    """Multiply float32 in float32, or on CUDA with ``"tf32"`` operands, whatever the caller's settings are.
+
+    Autocast is off meanwhile: it would round operands to half precision, and return half precision, without a word.
+    One thread at a time is in this context on CUDA, where torch knows a single setting for all threads.
+    """
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False), float32_products(device, operands):
+            yield
+        return
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    with _PRODUCTS:
+        before, matmul.fp32_precision = matmul.fp32_precision, operands
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
+
+def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function of a tensor (or of a list of them) and more, to do its products as `float32_products`."""
+
+    @functools.wraps(function)
+    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+        with float32_products((first if isinstance(first, Tensor) else first[0]).device):
+            return function(first, *args, **kwargs)
+
+    return wrapper
+
+
 def fused(
     file: str, make: Callable[[Any], Any] | None = None, check: Callable[..., None] | None = None
 ) -> Callable[[Callable[..., Any]], Any]:
@@ -71,6 +109,7 @@ def fused(
 
     def decorate(reference: Callable[..., Any]) -> Any:
         @functools.wraps(reference)
+        @in_float32
         def op(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
             if check:
                 check(*args, **kwargs)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import fused, no_double_backward, path
+from .dispatch import fused, in_float32, no_double_backward, path
 
 SCORE_ROWS = 8192  # pixels whose densities are computed together by the definitions of scoring
 
@@ -171,6 +171,7 @@ def mixture_terms_backward(
     return gz, gmu, gdelta, gphi_inter, glog_w - log_w.exp() * glog_w.sum(1, keepdim=True)
 
 
+@in_float32
 def mixture_losses(
     z: Tensor,
     log_det: Tensor,
@@ -210,9 +211,9 @@ def mixture_losses(
     channels = z.shape[1]
     if targets is not None:
         information = _soft_information(z, targets, mu, log_weights(phi_inter.detach()))
-    losses = {"L_g": -(lse + log_det) / channels, "L_mi": information, "L_e": entropy}
+    losses = {"L_g": (lse + log_det) / -channels, "L_mi": information, "L_e": entropy}
     if stage == 2:
-        losses["L_g_intra"] = -(own + log_det) / channels
+        losses["L_g_intra"] = (own + log_det) / -channels
         losses["L_z"] = F.softplus(losses["L_g_intra"] + 0.5 * math.log(2 * math.pi))
     return losses
 
@@ -448,6 +449,7 @@ def _mixture_scores(z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | 
 
 
 @torch.no_grad()
+@in_float32
 def own_class_scores(
     z: Tensor,
     log_det: Tensor,
