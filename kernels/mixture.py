@@ -16,9 +16,7 @@ and those of the log-weights' phi follow from d lse / d phi_j = softmax(S + log 
 
 Scoring centres z at the mean of all K x M centres and streams over blocks of classes.
 
-Tensor cores multiply tf32, of 11 bits. A float32 factor is the sum of two such pieces, big + small, and three products
-of pieces have the accuracy of float32. What does not depend on the pixels is split once, by the kernels that prepare:
-operands formed in a loop would go through registers to shared memory, and a fence would wait for each.
+What does not depend on the pixels is made once, by the kernels of centres.py; see there how products are exact.
 """
 
 from __future__ import annotations
@@ -31,15 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOAT32, accelerated, launch, rows, stages, tile, tiled, to_tf32
+from .centres import MAX_BLOCK_J, SPLIT, Centres, Offsets, block_j, offset_rows, split
+from .common import Kept, accelerated, launch, rows, stages, tile, tiled
 
 BLOCK_N = 64  # Hopper's and Blackwell's matrix instructions take 64 rows or more
-MAX_BLOCK_J = 64
-MAX_TABLE = 64 << 20  # bytes of offsets; where K (K + M) C needs more, they are formed in the loops
 SCORES_TILE = 128 * 64  # rows times columns
-SCORES_BLOCK_C = 16  # at 32, Triton 3.6 spills 22 registers on sm_80
-SCORES_REGISTERS = {"sm_90": 128}
-SPLIT = FLOAT32 == "tf32x3"
+SCORES_BLOCK_C = 16
+SCORES_REGISTERS = {"sm_90": 128}  # so that two programs of 8 warps share a multiprocessor
+_KEPT = Kept()  # tables of scoring
 
 
 @triton.jit
@@ -69,38 +66,6 @@ def _accumulate_entropy(peak, total, weighted, x, mask):
 
 
 @triton.jit
-def _log_weights(phi_ptr, j, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Return elements j of log softmax of phi (N,); -inf for other j, and for all where phi is -inf throughout."""
-    i = tl.arange(0, BLOCK)
-    phi = tl.load(phi_ptr + i, mask=i < N, other=float("-inf")).to(tl.float32)
-    peak = tl.max(phi, axis=0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.sum(tl.exp(phi - peak), axis=0)
-    log_total = tl.where(total > 0, tl.log(total), 0.0)
-    phi = tl.load(phi_ptr + j, mask=(j >= 0) & (j < N), other=float("-inf")).to(tl.float32)
-    return phi - peak - log_total
-
-
-@triton.jit
-def _split(x, SPLIT: tl.constexpr):
-    """Return two pieces of tf32 whose sum is x to float32's accuracy; without SPLIT x itself, and it again."""
-    if SPLIT:
-        big = to_tf32(x)
-        return big, to_tf32(x - big)
-    else:
-        return x, x
-
-
-@triton.jit
-def _store_pieces(at, x, PIECE: tl.constexpr, SPLIT: tl.constexpr):
-    """Store x for `_multiply`: its big pieces at `at`, its small ones PIECE elements behind."""
-    big, small = _split(x, SPLIT)
-    tl.store(at, big)
-    if SPLIT:
-        tl.store(at + PIECE, small)
-
-
-@triton.jit
 def _multiply(
     big, small, table, row, column, sums,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, PIECE: tl.constexpr,
@@ -115,62 +80,6 @@ def _multiply(
         return tl.dot(big, tl.trans(w), sums, input_precision="tf32")
     else:
         return tl.dot(big, tl.trans(w), sums, input_precision="ieee")
-
-
-@triton.jit
-def _offsets(
-    mu_ptr, delta_ptr, y, j, c,
-    C: tl.constexpr, K: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Form channels c of the offsets j of class y (J, C); 0 beyond K + M columns and C channels."""
-    stored = (j < K) | ((j > K) & (j < K + M))  # centre 0 is the main centre: its offset is 0
-    at = tl.where(j < K, mu_ptr + j * C, delta_ptr + (y * (M - 1) + j - K - 1) * C)
-    o = tl.load(at[:, None] + c[None, :], mask=stored[:, None] & (c < C)[None, :], other=0.0)
-    mu_y = tl.load(mu_ptr + y * C + c, mask=c < C, other=0.0)
-    return o - tl.where((j < K)[:, None], mu_y[None, :], 0.0)
-
-
-@triton.jit
-def _prepare_terms_kernel(
-    mu_ptr,  # (K, C) in
-    delta_ptr,  # (K, M - 1, C) in
-    phi_inter_ptr,  # (K,) in
-    phi_intra_ptr,  # (K, M) in
-    mean_ptr,  # (K, PADDED_C) out: mu and zeros
-    offsets_ptr,  # (PIECES, K, J, PADDED_C) out, or None
-    turned_ptr,  # (PIECES, K, PADDED_C, J) out: the same with rows and columns exchanged; or None
-    half_norm_ptr,  # (K, J) out: |o_yj|^2 / 2
-    log_weight_ptr,  # (K, J) out: of the K classes, then of the M centres of y; -inf beyond
-    C: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,  # 0 in stage 1
-    J: tl.constexpr,  # K + M rounded up, as columns are read in blocks
-    PADDED_C: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    y = tl.program_id(0)
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    norm = tl.full((BLOCK_J,), 0.0, tl.float64)
-    for c0 in range(0, PADDED_C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        o = _offsets(mu_ptr, delta_ptr, y, j, c, C, K, M)
-        norm += tl.sum(o.to(tl.float64) * o.to(tl.float64), axis=1)
-        mu_y = tl.load(mu_ptr + y * C + c, mask=c < C, other=0.0)
-        tl.store(mean_ptr + y * PADDED_C + c, mu_y, mask=(c < PADDED_C) & (tl.program_id(1) == 0))
-        if offsets_ptr is not None:
-            at = offsets_ptr + (y * J + j)[:, None] * PADDED_C + c[None, :]
-            _store_pieces(at, o, K * J * PADDED_C, SPLIT)
-            at = turned_ptr + (y * PADDED_C + c)[:, None] * J + j[None, :]
-            _store_pieces(at, tl.trans(o), K * J * PADDED_C, SPLIT)
-    log_weight = _log_weights(phi_inter_ptr, j, K, BLOCK_K)
-    if M > 0:
-        log_weight = tl.where(j < K, log_weight, _log_weights(phi_intra_ptr + y * M, j - K, M, BLOCK_M))
-    tl.store(half_norm_ptr + y * J + j, (0.5 * norm).to(tl.float32))
-    tl.store(log_weight_ptr + y * J + j, log_weight)
 
 
 @triton.jit
@@ -226,12 +135,12 @@ def _logits(
         z = _centred(z_ptr, n, row_mask, mean_ptr + y * PADDED_C, c, C, Z_STRIDE, BLOCK_N)
         squares += z * z
         if offsets is not None:
-            big, small = _split(z, SPLIT)
+            big, small = split(z, SPLIT)
             s = _multiply(
                 big, small, offsets, y * J + j0, c0, s, BLOCK_J, BLOCK_C, PADDED_C, K * J, SPLIT, TILED
             )  # fmt: skip
         else:
-            o = _offsets(mu_ptr, delta_ptr, y, j, c, C, K, M)
+            o = offset_rows(mu_ptr, delta_ptr, y, j, c, C, K, M)
             s = tl.dot(z, tl.trans(o), s, input_precision=PRECISION)
     return s - tl.load(half_norm_ptr + y * J + j)[None, :], tl.sum(squares, axis=1)
 
@@ -412,7 +321,7 @@ def _terms_backward_kernel(
     tl.store(part_ptr + column * PART_C + C + 1, tl.sum(g, axis=0), mask=stored)
     gz_ptr += first * C
     gnorm = tl.where(block == 0, glse + gown, zero)  # the sum of g over all columns, with the first block
-    g_big, g_small = _split(g, SPLIT)
+    g_big, g_small = split(g, SPLIT)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         c_mask = c < C
@@ -424,13 +333,14 @@ def _terms_backward_kernel(
             gz += tl.load(gz_at, mask=mask & (block > 0), other=0.0).to(tl.float32)
         if turned is not None:
             gz = _multiply(
-                g_big, g_small, turned, y * PADDED_C + c0, block * BLOCK_J, gz, BLOCK_C, BLOCK_J, J, K * PADDED_C, SPLIT, TILED
+                g_big, g_small, turned, y * PADDED_C + c0, block * BLOCK_J, gz,
+                BLOCK_C, BLOCK_J, J, K * PADDED_C, SPLIT, TILED,
             )  # fmt: skip
         else:
-            gz = tl.dot(g, _offsets(mu_ptr, delta_ptr, y, j, c, C, K, M), gz, input_precision=PRECISION)
+            gz = tl.dot(g, offset_rows(mu_ptr, delta_ptr, y, j, c, C, K, M), gz, input_precision=PRECISION)
         tl.store(gz_at, gz, mask=mask)
         if SPLIT:  # fewer than 64 rows, the channels: then operands from registers need no fence
-            z_big, z_small = _split(tl.trans(z), SPLIT)
+            z_big, z_small = split(tl.trans(z), SPLIT)
             products = tl.dot(z_small, g_big, input_precision="tf32")
             products = tl.dot(z_big, g_small, products, input_precision="tf32")
             products = tl.dot(z_big, g_big, products, input_precision="tf32")
@@ -499,60 +409,6 @@ def _reduce_kernel(
         tl.store(gphi_intra_ptr + k * CENTRES + m + c * 0, total, mask=c == C)
 
 
-@triton.jit
-def _prepare_scores_kernel(
-    mu_ptr,  # (K, C) in
-    delta_ptr,  # (K, M - 1, C) in
-    phi_inter_ptr,  # (K,) in
-    phi_intra_ptr,  # (K, M) in
-    mean_ptr,  # (PADDED_C,) out: of all K x M centres
-    centres_ptr,  # (PIECES, PADDED_K, SLOTS, PADDED_C) out, less the mean; 0 where there is none
-    half_norm_ptr,  # (PADDED_K, SLOTS) out: |centre|^2 / 2
-    log_pi_ptr,  # (PADDED_K,) out; -inf where there is no class
-    log_w_ptr,  # (PADDED_K, SLOTS) out; -inf where there is no centre
-    C: tl.constexpr,
-    K: tl.constexpr,
-    M: tl.constexpr,
-    PADDED_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    PADDED_C: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK: tl.constexpr,  # centres summed together
-    BLOCK_C: tl.constexpr,
-):
-    k = tl.program_id(0)
-    m = tl.arange(0, SLOTS)
-    exists = (m < M) & (k < K)
-    norm = tl.full((SLOTS,), 0.0, tl.float64)
-    for c0 in range(0, PADDED_C, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        total = tl.full((BLOCK_C,), 0.0, tl.float64)
-        for i0 in range(0, K * M, BLOCK):  # each program sums all centres: together they would need another launch
-            i = i0 + tl.arange(0, BLOCK)
-            total += tl.sum(_centres(mu_ptr, delta_ptr, i // M, i % M, i < K * M, c, C, M), axis=0)
-        mean = (total / (K * M)).to(tl.float32)
-        centres = _centres(mu_ptr, delta_ptr, k + m * 0, m, exists, c, C, M) - mean.to(tl.float64)[None, :]
-        centres = tl.where(exists[:, None], centres, 0.0).to(tl.float32)
-        norm += tl.sum(centres.to(tl.float64) * centres.to(tl.float64), axis=1)
-        at = centres_ptr + (k * SLOTS + m)[:, None] * PADDED_C + c[None, :]
-        _store_pieces(at, centres, PADDED_K * SLOTS * PADDED_C, SPLIT)
-        tl.store(mean_ptr + c, mean, mask=(c < PADDED_C) & (k == 0))
-    tl.store(half_norm_ptr + k * SLOTS + m, (0.5 * norm).to(tl.float32))
-    log_w = _log_weights(phi_intra_ptr + tl.minimum(k, K - 1) * M, m, M, SLOTS)
-    tl.store(log_w_ptr + k * SLOTS + m, tl.where(exists, log_w, float("-inf")))
-    tl.store(log_pi_ptr + k, _log_weights(phi_inter_ptr, k, K, BLOCK_K))
-
-
-@triton.jit
-def _centres(mu_ptr, delta_ptr, k, m, exists, c, C: tl.constexpr, M: tl.constexpr):
-    """Load channels c of the centres m of classes k in float64; 0 where there is none."""
-    mask = exists[:, None] & (c < C)[None, :]
-    mu = tl.load(mu_ptr + k[:, None] * C + c[None, :], mask=mask, other=0.0)
-    at = delta_ptr + (k * (M - 1) + m - 1)[:, None] * C + c[None, :]
-    return mu.to(tl.float64) + tl.load(at, mask=mask & (m > 0)[:, None], other=0.0).to(tl.float64)
-
-
 @triton.jit(do_not_specialize=["N", "rows_per_label"])
 def _scores_kernel(
     z_ptr,  # (N, C) in
@@ -608,7 +464,7 @@ def _scores_kernel(
         e = tl.full((BLOCK_N, BLOCK_K * SLOTS), 0.0, tl.float32)
         for c0 in range(0, C, BLOCK_C):
             z = _centred(z_ptr, n, row_mask, mean_ptr, c0 + tl.arange(0, BLOCK_C), C, Z_STRIDE, BLOCK_N)
-            big, small = _split(z, SPLIT)
+            big, small = split(z, SPLIT)
             e = _multiply(
                 big, small, centres, k0 * SLOTS, c0, e,
                 BLOCK_K * SLOTS, BLOCK_C, PADDED_C, PADDED_K * SLOTS, SPLIT, TILED,
@@ -657,10 +513,9 @@ def mixture_terms(
     N = z.shape[0]
     lse, entropy, information, own = (_empty(z, n, dtype=z.dtype) for n in (N, N, N, N if stage == 2 else 0))
     if N > 0:
-        offsets = _Offsets.prepare(mu, delta, phi_inter, phi_intra, stage)
-        block = _terms_block(len(mu) + offsets.M, backward=False)
+        offsets = Offsets.prepare(mu, delta, phi_inter, phi_intra, stage)
         terms = [lse, entropy, information, own]
-        _launch_terms(rows(z), offsets, _Tiles.cut(labels, N, len(mu)), terms, label_smoothing, block, relative=False)
+        _launch_terms(rows(z), offsets, _Tiles.cut(labels, N, len(mu)), terms, label_smoothing)
     return lse, entropy, information, own
 
 
@@ -691,22 +546,23 @@ def mixture_terms_backward(
         _empty(z, *t.shape, dtype=t.dtype) for t in (z, mu, delta, phi_inter, phi_intra)
     )
     z = rows(z)
-    offsets = _Offsets.prepare(mu, delta, phi_inter, phi_intra, stage)
+    _KEPT.drop((mu, delta, phi_inter, phi_intra))  # they are about to learn
+    offsets = Offsets.prepare(mu, delta, phi_inter, phi_intra, stage)
     (N, C), (K, CENTRES), M = z.shape, phi_intra.shape, offsets.M
     tiles = _Tiles.cut(labels, N, K)
-    block = _terms_block(K + M, backward=True)
-    width = min(K + M, block.J)
+    columns, width = block_j(K + M), min(K + M, MAX_BLOCK_J)
+    channels = 16 if columns >= 32 else 32  # the most whose loop spills no register
+    turned = None if offsets.turned is None else tiled(offsets.turned, channels, columns)
     part = _empty(z, tiles.T, width, triton.cdiv(C + 2, 4) * 4)  # rows of 16 bytes
     relative = [_empty(z, N if K + M > width else 0) for _ in range(4)]
-    if K + M > width:  # with the same block, so that S is rounded alike in both kernels: its error cancels
-        _launch_terms(z, offsets, tiles, relative, label_smoothing, block, relative=True)
+    if K + M > width:  # with the same blocks, so that S is rounded alike in both kernels: its error cancels
+        _launch_terms(z, offsets, tiles, relative, label_smoothing, channels, relative=True)
     for i in range(triton.cdiv(K + M, width)):
         j0 = i * width
         launch(
-            _terms_backward_kernel, tiles.T, warps=block.warps, stages=offsets.stages(),
-            z_ptr=z, **offsets.arguments(block), turned=_tiled(offsets.turned, block.C, block.J),
-            **tiles.arguments(), order_ptr=tiles.order,
-            rows_per_image=tiles.rows_per_image,
+            _terms_backward_kernel, tiles.T, warps=_warps(columns), stages=stages(z.device, tiles=turned is not None),
+            z_ptr=z, **offsets.arguments(columns, channels), turned=turned,
+            **tiles.arguments(), order_ptr=tiles.order, rows_per_image=tiles.rows_per_image, BLOCK_N=BLOCK_N,
             glse_ptr=glse.contiguous(), gentropy_ptr=gentropy.contiguous(), ginformation_ptr=ginformation.contiguous(),
             gown_ptr=gown.contiguous(),
             lse_ptr=relative[0], entropy_ptr=relative[1], p_lse_ptr=relative[2], own_ptr=relative[3],
@@ -744,7 +600,8 @@ def mixture_scores(
     class_density = _empty(z, N, K, dtype=z.dtype) if per_class else None
     if N > 0:
         labels = None if labels is None else labels.contiguous()
-        centres = _Centres.prepare(mu, delta, phi_inter, phi_intra)
+        parameters = mu, delta, phi_inter, phi_intra
+        centres = _KEPT.get(parameters, lambda: Centres.prepare(*parameters))
         _, padded_k, slots, padded_c = centres.table.shape
         columns = max(MAX_BLOCK_J, slots)
         block_n = max(SCORES_TILE // columns, 16)
@@ -761,83 +618,6 @@ def mixture_scores(
             BLOCK_N=block_n, BLOCK_K=columns // slots, BLOCK_C=SCORES_BLOCK_C, TILED=accelerated(z.device),
         )  # fmt: skip
     return log_density, best_class, best, own, entropy, class_density
-
-
-class _Offsets(NamedTuple):
-    """What the training kernels read of the parameters; see `_prepare_terms_kernel`."""
-
-    mu: Tensor  # (K, C)
-    delta: Tensor  # (K, centres - 1, C)
-    mean: Tensor  # (K, padded C): mu again
-    table: Tensor | None  # (pieces, K, J, padded C)
-    turned: Tensor | None  # (pieces, K, padded C, J)
-    half_norm: Tensor  # (K, J)
-    log_weight: Tensor  # (K, J)
-    M: int  # 0 in stage 1
-
-    def arguments(self, block: _Block) -> dict[str, Any]:
-        """Return the arguments that both training kernels take from here."""
-        (K, padded_c), J = self.mean.shape, self.half_norm.shape[1]
-        return {
-            "mu_ptr": self.mu, "delta_ptr": self.delta, "mean_ptr": self.mean,
-            "offsets": _tiled(self.table, block.J, block.C),
-            "half_norm_ptr": self.half_norm, "log_weight_ptr": self.log_weight,
-            "K": K, "M": self.M, "J": J, "PADDED_C": padded_c, "PRECISION": FLOAT32,
-            "BLOCK_N": BLOCK_N, "BLOCK_J": block.J, "BLOCK_C": block.C, "TILED": accelerated(self.mean.device),
-        }  # fmt: skip
-
-    def stages(self) -> int:
-        return stages(self.mean.device, tiles=self.table is not None)
-
-    @classmethod
-    def prepare(cls, mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor, stage: int) -> _Offsets:
-        mu, delta, phi_inter, phi_intra = (t.float().contiguous() for t in (mu, delta, phi_inter, phi_intra))
-        (K, C), M = mu.shape, phi_intra.shape[1] if stage == 2 else 0
-        block_j = _terms_block(K + M, backward=True).J
-        J = triton.cdiv(K + M, block_j) * block_j
-        pieces, padded_c = 1 + SPLIT, _padded(C)
-        table = turned = None
-        if 8 * pieces * K * J * padded_c <= MAX_TABLE:
-            table, turned = _empty(mu, pieces, K, J, padded_c), _empty(mu, pieces, K, padded_c, J)
-        mean, half_norm, log_weight = _empty(mu, K, padded_c), _empty(mu, K, J), _empty(mu, K, J)
-        launch(
-            _prepare_terms_kernel, (K, J // 16),
-            mu_ptr=mu, delta_ptr=delta, phi_inter_ptr=phi_inter, phi_intra_ptr=phi_intra,
-            mean_ptr=mean, offsets_ptr=table, turned_ptr=turned, half_norm_ptr=half_norm, log_weight_ptr=log_weight,
-            C=C, K=K, M=M, J=J, PADDED_C=padded_c, SPLIT=SPLIT,
-            BLOCK_K=triton.next_power_of_2(K), BLOCK_M=triton.next_power_of_2(max(M, 1)), BLOCK_J=16, BLOCK_C=32,
-        )  # fmt: skip
-        return cls(mu, delta, mean, table, turned, half_norm, log_weight, M)
-
-
-class _Centres(NamedTuple):
-    """What scoring reads of the parameters; see `_prepare_scores_kernel`."""
-
-    mean: Tensor  # (padded C,)
-    table: Tensor  # (pieces, padded K, slots, padded C)
-    half_norm: Tensor  # (padded K, slots)
-    log_pi: Tensor  # (padded K,)
-    log_w: Tensor  # (padded K, slots)
-
-    @classmethod
-    def prepare(cls, mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> _Centres:
-        mu, delta, phi_inter, phi_intra = (t.float().contiguous() for t in (mu, delta, phi_inter, phi_intra))
-        (K, C), M = mu.shape, phi_intra.shape[1]
-        slots = triton.next_power_of_2(M)
-        block_k = max(MAX_BLOCK_J // slots, 1)
-        padded_k, padded_c = triton.cdiv(K, block_k) * block_k, _padded(C)
-        self = cls(
-            _empty(mu, padded_c), _empty(mu, 1 + SPLIT, padded_k, slots, padded_c), _empty(mu, padded_k, slots),
-            _empty(mu, padded_k), _empty(mu, padded_k, slots),
-        )  # fmt: skip
-        launch(
-            _prepare_scores_kernel, padded_k,
-            mu_ptr=mu, delta_ptr=delta, phi_inter_ptr=phi_inter, phi_intra_ptr=phi_intra, mean_ptr=self.mean,
-            centres_ptr=self.table, half_norm_ptr=self.half_norm, log_pi_ptr=self.log_pi, log_w_ptr=self.log_w,
-            C=C, K=K, M=M, PADDED_K=padded_k, SLOTS=slots, PADDED_C=padded_c, SPLIT=SPLIT,
-            BLOCK_K=triton.next_power_of_2(K), BLOCK=32, BLOCK_C=32,
-        )  # fmt: skip
-        return self
 
 
 class _Tiles(NamedTuple):
@@ -874,48 +654,38 @@ class _Tiles(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `_class`."""
-        return {"labels_ptr": self.labels, "tiles_ptr": self.table, "T": self.T, "tiles_per_image": self.tiles_per_image}
-
-
-class _Block(NamedTuple):
-    """Sizes of a training kernel's inner products."""
-
-    J: int  # columns: classes and centres
-    C: int  # channels
-    warps: int
-
-
-def _terms_block(columns: int, *, backward: bool) -> _Block:
-    """Return fixed block sizes: they order the sums, so that tuned ones would let a result depend on the machine.
-
-    These are the largest whose backward pass spills no register (tests/kernels/test_aot.py).
-    """
-    J = min(max(triton.next_power_of_2(columns), 16), MAX_BLOCK_J)
-    return _Block(J, 16 if backward and J >= 32 else 32, warps=8 if J == 64 else 4)
+        tiles_per_image = self.tiles_per_image
+        return {"labels_ptr": self.labels, "tiles_ptr": self.table, "T": self.T, "tiles_per_image": tiles_per_image}
 
 
 def _launch_terms(
-    z: Tensor, offsets: _Offsets, tiles: _Tiles, terms: list[Tensor], label_smoothing: float, block: _Block,
-    *, relative: bool,
-) -> None:  # fmt: skip
-    """Launch `_terms_kernel`, which writes A, H, I and B of all rows to `terms`; `relative` is its RELATIVE."""
+    z: Tensor,
+    offsets: Offsets,
+    tiles: _Tiles,
+    terms: list[Tensor],
+    label_smoothing: float,
+    channels: int = 32,
+    *,
+    relative: bool = False,
+) -> None:
+    """Launch `_terms_kernel`, which writes A, H, I and B of all rows to `terms`; `relative` is its RELATIVE.
+
+    Block sizes are fixed: they order the sums, so that tuned ones would let a result depend on the machine.
+    """
     lse, entropy, information, own = terms
+    columns = block_j(len(offsets.mu) + offsets.M)
     launch(
-        _terms_kernel, tiles.T, warps=block.warps, stages=offsets.stages(),
-        z_ptr=z, **offsets.arguments(block), **tiles.arguments(), order_ptr=tiles.order,
-        rows_per_image=tiles.rows_per_image,
+        _terms_kernel, tiles.T, warps=_warps(columns), stages=stages(z.device, tiles=offsets.table is not None),
+        z_ptr=z, **offsets.arguments(columns, channels),
+        **tiles.arguments(), order_ptr=tiles.order, rows_per_image=tiles.rows_per_image, BLOCK_N=BLOCK_N,
         lse_ptr=lse, entropy_ptr=entropy, information_ptr=information, own_ptr=own, label_smoothing=label_smoothing,
         C=z.shape[1], RELATIVE=relative,
     )  # fmt: skip
 
 
-def _tiled(table: Tensor | None, rows: int, columns: int) -> Any:
-    return None if table is None else tiled(table, rows, columns)
-
-
-def _padded(C: int) -> int:
-    """Return the channels of a table, whose loads need no mask: all kernels take them by 16 or 32."""
-    return triton.cdiv(C, 32) * 32
+def _warps(columns: int) -> int:
+    """Return the warps of a training kernel: with 4, 64 columns of a gradient spill registers on Blackwell."""
+    return 8 if columns == 64 else 4
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
