@@ -396,7 +396,7 @@ def _reduce_kernel(
         wanted = (t < T) & (of_class | (y == k))
         row_ptr = part_ptr + (t.to(tl.int64) * WIDTH + column) * PART_C
         gsum = tl.load(row_ptr + C + 1, mask=wanted, other=0.0)
-        products = tl.load(row_ptr[:, None] + c[None, :], mask=wanted[:, None] & (c <= C)[None, :], other=0.0)
+        products = tl.load(row_ptr[:, None] + c[None, :], mask=wanted[:, None] & (c < PART_C)[None, :], other=0.0)
         mu_y = tl.load(mu_ptr + y[:, None] * C + c[None, :], mask=of_class & (c < C)[None, :], other=0.0)
         total += tl.sum(products - gsum[:, None] * (o[None, :] - mu_y), axis=0)
         t0 += BLOCK_T
@@ -552,6 +552,7 @@ def mixture_terms_backward(
     tiles = _Tiles.cut(labels, N, K)
     columns, width = block_j(K + M), min(K + M, MAX_BLOCK_J)
     channels = 16 if columns >= 32 else 32  # the most whose loop spills no register
+    warps = 8 if columns == 64 else 4  # with 4, 64 columns spill on Blackwell
     turned = None if offsets.turned is None else tiled(offsets.turned, channels, columns)
     part = _empty(z, tiles.T, width, triton.cdiv(C + 2, 4) * 4)  # rows of 16 bytes
     relative = [_empty(z, N if K + M > width else 0) for _ in range(4)]
@@ -560,7 +561,7 @@ def mixture_terms_backward(
     for i in range(triton.cdiv(K + M, width)):
         j0 = i * width
         launch(
-            _terms_backward_kernel, tiles.T, warps=_warps(columns), stages=stages(z.device, tiles=turned is not None),
+            _terms_backward_kernel, tiles.T, warps=warps, stages=stages(z.device, tiles=turned is not None),
             z_ptr=z, **offsets.arguments(columns, channels), turned=turned,
             **tiles.arguments(), order_ptr=tiles.order, rows_per_image=tiles.rows_per_image, BLOCK_N=BLOCK_N,
             glse_ptr=glse.contiguous(), gentropy_ptr=gentropy.contiguous(), ginformation_ptr=ginformation.contiguous(),
@@ -675,17 +676,12 @@ def _launch_terms(
     lse, entropy, information, own = terms
     columns = block_j(len(offsets.mu) + offsets.M)
     launch(
-        _terms_kernel, tiles.T, warps=_warps(columns), stages=stages(z.device, tiles=offsets.table is not None),
+        _terms_kernel, tiles.T, warps=4, stages=stages(z.device, tiles=offsets.table is not None),
         z_ptr=z, **offsets.arguments(columns, channels),
         **tiles.arguments(), order_ptr=tiles.order, rows_per_image=tiles.rows_per_image, BLOCK_N=BLOCK_N,
         lse_ptr=lse, entropy_ptr=entropy, information_ptr=information, own_ptr=own, label_smoothing=label_smoothing,
         C=z.shape[1], RELATIVE=relative,
     )  # fmt: skip
-
-
-def _warps(columns: int) -> int:
-    """Return the warps of a training kernel: with 4, 64 columns of a gradient spill registers on Blackwell."""
-    return 8 if columns == 64 else 4
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -560,7 +560,8 @@ def test_gradients_of_the_mixture_are_laid_out_as_announced(interpreted, stage, 
     gterms = [torch.randn(6) for _ in range(3)] + [torch.randn(6 if stage == 2 else 0)]
     for z, parameters in ((buffer[:, 2:6], mixture), (buffer[:, :4].T.contiguous().T, turned)):
         arguments = gterms, z, labels, *parameters, 0.02, stage, backend
-        torch.library.opcheck(mixture_module._mixture_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(mixture_module._mixture_backward, arguments, test_utils=checks)
 
 
 def test_a_training_step_compiles_without_graph_breaks():
