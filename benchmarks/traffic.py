@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hgad_fast import ops
+from hgad_fast.features.backbone import FeatureMaps
 from hgad_fast.models.config import HGADConfig
 from hgad_fast.models.hgad import HGADModel, StageLoss
 from hgad_fast.ops import SeparablePosition, dispatch
@@ -40,6 +43,7 @@ from hgad_fast.training.step import Group
 BYTES_PER_SECOND = 3.0e12
 FLOP_PER_SECOND = {"bf16": 790e12, "tf32": 395e12, "tf32x3": 130e12, "fp32": 60e12}
 ALLOCATIONS = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like"}
+NO_LAUNCH = {"device", "detach", "alias", "lift_fresh", "_unsafe_view", "_to_copy"}  # where memory is the same
 WRITES_ONLY = {"fill_", "zero_", "copy_", "zeros", "zeros_like", "new_zeros", "ones", "full", "arange", "scalar_tensor"}
 CHANGED = {  # what a kernel reads and writes; all else it does one of both with
     "_forward_kernel": {"log_det_ptr"},
@@ -73,6 +77,11 @@ class Traffic:
     launches: list[Launch] = field(default_factory=list)
     peak_bytes: int = 0  # most that was allocated at a time, beyond what there was before
     allocated: set[tuple[tuple[int, ...], torch.dtype]] = field(default_factory=set)
+
+    def clear(self) -> None:
+        """Forget what was counted so far."""
+        self.launches.clear()
+        self.peak_bytes = 0
 
     @property
     def bytes(self) -> int:
@@ -120,7 +129,7 @@ class _Counter(TorchDispatchMode):
                 return OPDEFS[f"hgad_fast::{func._opname}"]._init_fn(*args, **kwargs)
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        if func.is_view or name in ("device", "detach", "alias", "lift_fresh", "_unsafe_view", "_to_copy") and _same(args, out):
+        if (func.is_view or name in NO_LAUNCH) and _same(args, out):
             return out
         self._note_memory(out)
         if name in ALLOCATIONS:
@@ -162,7 +171,7 @@ def _bytes(t: Tensor) -> int:
 def _products(name: str, args: Any) -> tuple[float, str]:
     """Return the operations of a matrix product of torch, and its operands."""
     matrices = [t for t in args if isinstance(t, Tensor) and t.dim() >= 2]
-    if name not in ("mm", "addmm", "addmm_", "bmm", "baddbmm") or len(matrices) < 2:
+    if name not in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul") or len(matrices) < 2:
         return 0.0, "fp32"
     a, b = matrices[-2:]
     allowed = torch.backends.cuda.matmul.fp32_precision
@@ -291,5 +300,47 @@ def training_step(precision: str = "bf16", memory: str = "reversible", images: i
     return traffic
 
 
+def mixture(images: int = 8, rows: int = 4096) -> Traffic:
+    """Count the mixture's terms and their gradients, with labels per image."""
+    with counted() as (traffic, counter):
+        z = torch.empty(images * rows, 200, device="cuda")
+        labels = torch.empty(images, dtype=torch.int64, device="cuda")
+        shapes = (15, 200), (15, 9, 200), (15,), (15, 10)
+        parameters = [torch.empty(shape, device="cuda") for shape in shapes]
+        options = {"label_smoothing": 0.02, "stage": 2}
+        with counter, torch.no_grad():
+            terms = ops.mixture_terms(z, labels, *parameters, **options)
+            ops.mixture_terms_backward(*terms, z, labels, *parameters, **options)
+    return traffic
+
+
+def scoring(precision: str = "bf16", images: int = 1, side: int = 1000, known: bool = True) -> Traffic:
+    """Count the densities of one level of images, of the class that is known, the parameters packed before."""
+    model = paper_model(precision).eval()
+    with counted(blocks=12) as (traffic, counter):
+        on_fake_cuda(model)
+        flow: Any = model.nfs[0]
+        grid = SeparablePosition(torch.empty(side, 128, device="cuda"), torch.empty(side, 128, device="cuda"))
+        maps = FeatureMaps.of([torch.empty(images, 200, side, side, device="cuda")])
+        ids = torch.zeros(images, dtype=torch.int64) if known else None
+        kept: dict[Any, Any] = {}
+
+        def get(make: Callable[[], Any], kind: Any, tensors: Sequence[Tensor]) -> Any:
+            """Keep what the block kernel's cache would keep; fake tensors do not count their changes."""
+            key = kind, *map(id, tensors)
+            if key not in kept:
+                kept[key] = make()
+            return kept[key]
+
+        packed = mock.patch.object(dispatch.kernels("blocks"), "_PACKED", SimpleNamespace(get=get))
+        with torch.no_grad(), mock.patch.object(flow, "grid", lambda *_: grid), packed:
+            with counter:
+                model.densities(maps, ids)
+                traffic.clear()
+                model.densities(maps, ids)
+    return traffic
+
+
 if __name__ == "__main__":
-    print(training_step())
+    print("A training step, level of 8 x 64 x 64 pixels, bf16, reversible:", training_step())
+    print("Densities of a map of 1000 x 1000 pixels, bf16, class known:", scoring())

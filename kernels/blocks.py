@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .common import FEW_PIXELS, FLOAT32, accelerated, launch, operand, pieces, tanh, tile_of, tiled, zeros
 from .packing import BLOCK_HIDDEN, BLOCK_K, Axis, Layout, gains, gathered, pack, position_table, spread
@@ -212,30 +214,43 @@ class _Cache:
     def __init__(self, size: int) -> None:
         self.size = size
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Any, tuple[list[weakref.ref[Tensor]], Any]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[list[weakref.ref[Tensor]], list[StorageWeakRef], Any]] = OrderedDict()
+        self._emptied = 0
 
     def get(self, make: Callable[[], Made], kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> Made:
         """Return what `make` makes of the tensors, made anew if one is another one or was written to since.
 
         Nothing is kept while a CUDA graph is recorded, which has to make it at each replay, nor of tensors that do not
-        count their changes (those of inference mode). A write through `tensor.data` is not counted either.
+        count their changes (those of inference mode). Writes through `tensor.data`, or by a recorded graph, are not
+        counted either; a new `tensor.data` is seen by its memory, whose place no other takes while it is referred to.
         """
         recording = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if recording or any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
             return make()
-        key = (kind, *((id(t), t._version, t.data_ptr()) for t in tensors))
+        references = [weakref.ref(t) for t in tensors]
+        storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        key = (kind, *((id(t), t._version, t.data_ptr(), s.cdata) for t, s in zip(tensors, storages, strict=True)))
         with self._lock:
+            emptied = self._emptied
             found = self._kept.pop(key, None)
-            if found and all(ref() is t for ref, t in zip(found[0], tensors, strict=True)):
+            if found and all(reference() is t for reference, t in zip(found[0], tensors, strict=True)):
                 self._kept[key] = found
-                return found[1]
+                return found[2]
         made = make()
         with self._lock:
-            self._kept[key] = [weakref.ref(t) for t in tensors], made
+            if emptied == self._emptied:  # else a tensor may have been written to meanwhile
+                self._kept[key] = references, storages, made
             while len(self._kept) > self.size:
                 self._kept.popitem(last=False)
         return made
 
+    def empty(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self._emptied += 1
+
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may have no memory, or keep their values elsewhere
 _PACKED = _Cache(size=32)  # the levels of a few models, and maps of a few sizes
+register_optimizer_step_post_hook(lambda *_: _PACKED.empty())  # torch does not count what fused optimizers write

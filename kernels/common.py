@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # the interpreter multiplies float32 only
@@ -70,10 +68,8 @@ TILES = {
         "sm_100": Tile(64, 4, 2),
         "other": Tile(64, 4, 1),
     },
-    "rotation": {
+    "rotation": {  # as for whole blocks
         "sm_90": Tile(128, 8, 3),
-        "sm_100": Tile(128, 8, 1),
-        "sm_103": Tile(128, 8, 1),
         "hip": Tile(64, 4, 1),
         "other": Tile(64, 4, 2),
     },
@@ -209,58 +205,6 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 def rows(t: Tensor) -> Tensor:
     """Return `t` (N, C) if its rows are contiguous (those of a column slice are), else a copy."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
-
-
-class Kept:
-    """What was made of frozen parameters, kept while they stay as they are; at most `size` results.
-
-    A parameter is the same while its memory lives (known by a weak reference, so that an address used again is another
-    one) and counts no change in place. Fused optimizers, and replays of CUDA graphs, change parameters without
-    counting. So only what is frozen has results kept, and those are dropped as soon as it is used otherwise.
-    """
-
-    def __init__(self, size: int = 16) -> None:
-        self._size, self._lock = size, threading.Lock()
-        self._results: dict[tuple[int, ...], tuple[Any, list[StorageWeakRef], Any]] = {}
-
-    def get(self, parameters: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        """Return the result kept for these parameters, or what `make` makes of them."""
-        if not all(_is_frozen(t) for t in parameters):
-            self.drop(parameters)
-            return make()
-        memory = [StorageWeakRef(t.untyped_storage()) for t in parameters]
-        key = tuple(reference.cdata for reference in memory)
-        state = [(t._version, t.storage_offset(), t.shape, t.stride(), t.dtype) for t in parameters]
-        state += [torch.cuda.current_stream(t.device) for t in parameters[:1] if t.is_cuda]
-        with self._lock:
-            kept = self._results.pop(key, None)
-            if kept is None or kept[0] != state:
-                kept = None
-            else:
-                self._results[key] = kept  # the last used is the last to go
-        if kept is not None:
-            return kept[2]
-        result = make()
-        with self._lock:
-            self._results[key] = state, memory, result
-            gone = [k for k, (_, refs, _) in self._results.items() if any(ref.expired() for ref in refs)]
-            for k in gone + list(self._results)[: -self._size]:
-                self._results.pop(k, None)
-        return result
-
-    def drop(self, parameters: Sequence[Tensor]) -> None:
-        """Forget what was made of any of these parameters."""
-        if self._results:
-            ours = {t.untyped_storage()._cdata for t in parameters if type(t) in (Tensor, nn.Parameter)}
-            with self._lock:
-                self._results = {key: kept for key, kept in self._results.items() if not ours & {*key}}
-
-
-def _is_frozen(t: Tensor) -> bool:
-    """Return whether a tensor is a parameter that no optimizer changes, and that no CUDA graph is recording."""
-    if type(t) is not nn.Parameter or t.requires_grad or t.is_inference():
-        return False
-    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @triton.jit

@@ -29,14 +29,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import _PACKED
 from .centres import MAX_BLOCK_J, SPLIT, Centres, Offsets, block_j, offset_rows, split
-from .common import Kept, accelerated, launch, rows, stages, tile, tiled
+from .common import accelerated, launch, rows, stages, tile, tiled
 
 BLOCK_N = 64  # Hopper's and Blackwell's matrix instructions take 64 rows or more
 SCORES_TILE = 128 * 64  # rows times columns
 SCORES_BLOCK_C = 16
 SCORES_REGISTERS = {"sm_90": 128}  # so that two programs of 8 warps share a multiprocessor
-_KEPT = Kept()  # tables of scoring
 
 
 @triton.jit
@@ -546,7 +546,6 @@ def mixture_terms_backward(
         _empty(z, *t.shape, dtype=t.dtype) for t in (z, mu, delta, phi_inter, phi_intra)
     )
     z = rows(z)
-    _KEPT.drop((mu, delta, phi_inter, phi_intra))  # they are about to learn
     offsets = Offsets.prepare(mu, delta, phi_inter, phi_intra, stage)
     (N, C), (K, CENTRES), M = z.shape, phi_intra.shape, offsets.M
     tiles = _Tiles.cut(labels, N, K)
@@ -602,7 +601,8 @@ def mixture_scores(
     if N > 0:
         labels = None if labels is None else labels.contiguous()
         parameters = mu, delta, phi_inter, phi_intra
-        centres = _KEPT.get(parameters, lambda: Centres.prepare(*parameters))
+        kind = "centres", _stream(z.device)  # on another stream, they might not be ready
+        centres = _PACKED.get(lambda: Centres.prepare(*parameters), kind, parameters)
         _, padded_k, slots, padded_c = centres.table.shape
         columns = max(MAX_BLOCK_J, slots)
         block_n = max(SCORES_TILE // columns, 16)
@@ -682,6 +682,11 @@ def _launch_terms(
         lse_ptr=lse, entropy_ptr=entropy, information_ptr=information, own_ptr=own, label_smoothing=label_smoothing,
         C=z.shape[1], RELATIVE=relative,
     )  # fmt: skip
+
+
+def _stream(device: torch.device) -> int | None:
+    is_running = device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.cuda.current_stream(device).cuda_stream if is_running else None
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

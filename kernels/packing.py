@@ -174,6 +174,11 @@ class Layout(NamedTuple):
         return edges(self.C)
 
     @property
+    def short_full_edges(self) -> tuple[int, ...]:
+        """Shorter pieces of C channels, for the same reason."""
+        return edges(self.C, largest=64)
+
+    @property
     def half(self) -> Axis:
         """x1, or x2, alone: the extent of a product's result."""
         return Axis.plain(self.channels - self.channels // 2, self.half_edges[-1])

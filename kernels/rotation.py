@@ -198,8 +198,8 @@ def unrotate(
     """Write the input of a rotation and its gradient, `u` and `gu` (N, C), and of the latter sums over rows.
 
     They may be written over z and gz (N, C). Without z, u is given. `inverses` and `transposed` are matrices as in
-    `rotate`; `shifts` is subtracted from u. `sums` (programs, 2, FULL) gets the sums of gu u, then of gu, over the rows of each of
-    `rotation_programs` programs.
+    `rotate`; `shifts` is subtracted from u. `sums` (programs, 2, FULL) gets the sums of gu u, then of gu, over the
+    rows of each of `rotation_programs` programs.
     """
     N, C = gz.shape
     chosen = tile_of("rotation", gz.device)

@@ -195,7 +195,7 @@ def flow_backward(
     output, gz = None if keep else spread(z, flow.C), spread(gz, flow.C)
     for k in reversed(range(L)):
         u = saved[k] if keep else u
-        unrotate(output, gz, inverses, shifts, transposed, k, layout.full_edges, u, gu, gu_sums[k])
+        unrotate(output, gz, inverses, shifts, transposed, k, layout.short_full_edges, u, gu, gu_sums[k])
         launch(
             _coupling_backward_kernel, flow.patches, x1_ptr=u[:, :half], y2_ptr=u[:, half:], gy2_ptr=gu[:, half:],
             glog_det_ptr=glog_det, h_ptr=h, x1_operand_ptr=first_inputs, ga_ptr=ga, gb_ptr=ga_sums[k],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,9 @@ from ..features.backbone import Backbone, FeatureMaps
 from ..methods import register
 from ..modules.flow import OFFICIAL_NAMES, ConditionalFlow
 from ..modules.mixture import HierarchicalMixture
-from ..ops import Blocks, SeparablePosition
+from ..ops import Blocks, SeparablePosition, flow_path
 from ..protocol import Densities, Progress
-from ..scoring.densities import CHUNK_PIXELS
+from ..scoring.densities import chunk_pixels
 from ..scoring.result import ScoreResult
 from ..training.schedule import warmed_up_cosine
 from ..training.step import Batch
@@ -288,13 +289,16 @@ class HGADModel(OfficialSurface, Detector):
             flow: Any = self.nfs[level]
             position = flow.grid(*maps.sizes[level], self.device)  # of the whole map, whatever the pieces
             batch, channels, height, width = x.shape
-            columns = min(width, max(64, CHUNK_PIXELS // batch))  # products of fewer rows waste time
-            rows = min(height, max(1, CHUNK_PIXELS // (batch * columns)))
+            pixels_together = self._chunk_pixels(channels)
+            columns = min(width, max(64, pixels_together // batch))  # products of fewer rows waste time
+            rows = min(height, max(1, pixels_together // (batch * columns)))
             rows = math.ceil(height / math.ceil(height / rows))  # as many chunks, but less padding
             for i, j in itertools.product(range(0, height, rows), range(0, width, columns)):
                 chunk = x[:, :, i : i + rows, j : j + columns]
                 r, c = chunk.shape[2:]
-                pixels = F.pad(chunk, (0, columns - c, 0, rows - r)).permute(0, 2, 3, 1).reshape(-1, channels)
+                if (r, c) != (rows, columns):
+                    chunk = F.pad(chunk, (0, columns - c, 0, rows - r))
+                pixels = chunk.permute(0, 2, 3, 1).reshape(-1, channels)
                 z, log_det = flow(pixels, position and _window(position, top + i, left + j, rows, columns))
                 if class_ids is None:
                     scores = self.mixture.scores(z, log_det, level, per_class=True)
@@ -306,12 +310,24 @@ class HGADModel(OfficialSurface, Detector):
                 shape = batch, rows, columns
                 yield level, region, density.view(*shape, *density.shape[1:])[:, :r, :c], entropy.view(shape)[:, :r, :c]
 
+    def _chunk_pixels(self, channels: int) -> int:
+        """Return how many pixels of this many channels are scored together."""
+        return chunk_pixels(self.device, hidden=not self._hidden_stays_on_chip(channels))
+
+    def _hidden_stays_on_chip(self, channels: int) -> bool:
+        """Return whether kernels of whole blocks score pixels of this many channels."""
+        return flow_path(torch.empty(0, channels, device=self.device), None, self.precision) == "triton, whole blocks"
+
     def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
         """Return the bytes of the densities of every class, where they are kept, and those of a chunk."""
         config, channels = self.config, max(self.feature_dims)
         kept = kept_bytes(sizes, config.n_classes)
+        pixels = self._chunk_pixels(channels)
         hidden = 2 * (channels + config.pos_embed_dim)
-        chunk = 4 * CHUNK_PIXELS * (3 * hidden + 8 * channels + 4 * config.n_classes)
+        if self.device.type == "cuda":  # a chunk is no larger than a map there; on a CPU it hardly matters
+            pixels = min(pixels, max(h * w for h, w in sizes))
+            hidden = 0 if self._hidden_stays_on_chip(channels) else hidden
+        chunk = 4 * pixels * (3 * hidden + 8 * channels + 4 * config.n_classes)
         return kept if not group_known and kept <= MAX_KEPT else 0, chunk
 
 
@@ -320,8 +336,11 @@ def kept_bytes(sizes: Sequence[tuple[int, int]], classes: int, batch: int = 1) -
     return 4 * batch * classes * sum(h * w for h, w in sizes)
 
 
+@functools.lru_cache(maxsize=64)  # what is made of positions is kept as long as they are (see `coupling_blocks`)
 def _window(position: SeparablePosition, top: int, left: int, rows: int, columns: int) -> SeparablePosition:
     """Return the positions of a part of a map; beyond the map's edges, where pixels are padding, they are zeros."""
+    if (top, left, rows, columns) == (0, 0, len(position.row), len(position.column)):
+        return position
 
     def part(code: Tensor, start: int, length: int) -> Tensor:
         inside = code[start : start + length]

@@ -192,6 +192,7 @@ def official_names(blocks: Blocks) -> dict[str, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what scoring asks for first is kept, and a training saves it for its backward pass
 def sinusoidal_position(
     h: int, w: int, dim: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> SeparablePosition:

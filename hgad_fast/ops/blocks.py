@@ -130,12 +130,13 @@ def flow(
         position: `SeparablePosition` of an (h, w) map with N a multiple of h w, a dense code (N, P), or None.
         clamp: bound of the log-scale of a coupling block.
         inverse: map z to x instead (differentiable through plain autograd).
-        memory: ``"standard"`` keeps the activations of every block for the backward pass, ``"reversible"`` only z,
-            and rebuilds them block by block.
+        memory: ``"standard"`` keeps activations of every block for the backward pass (where the kernels of training
+            run, one tensor like x each), ``"reversible"`` only z, and rebuilds them block by block.
         checkpoint_every: with reversible memory, the input of every so many blocks is kept too (4 C bytes per pixel
             each in float32), so that rounding errors of the rebuilt activations grow from there only; 0 keeps none.
         precision: operands of the subnets' products: ``"fp32"``, ``"tf32"`` (rounded to nearest) or ``"bf16"``, all
-            with float32 accumulation. The rotation stays in float32, but see `coupling_blocks`.
+            with float32 accumulation. Rotations stay in float32, on CUDA in tf32 and bf16 in bf16x3; see
+            `coupling_blocks`.
         backend: what computes the affine coupling, or whole blocks where `flow_path` says so: ``"auto"``, ``"triton"``
             or ``"torch"``.
 
@@ -167,8 +168,8 @@ def flow_path(x: Tensor, position: Position, precision: str, backend: str | None
     Returns:
         ``"torch"``, ``"triton"`` (products in torch, the coupling in a kernel) or ``"triton, whole blocks"``, for
         bfloat16 subnets of at most 200 channels with a separable position or none. There the hidden layer, seven times
-        the size of the features, never leaves the chip. Where a gradient is wanted the blocks are computed as the
-        backward pass rebuilds them, with the rotation in float32.
+        the size of the features, never leaves the chip. Where a gradient is wanted, and in tf32, the kernels of training
+        compute flows of such sizes, block by block.
     """
     computed_by = path(x, backend)
     whole = computed_by == "triton" and _block_kernel_fits(x, _conditions(position), precision)
@@ -201,9 +202,9 @@ def coupling_blocks(
         x: (N, C).
         conditions: [column, row] of a `SeparablePosition`, or nothing.
         parameters: those of `Blocks`.
-        clamp, precision: as in `flow`. The kernel multiplies the rotation with the accuracy of float32, but in bf16 as
-            bf16x3: factors are split in two bfloat16 pieces, a large and a small one, and all products but that of the
-            small ones are added (error 1e-5).
+        clamp, precision: as in `flow`. The kernel multiplies the rotation with the accuracy of float32, but in bf16 and
+            tf32 as bf16x3: factors are split in two bfloat16 pieces, a large and a small one, and all products but that
+            of the small ones are added (error 1e-5).
 
     Returns:
         z (N, C) and log-determinant (N,); not differentiable.

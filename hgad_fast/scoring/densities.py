@@ -10,7 +10,16 @@ from torch import Tensor
 from ..features.backbone import FeatureMaps
 from ..protocol import Densities, Detector
 
-CHUNK_PIXELS = 8192  # feature pixels whose densities are computed together
+CHUNK_PIXELS = 8192  # feature pixels whose densities are computed together: on a CPU they stay in its cache
+CUDA_CHUNK_PIXELS = 2**19  # on a GPU that has to be kept busy, and where every launch costs; 1.7 GB at 200 channels
+CUDA_CHUNK_PIXELS_WITH_HIDDEN = 2**17  # where the hidden layer, seven times the size of the features, is in memory
+
+
+def chunk_pixels(device: torch.device, hidden: bool = True) -> int:
+    """Return how many feature pixels' densities are computed together; `hidden`: the hidden layers are in memory."""
+    if device.type != "cuda":
+        return CHUNK_PIXELS
+    return CUDA_CHUNK_PIXELS_WITH_HIDDEN if hidden else CUDA_CHUNK_PIXELS
 
 
 @torch.no_grad()
@@ -22,7 +31,8 @@ def densities(
     Batches are formed with `throughput` only: an image computed alone has the same bits whatever the other images are,
     while sums over the pixels of several images are taken in another order.
     """
-    batch_size = max(1, CHUNK_PIXELS // max(x[0, 0].numel() for x in features)) if throughput else 1
+    pixels = max(x[0, 0].numel() for x in features)
+    batch_size = max(1, chunk_pixels(model.device) // pixels) if throughput else 1
     return [
         model.densities(
             FeatureMaps.of([x[i : i + batch_size] for x in features]),

@@ -199,6 +199,8 @@ class Step:
                 self._pool = torch.cuda.graph_pool_handle()
             recorded = self._recorded[key] = _Recorded(batches, *record(work, self._pool))
         recorded.replay()
+        # A replay changes parameters behind torch's back; what is kept of them for scoring goes by their versions.
+        torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]])
         return recorded.terms.clone()  # the next replay overwrites them
 
 

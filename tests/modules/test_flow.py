@@ -142,3 +142,13 @@ def test_a_state_may_be_assigned_and_what_does_not_fit_is_named():
         flow.load_state_dict(state | {name: torch.zeros(3)})
     with pytest.raises(RuntimeError, match=f"{name} is of type int; it must be a tensor"):
         flow.load_state_dict(state | {name: 3})
+
+
+def test_a_map_that_was_scored_first_can_be_trained_on():
+    """Positions are kept from call to call, and those made in inference mode cannot be saved for a backward pass."""
+    flow, x = ConditionalFlow(6, 2, 8), torch.randn(13 * 3, 6)
+    with torch.inference_mode():
+        flow(x, flow.grid(13, 3))
+    z, log_det = flow(x, flow.grid(13, 3))
+    (z.sum() + log_det.sum()).backward()
+    assert flow.w1.grad.isfinite().all()

@@ -564,6 +564,18 @@ def test_gradients_of_the_mixture_are_laid_out_as_announced(interpreted, stage, 
         torch.library.opcheck(mixture_module._mixture_backward, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize(("keep", "every"), [(True, 1), (False, 1)])
+def test_the_kernels_of_training_keep_the_operators_contract(interpreted, keep, every):
+    """What they keep for the backward pass has the shapes, dtypes and strides that fake tensors are promised."""
+    conditions = list(sinusoidal_position(1, 3, 4))
+    blocks = ops.Blocks.stack(make_blocks(5, 4, layers=2, dtype=torch.float32))
+    parameters = [stacked.detach().requires_grad_() for stacked in blocks]
+    x = torch.randn(3, 8)[:, :5].requires_grad_()
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (x, conditions, parameters, CLAMP, keep, every, "bf16", "")
+    torch.library.opcheck(blocks_module._flow_forward, arguments, test_utils=utils)
+
+
 def test_a_training_step_compiles_without_graph_breaks():
     blocks = make_blocks(6, 8, layers=2, dtype=torch.float32)
     position, labels = sinusoidal_position(2, 3, 8), torch.tensor([1, 0])

@@ -258,7 +258,7 @@ def test_chunks_of_rows_leave_no_seam(monkeypatch, chunk, flow_arch):
     model.calibrate((random_features(6), [0, 1, 2] * 2), false_alarm_rate=0.5)
     features = random_features(3)
     whole = model.score_features(features)
-    monkeypatch.setattr(hgad, "CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(hgad, "chunk_pixels", lambda *_, **__: chunk)
     chunks = model.score_features(features)
     for name in ("logps", "neg_entropy"):
         for actual, expected in zip(getattr(chunks, name), getattr(whole, name), strict=True):
@@ -293,7 +293,7 @@ def test_chunks_have_one_size_and_fit_together(monkeypatch, chunk):
     """Also where a row of pixels is longer than a chunk."""
     model, features = detector(dims=(6,)), random_features(1, (6,), [(5, 333)])
     whole = model.score_features(features, normalization="official")
-    monkeypatch.setattr(hgad, "CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(hgad, "chunk_pixels", lambda *_, **__: chunk)
     rows = []
     flow = type(model.nfs[0]).forward
     monkeypatch.setattr(type(model.nfs[0]), "forward", lambda self, x, *a: (rows.append(len(x)), flow(self, x, *a))[1])

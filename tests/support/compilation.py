@@ -48,6 +48,7 @@ class Binary(NamedTuple):
     ptx: str  # empty for AMD
     shared: int  # bytes
     warps: int
+    intermediate: str  # Triton's own, for GPUs
 
 
 class Compiler:
@@ -83,7 +84,8 @@ def compile_here(request: Request) -> Binary:
     source = ASTSource(kernel, request.signature, request.constants, request.attributes)
     binary = triton.compile(source, target=target, options=request.options)
     code = binary.asm["amdgcn" if target.backend == "hip" else "cubin"]
-    return Binary(code, binary.asm.get("ptx", ""), binary.metadata.shared, binary.metadata.num_warps)
+    metadata = binary.metadata
+    return Binary(code, binary.asm.get("ptx", ""), metadata.shared, metadata.num_warps, binary.asm["ttgir"])
 
 
 def overwritten_names() -> list[str]:

@@ -328,6 +328,7 @@ def test_recorded_steps_from_features_on_the_device(monkeypatch, cuda, queue, ac
     for group in ours.optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
     images, labels = make_images(((2, 3), (2, 2)) * 4, dtypes=(torch.float64,)), torch.arange(8) % 3
+    versions = [parameter._version for parameter in model.parameters()]
     for _ in range(step.EAGER_STEPS + 2):
         order = torch.cat([torch.randperm(4) * 2, torch.randperm(4) * 2 + 1]).view(2, 4).T.reshape(2, 4)
         for numbers in order:
@@ -336,6 +337,7 @@ def test_recorded_steps_from_features_on_the_device(monkeypatch, cuda, queue, ac
                 expected = theirs([images[i] for i in numbers], labels[numbers], 2, 1e-3)
             torch.testing.assert_close(terms, expected, rtol=SAME_IN_FLOAT64, atol=SAME_IN_FLOAT64)
     assert len(recorded) == 1 and len(queue.named("copy")) == 2 * accumulate
+    assert all(p._version > version for p, version in zip(model.parameters(), versions, strict=True))  # see `_graphed`
 
 
 # ---- the queue of a GPU, on a stand-in for torch.cuda

@@ -1,0 +1,62 @@
+"""Training with operands of fewer bits, rounded as the kernels round them, reaches the loss that float32 reaches."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import rounding
+import torch
+from torch import Tensor
+
+from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.training.processes import Processes
+from hgad_fast.training.step import Step
+
+CHANNELS, CLASSES, IMAGES, SIDE = 20, 3, 6, 4
+STEPS, LAST, RATE = 300, 20, 1e-3
+ALLOWED = 0.005  # of float32's loss: what users are promised
+
+
+@functools.cache
+def batches() -> list[tuple[list[list[Tensor]], Tensor]]:
+    """Return images, new ones in each step, whose pixels are Gaussian: a class has its mean and mixes its channels."""
+    generator = torch.Generator().manual_seed(0)
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    means = 0.5 * normal(CLASSES, 1, CHANNELS)
+    mixing = normal(CLASSES, CHANNELS, CHANNELS) / CHANNELS**0.5
+    labels = torch.arange(IMAGES) % CLASSES
+    drawn = []
+    for _ in range(STEPS):
+        pixels = means[labels] + normal(IMAGES, SIDE * SIDE, CHANNELS) @ mixing[labels]
+        drawn.append(([[image] for image in pixels.float().mT.unflatten(2, (SIDE, SIDE))], labels))
+    return drawn
+
+
+def train(precision: str) -> Tensor:
+    """Return the total loss of every step of a training."""
+    config = HGADConfig(
+        backbone_arch=None, feature_levels=1, feature_dims=(CHANNELS,), n_classes=CLASSES, n_intra_centers=2,
+        coupling_layers=4, pos_embed_dim=8, batch_size=IMAGES, memory="reversible", precision=precision,
+    )  # fmt: skip
+    step = Step(HGADModel(config), Processes())
+    terms = torch.cat([step(images, labels, stage=2, rate=RATE) for images, labels in batches()])
+    weights = {"L_g": config.lambda1, "L_mi": -config.lambda2}
+    return terms.double() @ torch.tensor([weights.get(term, 1.0) for term in step.terms], dtype=torch.float64)
+
+
+@functools.cache
+def float32_losses() -> Tensor:
+    return train("fp32")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_training_reaches_the_loss_of_float32(precision):
+    """300 steps of the full objective, activations rebuilt; on a CPU the operands alone are rounded."""
+    expected = float32_losses()
+    start, end = expected[:LAST].mean(), expected[-LAST:].mean()
+    assert start - end > 100 and abs(end) > 10  # it learned, and a share of what it reached means something
+    with rounding.as_in_the_kernels():
+        losses = train(precision)
+    assert not torch.equal(losses[:LAST], expected[:LAST])  # it did round
+    assert abs(losses[-LAST:].mean() - end) < ALLOWED * abs(end)
