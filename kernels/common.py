@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -146,13 +147,22 @@ def pieces(
     return {f"{name}_{letter}": tiles[i] if i < len(tiles) else None for i, letter in enumerate("abcd")}
 
 
-def launch(kernel: Any, programs: int | tuple[int, ...], *, warps: int = 4, stages: int = 1, **arguments: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int | tuple[int, ...],
+    *,
+    warps: int = 4,
+    stages: int = 1,
+    registers: Mapping[str, int] | None = None,
+    **arguments: Any,
+) -> None:
     """Start a kernel on the device of its tensors, whatever the current device is.
 
     Args:
         kernel: a Triton kernel.
         programs: its grid.
         warps, stages: Triton's options.
+        registers: at most so many a thread, by `architecture`.
         arguments: the kernel's arguments by name. Row strides (`X_STRIDE` for `x_ptr`) are filled in.
 
     Raises:
@@ -180,8 +190,10 @@ def launch(kernel: Any, programs: int | tuple[int, ...], *, warps: int = 4, stag
     if device is None:
         raise ValueError(f"{kernel.__name__} is given no tensor")
     grid = (programs,) if isinstance(programs, int) else programs
+    limit = (registers or {}).get(architecture(device))
+    options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": limit} if limit else {})
     with on(device):
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+        kernel[grid](**arguments, **options)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -23,7 +23,19 @@ def log_weights(phi: Tensor) -> Tensor:
     return phi - phi.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(phi.dtype).min)
 
 
-@fused("mixture")
+def _check_labels(labels: Tensor, classes: int) -> None:
+    """Raise a ValueError for labels on the CPU that name no class; reading others would wait for their device."""
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels name a class {low if low < 0 else high}; allowed are 0 to {classes - 1}")
+
+
+def _check_terms(z: Tensor, labels: Tensor, mu: Tensor, *_: Any, **__: Any) -> None:
+    _check_labels(labels, mu.shape[0])
+
+
+@fused("mixture", check=_check_terms)
 def mixture_terms(
     z: Tensor,
     labels: Tensor,
@@ -59,6 +71,9 @@ def mixture_terms(
 
     Returns:
         A, H, I, B, each (N,) in the dtype of z; in stage 1 B is empty, and delta and phi_intra receive no gradient.
+
+    Raises:
+        ValueError: labels on the CPU name no class. On a GPU such a label counts as the nearest class.
     """
     order, groups = _by_class(labels, z)
     log_pi, log_w = log_weights(phi_inter), log_weights(phi_intra)
@@ -140,8 +155,7 @@ def mixture_terms_backward(
     """
     classes = mu.shape[0]
     log_pi, log_w = log_weights(phi_inter), log_weights(phi_intra)
-    gmu, gdelta = torch.zeros_like(mu), torch.zeros_like(delta)
-    glog_pi, glog_w = torch.zeros_like(phi_inter), torch.zeros_like(phi_intra)
+    gmu, gdelta, glog_pi, glog_w = (t.new_zeros(t.shape) for t in (mu, delta, phi_inter, phi_intra))
     gzs = []
     gown = gown if stage == 2 else torch.zeros_like(glse)
     order, groups = _by_class(labels, z, *(gterm[:, None] for gterm in (glse, gentropy, ginformation, gown)))
@@ -164,7 +178,7 @@ def mixture_terms_backward(
             glog_w[y] += ge.sum(0)
             gz.addmm_(ge, offsets)
         gzs.append(gz)
-    gz = torch.cat(gzs) if gzs else torch.zeros_like(z)
+    gz = torch.cat(gzs) if gzs else z.new_zeros(z.shape)
     if order is not None:
         gz = gz.index_select(0, torch.argsort(order))
     gphi_inter = glog_pi - log_pi.exp() * glog_pi.sum()
@@ -238,7 +252,7 @@ def _check_mixture(
     labels: Tensor | None = None,
     **_: Any,  # the other arguments of an operation
 ) -> None:
-    """Raise a ValueError where a shape, or the dtype of the labels, does not fit."""
+    """Raise a ValueError where a shape, or the dtype or range of the labels, does not fit."""
     (n, channels), classes, centres = z.shape, mu.shape[0], phi_intra.shape[-1]
     expected = {
         "log_det": (log_det, (n,)),
@@ -258,6 +272,7 @@ def _check_mixture(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}; expected int64, one for each of the {n} pixels "
             "or one for each image"
         )
+    _check_labels(labels, classes)
 
 
 @torch.library.custom_op("hgad_fast::mixture_forward", mutates_args=())
@@ -321,7 +336,7 @@ def _mixture_backward(
 
 @_mixture_backward.register_fake
 def _(gterms, z, labels, mu, delta, phi_inter, phi_intra, label_smoothing, stage, backend):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(t) for t in (z, mu, delta, phi_inter, phi_intra))
+    return tuple(t.new_empty(t.shape) for t in (z, mu, delta, phi_inter, phi_intra))  # contiguous, whatever t is
 
 
 def _save_mixture(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -68,14 +68,17 @@ BUDGETS = {  # of each kernel that a call launches
         "_backward_kernel": Budget(8 << 10, 128, 0, narrow_loads=4),
     },
     "mixture, 15 classes": {
-        "_terms_kernel": Budget(40 << 10),
-        "_terms_backward_kernel": Budget(64 << 10),
-        "_sum_by_class_kernel": Budget(4 << 10, matrix=0),
-        "_scores_kernel": Budget(64 << 10),
+        "_prepare_terms_kernel": Budget(4 << 10, matrix=0, narrow_loads=16),
+        "_terms_kernel": Budget(72 << 10, blocks=3),
+        "_terms_backward_kernel": Budget(56 << 10, narrow_loads=16, blocks=2),  # upstream gradients, one of each a row
+        "_reduce_kernel": Budget(4 << 10, matrix=0, narrow_loads=16),
+        "_prepare_scores_kernel": Budget(4 << 10, matrix=0, narrow_loads=16),
+        "_scores_kernel": Budget(72 << 10, narrow_loads=4, blocks=2),
     },
     "mixture, 40 classes": {
-        "_terms_kernel": Budget(64 << 10),
-        "_terms_backward_kernel": Budget(112 << 10),
+        "_terms_kernel": Budget(96 << 10, blocks=2),
+        "_terms_backward_kernel": Budget(112 << 10, narrow_loads=16),
+        "_scores_kernel": Budget(72 << 10, narrow_loads=4, blocks=2),
     },
     "blocks": {"_block_kernel": Budget(128 << 10, matrix=30, narrow_loads=4, concessions=BLOCKS)},
     "blocks, few pixels": {"_block_kernel": Budget(104 << 10, matrix=30, narrow_loads=4, blocks=2, concessions=BLOCKS)},
@@ -147,6 +150,7 @@ CALLS = {
     "mixture, odd channels": lambda kernels: call_mixture(kernels, 201, 3, 2, IMAGES),
     "mixture, one class, one centre": lambda kernels: call_mixture(kernels, 37, 1, 1, IMAGES),
     "mixture, many classes, labels per pixel": lambda kernels: call_mixture(kernels, 40, 70, 2, PIXELS),
+    "mixture, large table": lambda kernels: call_mixture(kernels, 200, 200, 10, IMAGES),
     "mixture, stage 1": lambda kernels: call_mixture(kernels, 40, 15, 10, IMAGES, stage=1),
 }
 

@@ -344,7 +344,7 @@ MIXTURES = {  # channels, classes, centres, labels, pixels
     "one class, one centre": (29, 1, 1, torch.tensor([0]), 70),
     "one channel": (1, 3, 2, torch.tensor([1]), 9),
     "more classes than a block": (23, 70, 3, torch.tensor([69, 2]), 66),
-    "a block of classes and centres": (11, 60, 6, torch.tensor([59]), 17),
+    "a block of classes and centres": (11, 62, 3, torch.tensor([61]), 17),
     "more centres than a block": (16, 2, 70, torch.tensor([1]), 33),
 }
 
@@ -374,7 +374,7 @@ def transposed(mixture: Mixture) -> Mixture:
 @pytest.mark.parametrize("classes", [5, 66])
 def test_mixture_terms_far_from_the_origin(interpreted, classes):
     """The place of the centres does not matter: the error stays that of the distances."""
-    mixture = Mixture.draw(12, classes, 4, torch.tensor([3, 1]), 40)
+    mixture = Mixture.draw(12, classes, 2, torch.tensor([3, 1]), 40)
     shift = 1024.0  # rounds z and mu, before either side sees them
     check_mixture_terms(interpreted, mixture._replace(z=mixture.z + shift, mu=mixture.mu + shift))
 
@@ -399,6 +399,70 @@ def test_mixture_terms_of_impossible_events(interpreted):
     assert (lse == -torch.inf).all() and (information == torch.inf).all() and torch.isfinite(entropy).all()
     for gradient in interpreted.mixture.mixture_terms_backward(*gterms, *mixture, **options):
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_mixture_terms_form_offsets_where_a_table_would_be_large(interpreted, monkeypatch, stage):
+    monkeypatch.setattr(interpreted.centres, "MAX_TABLE", 0)
+    check_mixture_terms(interpreted, Mixture.draw(37, 5, 4, torch.tensor([3, 1]), 70), stage=stage)
+    check_mixture_terms(interpreted, Mixture.draw(5, 63, 3, torch.tensor([62]), 9), stage=stage)
+
+
+@pytest.fixture
+def split(interpreted, monkeypatch) -> None:
+    """Products of tf32 pieces, as NVIDIA's cards compute them; the interpreter adds what they leave out."""
+    monkeypatch.setattr(interpreted.centres, "FLOAT32", "tf32x3")
+    for module in (interpreted.centres, interpreted.mixture):
+        monkeypatch.setattr(module, "SPLIT", True)
+
+
+@pytest.mark.usefixtures("split")
+def test_mixture_of_split_factors(interpreted):
+    """Pieces are tf32, and their products, without those of the small ones, are as exact as float32."""
+    mixture = Mixture.draw(37, 5, 4, torch.tensor([3, 1]), 70)
+    check_mixture_terms(interpreted, mixture)
+    check_mixture_terms(interpreted, mixture._replace(z=mixture.z + 1024, mu=mixture.mu + 1024))
+    check_mixture_scores(interpreted, mixture, torch.randn(70))
+    offsets = interpreted.centres.Offsets.prepare(*mixture[2:], 2)
+    for table in (offsets.table, offsets.turned, interpreted.centres.Centres.prepare(*mixture[2:]).table):
+        assert table.isfinite().all() and not (table.view(torch.int32) & 0x1FFF).any()
+    o = mixture.mu - mixture.mu[:, None]
+    assert ((offsets.table.sum(0)[:, :5, :37] - o).abs() <= 2.0**-22 * o.abs()).all()
+    assert torch.equal(offsets.table.mT, offsets.turned)
+
+
+@pytest.mark.parametrize("labels", [[7, -2], [7, 0, -2, 1] * 5], ids=["per image", "per pixel"])
+def test_labels_beyond_the_classes_count_as_the_nearest(interpreted, labels):
+    """On a GPU nobody can look at them in time: at least nothing outside of a table is read."""
+    mixture = Mixture.draw(13, 4, 3, torch.zeros(1, dtype=torch.int64), 20)._replace(labels=torch.tensor(labels))
+    near = mixture._replace(labels=mixture.labels.clamp(0, 3))
+    options = {"label_smoothing": 0.05, "stage": 2}
+    gterms = [torch.randn(20) for _ in range(4)]
+    for function in (
+        lambda m: interpreted.mixture.mixture_terms(*m, **options),
+        lambda m: interpreted.mixture.mixture_terms_backward(*gterms, *m, **options),
+    ):
+        for actual, expected in zip(function(mixture), function(near), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_launches_of_the_mixture(interpreted, launches, stage):
+    mixture = Mixture.draw(13, 4, 3, torch.tensor([0, 3]), 20)
+    options = {"label_smoothing": 0.05, "stage": stage}
+    terms = interpreted.mixture.mixture_terms(*mixture, **options)
+    interpreted.mixture.mixture_terms_backward(*terms, *mixture, **options)
+    kernels = {"_prepare_terms_kernel": 2, "_terms_kernel": 1, "_terms_backward_kernel": 1, "_reduce_kernel": 1}
+    assert launches == kernels
+
+
+def test_mixture_gradients_are_the_same_to_the_bit(interpreted):
+    mixture = Mixture.draw(13, 4, 3, torch.arange(300) % 4, 300)
+    gterms = [torch.randn(300) for _ in range(4)]
+    options = {"label_smoothing": 0.05, "stage": 2}
+    first, second = (interpreted.mixture.mixture_terms_backward(*gterms, *mixture, **options) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_mixture_terms_of_nothing(interpreted):
@@ -434,12 +498,8 @@ class Allocations(TorchDispatchMode):
 def test_memory_of_the_prior(compiled, monkeypatch, labels):
     """Forward and backward need less than 64 MiB beyond z and its gradient at the paper's size; nothing is run."""
 
-    class Unlaunched:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: None
-
-    for name in ("_terms_kernel", "_terms_backward_kernel", "_sum_by_class_kernel"):
-        monkeypatch.setattr(compiled.mixture, name, Unlaunched())
+    for module in (compiled.centres, compiled.mixture):
+        monkeypatch.setattr(module, "launch", lambda *args, **kwargs: None)
     shapes = ((40, 200), (40, 9, 200), (40,), (40, 10))
     mixture = Mixture(torch.zeros(32768, 200), labels, *map(torch.zeros, shapes))
     options = {"label_smoothing": 0.02, "stage": 2}
@@ -552,6 +612,29 @@ def test_mixture_scores_prefer_the_first_of_equal_classes(interpreted):
     )
     assert torch.equal(best_class, torch.zeros(12, dtype=torch.int64))
     rounding.assert_close(entropy, lambda logits: torch.special.entr(logits.softmax(1)).sum(1), torch.zeros(12, 9))
+
+
+def test_tables_of_centres_are_kept_while_nothing_changes(interpreted, launches, monkeypatch):
+    """The cache itself is tested in test_packed_parameters.py."""
+    monkeypatch.setattr(interpreted.mixture, "_PACKED", interpreted.blocks._Cache(4))
+    mixture, log_det = Mixture.draw(13, 4, 3, torch.tensor([0]), 6), torch.randn(6)
+    parameters = [torch.nn.Parameter(t) for t in mixture[2:]]
+
+    @torch.no_grad()
+    def is_made_anew() -> bool:
+        """Score, check the result, and tell whether the tables were made for it."""
+        launches.clear()
+        density = interpreted.mixture.mixture_scores(mixture.z, log_det, *parameters)[0]
+        made = launches.get("_prepare_scores_kernel", 0) == 1
+        copies = [t.detach().clone() for t in parameters]
+        assert torch.equal(density, interpreted.mixture.mixture_scores(mixture.z, log_det, *copies)[0])
+        return made
+
+    assert is_made_anew() and not is_made_anew()
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter += 1
+        assert is_made_anew() and not is_made_anew()
 
 
 def test_mixture_scores_of_nothing(interpreted):

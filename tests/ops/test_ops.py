@@ -514,6 +514,23 @@ def test_mixture_names_what_does_not_fit():
         ops.mixture_losses(z, log_det, torch.zeros(4, dtype=torch.int64), *parameters)
 
 
+@pytest.mark.parametrize("labels", [[3, 0], [0, -1], [0, 1, 2, 3, 0, 1]])
+def test_labels_that_name_no_class_are_refused(labels):
+    z, log_det, labels = torch.randn(6, 4), torch.zeros(6), torch.tensor(labels)
+    parameters = [p.float() for p in make_mixture(3, 2, 4)]
+    options = {"label_smoothing": 0.02, "stage": 2}
+    compiled = torch.compile(ops.mixture_losses, fullgraph=True, backend="aot_eager")
+    for refuse in (
+        lambda: ops.mixture_losses(z, log_det, labels, *parameters),
+        lambda: ops.mixture_terms(z, labels, *parameters, **options),
+        lambda: ops.mixture_scores(z, log_det, *parameters, labels),
+        lambda: ops.own_class_scores(z, log_det, *parameters, labels),
+        lambda: compiled(z, log_det, labels, *parameters),
+    ):
+        with pytest.raises(ValueError, match=r"labels name a class (3|-1); allowed are 0 to 2"):
+            refuse()
+
+
 # ---- operators
 
 
@@ -531,6 +548,20 @@ def test_operators_keep_their_contract():
     mixture = [p.detach().float().requires_grad_() for p in make_mixture(3, 2, 4)]
     for stage in (1, 2):
         torch.library.opcheck(mixture_module._mixture_forward, (z, labels, *mixture, 0.02, stage, ""))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_of_the_mixture_are_laid_out_as_announced(interpreted, stage, backend):
+    """Contiguous, whatever the layout of the inputs is: compiled graphs rely on the strides of the fake."""
+    buffer, labels = torch.randn(6, 9), torch.tensor([1, 0])
+    mixture = [p.detach().float() for p in make_mixture(3, 3, 4)]
+    turned = [p.mT.contiguous().mT if p.dim() > 1 else p for p in mixture]
+    gterms = [torch.randn(6) for _ in range(3)] + [torch.randn(6 if stage == 2 else 0)]
+    for z, parameters in ((buffer[:, 2:6], mixture), (buffer[:, :4].T.contiguous().T, turned)):
+        arguments = gterms, z, labels, *parameters, 0.02, stage, backend
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(mixture_module._mixture_backward, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(("keep", "every"), [(True, 1), (False, 1)])
