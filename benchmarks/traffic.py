@@ -194,7 +194,7 @@ def counted(blocks: int = 1, architecture: str = "sm_90") -> Iterator[tuple[Traf
         name = self.__name__
         size, tensors, matrices = 0, [], set()
         for parameter, value in bound.items():
-            stacked = isinstance(value, TensorDescriptor) or parameter in ("b2_ptr", "shift_ptr")
+            stacked = "k" in bound and (isinstance(value, TensorDescriptor) or parameter in ("b2_ptr", "shift_ptr"))
             value = value.base if isinstance(value, TensorDescriptor) else value
             if not isinstance(value, Tensor) or stacked and value.untyped_storage()._cdata in matrices:
                 continue  # no tensor, or further pieces of the same matrix
@@ -230,7 +230,7 @@ def _kernel_products(name: str, a: dict[str, Any]) -> tuple[float, str]:
         return rotations * 3 * 2.0 * a["N"] * a["EDGES"][-1] * a["K"], "bf16"
     if "z_ptr" in a and a["z_ptr"] is not None and "K" in a:  # the mixture
         n, channels = a["z_ptr"].shape
-        columns = a["K"] * max(a["M"], 1) if name == "_scores_kernel" else a["K"] + a["M"]
+        columns = a["PADDED_K"] * a["SLOTS"] if name == "_scores_kernel" else a["J"]
         return (3 if "backward" in name else 1) * 2.0 * n * channels * columns, "tf32x3"
     return 0.0, "fp32"
 
@@ -332,7 +332,7 @@ def scoring(precision: str = "bf16", images: int = 1, side: int = 1000, known: b
                 kept[key] = make()
             return kept[key]
 
-        packed = mock.patch.object(dispatch.kernels("blocks"), "_PACKED", SimpleNamespace(get=get))
+        packed = mock.patch.object(dispatch.kernels("blocks"), "PACKED", SimpleNamespace(get=get))
         with torch.no_grad(), mock.patch.object(flow, "grid", lambda *_: grid), packed:
             with counter:
                 model.densities(maps, ids)

@@ -13,25 +13,18 @@ that each has been compiled in advance, and up to 200 channels none spills a reg
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .cache import PACKED
 from .common import FEW_PIXELS, FLOAT32, accelerated, launch, operand, pieces, tanh, tile_of, tiled, zeros
 from .packing import BLOCK_HIDDEN, BLOCK_K, Axis, Layout, gains, gathered, pack, position_table, spread
 from .rotation import rotated
 from .subnet import POSITIONS, patch_of_program, subnet_output
-
-Made = TypeVar("Made")
 
 
 class _Variant(NamedTuple):
@@ -148,9 +141,9 @@ def coupling_blocks(
     N, channels = x.shape
     layout, variant = Layout(channels, parameters[0].shape[1]), VARIANTS[precision]
     C, L = layout.C, len(parameters[0])
-    packed = _PACKED.get(lambda: _pack(parameters, layout, precision), (precision,), parameters)
+    packed = PACKED.get(lambda: _pack(parameters, layout, precision), (precision,), parameters)
     w1, b1 = parameters[:2]
-    table = _PACKED.get(
+    table = PACKED.get(
         lambda: position_table(conditions, w1, b1, layout, variant.table_pieces),
         ("table", variant.table_pieces),
         [w1, b1, *conditions],
@@ -206,51 +199,3 @@ def _pack(parameters: tuple[Tensor, ...], layout: Layout, precision: str) -> _Pa
         shift=pack(global_offset @ w_perm.mT, Axis.plain(1, 1), layout.full, "fp32"),
         log_gain=gain.log().sum().view(1),
     )
-
-
-class _Cache:
-    """What was last made of some tensors, for as long as they live unchanged."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[Any, tuple[list[weakref.ref[Tensor]], list[StorageWeakRef], Any]] = OrderedDict()
-        self._emptied = 0
-
-    def get(self, make: Callable[[], Made], kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> Made:
-        """Return what `make` makes of the tensors, made anew if one is another one or was written to since.
-
-        Nothing is kept while a CUDA graph is recorded, which has to make it at each replay, nor of tensors that do not
-        count their changes (those of inference mode). Writes through `tensor.data`, or by a recorded graph, are not
-        counted either; a new `tensor.data` is seen by its memory, whose place no other takes while it is referred to.
-        """
-        recording = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
-        if recording or any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
-            return make()
-        references = [weakref.ref(t) for t in tensors]
-        storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
-        key = (kind, *((id(t), t._version, t.data_ptr(), s.cdata) for t, s in zip(tensors, storages, strict=True)))
-        with self._lock:
-            emptied = self._emptied
-            found = self._kept.pop(key, None)
-            if found and all(reference() is t for reference, t in zip(found[0], tensors, strict=True)):
-                self._kept[key] = found
-                return found[2]
-        made = make()
-        with self._lock:
-            if emptied == self._emptied:  # else a tensor may have been written to meanwhile
-                self._kept[key] = references, storages, made
-            while len(self._kept) > self.size:
-                self._kept.popitem(last=False)
-        return made
-
-    def empty(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._kept.clear()
-            self._emptied += 1
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may have no memory, or keep their values elsewhere
-_PACKED = _Cache(size=32)  # the levels of a few models, and maps of a few sizes
-register_optimizer_step_post_hook(lambda *_: _PACKED.empty())  # torch does not count what fused optimizers write

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import _PACKED
+from .cache import PACKED
 from .centres import MAX_BLOCK_J, SPLIT, Centres, Offsets, block_j, offset_rows, split
 from .common import accelerated, launch, rows, stages, tile, tiled
 
@@ -601,8 +601,7 @@ def mixture_scores(
     if N > 0:
         labels = None if labels is None else labels.contiguous()
         parameters = mu, delta, phi_inter, phi_intra
-        kind = "centres", _stream(z.device)  # on another stream, they might not be ready
-        centres = _PACKED.get(lambda: Centres.prepare(*parameters), kind, parameters)
+        centres = PACKED.get(lambda: Centres.prepare(*parameters), ("centres",), parameters)
         _, padded_k, slots, padded_c = centres.table.shape
         columns = max(MAX_BLOCK_J, slots)
         block_n = max(SCORES_TILE // columns, 16)
@@ -682,11 +681,6 @@ def _launch_terms(
         lse_ptr=lse, entropy_ptr=entropy, information_ptr=information, own_ptr=own, label_smoothing=label_smoothing,
         C=z.shape[1], RELATIVE=relative,
     )  # fmt: skip
-
-
-def _stream(device: torch.device) -> int | None:
-    is_running = device.type == "cuda" and torch.cuda.is_initialized()
-    return torch.cuda.current_stream(device).cuda_stream if is_running else None
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -616,7 +616,7 @@ def test_mixture_scores_prefer_the_first_of_equal_classes(interpreted):
 
 def test_tables_of_centres_are_kept_while_nothing_changes(interpreted, launches, monkeypatch):
     """The cache itself is tested in test_packed_parameters.py."""
-    monkeypatch.setattr(interpreted.mixture, "_PACKED", interpreted.blocks._Cache(4))
+    monkeypatch.setattr(interpreted.mixture, "PACKED", interpreted.cache.Cache(4))
     mixture, log_det = Mixture.draw(13, 4, 3, torch.tensor([0]), 6), torch.randn(6)
     parameters = [torch.nn.Parameter(t) for t in mixture[2:]]
 

@@ -31,7 +31,7 @@ def packings(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> l
             return original(*args)
 
         monkeypatch.setattr(interpreted.blocks, name, noted)
-    monkeypatch.setattr(interpreted.blocks, "_PACKED", interpreted.blocks._Cache(32))
+    monkeypatch.setattr(interpreted.blocks, "PACKED", interpreted.cache.Cache(32))
     return made
 
 
@@ -115,8 +115,8 @@ def test_maps_of_other_sizes_share_the_parameters(packings):
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes_first(interpreted, monkeypatch, packings):
-    cache = interpreted.blocks._Cache(4)
-    monkeypatch.setattr(interpreted.blocks, "_PACKED", cache)
+    cache = interpreted.cache.Cache(4)
+    monkeypatch.setattr(interpreted.blocks, "PACKED", cache)
     flows = [make_flow(seed) for seed in range(3)]
     for flow in flows:
         score(flow)
@@ -135,7 +135,7 @@ def test_nothing_is_kept_of_tensors_that_do_not_count_their_changes(interpreted,
         flow = copy.deepcopy(flow)
         check_follows(flow, lambda: flow.w2.mul_(2))
         assert all(parameter.is_inference() for parameter in flow.parameters())
-    assert not interpreted.blocks._PACKED._kept
+    assert not interpreted.blocks.PACKED._kept
 
 
 def test_parameters_are_not_kept_alive():
@@ -158,7 +158,7 @@ class Counter:
 
 def test_threads_at_once_see_their_own_values(interpreted):
     """What is kept has room for two of three, and is emptied all the time, as by another one's optimizer."""
-    cache, wrong = interpreted.blocks._Cache(2), []
+    cache, wrong = interpreted.cache.Cache(2), []
 
     def work(number: int) -> None:
         counter = Counter()
@@ -182,7 +182,7 @@ def test_threads_at_once_see_their_own_values(interpreted):
 
 def test_what_is_made_while_an_optimizer_steps_is_not_kept(interpreted):
     """It may be of values from before."""
-    cache, value = interpreted.blocks._Cache(2), torch.zeros(())
+    cache, value = interpreted.cache.Cache(2), torch.zeros(())
 
     def make() -> float:
         made = float(value)

@@ -1,0 +1,74 @@
+"""What is made of parameters once, and kept while they do not change: packed weights, tables of positions and centres."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+Made = TypeVar("Made")
+
+
+class Cache:
+    """What was last made of some tensors, for as long as they live unchanged."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Any, tuple[list[weakref.ref[Tensor]], list[StorageWeakRef], Any]] = OrderedDict()
+        self._emptied = 0
+
+    def get(self, make: Callable[[], Made], kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> Made:
+        """Return what `make` makes of the tensors, made anew if one is another one or was written to since.
+
+        Nothing is kept while a CUDA graph is recorded, which has to make it at each replay, nor of tensors that do not
+        count their changes (those of inference mode). Writes through `tensor.data`, or by a recorded graph, are not
+        counted either; a new `tensor.data` is seen by its memory, whose place no other takes while it is referred to.
+        """
+        recording = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if recording or any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
+            return make()
+        references = [weakref.ref(t) for t in tensors]
+        storages = [StorageWeakRef(t.untyped_storage()) for t in tensors]
+        key = (
+            kind,
+            _stream(tensors[0].device),
+            *((id(t), t._version, t.data_ptr(), s.cdata) for t, s in zip(tensors, storages, strict=True)),
+        )
+        with self._lock:
+            emptied = self._emptied
+            found = self._kept.pop(key, None)
+            if found and all(reference() is t for reference, t in zip(found[0], tensors, strict=True)):
+                self._kept[key] = found
+                return found[2]
+        made = make()
+        with self._lock:
+            if emptied == self._emptied:  # else a tensor may have been written to meanwhile
+                self._kept[key] = references, storages, made
+            while len(self._kept) > self.size:
+                self._kept.popitem(last=False)
+        return made
+
+    def empty(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self._emptied += 1
+
+
+def _stream(device: torch.device) -> int | None:
+    """Return the stream on which something is made: on another one, it might not be ready."""
+    is_running = device.type == "cuda" and torch.cuda.is_initialized()
+    return torch.cuda.current_stream(device).cuda_stream if is_running else None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # subclasses may have no memory, or keep their values elsewhere
+PACKED = Cache(size=32)  # the levels of a few models, and maps of a few sizes
+register_optimizer_step_post_hook(lambda *_: PACKED.empty())  # torch does not count what fused optimizers write
