@@ -1,4 +1,4 @@
-"""What is made of parameters once, and kept while they do not change: packed weights, tables of positions and centres."""
+"""What is made of parameters once, and kept while they do not change: packed weights, positions, centres."""
 
 from __future__ import annotations
 

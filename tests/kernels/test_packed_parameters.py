@@ -31,7 +31,9 @@ def packings(interpreted: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> l
             return original(*args)
 
         monkeypatch.setattr(interpreted.blocks, name, noted)
-    monkeypatch.setattr(interpreted.blocks, "PACKED", interpreted.cache.Cache(32))
+    cache = interpreted.cache.Cache(32)
+    monkeypatch.setattr(interpreted.blocks, "PACKED", cache)
+    monkeypatch.setattr(interpreted.cache, "PACKED", cache)  # which steps of optimizers empty
     return made
 
 
