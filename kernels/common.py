@@ -190,7 +190,7 @@ def launch(
     if device is None:
         raise ValueError(f"{kernel.__name__} is given no tensor")
     grid = (programs,) if isinstance(programs, int) else programs
-    limit = (registers or {}).get(architecture(device))
+    limit = registers.get(architecture(device)) if registers else None
     options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": limit} if limit else {})
     with on(device):
         kernel[grid](**arguments, **options)
