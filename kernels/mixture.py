@@ -12,7 +12,8 @@ gradients are
 
     gz = G o_y - (sum_j G_j) z',    gmu_j or gdelta_ym = sum_n G_nj (z'_n - o_yj),
 
-and those of the log-weights' phi follow from d lse / d phi_j = softmax(S + log w)_j - w_j.
+and those of the log-weights' phi follow from d lse / d phi_j = softmax(S + log w)_j - w_j. A tile writes its sums of
+G z' and of G, and one reduction adds them up and subtracts what the offsets take.
 
 Scoring centres z at the mean of all K x M centres and streams over blocks of classes.
 
@@ -35,7 +36,7 @@ from .common import accelerated, launch, rows, stages, tile, tiled
 
 BLOCK_N = 64  # Hopper's and Blackwell's matrix instructions take 64 rows or more
 SCORES_TILE = 128 * 64  # rows times columns
-SCORES_BLOCK_C = 16
+SCORES_BLOCK_C = 16  # at 32, a program takes 180 registers and more
 SCORES_REGISTERS = {"sm_90": 128}  # so that two programs of 8 warps share a multiprocessor
 
 
@@ -112,7 +113,11 @@ def _tile(
 
 @triton.jit
 def _centred(z_ptr, n, row_mask, mean_ptr, c, C: tl.constexpr, Z_STRIDE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Load channels c of rows n less a mean (BLOCK_N, BLOCK_C); 0 in channels beyond C."""
+    """Load channels c of rows n less a mean (BLOCK_N, BLOCK_C); 0 in channels beyond C.
+
+    The mean is loaded for every row, 16 bytes a thread: a single row would be copied by 4 bytes, or, as a tile read
+    into registers, be fenced from the next copy.
+    """
     mask = row_mask[:, None] & (c < C)[None, :]
     z = tl.load(z_ptr + n[:, None] * Z_STRIDE + c[None, :], mask=mask, other=0.0).to(tl.float32)
     return z - tl.load(mean_ptr + tl.arange(0, BLOCK_N)[:, None] * 0 + c[None, :])

@@ -67,10 +67,10 @@ BUDGETS = {  # of each kernel that a call launches
         "_forward_kernel": Budget(8 << 10, 64, 0, narrow_loads=4),
         "_backward_kernel": Budget(8 << 10, 128, 0, narrow_loads=4),
     },
-    "mixture, 15 classes": {
+    "mixture, 15 classes": {  # loads of 4 bytes: weights, gradients and log-determinants, one of each a row or column
         "_prepare_terms_kernel": Budget(4 << 10, matrix=0, narrow_loads=16),
         "_terms_kernel": Budget(72 << 10, blocks=3),
-        "_terms_backward_kernel": Budget(56 << 10, narrow_loads=16, blocks=2),  # upstream gradients, one of each a row
+        "_terms_backward_kernel": Budget(56 << 10, narrow_loads=16, blocks=2),
         "_reduce_kernel": Budget(4 << 10, matrix=0, narrow_loads=16),
         "_prepare_scores_kernel": Budget(4 << 10, matrix=0, narrow_loads=16),
         "_scores_kernel": Budget(72 << 10, narrow_loads=4, blocks=2),
