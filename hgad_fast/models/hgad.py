@@ -312,7 +312,8 @@ class HGADModel(OfficialSurface, Detector):
 
     def _chunk_pixels(self, channels: int) -> int:
         """Return how many pixels of this many channels are scored together."""
-        return chunk_pixels(self.device, hidden=not self._hidden_stays_on_chip(channels))
+        on_gpu = self.device.type == "cuda"
+        return chunk_pixels(self.device, hidden=not (on_gpu and self._hidden_stays_on_chip(channels)))
 
     def _hidden_stays_on_chip(self, channels: int) -> bool:
         """Return whether kernels of whole blocks score pixels of this many channels."""

@@ -89,7 +89,10 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
-        with float32_products((first if isinstance(first, Tensor) else first[0]).device):
+        device = (first if isinstance(first, Tensor) else first[0]).device
+        if device.type == "cpu" and not torch.is_autocast_enabled("cpu"):  # nothing to do, in no time
+            return function(first, *args, **kwargs)
+        with float32_products(device):
             return function(first, *args, **kwargs)
 
     return wrapper
