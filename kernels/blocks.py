@@ -157,21 +157,21 @@ def coupling_blocks(
         return torch.empty(x.shape, dtype=x.dtype, device=x.device), log_det
     x = spread(x, C).contiguous()
     buffers = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(min(L, 2))]
+    shared = {
+        "w1": tiled(packed.w1, BLOCK_HIDDEN, layout.width.size),
+        **pieces("w2", packed.w2, layout.half_edges, BLOCK_HIDDEN),
+        "table": tiled(table, POSITIONS.value, BLOCK_HIDDEN), "b2_ptr": packed.b2,
+        **pieces("matrix", packed.rotation, layout.full_edges, BLOCK_K), "shift_ptr": packed.shift,
+        "log_det_ptr": log_det, "H": H, "W": W, "clamp": clamp,
+        "C": C, "WIDTH": layout.width.size, "HIDDEN": layout.hidden.size,
+        "HALF_EDGES": layout.half_edges, "FULL_EDGES": layout.full_edges, "K": layout.rotated.size,
+        "ROWS": bool(conditions), "PIECES": variant.table_pieces, "PRECISION": precision, "DOT": variant.subnet,
+        "ROTATION": variant.rotation, "PATCH_H": patch_h, "PATCH_W": patch_w, "BLOCK_HIDDEN": BLOCK_HIDDEN,
+        "BLOCK_K": BLOCK_K, "TILED": accelerated(x.device), "warps": chosen.warps, "stages": chosen.stages,
+    }  # fmt: skip
     for k in range(L):
         out = buffers[k % 2]
-        launch(
-            _block_kernel, patches, warps=chosen.warps, stages=chosen.stages,
-            x_ptr=x, w1=tiled(packed.w1, BLOCK_HIDDEN, layout.width.size),
-            **pieces("w2", packed.w2, layout.half_edges, BLOCK_HIDDEN),
-            table=tiled(table, POSITIONS.value, BLOCK_HIDDEN), b2_ptr=packed.b2,
-            **pieces("matrix", packed.rotation, layout.full_edges, BLOCK_K), shift_ptr=packed.shift,
-            log_det_ptr=log_det, out_ptr=out, k=k, H=H, W=W, clamp=clamp,
-            C=C, WIDTH=layout.width.size, HIDDEN=layout.hidden.size,
-            HALF_EDGES=layout.half_edges, FULL_EDGES=layout.full_edges, K=layout.rotated.size,
-            ROWS=bool(conditions), PIECES=variant.table_pieces, PRECISION=precision, DOT=variant.subnet,
-            ROTATION=variant.rotation, PATCH_H=patch_h, PATCH_W=patch_w, BLOCK_HIDDEN=BLOCK_HIDDEN, BLOCK_K=BLOCK_K,
-            TILED=accelerated(x.device),
-        )  # fmt: skip
+        launch(_block_kernel, patches, x_ptr=x, out_ptr=out, k=k, **shared)
         x = out
     return gathered(x, channels), log_det
 

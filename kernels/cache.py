@@ -52,6 +52,9 @@ class Cache:
         with self._lock:
             if emptied == self._emptied:  # else a tensor may have been written to meanwhile
                 self._kept[key] = references, storages, made
+            for other, (known, _, _) in list(self._kept.items()):  # what nobody can ask for again
+                if any(reference() is None for reference in known):
+                    del self._kept[other]
             while len(self._kept) > self.size:
                 self._kept.popitem(last=False)
         return made

@@ -109,18 +109,18 @@ def stages(device: torch.device, *, tiles: bool = False) -> int:
 
 def tile_of(kernel: str, device: torch.device) -> Tile:
     """Return the tile of a kernel whose loops read the operands of their products by `tile` only."""
-    by_architecture = TILES[kernel]
-    chosen = by_architecture.get(architecture(device), by_architecture["other"])
+    by_architecture, name = TILES[kernel], architecture(device)
+    name = "sm_100" if name == "sm_103" else name
+    chosen = by_architecture.get(name, by_architecture["other"])
     return chosen._replace(stages=_stages(device, chosen.stages, tiles=True))
 
 
 def _stages(device: torch.device, chosen: int, tiles: bool) -> int:
     """Return the stages of a loop: those chosen, unless the environment says otherwise, or the compiler is unsafe."""
-    if override := os.environ.get("HGAD_FAST_STAGES"):
-        return int(override)
     if not FENCED and not tiles and accelerated(device):
         return 1
-    return chosen
+    override = os.environ.get("HGAD_FAST_STAGES")
+    return int(override) if override else chosen
 
 
 def tiled(matrix: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
@@ -143,6 +143,7 @@ def pieces(
     one argument, but Triton 3.6 does not launch it.)
     """
     sizes = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+    assert len(sizes) <= 4, f"{name} has more pieces than a kernel takes: {edges}"
     tiles = [tiled(matrix, columns, size) if transposed else tiled(matrix, size, columns) for size in sizes]
     return {f"{name}_{letter}": tiles[i] if i < len(tiles) else None for i, letter in enumerate("abcd")}
 
@@ -169,24 +170,22 @@ def launch(
         ValueError: tensors lie on different devices, or a tensor has strides that the kernel does not take.
     """
     device = None
-    for parameter in kernel.arg_names:
-        name, pointer = parameter.removesuffix("_STRIDE").lower(), f"{parameter.removesuffix('_STRIDE').lower()}_ptr"
-        if parameter.endswith("_STRIDE"):
-            value = arguments[pointer]
-            arguments[parameter] = 0 if value is None else value.stride(0)
-            if value is not None and (value.dim() != 2 or value.stride(1) != 1 and value.shape[1] > 1):
-                raise ValueError(f"{name} has strides {value.stride()}; its rows must be contiguous")
+    strides, any_strides = _strided(tuple(kernel.arg_names))
+    for parameter, (stride, name) in strides.items():
+        value = arguments[parameter]
+        arguments[stride] = 0 if value is None else value.stride(0)
+        if value is not None and (value.dim() != 2 or value.stride(1) != 1 and value.shape[1] > 1):
+            raise ValueError(f"{name} has strides {value.stride()}; its rows must be contiguous")
     for parameter, value in arguments.items():
         value = value.base if isinstance(value, TensorDescriptor) else value
         if not isinstance(value, Tensor):
             continue
-        name = parameter.removesuffix("_ptr")
-        if device not in (None, value.device):
-            raise ValueError(f"{name} is on {value.device}, other arguments are on {device}")
-        device = value.device
-        strided = {f"{name.upper()}_STRIDE", f"{name}_strides"} & {*kernel.arg_names}
-        if not strided and not value.is_contiguous():
-            raise ValueError(f"{name} has strides {value.stride()}; it must be contiguous")
+        if device is None:
+            device = value.device
+        elif device != value.device:
+            raise ValueError(f"{parameter.removesuffix('_ptr')} is on {value.device}, other arguments are on {device}")
+        if parameter not in any_strides and not value.is_contiguous():
+            raise ValueError(f"{parameter.removesuffix('_ptr')} has strides {value.stride()}; it must be contiguous")
     if device is None:
         raise ValueError(f"{kernel.__name__} is given no tensor")
     grid = (programs,) if isinstance(programs, int) else programs
@@ -194,6 +193,15 @@ def launch(
     options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": limit} if limit else {})
     with on(device):
         kernel[grid](**arguments, **options)
+
+
+@functools.cache
+def _strided(parameters: tuple[str, ...]) -> tuple[dict[str, tuple[str, str]], frozenset[str]]:
+    """Return the tensors whose row strides a kernel takes, with the names of both, and all tensors of any strides."""
+    names = [parameter.removesuffix("_STRIDE").lower() for parameter in parameters if parameter.endswith("_STRIDE")]
+    strides = {f"{name}_ptr": (f"{name.upper()}_STRIDE", name) for name in names}
+    others = {f"{parameter.removesuffix('_strides')}_ptr" for parameter in parameters if parameter.endswith("_strides")}
+    return strides, frozenset(strides) | others
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -219,7 +227,8 @@ def to_bfloat16(x):
     """Round x to the nearest bfloat16; under the interpreter to a float32 of that value."""
     if INTERPRETED:
         bits = x.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)
     else:
         return x.to(tl.bfloat16)
 
@@ -227,7 +236,8 @@ def to_bfloat16(x):
 @triton.jit
 def to_tf32(x):
     """Round x to the nearest tf32; tensor cores would truncate, which is biased."""
-    return ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    rounded = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # a GPU's NaN is 0x7FFFFFFF, which would become 0
 
 
 @triton.jit

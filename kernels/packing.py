@@ -122,7 +122,11 @@ def pack(
         pieces: in how many terms of this precision each number is split: their sum has the more bits.
         scale: factors of the columns (L, columns), or with `scale_rows` of the rows; with `divide` divisors.
     """
-    blocks = source.shape[0]
+    blocks, scaled = source.shape[0], rows if scale_rows else columns
+    expected = blocks, rows.first + rows.second, columns.first + columns.second
+    if source.shape != expected or scale is not None and scale.shape != (blocks, scaled.first + scaled.second):
+        given = f"{tuple(source.shape)}" + ("" if scale is None else f", scaled by {tuple(scale.shape)}")
+        raise ValueError(f"parameters of shape {given} do not fit the flow, which takes {expected} there")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     shape = (rows.size, pieces * columns.size) if in_rows else (pieces, rows.size, columns.size)
     out = torch.empty((blocks, *shape), dtype=dtype, device=source.device)

@@ -11,6 +11,8 @@ A program owns rows and all their channels. It has read them before it writes: o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -166,49 +168,48 @@ def _unrotate_kernel(
         tl.store(sums_ptr + FULL + c, tl.sum(gu, axis=0))
 
 
-def rotate(
-    x1: Tensor, y2: Tensor, matrices: Tensor, shifts: Tensor, k: int, edges: tuple[int, ...], out: Tensor
-) -> None:
-    """Write [x1, y2] M^T + shift to `out` (N, C), of which x1 and y2 (N, C / 2) may be the halves.
+def rotate_arguments(matrices: Tensor, shifts: Tensor, edges: tuple[int, ...]) -> dict[str, Any]:
+    """Return the arguments of `rotate` that all blocks share.
 
     `matrices` (L, 2, FULL, K) are the bfloat16 pieces of M for L blocks, padded with zeros up to the last of `edges`;
-    block k is computed. `shifts` has FULL numbers of each block.
+    `shifts` has FULL numbers of each block.
     """
+    return {
+        **pieces("matrix", matrices, edges, BLOCK_K), "shift_ptr": shifts,
+        "K": matrices.shape[-1], "EDGES": edges, "BLOCK_K": BLOCK_K, "TILED": accelerated(matrices.device),
+    }  # fmt: skip
+
+
+def rotate(x1: Tensor, y2: Tensor, k: int, shared: dict[str, Any], out: Tensor) -> None:
+    """Write [x1, y2] M^T + shift of block k to `out` (N, C), of which x1 and y2 (N, C / 2) may be the halves."""
     N, C = out.shape
     chosen = tile_of("rotation", out.device)
     launch(
         _rotate_kernel, triton.cdiv(N, chosen.pixels), warps=chosen.warps, stages=chosen.stages,
-        x1_ptr=x1, y2_ptr=y2, **pieces("matrix", matrices, edges, BLOCK_K), shift_ptr=shifts, out_ptr=out, k=k, N=N,
-        C=C, K=matrices.shape[-1], EDGES=edges, BLOCK_N=chosen.pixels, BLOCK_K=BLOCK_K, TILED=accelerated(out.device),
+        x1_ptr=x1, y2_ptr=y2, out_ptr=out, k=k, N=N, C=C, BLOCK_N=chosen.pixels, **shared,
     )  # fmt: skip
 
 
-def unrotate(
-    z: Tensor | None,
-    gz: Tensor,
-    inverses: Tensor,
-    shifts: Tensor,
-    transposed: Tensor,
-    k: int,
-    edges: tuple[int, ...],
-    u: Tensor,
-    gu: Tensor,
-    sums: Tensor,
-) -> None:
-    """Write the input of a rotation and its gradient, `u` and `gu` (N, C), and of the latter sums over rows.
+def unrotate_arguments(inverses: Tensor, shifts: Tensor, transposed: Tensor, edges: tuple[int, ...]) -> dict[str, Any]:
+    """Return the arguments of `unrotate` that all blocks share: two matrices, and shifts, as `rotate_arguments`."""
+    return {
+        **pieces("inverse", inverses, edges, BLOCK_K), **pieces("transposed", transposed, edges, BLOCK_K),
+        "shift_ptr": shifts, "K": inverses.shape[-1], "EDGES": edges, "BLOCK_K": BLOCK_K,
+        "TILED": accelerated(inverses.device),
+    }  # fmt: skip
 
-    They may be written over z and gz (N, C). Without z, u is given. `inverses` and `transposed` are matrices as in
-    `rotate`; `shifts` is subtracted from u. `sums` (programs, 2, FULL) gets the sums of gu u, then of gu, over the
-    rows of each of `rotation_programs` programs.
+
+def unrotate(z: Tensor | None, gz: Tensor, k: int, shared: dict[str, Any], u: Tensor, gu: Tensor, sums: Tensor) -> None:
+    """Write the input of block k's rotation and its gradient, `u` and `gu` (N, C), and of the latter sums over rows.
+
+    They may be written over z and gz (N, C). Without z, u is given. The inverse's shift is subtracted from u. `sums`
+    (programs, 2, FULL) gets sums of gu u, then of gu, over the rows of each of `rotation_programs` programs.
     """
     N, C = gz.shape
     chosen = tile_of("rotation", gz.device)
     launch(
         _unrotate_kernel, triton.cdiv(N, chosen.pixels), warps=chosen.warps, stages=chosen.stages,
-        z_ptr=z, gz_ptr=gz, **pieces("inverse", inverses, edges, BLOCK_K),
-        **pieces("transposed", transposed, edges, BLOCK_K), shift_ptr=shifts,
-        u_ptr=u, gu_ptr=gu, sums_ptr=sums, k=k, N=N,
-        C=C, K=inverses.shape[-1], EDGES=edges, BLOCK_N=chosen.pixels, BLOCK_K=BLOCK_K, TILED=accelerated(gz.device),
+        z_ptr=z, gz_ptr=gz, u_ptr=u, gu_ptr=gu, sums_ptr=sums, k=k, N=N, C=C, BLOCK_N=chosen.pixels, **shared,
     )  # fmt: skip
 
 

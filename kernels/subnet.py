@@ -71,7 +71,7 @@ def subnet_output(
         if ROWS:
             last = entry + W + H - 1
             h = add_positions(h, rows, table, entry + W + h0, last, j0, HIDDEN, PIECES, BLOCK_HIDDEN, TILED)
-        h = operand(tl.maximum(h, 0.0), PRECISION)
+        h = operand(tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL), PRECISION)
         if h_ptr is not None:
             j = j0 + tl.arange(0, BLOCK_HIDDEN)
             tl.store(h_ptr + row[:, None] * H_STRIDE + j[None, :], h, mask=row_mask[:, None] & (j < H_STRIDE)[None, :])

@@ -338,6 +338,7 @@ def kept_bytes(sizes: Sequence[tuple[int, int]], classes: int, batch: int = 1) -
 
 
 @functools.lru_cache(maxsize=64)  # what is made of positions is kept as long as they are (see `coupling_blocks`)
+@torch.inference_mode(False)  # whoever asks first: others may train with it
 def _window(position: SeparablePosition, top: int, left: int, rows: int, columns: int) -> SeparablePosition:
     """Return the positions of a part of a map; beyond the map's edges, where pixels are padding, they are zeros."""
     if (top, left, rows, columns) == (0, 0, len(position.row), len(position.column)):

@@ -23,6 +23,7 @@ from .dispatch import float32_products, fused, in_float32, kernels, no_double_ba
 PRECISIONS = ("fp32", "tf32", "bf16")
 MEMORY_MODES = ("standard", "reversible")
 BLOCK_KERNEL_CHANNELS = range(2, 201)  # with more, the kernels' sums spill from the registers inside their loops
+MAX_POSITIONS = 1024  # rows and columns of a map that the kernels of training take
 ROTATION = "fp32"  # operands of the rotations' products here; the kernels' are bf16x3 (see `coupling_blocks`)
 
 
@@ -184,12 +185,28 @@ def _block_kernel_fits(x: Tensor, conditions: list[Tensor], precision: str) -> b
 
 
 def _training_kernels_run(x: Tensor, conditions: list[Tensor], precision: str, backend: str) -> bool:
-    """Return whether the kernels of training compute the blocks: for operands of less than float32's bits."""
+    """Return whether the kernels of training compute the blocks: for operands of less than float32's bits.
+
+    They take one-hot codes of a map's columns and rows, which for very long maps would be larger than the hidden layer.
+    """
     fits = x.shape[1] in BLOCK_KERNEL_CHANNELS and len(conditions) != 1 and x.dtype == torch.float32
+    fits = fits and sum(map(len, conditions)) <= MAX_POSITIONS
     return fits and precision != "fp32" and path(x, backend) == "triton"
 
 
-@fused("blocks")
+def _check_coupling_blocks(
+    x: Tensor,
+    conditions: list[Tensor],
+    parameters: tuple[Tensor, ...],
+    clamp: float = 1.9,
+    precision: str = "fp32",
+) -> None:
+    """Raise a ValueError where a shape or the precision does not fit."""
+    position = SeparablePosition(*conditions) if len(conditions) == 2 else conditions[0] if conditions else None
+    _check_flow(x, Blocks._make(parameters), position, "standard", 0, precision)
+
+
+@fused("blocks", check=_check_coupling_blocks)
 def coupling_blocks(
     x: Tensor,
     conditions: list[Tensor],
@@ -257,7 +274,8 @@ def _operand(x: Tensor, precision: str) -> Tensor:
     if precision == "fp32" or x.dtype == torch.float64:
         return x
     if precision == "tf32":
-        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        return torch.where(x.isnan(), x, rounded)  # a GPU's NaN is 0x7FFFFFFF, which would become 0
     rounded = x.to(torch.bfloat16)
     return rounded if x.is_cuda else rounded.to(x.dtype)  # a CPU multiplies the rounded operands in float32
 

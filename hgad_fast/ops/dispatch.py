@@ -66,7 +66,8 @@ def float32_products(device: torch.device, operands: str = "ieee") -> Iterator[N
     """Multiply float32 in float32, or on CUDA with ``"tf32"`` operands, whatever the caller's settings are.
 
     Autocast is off meanwhile: it would round operands to half precision, and return half precision, without a word.
-    One thread at a time is in this context on CUDA, where torch knows a single setting for all threads.
+    One thread at a time is in this context on CUDA, where torch knows a single setting for all threads. Do not run a
+    backward pass in it: autograd's thread may ask for it, too. What others multiply meanwhile is as exact.
     """
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False), float32_products(device, operands):
@@ -88,12 +89,14 @@ def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate a function of a tensor (or of a list of them) and more, to do its products as `float32_products`."""
 
     @functools.wraps(function)
-    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
         device = (first if isinstance(first, Tensor) else first[0]).device
-        if device.type == "cpu" and not torch.is_autocast_enabled("cpu"):  # nothing to do, in no time
-            return function(first, *args, **kwargs)
+        on_cpu = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if on_cpu or torch.compiler.is_compiling():  # nothing to do; a graph calls operators, which do it
+            return function(*args, **kwargs)
         with float32_products(device):
-            return function(first, *args, **kwargs)
+            return function(*args, **kwargs)
 
     return wrapper
 

@@ -261,9 +261,10 @@ def test_rotate(interpreted, channels):
     layout = packing.Layout(channels, 1)
     x, half = packing.spread(drawn.x, layout.C), layout.C // 2
     matrices, shifts, out = drawn.packed(packing), drawn.shifts(packing), torch.empty(70, layout.C)
-    interpreted.rotation.rotate(x[:, :half], x[:, half:], matrices, shifts, 1, layout.full_edges, out)
+    shared = interpreted.rotation.rotate_arguments(matrices, shifts, layout.full_edges)
+    interpreted.rotation.rotate(x[:, :half], x[:, half:], 1, shared, out)
     rounding.assert_close(packing.gathered(out, channels), definition, drawn)
-    interpreted.rotation.rotate(x[:, :half], x[:, half:], matrices, shifts, 1, layout.full_edges, x)
+    interpreted.rotation.rotate(x[:, :half], x[:, half:], 1, shared, x)
     assert_equal(x, out)
 
 
@@ -283,7 +284,8 @@ def test_unrotate(interpreted, channels):
     def unrotate(z: Tensor | None, gz: Tensor, u: Tensor, gu: Tensor) -> tuple[Tensor, ...]:
         sums = torch.empty(programs, 2, layout.full.size)
         shifts, edges = drawn.shifts(packing), layout.full_edges
-        interpreted.rotation.unrotate(z, gz, inverses, shifts, transposed, 1, edges, u, gu, sums)
+        shared = interpreted.rotation.unrotate_arguments(inverses, shifts, transposed, edges)
+        interpreted.rotation.unrotate(z, gz, 1, shared, u, gu, sums)
         return u, gu, sums.sum(0)[:, : layout.C]
 
     z, gz = packing.spread(drawn.x, layout.C), packing.spread(drawn.gradient, layout.C)
@@ -329,10 +331,14 @@ def test_pack(interpreted, precision, pieces, options):
 def test_launch_names_the_tensor_that_does_not_fit(interpreted):
     drawn, packing = Rotation.draw(16), interpreted.packing
     good = {
-        "x1": drawn.x[:, :8], "y2": drawn.x[:, 8:], "matrices": drawn.packed(packing),
-        "shifts": drawn.shifts(packing), "k": 1, "edges": (0, 16), "out": torch.empty(70, 16),
+        "x1": drawn.x[:, :8], "y2": drawn.x[:, 8:], "shifts": drawn.shifts(packing), "out": torch.empty(70, 16),
     }  # fmt: skip
-    interpreted.rotation.rotate(**good)
+
+    def rotate(shifts: Tensor, **arguments: Tensor) -> None:
+        shared = interpreted.rotation.rotate_arguments(drawn.packed(packing), shifts, (0, 16))
+        interpreted.rotation.rotate(k=1, shared=shared, **arguments)
+
+    rotate(**good)
     for changed, message in (
         ({"y2": torch.empty(70, 8, device="meta")}, "y2 is on meta, other arguments are on cpu"),
         ({"x1": torch.randn(8, 70).T}, r"x1 has strides \(1, 70\); its rows must be contiguous"),
@@ -340,6 +346,44 @@ def test_launch_names_the_tensor_that_does_not_fit(interpreted):
         ({"shifts": torch.randn(2, 32)[:, ::2]}, r"shift has strides \(32, 2\); it must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
-            interpreted.rotation.rotate(**good | changed)
+            rotate(**good | changed)
     with pytest.raises(ValueError, match="_pack_kernel is given no tensor"):
         interpreted.common.launch(packing._pack_kernel, 1, source_ptr=None)
+
+
+GPU_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # what a GPU's arithmetic gives
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+@pytest.mark.parametrize("name", ["x", "w1", "b1", "w2", "b2"])
+def test_a_nan_stays_one(interpreted, precision, name):
+    """Rounding to tf32 would make 0 of a GPU's NaN, and a maximum with 0 drop it."""
+    drawn = Blocks.draw(12, 4, 1, 1, 3, 5)
+    tensors = {"x": drawn.x, **drawn.blocks._asdict()}
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[3] = GPU_NAN
+    blocks = ops.Blocks(*(tensors[field] for field in ops.Blocks._fields))
+    x = tensors["x"].clone().requires_grad_()
+    z, log_det = ops.flow(x, blocks, drawn.position, precision=precision)
+    assert z.isnan().any()
+    (gx,) = torch.autograd.grad(z.sum() + log_det.sum(), x)
+    assert gx.isnan().any()
+    assert blocks_module._operand(GPU_NAN.view(1), precision).isnan()
+
+
+@pytest.mark.parametrize("name", ["b1", "w2", "b2", "global_scale", "global_offset"])
+def test_parameters_of_other_shapes_are_refused(interpreted, name):
+    """A kernel would read beyond them."""
+    drawn = Blocks.draw(12, 4, 1, 1, 3, 5)
+    blocks = drawn.blocks._replace(**{name: getattr(drawn.blocks, name)[..., :-1]})
+    for x in (drawn.x, drawn.x.clone().requires_grad_()):
+        with pytest.raises((ValueError, RuntimeError)):
+            ops.flow(x, blocks, drawn.position, precision="bf16")
+
+
+def test_very_long_maps_take_products_of_torch(interpreted, monkeypatch, launches):
+    """One-hot codes of their rows and columns would be larger than the hidden layer."""
+    drawn = Blocks.draw(12, 4, 1, 1, 3, 5)
+    monkeypatch.setattr(blocks_module, "MAX_POSITIONS", 7)
+    ops.flow(drawn.x.clone().requires_grad_(), drawn.blocks, drawn.position, precision="bf16")
+    assert launches == {"_forward_kernel": 1}

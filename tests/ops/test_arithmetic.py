@@ -151,3 +151,27 @@ def test_small_products_of_a_flow_are_exact_too(switch, monkeypatch):
         ops.flow(x, flow.blocks, flow.grid(3, 4))
         torch.autograd.grad(z.sum() + log_det.sum(), list(flow.parameters()))
     assert seen and set(seen) == {"ieee"}
+
+
+def test_arguments_may_be_given_by_name():
+    flow, mixture, x, labels = drawn()
+    grid, names = flow.grid(3, 4), ("mu", "delta", "phi_inter", "phi_intra")
+    by_name = ops.flow_definition(x=x, blocks=flow.blocks, position=grid)
+    assert torch.equal(by_name[0], ops.flow_definition(x, flow.blocks, grid)[0])
+    parameters = dict(zip(names, mixture.level(0), strict=True))
+    losses = ops.mixture_losses(z=x, log_det=torch.zeros(24), labels=labels, **parameters)
+    assert torch.equal(losses["L_g"], ops.mixture_losses(x, torch.zeros(24), labels, *mixture.level(0))["L_g"])
+    ops.own_class_scores(z=x, log_det=torch.zeros(24), labels=labels, **parameters)
+
+
+def test_definitions_compile_in_one_graph_where_products_have_to_be_set(monkeypatch):
+    """As on CUDA, where a lock guards the setting, which a graph cannot hold: its operators do."""
+    flow, mixture, x, labels = drawn()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+
+    def terms(x: Tensor) -> Tensor:
+        return ops.mixture_losses(x, x.sum(1), labels, *mixture.level(0))["L_g"]
+
+    compiled = torch.compile(terms, fullgraph=True, backend="eager")
+    monkeypatch.undo()
+    assert torch.equal(compiled(x), terms(x))
