@@ -8,8 +8,8 @@ times counts once (the rest comes from the cache), and one that it changes count
 
 The model (`Launch.seconds`) takes the longer of two times for each launch: its bytes at `BYTES_PER_SECOND`, what a
 copy reaches on an H100, and its products at the rate of tensor cores for their operands. Launches follow each other
-without gaps, as in a recorded CUDA graph; started one by one, each takes the host some tens of microseconds, and the host
-may be what a step waits for. Nothing here was measured on a GPU.
+without gaps, as in a recorded CUDA graph; started one by one, each takes the host some tens of microseconds, and the
+host may be what a step waits for. Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
