@@ -223,7 +223,7 @@ def flow_backward(
     del h, ga, u, first_inputs
     gw1, gb1 = _first_layer_gradients(flow, gfirst[:, : layout.units])
     gw2 = gw2.view(L, 2, half, units)[:, :, : channels // 2, : layout.units].reshape(parameters[2].shape).contiguous()
-    gb2 = ga_sums.sum(1).view(L, 2, -1)[:, :, : channels // 2].reshape(parameters[3].shape)
+    gb2 = ga_sums.sum(1).view(L, 2, -1)[:, :, : channels // 2].reshape(parameters[3].shape).contiguous()
     gu_u, gu_sum = gathered(gu_sums.sum(1)[..., : flow.C], channels).unbind(1)
     ggain = (gu_u + glog_det.sum()) / flow.gain
     gscale = torch.sigmoid(0.5 * flow.global_scale) * (0.1 * ggain[:, None])

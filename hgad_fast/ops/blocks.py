@@ -129,7 +129,8 @@ def flow(
     Args:
         x: features (N, C), float32 (float64 is computed in float64).
         blocks: parameters of the L blocks, stacked, or one `Block` after the other in order.
-        position: `SeparablePosition` of an (h, w) map with N a multiple of h w, a dense code (N, P), or None.
+        position: `SeparablePosition` of an (h, w) map with N a multiple of h w, a dense code (N, P), or None. A dense
+            code may learn; a separable one gets no gradient, nor do the rotations.
         clamp: bound of the log-scale of a coupling block.
         inverse: map z to x instead (differentiable through plain autograd).
         memory: ``"standard"`` keeps activations of every block for the backward pass (where the kernels of training

@@ -31,8 +31,29 @@ def _check_labels(labels: Tensor, classes: int) -> None:
             raise ValueError(f"labels name a class {low if low < 0 else high}; allowed are 0 to {classes - 1}")
 
 
-def _check_terms(z: Tensor, labels: Tensor, mu: Tensor, *_: Any, **__: Any) -> None:
-    _check_labels(labels, mu.shape[0])
+def _check_terms(
+    z: Tensor,
+    labels: Tensor,
+    mu: Tensor,
+    delta: Tensor,
+    phi_inter: Tensor,
+    phi_intra: Tensor,
+    **_: Any,  # the other arguments of an operation
+) -> None:
+    """Raise a ValueError where a shape, or the dtype or range of the labels, does not fit."""
+    _check_mixture(z, None, mu, delta, phi_inter, phi_intra, labels)
+
+
+def _check_terms_backward(
+    glse: Tensor, gentropy: Tensor, ginformation: Tensor, gown: Tensor, z: Tensor, *parameters: Tensor, **options: Any
+) -> None:
+    """Raise a ValueError where a shape, or the dtype or range of the labels, does not fit."""
+    _check_terms(z, *parameters, **options)
+    gradients = {"glse": glse, "gentropy": gentropy, "ginformation": ginformation}
+    gradients |= {"gown": gown} if options["stage"] == 2 else {}
+    for name, gradient in gradients.items():
+        if gradient.shape != z.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(gradient.shape)}; for {len(z)} pixels it must be ({len(z)},)")
 
 
 @fused("mixture", check=_check_terms)
@@ -128,7 +149,7 @@ def _own_class_lse(z: Tensor, mu: Tensor, delta: Tensor, log_w: Tensor) -> Tenso
     return -0.5 * z.square().sum(1) + (e + log_w).logsumexp(1)
 
 
-@fused("mixture")
+@fused("mixture", check=_check_terms_backward)
 def mixture_terms_backward(
     glse: Tensor,
     gentropy: Tensor,
@@ -244,7 +265,7 @@ def _soft_information(z: Tensor, targets: Tensor, mu: Tensor, log_pi: Tensor) ->
 
 def _check_mixture(
     z: Tensor,
-    log_det: Tensor,
+    log_det: Tensor | None,
     mu: Tensor,
     delta: Tensor,
     phi_inter: Tensor,
@@ -255,7 +276,7 @@ def _check_mixture(
     """Raise a ValueError where a shape, or the dtype or range of the labels, does not fit."""
     (n, channels), classes, centres = z.shape, mu.shape[0], phi_intra.shape[-1]
     expected = {
-        "log_det": (log_det, (n,)),
+        "log_det": (z[:, 0] if log_det is None else log_det, (n,)),
         "mu": (mu, (classes, channels)),
         "delta": (delta, (classes, centres - 1, channels)),
         "phi_inter": (phi_inter, (classes,)),

@@ -387,3 +387,13 @@ def test_very_long_maps_take_products_of_torch(interpreted, monkeypatch, launche
     monkeypatch.setattr(blocks_module, "MAX_POSITIONS", 7)
     ops.flow(drawn.x.clone().requires_grad_(), drawn.blocks, drawn.position, precision="bf16")
     assert launches == {"_forward_kernel": 1}
+
+
+@pytest.mark.parametrize(("channels", "position_dim"), [(3, 4), (2, 8), (40, 4)])
+def test_gradients_have_the_strides_that_are_announced(interpreted, channels, position_dim):
+    """Where the padding is cut off, too: a view would keep it in memory, and a compiler be wrong about it."""
+    drawn = Blocks.draw(channels, position_dim, 2, 1, 3, 5)
+    blocks = ops.Blocks(*(t.clone().requires_grad_(name != "w_perm") for name, t in drawn.blocks._asdict().items()))
+    z, log_det = ops.flow(drawn.x, blocks, drawn.position, precision="bf16", memory="reversible")
+    for gradient in torch.autograd.grad(z.sum() + log_det.sum(), blocks[:-1]):
+        assert gradient.is_contiguous() and gradient.untyped_storage().nbytes() == gradient.nbytes

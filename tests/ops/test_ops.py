@@ -531,6 +531,52 @@ def test_labels_that_name_no_class_are_refused(labels):
             refuse()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_the_mixtures_kernels_would_read_beyond_is_refused(interpreted, backend):
+    z, labels, mu, delta = (
+        torch.randn(30, 7),
+        torch.zeros(30, dtype=torch.int64),
+        torch.randn(3, 7),
+        torch.randn(3, 2, 7),
+    )
+    good = {
+        "z": z,
+        "labels": labels,
+        "mu": mu,
+        "delta": delta,
+        "phi_inter": torch.randn(3),
+        "phi_intra": torch.randn(3, 3),
+    }
+    upstream = [torch.randn(30) for _ in range(4)]
+    options = {"label_smoothing": 0.0, "stage": 2, "backend": backend}
+    for changed, message in (
+        ({"delta": delta[:1]}, "delta has shape"),
+        ({"mu": torch.randn(3, 5)}, "mu has shape"),
+        ({"labels": labels[:7]}, "one for each of the 30 pixels"),
+        ({"labels": labels[:0]}, "one for each of the 30 pixels"),
+        ({"labels": labels.int()}, "labels are torch.int32"),
+        ({"labels": labels - 1}, "labels name a class -1; allowed are 0 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.mixture_terms(*(good | changed).values(), **options)
+        with pytest.raises(ValueError, match=message):
+            ops.mixture_terms_backward(*upstream, *(good | changed).values(), **options)
+    with pytest.raises(ValueError, match=r"gown has shape \(4,\); for 30 pixels it must be \(30,\)"):
+        ops.mixture_terms_backward(*upstream[:3], upstream[3][:4], *good.values(), **options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_the_kernel_of_blocks_would_read_beyond_is_refused(interpreted, backend):
+    blocks, conditions = (
+        ops.Blocks.stack(make_blocks(12, 4, layers=1, dtype=torch.float32)),
+        [*sinusoidal_position(3, 5, 4)],
+    )
+    x = torch.randn(15, 12)
+    for arguments in ((x[:13], conditions), (x[:, :10], conditions), (x, [])):
+        with pytest.raises(ValueError):
+            ops.coupling_blocks(*arguments, blocks, backend=backend)
+
+
 # ---- operators
 
 
