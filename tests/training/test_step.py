@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.features.extract import FeatureSet
+from hgad_fast.ops import mixture
 from hgad_fast.training import step
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import Step
@@ -164,9 +165,21 @@ def test_the_check_sees_what_waits():
             waiting()
 
 
-@pytest.mark.parametrize("settings", [{}, {"clip_grad_norm": 1.0, "accumulate": 2}, {"memory": "reversible"}])
-def test_nothing_in_a_step_waits_for_the_device(interpreted, settings):
-    """With the kernels, as on a GPU: the definition in torch sorts the pixels of a CPU by class on the host."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clip_grad_norm": 1.0, "accumulate": 2},
+        {"memory": "reversible"},
+        {"precision": "bf16", "memory": "reversible"},
+    ],
+)
+def test_nothing_in_a_step_waits_for_the_device(interpreted, monkeypatch, settings):
+    """With the kernels, as on a GPU: the definition in torch sorts the pixels of a CPU by class on the host.
+
+    Operations look at labels of a CPU alone; what is on a GPU was looked at before.
+    """
+    monkeypatch.setattr(mixture, "_check_labels", lambda labels, classes: None)
     taken = Step(make_model(**settings), Processes())
     batch = make_batch(sizes=((2, 3), (2, 3)))
     for stage in (1, 2):
