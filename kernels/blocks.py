@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .cache import PACKED
 from .common import FEW_PIXELS, FLOAT32, accelerated, launch, operand, pieces, tanh, tile_of, tiled, zeros
-from .packing import BLOCK_HIDDEN, BLOCK_K, Axis, Layout, gains, gathered, pack, position_table, spread
+from .packing import BLOCK_HIDDEN, BLOCK_K, Axis, Layout, gains, gathered, pack, pack_subnets, position_table, spread
 from .rotation import rotated
 from .subnet import POSITIONS, patch_of_program, subnet_output
 
@@ -98,6 +98,7 @@ def _block_kernel(
         operand(x1, PRECISION), n_h, n_w, h0, w0, H, W, k, w1, (w2_a, w2_b, w2_c, w2_d), table, None, row, row_mask,
         WIDTH, HIDDEN, HALF_EDGES, 0, ROWS, PIECES, PRECISION, DOT, BLOCK_N, BLOCK_HIDDEN, TILED,
     )  # fmt: skip
+    # As in `_coupling_kernel`; a function for both lets this kernel spill registers on AMD and Blackwell.
     log_det = tl.load(log_det_ptr + row, mask=row_mask, other=0.0)
     for i in tl.static_range(len(HALF_EDGES) - 1):
         c2 = tl.arange(HALF_EDGES[i], HALF_EDGES[i + 1])
@@ -192,9 +193,7 @@ def _pack(parameters: tuple[Tensor, ...], layout: Layout, precision: str) -> _Pa
     w1, _, w2, b2, global_scale, global_offset, w_perm = parameters
     gain = gains(global_scale)
     return _Packed(
-        w1=pack(w1[:, :, : layout.half.first], layout.hidden, layout.width, precision),
-        w2=pack(w2, layout.scales_and_shifts, layout.hidden, precision),
-        b2=pack(b2[:, None], Axis.plain(1, 1), layout.scales_and_shifts, "fp32"),
+        *pack_subnets(w1, w2, b2, layout, precision),
         rotation=pack(w_perm, layout.full, layout.rotated, VARIANTS[precision].rotation, pieces=2, scale=gain),
         shift=pack(global_offset @ w_perm.mT, Axis.plain(1, 1), layout.full, "fp32"),
         log_gain=gain.log().sum().view(1),

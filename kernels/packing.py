@@ -237,6 +237,15 @@ def gains(global_scale: Tensor) -> Tensor:
     return 0.1 * F.softplus(global_scale, beta=0.5).squeeze(1)
 
 
+def pack_subnets(w1: Tensor, w2: Tensor, b2: Tensor, layout: Layout, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the subnets' weights rounded: W1's columns for x1, W2, and b2 in float32."""
+    return (
+        pack(w1[:, :, : layout.half.first], layout.hidden, layout.width, precision),
+        pack(w2, layout.scales_and_shifts, layout.hidden, precision),
+        pack(b2[:, None], Axis.plain(1, 1), layout.scales_and_shifts, "fp32"),
+    )
+
+
 def position_table(conditions: list[Tensor], w1: Tensor, b1: Tensor, layout: Layout, pieces: int) -> Tensor:
     """Return what a pixel's column, then its row adds to the hidden units, b1 in the former.
 

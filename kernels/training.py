@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from .common import FEW_PIXELS, FLOAT32, accelerated, launch, pieces, tile_of, tiled
-from .packing import BLOCK_HIDDEN, Axis, Layout, gains, gathered, pack, position_table, spread
+from .packing import BLOCK_HIDDEN, Axis, Layout, gains, gathered, pack, pack_subnets, position_table, spread
 from .rotation import rotate, rotate_arguments, rotation_programs, unrotate, unrotate_arguments
 from .subnet import POSITIONS, _coupling_backward_kernel, _coupling_kernel, _hidden_backward_kernel
 
@@ -39,9 +39,7 @@ class _Subnets(NamedTuple):
         """Return the parameters as the kernels read them."""
         w1, b1, w2, b2, *_ = parameters
         return cls(
-            w1=pack(w1[:, :, : layout.half.first], layout.hidden, layout.width, precision),
-            w2=pack(w2, layout.scales_and_shifts, layout.hidden, precision),
-            b2=pack(b2[:, None], Axis.plain(1, 1), layout.scales_and_shifts, "fp32"),
+            *pack_subnets(w1, w2, b2, layout, precision),
             table=position_table(conditions, w1, b1, layout, TABLE_PIECES),
         )
 
