@@ -11,6 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,6 +33,15 @@ class ImageSettings(BackboneSettings, Protocol):
     batch_size: int
 
     def replace(self, **changes: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class AsItIs:
+    """How an image is seen that is preprocessed already: as it is."""
+
+    img_size: int | str = "native"
+    center_crop: bool = False
+    square: bool = False
 
 
 class FeatureSource(Protocol):
@@ -103,8 +113,7 @@ def image_features(model: FeatureSource, image: Tensor) -> list[Tensor]:
 
 def seen_features(model: FeatureSource, seen: Tensor) -> list[Tensor]:
     """Return the `image_features` of an image (3, h, w) as `preprocess` gives it."""
-    config = model.config.replace(img_size="native", center_crop=False)
-    return feature_maps(model, seen, may_cut(model, config, (seen.shape[1], seen.shape[2]))).whole()
+    return feature_maps(model, seen, may_cut(model, AsItIs(), (seen.shape[1], seen.shape[2]))).whole()
 
 
 def feature_maps(model: FeatureSource, seen: Tensor, cut: bool) -> FeatureMaps:

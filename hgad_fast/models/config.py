@@ -33,6 +33,7 @@ class Config:
     """
 
     method: ClassVar[str]
+    square: ClassVar[bool] = False  # images are resized to a square of side img_size; proportions are not kept
     without_effect: ClassVar[dict[str, Any]] = {
         "accumulate": 1,  # only the last bits differ
         "backbone_weights": None,  # weights count by value, not by path
@@ -237,6 +238,124 @@ class HGADConfig(Config):
     def conditional(self) -> bool:
         """True if the flow is conditioned on the positions of pixels."""
         return self.flow_arch == "conditional_flow_model"
+
+
+@dataclass(kw_only=True)
+class VQFlowConfig(Config):
+    """Settings of a `VQFlowModel`. The defaults are the published sizes with the faults of the official code mended.
+
+    `official` gives the official procedure, and `small` a model that trains on two cores. Class names are for
+    descriptions alone: training and scoring use no labels.
+
+    Raises:
+        ValueError: as `Config`.
+    """
+
+    method: ClassVar[str] = "vqflow"
+    square: ClassVar[bool] = True
+
+    backbone_arch: str | None = "convnextv2_base"
+    feature_levels: int = 4  # those with a flow, and the top level, which only conditions
+    feature_mode: str = "stages"
+    out_indices: tuple[int, ...] = (0, 1, 2, 3)
+    img_size: int | str = 384  # side of the square that an image is resized to, a multiple of 32
+    msk_size: int = 384
+    lr: float = 1e-4
+    meta_epochs: int = 30
+    sub_epochs: int = 2
+    batch_size: int = 16
+    clip_grad_norm: float | None = 2.0
+    n_prototypes: int = 32  # K_p, of images; each has a threshold
+    n_patterns: int = 512  # K_s, of pixels, at each level
+    prototype_dim: int = 512  # D_p
+    pos_embed_dim: int = 64  # D_e
+    concat_pos: bool = True  # False: patterns do not know the position
+    quantize_type: str = "residual"  # patterns describe what prototype and position do not; or "naive": everything
+    pool_type: str = "avg"  # of all levels but the top one: avg | max | none
+    coupling_layers: tuple[int, ...] = (2, 5, 8)  # of each level
+    hidden_channels: int | None = None  # between the convolutions of a subnet; None: as many as it reads
+    clamp_alpha: float = 1.9
+    commitment: float = 1.0  # weight of the distance of vectors to their codes
+    prior_logdet: bool = True  # False (official): the loss lacks the prior's log-determinant, and can fall without bound
+    prior_std: str = "softplus"  # positive; or "signed" (official): may cross zero
+    vq_init: str = "kmeans"  # codes are seeded from data; or "randn0" (official): random, and the first step collapses them
+    vq_revive: bool = True  # codes that are hardly used move to vectors of the batch; False: official
+    nll_reduction: str = "per_dim"  # or "sum" (official): gradients so large that clipping takes away their length
+    lr_schedule: str = "cosine"  # or "constant" (official), after a warm-up
+    score_norm: str = "calibrated"  # by normal images; or "image_max" (official): by each image's own best place
+    map: str = "mul"  # which of the published maps normalization="official" gives; or "add"
+    pro: str = "exact"  # AUPRO of the official protocol; or "official800": its approximation with 800 thresholds
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_counts("n_prototypes", "n_patterns", "prototype_dim")
+        self._require("feature_levels", self.feature_levels >= 2, "a whole number from 2 (the last conditions the others)")
+        self._require("feature_mode", self.feature_mode == "stages", "'stages': VQ-Flow reads stages of one pass")
+        size = self.img_size
+        self._require("img_size", _is_int(size) and int(size) % 32 == 0, "a multiple of 32 (square images of one size)")
+        self._require("batch_size", self.batch_size >= 2, "a whole number from 2 (batch norms compare images)")
+        self._require("accumulate", self.accumulate == 1, "1: batch norms and codebooks look at a batch as a whole")
+        self._require(
+            "pos_embed_dim",
+            _is_int(self.pos_embed_dim) and self.pos_embed_dim >= 4 and self.pos_embed_dim % 4 == 0,
+            "a positive multiple of 4 (sine and cosine, of column and row)",
+        )
+        for name in ("concat_pos", "prior_logdet", "vq_revive"):
+            self._require(name, isinstance(getattr(self, name), bool), "True or False")
+        layers, levels = self.coupling_layers, self.feature_levels - 1
+        self._require(
+            "coupling_layers",
+            isinstance(layers, tuple) and len(layers) == levels and all(_is_int(n) and n >= 1 for n in layers),
+            f"{levels} whole numbers from 1, one for each level but the top one (feature_levels is {levels + 1})",
+        )
+        if self.hidden_channels is not None:
+            self._require_counts("hidden_channels")
+        self._require_number("clamp_alpha", lambda value: value > 0, "a finite number above 0")
+        self._require_number("commitment", lambda value: value >= 0, "a finite number from 0")
+        self._require_choice("quantize_type", "residual", "naive")
+        self._require_choice("pool_type", "avg", "max", "none")
+        self._require_choice("prior_std", "softplus", "signed")
+        self._require_choice("vq_init", "kmeans", "randn0")
+        self._require_choice("nll_reduction", "per_dim", "sum")
+        self._require_choice("lr_schedule", "cosine", "constant")
+        self._require_choice("score_norm", "calibrated", "image_max")
+        self._require_choice("map", "mul", "add")
+        self._require_choice("pro", "exact", "official800")
+
+    @classmethod
+    def official(cls, **settings: Any) -> VQFlowConfig:
+        """Return the procedure of the official code, with some fields changed: what it does, faults included."""
+        return cls(**OFFICIAL_VQFLOW | settings)
+
+    @classmethod
+    def small(cls, **settings: Any) -> VQFlowConfig:
+        """Return a model that trains on two cores, with some fields changed; docs/vqflow.md has its memory and time."""
+        return cls(**SMALL_VQFLOW | settings)
+
+
+OFFICIAL_VQFLOW: dict[str, Any] = {
+    "prior_logdet": False,
+    "prior_std": "signed",
+    "vq_init": "randn0",
+    "vq_revive": False,
+    "nll_reduction": "sum",
+    "lr_schedule": "constant",
+    "score_norm": "image_max",
+    "map": "mul",
+    "pro": "official800",
+    "seed": 9826,
+}
+SMALL_VQFLOW: dict[str, Any] = {
+    "backbone_arch": "tf_efficientnet_lite0",
+    "out_indices": (1, 2, 3, 4),
+    "img_size": 256,
+    "msk_size": 256,
+    "prototype_dim": 64,
+    "pos_embed_dim": 16,
+    "n_patterns": 128,
+    "coupling_layers": (2, 4, 4),
+    "lr": 1e-3,
+}
 
 
 def _plain(value: Any) -> Any:

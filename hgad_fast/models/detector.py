@@ -106,7 +106,16 @@ class Detector(nn.Module):
         return features
 
     def begin(self, feature_set: FeatureSet) -> None:
-        """Take what the method needs from the training features, once before the first step; nothing by default."""
+        """Take what the method needs from the training features, once before the first step; nothing by default.
+
+        Of processes that train together each calls it, and must come to the same.
+        """
+
+    def finish(self, feature_set: FeatureSet) -> None:
+        """Note what the method tells of the training features, once after the last step; nothing by default.
+
+        Likewise, each process calls it.
+        """
 
     def objective(self, stage: int) -> nn.Module:
         """Return the module whose value is minimised in a stage of the training.

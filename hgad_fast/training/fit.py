@@ -233,6 +233,7 @@ class _Run:
             self._save_checkpoint()
         self.step.feed.clear()  # what follows may need the memory
         self.model.eval()
+        self.model.finish(self.features)
 
     def _sub_epoch(self, meta_epoch: int, sub_epoch: int) -> dict[str, Any]:
         """Train on every batch once, and return the record of this pass."""

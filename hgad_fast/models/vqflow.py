@@ -1,0 +1,447 @@
+"""VQFlowModel: flows conditioned on vector-quantised prototypes and patterns (VQ-Flow, arXiv 2409.00942) as a detector."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..features.backbone import Backbone, FeatureMaps
+from ..features.extract import FeatureSet
+from ..methods import register
+from ..modules.codebook import SEED_ROWS, Codebook
+from ..modules.conditions import ConditionMaps, Conditions
+from ..modules.convolutional_flow import (
+    ConvolutionalFlow,
+    FusionFlow,
+    Known,
+    PrototypePrior,
+    channels_first,
+    channels_last,
+    identity,
+)
+from ..modules.synchronised import exchanging, process_count, summed
+from ..ops.dispatch import float32_products
+from ..protocol import Densities, Progress
+from ..training.schedule import warmed_up_cosine
+from ..training.step import Batch
+from .config import VQFlowConfig
+from .detector import Detector
+from .vqflow_official import official_state
+
+SEED_BATCHES = 10  # whose features the codes are seeded from
+OFFICIAL_WARM_UP = 10  # passes
+
+
+class Latents(NamedTuple):
+    """What the flows make of B images.
+
+    Attributes:
+        z: (B, h, w, C) of each level, standard normal where the images are normal.
+        log_det: (B, h, w) of each level, each pixel's part of the log-determinant of the flows.
+        prior_log_std: (B,) of each level, the sum over its pixels and channels of the logarithm of the prior's standard
+            deviation: the log-determinant of the standardisation is its negative.
+        conditions: prototypes, patterns and their commitment.
+    """
+
+    z: list[Tensor]
+    log_det: list[Tensor]
+    prior_log_std: list[Tensor]
+    conditions: ConditionMaps
+
+    def nll(self, with_prior: bool = True) -> Tensor:
+        """Return the negative log-density of each image but for its constant (C h w / 2) log 2 pi, (B,), in nats.
+
+        Args:
+            with_prior: include the prior's standard deviation. The official loss leaves it out, and so can fall
+                without bound.
+        """
+        half_squares = sum(z.square().sum((1, 2, 3)) / 2 for z in self.z)
+        log_det = sum(level.sum((1, 2)) for level in self.log_det)
+        total = half_squares - log_det
+        if with_prior:
+            total = total + sum(self.prior_log_std)
+        assert isinstance(total, Tensor)
+        return total
+
+    @property
+    def dims(self) -> int:
+        """The number of values that an image has in all levels, over which a density may be averaged."""
+        return sum(z[0].numel() for z in self.z)
+
+
+@register
+class VQFlowModel(Detector):
+    """One anomaly detector for all products without their labels: VQ-Flow, with the faults of its official code mended.
+
+    Every image takes the nearest of K_p prototypes, every pixel the nearest of K_s patterns; flows of three levels,
+    conditioned on both, map the features to a Gaussian whose mean and standard deviation follow from the prototype, and
+    a fusion flow joins the levels. Thresholds are kept for prototypes, so that no class is needed. docs/vqflow.md says
+    what differs from the official code and why.
+
+    Args:
+        config: a `VQFlowConfig`.
+
+    Attributes:
+        conditions: semantic networks and codebooks.
+        parallel_flows: the flow of each level.
+        prior: means and standard deviations by prototype.
+        fusion_flow: joins the levels.
+        prototype_images: (K_p, n_classes) int64, the training images of each prototype by their labels, after `fit`.
+    """
+
+    config_class = VQFlowConfig
+    config: VQFlowConfig
+    encoder: Backbone | None
+    groups_are_classes = False
+    pointwise = False
+    loss_terms = {
+        "L_nll": ("Negative log-density", "How surprising the normal images are, in nats per value; it should fall."),
+        "L_prototype": ("Distance to the prototypes", "Of the images' semantic vectors; small is good."),
+        "L_pattern": ("Distance to the patterns", "Of the pixels' vectors, summed over the levels; small is good."),
+        "prototypes": ("Prototypes in use", "exp of the entropy of their shares; it should not fall to 1."),
+        "patterns": ("Patterns in use", "The same of a level's patterns, on average; it should not fall to 1."),
+    }
+    prototype_images: Tensor
+
+    def build(self) -> None:
+        """Make networks, codebooks and flows."""
+        config, dims = self.config, self.feature_dims
+        *flow_dims, _ = dims
+        if odd := [c for c in flow_dims if c % 2]:
+            raise ValueError(
+                f"a feature level has {odd[0]} channels; the fusion flow halves them, so choose a backbone_arch and "
+                "out_indices with even numbers"
+            )
+        self.conditions = Conditions(
+            dims,
+            config.n_prototypes,
+            config.n_patterns,
+            config.prototype_dim,
+            config.pos_embed_dim if config.concat_pos else 0,
+            config.quantize_type == "residual",
+            config.vq_revive,
+        )
+        condition_dim = self.conditions.condition_dim
+        self.parallel_flows = nn.ModuleList(
+            ConvolutionalFlow(c, condition_dim, blocks, config.hidden_channels, config.clamp_alpha)
+            for c, blocks in zip(flow_dims, config.coupling_layers, strict=True)
+        )
+        self.prior = PrototypePrior(config.prototype_dim, flow_dims, config.prior_std)
+        self.fusion_flow = FusionFlow(flow_dims, condition_dim, config.clamp_alpha)
+        self._make_prototype_images()
+
+    def _make_prototype_images(self) -> None:
+        size = self.config.n_prototypes, self.config.n_classes
+        self.register_buffer("prototype_images", torch.zeros(size, dtype=torch.int64))
+
+    # ---- groups
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The prototypes, "prototype 0", "prototype 1", ..."""
+        return tuple(f"prototype {k}" for k in range(self.config.n_prototypes))
+
+    @property
+    def density_levels(self) -> int:
+        """The levels that have a flow: all but the top level."""
+        return len(self.feature_dims) - 1
+
+    @property
+    def preparation(self) -> str:  # type: ignore[override]
+        """The pooling of the features; empty without."""
+        return "" if self.config.pool_type == "none" else f"{self.config.pool_type}-pooled"
+
+    def adopt_classes(self, names: tuple[str, ...], source: str) -> None:
+        """Take over the class names of a dataset where there are none: prototypes are described by them, no more."""
+        if self.config.class_names is None:
+            self.config = self.config.replace(n_classes=len(names), class_names=names)
+            device = self.prototype_images.device
+            self._make_prototype_images()
+            self.prototype_images = self.prototype_images.to(device)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the sizes of the model, and which images its prototypes hold."""
+        config = self.config
+        facts = {
+            "coupling layers": ", ".join(map(str, config.coupling_layers)),
+            "patterns a level": config.n_patterns,
+            "prototypes": config.n_prototypes,
+        }
+        counts = self.prototype_images.cpu()
+        if int(counts.sum()):
+            used = counts.sum(1) > 0
+            facts["prototypes in use"] = f"{int(used.sum())} of {config.n_prototypes}"
+            facts["images a prototype"] = ", ".join(
+                f"{k}: {int(counts[k].sum())} {_largest_class(counts[k], self.class_names)}"
+                for k in used.nonzero().flatten().tolist()
+            )
+            facts["purity"] = f"{self.purity:.1%} of the training images are of their prototype's largest class"
+        return facts
+
+    @property
+    def purity(self) -> float:
+        """Share of the training images whose class is the most frequent one of their prototype; NaN before `fit`."""
+        counts = self.prototype_images
+        total = int(counts.sum())
+        return int(counts.amax(1).sum()) / total if total else math.nan
+
+    # ---- features
+
+    def prepare(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the features with all levels but the top one pooled, 3 x 3 with stride 2.
+
+        Zeros around the map count in the mean, as published.
+        """
+        if self.config.pool_type == "none":
+            return features
+        pool = F.avg_pool2d if self.config.pool_type == "avg" else F.max_pool2d
+        return [*(pool(x, 3, 2, 1) for x in features[:-1]), features[-1]]
+
+    def _checked(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return features (B, C, h, w) of each level; a ValueError where their sizes do not fit each other."""
+        sizes = [tuple(x.shape[2:]) for x in levels]
+        h, w = sizes[-1]
+        if any(size[0] != size[1] or size[0] % h for size in sizes):
+            raise ValueError(
+                f"the prepared feature maps have the sizes {', '.join(f'{a} x {b}' for a, b in sizes)}; VQ-Flow takes "
+                f"squares, each a multiple of the top level's: give it images with img_size a multiple of the "
+                "backbone's stride, or such features"
+            )
+        return levels
+
+    # ---- the model
+
+    def latents(
+        self, levels: Sequence[Tensor], prototype_ids: Tensor | None = None, known: bool = False
+    ) -> Latents:
+        """Return what the flows make of prepared features (B, C, h, w) of each level, the top level last.
+
+        In training mode the codebooks and batch norms learn from them.
+
+        Args:
+            levels: the features.
+            prototype_ids: (B,) int64, the images' prototypes; None: the nearest ones.
+            known: keep tables of the codes for the next call; for scoring, without gradients.
+        """
+        with float32_products(self.device):
+            return self._latents(self._checked(levels), prototype_ids, known)
+
+    def _latents(self, levels: Sequence[Tensor], prototype_ids: Tensor | None, known: bool) -> Latents:
+        """Return what `latents` does, of features that are checked."""
+        conditions = self.conditions(levels, prototype_ids)
+        tables = self._known(conditions) if known else None
+        standardised, log_dets, log_stds = [], [], []
+        for level, flow in enumerate(self.parallel_flows):
+            z, log_det = flow(channels_last(levels[level]), conditions.levels[level], tables)
+            mean, std = self.prior(conditions.prototype, level)
+            standardised.append((z - mean[:, None, None]) / std[:, None, None])
+            log_dets.append(log_det)
+            log_stds.append(std.log().sum(1) * math.prod(z.shape[1:3]))
+        z, fusion_log_dets = self.fusion_flow(standardised, conditions.levels[-1], tables)
+        log_dets = [a + b for a, b in zip(log_dets, fusion_log_dets, strict=True)]
+        return Latents(z, log_dets, log_stds, conditions)
+
+    def _known(self, conditions: ConditionMaps) -> Known:
+        """Return the prototypes for which tables are kept."""
+        books = [self.conditions.cpc_quantizer, *self.conditions.cspc_quantizers]
+        codes = [book.embed for book in books if isinstance(book, Codebook)]
+        return Known(self.conditions.cpc_quantizer.codes(), conditions.prototype_ids, identity(codes))
+
+    # ---- training
+
+    def begin(self, feature_set: FeatureSet) -> None:
+        """Seed the codebooks from the training features by k-means++, the prototypes first (``vq_init="kmeans"``).
+
+        Patterns depend on the prototypes. Batch norms are in training mode, as in the first steps, and their statistics
+        stay as they were.
+        """
+        if len(feature_set) < 2:
+            raise ValueError("VQ-Flow needs at least 2 training images: its batch norms compare those of a batch")
+        if self.config.vq_init != "kmeans":
+            return
+        images, seed = feature_set.images, self.config.seed
+        conditions = copy.deepcopy(self.conditions).train()
+        prototypes = conditions.cpc_quantizer.eval()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+        size = min(self.config.batch_size, len(order))
+        numbers = [order[i : i + size] for i in range(0, len(order) - size + 1, size)][:SEED_BATCHES]
+
+        def batch(numbers: list[int]) -> list[Tensor]:
+            return [torch.stack(level).to(self.device) for level in zip(*(images[i] for i in numbers), strict=True)]
+
+        with torch.no_grad():
+            vectors = torch.cat([conditions.semantic_vectors(self._checked(batch(some))[-1]) for some in numbers])
+            prototypes.seed(vectors, seed)
+            rows = [0] * len(self.feature_dims)
+            kept: list[list[Tensor]] = [[] for _ in rows]
+            share = math.ceil(SEED_ROWS / len(numbers))
+            for some in numbers:
+                levels = batch(some)
+                prototype, _ = conditions.prototypes(levels[-1])
+                for level, (pixels, _) in enumerate(conditions.pattern_vectors(levels, prototype)):
+                    flat = pixels.flatten(0, 1)
+                    kept[level].append(flat[:: max(1, len(flat) // share)])
+            for codebook, parts in zip(conditions.cspc_quantizers, kept, strict=True):
+                assert isinstance(codebook, Codebook)
+                codebook.seed(torch.cat(parts), seed)
+        for own, seeded in zip(self._codebooks(self.conditions), self._codebooks(conditions), strict=True):
+            own.load_state_dict(seeded.state_dict())
+        self._fit_prior(conditions, [batch(some) for some in numbers])
+
+    @torch.no_grad()
+    def _fit_prior(self, conditions, batches):
+        for level, flow in enumerate(self.parallel_flows):
+            z = torch.cat([flow(channels_last(levels[level]), conditions(levels).levels[level])[0].flatten(0, 2) for levels in batches])
+            self.prior.mean[level].weight.zero_()
+            self.prior.mean[level].bias.copy_(z.mean(0))
+            self.prior.std[level].bias.copy_(torch.log(torch.expm1((z.std(0) - 0.01).clamp(min=1e-3))))
+
+    @staticmethod
+    def _codebooks(conditions: Conditions) -> Iterator[Codebook]:
+        yield from (module for module in conditions.modules() if isinstance(module, Codebook))
+
+    def objective(self, stage: int) -> nn.Module:
+        """Return the loss: negative log-density and commitment."""
+        return VQFlowLoss(self)
+
+    def schedule(self, progress: Progress) -> tuple[int, float]:
+        """Return stage 1, and the rate: a warm-up over a tenth of the training and then a cosine, or the official one.
+
+        The official rate rises over the first 11 passes from a tenth, and then stays (``lr_schedule="constant"``).
+        """
+        config = self.config
+        if config.lr_schedule == "constant":
+            passes = progress.meta_epoch * config.sub_epochs + progress.sub_epoch
+            return 1, config.lr * (0.1 + 0.09 * min(passes, OFFICIAL_WARM_UP))
+        return 1, warmed_up_cosine(progress, config, min(max(1, config.meta_epochs // 10), config.meta_epochs - 1))
+
+    @torch.no_grad()
+    def finish(self, feature_set: FeatureSet) -> None:
+        """Count the training images of each prototype, by their labels where these are among the classes."""
+        self.prototype_images.zero_()
+        with _evaluating(self):
+            for i in range(len(feature_set)):
+                top = feature_set.images[i][-1][None].to(self.device)
+                _, chosen = self.conditions.prototypes(top)
+                label = int(feature_set.class_ids[i])
+                if 0 <= label < self.config.n_classes:
+                    self.prototype_images[chosen.indices[0, 0], label] += 1
+
+    # ---- scoring
+
+    @torch.no_grad()
+    def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities:
+        """Return for each pixel and level the mean over the channels of -z^2 / 2, z being the fused latents.
+
+        With ``score_norm="image_max"`` each image's largest value is subtracted, as published: scores are then relative
+        to the image's own best place.
+        """
+        with _evaluating(self):
+            latents = self.latents(maps.whole(), group_ids, known=True)
+        logps = [-z.square().mean(-1) / 2 for z in latents.z]
+        if self.config.score_norm == "image_max":
+            logps = [level - level.amax((1, 2), keepdim=True) for level in logps]
+        return Densities(logps, [], latents.conditions.prototype_ids.cpu())
+
+    @torch.no_grad()
+    def log_density(self, features: Sequence[Tensor]) -> Tensor:
+        """Return the log-density of prepared features (B, C, h, w) of each level, given their codes, (B,), in nats.
+
+        It is that of all pixels of all levels but the top one, which has none (paper, section on the prior; the
+        constant and the prior's standard deviation included).
+        """
+        with _evaluating(self):
+            latents = self.latents([x.to(self.device) for x in features], known=True)
+        return -latents.nll() - latents.dims / 2 * math.log(2 * math.pi)
+
+    def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
+        """Return the memory of an image's densities: nothing is held, and the largest step is a subnet."""
+        width = self.conditions.condition_dim
+        pooled = [size if self.config.pool_type == "none" else (-(-size[0] // 2), -(-size[1] // 2)) for size in sizes]
+        steps = [
+            4 * h * w * (4 * (self.config.hidden_channels or c + width) + 4 * c)
+            for c, (h, w) in zip(self.feature_dims, pooled, strict=True)
+        ]
+        return 4 * sum(c * h * w for c, (h, w) in zip(self.feature_dims, pooled, strict=True)) * 3, max(steps)
+
+    # ---- files
+
+    def load_official_checkpoint(self, checkpoint: Any) -> None:
+        """Take the weights of a checkpoint of the official code.
+
+        Args:
+            checkpoint: its path, or what it holds: a state dict for each named sub-module ("parallel_flows", ...), or
+                one with these names as prefixes. It is read with ``weights_only=True``.
+
+        Raises:
+            ValueError: it is missing or damaged, or does not fit the configuration.
+        """
+        state = official_state(checkpoint, self.state_dict())
+        self.load_state_dict(state, strict=False)
+
+
+class VQFlowLoss(nn.Module):
+    """The loss of a training: mean negative log-density of the images, and commitment of vectors to their codes.
+
+    Its parameters are those of the model, and it has no buffers: codebooks and batch norms are alike in all processes,
+    as they learn from all batches.
+    """
+
+    terms = tuple(VQFlowModel.loss_terms)
+
+    def __init__(self, model: VQFlowModel) -> None:
+        super().__init__()
+        self.trained = nn.ParameterList(parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.model = (model,)  # not a submodule
+
+    def forward(self, batch: Batch, pixels: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Return this process's part of the loss, and its terms (1, terms)."""
+        (model,) = self.model
+        config = model.config
+        levels = []
+        for groups in batch:
+            if len(groups) != 1:
+                sizes = ", ".join(f"{group.height} x {group.width}" for group in groups)
+                raise ValueError(f"feature maps of one level have the sizes {sizes}; VQ-Flow takes images of one size")
+            ((x, _, h, w),) = groups
+            levels.append(x.view(-1, h, w, x.shape[1]).permute(0, 3, 1, 2))
+        top, (_, _, h, w) = levels[-1], batch[-1][0]
+        images = pixels[-1] / (h * w)  # of all processes
+        with exchanging():
+            latents = model.latents(levels)
+            processes = process_count()
+        conditions = latents.conditions
+        nll = latents.nll(config.prior_logdet).sum() / images
+        reported_nll = nll.detach() / latents.dims
+        if config.nll_reduction == "per_dim":
+            nll = nll / latents.dims
+        loss = nll + config.commitment * (conditions.prototype_loss + conditions.pattern_loss)
+        books = model.conditions
+        patterns = torch.stack([book.perplexity() for book in books.cspc_quantizers]).mean()  # type: ignore[operator]
+        in_use = torch.stack([books.cpc_quantizer.perplexity(), patterns]) / processes
+        terms = [reported_nll, conditions.prototype_loss.detach(), conditions.pattern_loss.detach(), *in_use]
+        return loss, torch.stack([term.to(top.dtype) for term in terms])[None]
+
+
+@contextmanager
+def _evaluating(model: VQFlowModel) -> Iterator[None]:
+    """Put the model in evaluation mode: neither batch norms nor codebooks learn from what is scored."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _largest_class(counts: Tensor, names: Sequence[str]) -> str:
+    return f"({names[int(counts.argmax())]} {int(counts.max()) / int(counts.sum()):.0%})"
