@@ -132,27 +132,11 @@ def condition_tables(
     """
     position = position if residual else None
     _check_tables(weight, codes, prototypes, position, residual, size, bias)
-    n_codes, n_prototypes, width = len(codes), len(prototypes), prototypes.shape[1]
-    m, _, kernel, _ = weight.shape
-    of_pattern, of_copy = weight.split([codes.shape[1], width], 1)
-    # One product for the codes, a code of zeros, and the prototypes in the pattern: [q ; 0 ; (0, p)].
-    values = F.pad(codes.detach(), (0, 0, 0, 1))
-    if residual:
-        values = torch.cat([values, F.pad(prototypes.detach(), (codes.shape[1] - width, 0))])
-    products = _by_taps(values, of_pattern)
-    of_codes = products[: n_codes + 1].reshape(-1, m)
-    of_prototypes = _by_taps(prototypes, of_copy)
-    if residual:
-        of_prototypes = of_prototypes + products[n_codes + 1 :]
-    inside = _taps_inside(kernel, weight)
-    of_prototypes = inside @ of_prototypes  # (K_p, cases, m)
-    if bias is not None:
-        of_prototypes = of_prototypes + bias
-    parts = [of_codes, of_prototypes.reshape(n_prototypes * len(inside), m)]
+    windows = None
     if position is not None:
-        windows = F.unfold(position.detach()[None], kernel, padding=kernel // 2)[0]  # (D_e k k, H W)
-        parts.append(windows.T @ of_pattern[:, : len(position)].reshape(m, -1).T)
-    return ConditionTables(torch.cat(parts), n_codes, n_prototypes, kernel, (size[0], size[1]))
+        windows = F.unfold(position.detach()[None], weight.shape[-1], padding=weight.shape[-1] // 2)[0]
+    rows = _TableRows.apply(weight, codes.detach(), prototypes, windows, bias, residual)
+    return ConditionTables(rows, len(codes), len(prototypes), weight.shape[-1], (size[0], size[1]))
 
 
 def convolve_tables(tables: ConditionTables, indices: Tensor, prototype_ids: Tensor) -> Tensor:
@@ -189,8 +173,7 @@ def _look_up(tables: ConditionTables, indices: Tensor, prototype_ids: Tensor) ->
     windows = outside.unfold(1, kernel, 1).unfold(2, kernel, 1).reshape(images, pixels, taps)
     rows = [windows * taps + torch.arange(taps, device=device)]
     cases = _border_cases(height, reach, device)[:, None] * (reach + 1) ** 2 + _border_cases(width, reach, device)
-    first = (tables.codes + 1) * taps
-    n_cases = (reach + 1) ** 4
+    first, n_cases = (tables.codes + 1) * taps, (reach + 1) ** 4
     rows.append((first + prototype_ids[:, None] * n_cases + cases.flatten())[:, :, None])
     first += tables.prototypes * n_cases
     if len(tables.rows) > first:
@@ -200,11 +183,96 @@ def _look_up(tables: ConditionTables, indices: Tensor, prototype_ids: Tensor) ->
     return summed.view(images, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _by_taps(values: Tensor, weight: Tensor) -> Tensor:
-    """Return the products (n, k k, m) of values (n, D) with the taps of a weight (m, D, k, k)."""
-    m, channels, kernel, _ = weight.shape
-    taps = weight.permute(2, 3, 0, 1).reshape(-1, channels)  # (k k m, D)
-    return (values @ taps.T).view(len(values), kernel * kernel, m)
+class _TableRows(torch.autograd.Function):
+    """Makes the rows of `ConditionTables`; keeps the weight for the backward pass, and no copy of it by taps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        codes: Tensor,
+        prototypes: Tensor,
+        windows: Tensor | None,
+        bias: Tensor | None,
+        residual: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, codes, prototypes, windows)
+        ctx.residual = residual
+        (m, _, kernel, _), (n_codes, d_s), (n, d_p) = weight.shape, codes.shape, prototypes.shape
+        taps, inside = _by_taps(weight), _taps_inside(kernel, weight)
+        sizes = _parts(n_codes, n, kernel, windows)
+        rows = weight.new_empty(sum(sizes), m)
+        of_codes, of_prototypes, of_positions = rows.split(sizes)
+        products = of_codes.view(n_codes + 1, -1)
+        torch.mm(codes, taps[:, :d_s].T, out=products[:n_codes])
+        products[n_codes] = 0
+        products = prototypes @ taps[:, d_s:].T
+        if residual:
+            products.addmm_(prototypes, taps[:, d_s - d_p : d_s].T)
+        torch.matmul(inside, products.view(n, -1, m), out=of_prototypes.view(n, -1, m))
+        if bias is not None:
+            of_prototypes += bias
+        if windows is not None:
+            torch.mm(windows.T, _of_positions(weight, windows).flatten(1).T, out=of_positions)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        gweight, gprototypes, gbias = _table_gradients(
+            gradient.contiguous(), *ctx.saved_tensors, ctx.residual, wanted[0], wanted[2], wanted[4]
+        )
+        return gweight, None, gprototypes, None, gbias, None
+
+
+@in_float32
+def _table_gradients(
+    gradient: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    prototypes: Tensor,
+    windows: Tensor | None,
+    residual: bool,
+    wants_weight: bool,
+    wants_prototypes: bool,
+    wants_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of a table's weight, prototypes (as trailing copies) and bias; None where none is wanted."""
+    (m, channels, kernel, _), (n_codes, d_s), (n, d_p) = weight.shape, codes.shape, prototypes.shape
+    of_codes, of_prototypes, of_positions = gradient.split(_parts(n_codes, n, kernel, windows))
+    products = (_taps_inside(kernel, weight).T @ of_prototypes.view(n, -1, m)).view(n, -1)  # (K_p, k k m)
+    gweight = gprototypes = gbias = None
+    if wants_weight:
+        gtaps = weight.new_empty(kernel * kernel * m, channels)
+        torch.mm(of_codes.view(n_codes + 1, -1)[:n_codes].T, codes, out=gtaps[:, :d_s])
+        torch.mm(products.T, prototypes, out=gtaps[:, d_s:])
+        if residual:
+            gtaps[:, d_s - d_p : d_s].addmm_(products.T, prototypes)
+        gweight = gtaps.view(kernel, kernel, m, channels).permute(2, 3, 0, 1)
+        if windows is not None:
+            gpositions = _of_positions(gweight, windows)
+            gpositions += (of_positions.T @ windows.T).view(gpositions.shape)
+    if wants_prototypes:
+        gprototypes = products @ _by_taps(weight[:, d_s:])
+    if wants_bias:
+        gbias = of_prototypes.sum(0)
+    return gweight, gprototypes, gbias
+
+
+def _parts(codes: int, prototypes: int, kernel: int, windows: Tensor | None) -> list[int]:
+    """Return how many rows of a table are of codes, of prototypes and of positions."""
+    pixels = 0 if windows is None else windows.shape[1]
+    return [(codes + 1) * kernel * kernel, prototypes * (kernel // 2 + 1) ** 4, pixels]
+
+
+def _by_taps(weight: Tensor) -> Tensor:
+    """Return a weight (m, D, k, k) as (k k m, D)."""
+    return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+
+
+def _of_positions(weight: Tensor, windows: Tensor) -> Tensor:
+    """Return the part (m, D_e, k, k) of a weight that reads the position code, given its windows (D_e k k, H W)."""
+    return weight[:, : len(windows) // weight.shape[-1] ** 2]
 
 
 def _border_cases(length: int, reach: int, device: torch.device) -> Tensor:
