@@ -13,6 +13,14 @@ from .blocks import (
     flow_definition,
     flow_path,
 )
+from .condition import (
+    Condition,
+    ConditionTables,
+    condition_convolution,
+    condition_tables,
+    convolve_tables,
+    dense_condition,
+)
 from .coupling import affine_coupling, affine_coupling_backward
 from .dispatch import BACKENDS, fused, path
 from .mixture import (
@@ -34,12 +42,18 @@ __all__ = [
     "SCORE_ROWS",
     "Block",
     "Blocks",
+    "Condition",
+    "ConditionTables",
     "MixtureScores",
     "Position",
     "SeparablePosition",
     "affine_coupling",
     "affine_coupling_backward",
+    "condition_convolution",
+    "condition_tables",
+    "convolve_tables",
     "coupling_blocks",
+    "dense_condition",
     "flow",
     "flow_definition",
     "flow_path",
