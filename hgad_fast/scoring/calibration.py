@@ -204,7 +204,7 @@ def held_out_densities(
 
 def largest_densities(model: Detector, image_densities: Sequence[Densities]) -> Tensor:
     """Return the `Calibration.level_max` of the densities of single images; -inf for groups without any."""
-    level_max = torch.full((len(model.groups), len(model.feature_dims)), -math.inf)
+    level_max = torch.full((len(model.groups), model.density_levels), -math.inf)
     for image in image_densities:
         k = int(image.group_ids)
         level_max[k] = torch.maximum(level_max[k], _level_max(image))
