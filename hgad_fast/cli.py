@@ -617,7 +617,8 @@ def _numbers(option: str, text: str) -> list[int]:
 def _describe(model: Any, path: Path) -> dict[str, Any]:
     """Return what a model file holds, for people."""
     config, calibration = model.config, model.calibration
-    size = f"short side {config.img_size}" if isinstance(config.img_size, int) else config.img_size
+    side = "square, side" if config.square else "short side"
+    size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
     rate = "none"
     if calibration is not None:
         rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"

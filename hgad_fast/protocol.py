@@ -6,7 +6,7 @@ knows it by this protocol alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -73,12 +73,21 @@ class Densities:
             yield Densities(logps, neg_entropy, self.group_ids[i : i + 1])
 
 
+class OfficialMaps(NamedTuple):
+    """The maps and scores of n images by one of the procedures that a method was published with."""
+
+    maps: Tensor  # (n, h, w)
+    scores: Tensor  # (n,)
+    description: str = ""  # a phrase on what they are; empty: maps normalised by maxima over the images, their maxima
+
+
 class Detector(FeatureSource, Protocol):
     """An anomaly detector as the library sees it; `models.detector.Detector` documents each member."""
 
     config: Any  # with the fields of Settings
     calibration: Any  # a `scoring.calibration.Calibration`, or None before there is one
     checkpoint: str
+    official_aupro: str
 
     @property
     def stages(self) -> Mapping[int, str]: ...
@@ -86,6 +95,8 @@ class Detector(FeatureSource, Protocol):
     def loss_terms(self) -> Mapping[str, tuple[str, str]]: ...
     @property
     def fusion(self) -> str: ...
+    @property
+    def density_levels(self) -> int: ...
     def begin(self, feature_set: FeatureSet) -> None: ...
     def finish(self, feature_set: FeatureSet) -> None: ...
     def objective(self, stage: int) -> nn.Module: ...
@@ -93,6 +104,7 @@ class Detector(FeatureSource, Protocol):
     def clip_groups(self) -> list[list[nn.Parameter]]: ...
     def schedule(self, progress: Progress) -> tuple[int, float]: ...
     def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities: ...
+    def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]: ...
     def describe(self) -> dict[str, Any]: ...
     def convert_checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None: ...
 

@@ -193,12 +193,29 @@ def test_thresholds_are_kept_for_its_groups(model: ToyModel, root: Path) -> None
     assert len(model.calibration.scores) == 32 > len(before)
 
 
-def test_a_group_without_images_takes_the_constants_of_the_others(model: ToyModel) -> None:
+def test_a_group_with_few_images_borrows_from_the_others(model: ToyModel, tmp_path: Path) -> None:
+    """An image of a group without any is judged: what nothing is known of is not normal for that."""
     levels = [torch.rand(4, *model.feature_dims, 5, 6) + 1]  # all of them high
-    model.calibrate((levels, [0, 1, 0, 1]), false_alarm_rate=0.3)
-    assert model.calibration.class_ids.tolist() == [1, 1, 1, 1]
+    with pytest.warns(UserWarning, match="too few calibration images: 1 of 2 groups have fewer than 3 of them and"):
+        model.calibrate((levels, [0, 1, 0, 1]), false_alarm_rate=0.3)
+    assert model.calibration.class_ids.tolist() == [1, 1, 1, 1] and model.calibration.borrowers == [0]
     assert torch.equal(model.calibration.level_max[0], model.calibration.level_max[1])
-    assert model.score_features([-levels[0]]).p_value.isnan().all()
+    unlike = model.score_features([-5 * levels[0]])
+    assert unlike.class_id.tolist() == [0] * 4 and unlike.p_value.tolist() == [1 / 5] * 4
+    assert unlike.is_anomalous.all() and unlike.threshold.isfinite().all()
+    assert model.score_features(levels, [0] * 4).image_score.equal(model.score_features(levels).image_score)
+    model.save(tmp_path / "model.safetensors")
+    assert hgad_fast.load(tmp_path / "model.safetensors").calibration.borrowers == [0]
+
+
+def test_what_is_borrowed_are_the_largest_constants(model: ToyModel) -> None:
+    levels = torch.rand(6, *model.feature_dims, 5, 6) + 1
+    levels[4:] = -levels[4:] / 10  # two low ones are too few, and closer to the centre
+    model.calibrate(([levels], [0, 1] * 3), false_alarm_rate=0.3)
+    assert model.calibration.counts == [2, 4]
+    high = max(float(level.max()) for level in model.score_features([levels[:4]]).logps)
+    low = max(float(level.max()) for level in model.score_features([levels[4:]]).logps)
+    assert model.calibration.level_max.flatten().tolist() == [max(low, high), high]
 
 
 def test_features_are_prepared_wherever_they_come_from(model: ToyModel, root: Path, tmp_path: Path) -> None:

@@ -242,19 +242,22 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(resized).to(mask.device, torch.bool)
 
 
-def whole_image(image: Tensor, img_size: int | str) -> Tensor:
+def whole_image(image: Tensor, img_size: int | str, square: bool = False) -> Tensor:
     """Resize a whole image (3, H, W) float or mask (H, W) bool to `whole_image_size`."""
     height, width = image.shape[-2:]
-    return _resize(image, whole_image_size(height, width, img_size))
+    return _resize(image, whole_image_size(height, width, img_size, square))
 
 
-def whole_image_size(height: int, width: int, img_size: int | str) -> tuple[int, int]:
+def whole_image_size(height: int, width: int, img_size: int | str, square: bool = False) -> tuple[int, int]:
     """Return the (h, w) of `whole_image`: the short side is `img_size`, the long one keeps the proportions, rounded.
 
-    With ``"native"`` it is the size of the image itself.
+    With ``"native"`` it is the size of the image itself. With `square` both sides are the short one, whatever the
+    proportions.
     """
     short = min(height, width)
     side = _side(short, img_size)
+    if square:
+        return side, side
     return round(side * height / short), round(side * width / short)
 
 

@@ -1,7 +1,9 @@
 """Figures of a trained model on a labelled test set, under two protocols side by side.
 
 ``official``: as published. The class of each image is given, and the maps of a class are normalised by maxima over its
-test images. Published figures are moreover those of the checkpoint that is best on the test set (see `BestCheckpoint`).
+test images; a method may have published another procedure, or several (`Detector.official_maps`), each of which has a
+protocol of its own. Published figures are moreover those of the checkpoint that is best on the test set (see
+`BestCheckpoint`).
 ``honest``: as in use. The class is inferred, every score depends on its image alone, the thresholds come from held-out
 normal images, and the checkpoint is the last one.
 """
@@ -24,18 +26,16 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import Dataset, Sample, discover
-from ..data.images import centre_crop, read_image, read_mask, resize_mask, whole_image
+from ..data.images import read_image, read_mask, resize_mask
 from ..features.extract import ShowProgress
-from ..features.preprocess import image_features, seeing
+from ..features.preprocess import image_features, preprocess, seeing
 from ..methods import load
 from ..protocol import Densities, Detector
 from ..scoring.calibration import required_calibration
 from ..scoring.densities import densities
-from ..scoring.maps import official_maps
-from ..scoring.score import seen_at
+from ..scoring.score import first_official, seen_at
 from . import metrics
 
-PROTOCOLS = ("official", "honest")
 Features = Callable[[Sample], Sequence[Tensor]]  # returns prepared features of a test image, (1, C, h, w) a level
 Curve = tuple[list[float], list[float]]  # x and y of its points
 
@@ -47,7 +47,8 @@ class Figures:
     A figure is NaN where the test images do not have what it takes: normal ones, anomalous ones, or masks.
 
     Attributes:
-        pixel_aupro_30, pixel_aupro_5: per-region overlap up to the false-positive rates 0.3 and 0.05.
+        pixel_aupro_30, pixel_aupro_5: per-region overlap up to the false-positive rates 0.3 and 0.05. Under official
+            protocols the former may be that of `metrics.pro_800`, without an interval (`Detector.official_aupro`).
         intervals: 95% bootstrap intervals over the images, by the names of the figures.
         curves: "image_roc", "image_pr", "pixel_roc", "pixel_pr" and "pixel_pro", see `metrics.pixel_curves`.
     """
@@ -98,6 +99,7 @@ class Evaluation:
         pooled: protocol -> figures of all images together, with one threshold for all classes.
         images: protocol -> every test image.
         checkpoints: protocol -> which checkpoint was tested: "last", or how it was chosen.
+        descriptions: protocol -> which maps and scores its figures are of, where that is not the rule.
         knows_classes: whether the model's groups are the classes, so that the class of an image can be given.
     """
 
@@ -106,6 +108,7 @@ class Evaluation:
     images: dict[str, list[ScoredImage]]
     checkpoints: dict[str, str]
     knows_classes: bool = True
+    descriptions: dict[str, str] = field(default_factory=dict)
 
     def mean(self, protocol: str) -> Figures:
         """Return the unweighted mean of each figure over the classes that have it."""
@@ -172,6 +175,7 @@ class Evaluation:
                 "mean": {name: getattr(self.mean(protocol), name) for name in FIGURES},
                 "pooled": as_json(self.pooled[protocol]),
             }
+            | ({"description": self.descriptions[protocol]} if protocol in self.descriptions else {})
             for protocol, by_class in self.figures.items()
         }
         summary = ("inferred_class_accuracy", "confusion", "false_alarm_rate", "recall", "n_normal", "n_anomalous")
@@ -198,13 +202,16 @@ class Evaluation:
             },
             checkpoints={protocol: part["checkpoint"] for protocol, part in protocols.items()},
             knows_classes=content["knows_classes"],
+            descriptions={
+                protocol: part["description"] for protocol, part in protocols.items() if "description" in part
+            },
         )
 
     def table(self) -> str:
         """Return tables in percent: AUROC, average precision and F1max of images and pixels, and AUPRO."""
         lines = []
         for protocol, by_class in self.figures.items():
-            description = _DESCRIPTIONS[protocol, self.knows_classes]
+            description = self.descriptions.get(protocol) or _DESCRIPTIONS[protocol, self.knows_classes]
             lines.append(f"{protocol} protocol: {description}, checkpoint: {self.checkpoints[protocol]}")
             lines.append(f"{'':<22}" + "".join(f"{head:>9}" for head in _HEADS))
             summary = {"mean": self.mean(protocol), "pooled": self.pooled[protocol]}
@@ -268,9 +275,9 @@ def evaluate(
     official = model if official is None else seeing(official, img_size)
     features_of = features_of or functools.partial(_features, model)
     msk_size = model.config.msk_size
-    tallies = {"official": _Tally(official, dataset, False, details)}
-    if model.calibration is not None:
-        tallies["honest"] = _Tally(model, dataset, True, details)
+    tallies: dict[str, _Tally] = {}
+    honest = None if model.calibration is None else _Tally(model, dataset, True, details)
+    descriptions: dict[str, str] = {}
     for name, group_id, samples in _classes(model, dataset):
         given, inferred = [], []
         for sample in progress(samples, f"scoring {name}") if progress else samples:
@@ -280,26 +287,44 @@ def evaluate(
             same = official is model and (group_id is None or bool(inferred[-1].group_ids == group_id))
             given += inferred[-1:] if same else densities(official, features, group_id)
         group_names = [model.groups[int(image.group_ids)] for image in inferred]
-        tallies["official"].add(samples, list(official_maps(given, msk_size)), group_names)
-        if model.calibration is not None:
+        for number, (procedure, published) in enumerate(official.official_maps(given).items()):
+            protocol = f"official {procedure}" if number else "official"
+            if protocol not in tallies:
+                tallies[protocol] = _Tally(official, dataset, False, details)
+            tallies[protocol].add(samples, list(published.maps), published.scores, group_names)
+            if description := _description(official, published.description):
+                descriptions[protocol] = description
+        if honest is not None:
             calibration = required_calibration(model)
             maps = [calibration.maps(image, msk_size, cells)[0] for image in inferred]
-            tallies["honest"].add(samples, maps, group_names)
+            honest.add(samples, maps, torch.stack([anomaly_map.max() for anomaly_map in maps]), group_names)
+    if honest is not None:
+        tallies["honest"] = honest
     return Evaluation(
         figures={protocol: tally.figures for protocol, tally in tallies.items()},
         pooled={protocol: tally.pooled() for protocol, tally in tallies.items()},
         images={protocol: tally.images for protocol, tally in tallies.items()},
         checkpoints={protocol: tally.model.checkpoint for protocol, tally in tallies.items()},
         knows_classes=model.groups_are_classes,
+        descriptions=descriptions,
     )
+
+
+def _description(model: Detector, of_maps: str) -> str:
+    """Return how an official protocol is described, given the description of its maps; empty where that is the rule."""
+    if model.official_aupro == "exact":
+        return of_maps
+    of_maps = of_maps or _DESCRIPTIONS["official", model.groups_are_classes]
+    return f"{of_maps}, AUPRO 30 % by 800 thresholds as in the official code"
 
 
 class BestCheckpoint:
     """A callback of `fit` that keeps the checkpoint with the best official mean image AUROC on a test set.
 
-    Published figures are those of such a checkpoint. The model is tested after every meta-epoch, and the best one so
-    far is written to `path`, for ``evaluate(..., official=)``. Its figures flatter, because it is chosen by the very
-    images that it is then measured on: its `Detector.checkpoint` says so, and it has no thresholds.
+    Published figures are those of such a checkpoint. Of several official protocols the first counts. The model is
+    tested after every meta-epoch, and the best one so far is written to `path`, for ``evaluate(..., official=)``. Its
+    figures flatter, because it is chosen by the very images that it is then measured on: its `Detector.checkpoint` says
+    so, and it has no thresholds.
 
     Args:
         model: the detector that is trained.
@@ -351,8 +376,9 @@ class BestCheckpoint:
                 given: list[Densities] = []
                 for sample in samples:
                     given += densities(model, list(self.features_of(sample)), group_id)
-                scores = official_maps(given, model.config.msk_size).amax((1, 2))
-                aurocs.append(metrics.auroc(scores, [sample.is_anomalous for sample in samples]))
+                aurocs.append(
+                    metrics.auroc(first_official(model, given).scores, [sample.is_anomalous for sample in samples])
+                )
         return mean(aurocs)
 
 
@@ -397,14 +423,14 @@ class _Tally:
 
     def __init__(self, model: Detector, dataset: Dataset, judged: bool, details: bool) -> None:
         self.model, self.dataset, self.judged, self.details = model, dataset, judged, details
+        self.by_800 = not judged and model.official_aupro == "official800"
         self.figures: dict[str, Figures] = {}
         self.images: list[ScoredImage] = []
         self.maps, self.masks = _Shelf(np.float32), _Shelf(np.bool_)
 
-    def add(self, samples: list[Sample], maps: list[Tensor], group_names: list[str]) -> None:
-        """Add all test images of one class, with their maps and the groups that they are taken for."""
-        start, maps = len(self.maps), [anomaly_map.cpu() for anomaly_map in maps]
-        scores = torch.stack([anomaly_map.max() for anomaly_map in maps])
+    def add(self, samples: list[Sample], maps: list[Tensor], scores: Tensor, group_names: list[str]) -> None:
+        """Add all test images of one class, with their maps, scores (n,) and the groups that they are taken for."""
+        start, maps, scores = len(self.maps), [anomaly_map.cpu() for anomaly_map in maps], scores.cpu()
         class_name = self.dataset.class_names[samples[0].class_id]
         images = []
         for sample, anomaly_map, score, group in zip(samples, maps, scores.tolist(), group_names, strict=True):
@@ -451,11 +477,15 @@ class _Tally:
             figures.pixel_aupro_30, figures.pixel_aupro_5 = values.pop("aupro_0.3"), values.pop("aupro_0.05")
             for name, value in values.items():
                 setattr(figures, f"pixel_{name}", value)
+            if self.by_800:
+                figures.pixel_aupro_30 = metrics.pro_800(maps, masks)
             if self.details:
                 intervals = metrics.pixel_intervals(maps, masks)
                 figures.intervals["pixel_aupro_30"] = intervals.pop("aupro_0.3")
                 figures.intervals["pixel_aupro_5"] = intervals.pop("aupro_0.05")
                 figures.intervals |= {f"pixel_{name}": interval for name, interval in intervals.items()}
+                if self.by_800:
+                    del figures.intervals["pixel_aupro_30"]  # that of the exact figure
                 figures.curves |= _curves_from("pixel", metrics.pixel_curves(maps, masks))
         return figures
 
@@ -500,8 +530,7 @@ def seen_mask(model: Detector, sample: Sample, anomaly_map: Tensor) -> Tensor:
     """Return what the model sees of an image's mask, (h, w) bool, at the size of its anomaly map (h, w)."""
     if sample.mask is None:
         return torch.zeros_like(anomaly_map, dtype=torch.bool)
-    prepare = centre_crop if model.config.center_crop else whole_image
-    seen = prepare(read_mask(sample.mask), model.config.img_size)
+    seen = preprocess(read_mask(sample.mask), model.config)
     return resize_mask(seen, (anomaly_map.shape[0], anomaly_map.shape[1]))
 
 

@@ -329,6 +329,8 @@ class _Extractor:
         }
         if self.model.preparation:
             key["preparation"] = self.model.preparation
+        if config.square:
+            key["square"] = True
         return key
 
     def seen(self, path: Path) -> Tensor:

@@ -32,6 +32,9 @@ class ImageSettings(BackboneSettings, Protocol):
     center_crop: bool
     batch_size: int
 
+    @property
+    def square(self) -> bool: ...
+
     def replace(self, **changes: Any) -> Any: ...
 
 
@@ -89,9 +92,13 @@ def seeing(model: Source, img_size: int | str | None) -> Source:
 
 
 def preprocess(image: Tensor, config: ImageSettings) -> Tensor:
-    """Resize an image (3, H, W) to what the backbone sees: the whole image, or the official centre crop."""
-    resize = centre_crop if config.center_crop else whole_image
-    return resize(image, config.img_size)
+    """Resize an image (3, H, W) float or a mask (H, W) bool to what the backbone sees of it.
+
+    That is the whole image, in its proportions or as a square, or the official centre crop.
+    """
+    if config.center_crop:
+        return centre_crop(image, config.img_size)
+    return whole_image(image, config.img_size, config.square)
 
 
 def seen_shape(shape: tuple[int, int], config: ImageSettings) -> tuple[int, int]:
@@ -99,7 +106,7 @@ def seen_shape(shape: tuple[int, int], config: ImageSettings) -> tuple[int, int]
     if config.center_crop:
         side = min(shape) if isinstance(config.img_size, str) else config.img_size
         return side, side
-    return whole_image_size(*shape, config.img_size)
+    return whole_image_size(*shape, config.img_size, config.square)
 
 
 def image_features(model: FeatureSource, image: Tensor) -> list[Tensor]:

@@ -25,6 +25,8 @@ class Config:
 
     Attributes:
         method: the method's name, in files and on the command line.
+        square: whether images are resized to a square of side `img_size`; proportions are not kept then. A centre crop
+            takes precedence.
         without_effect: fields that a resumed run may have otherwise, since they change no more than last digits; each
             with the value that replaces its own where the two are compared.
 
@@ -33,7 +35,7 @@ class Config:
     """
 
     method: ClassVar[str]
-    square: ClassVar[bool] = False  # images are resized to a square of side img_size; proportions are not kept
+    square: ClassVar[bool] = False
     without_effect: ClassVar[dict[str, Any]] = {
         "accumulate": 1,  # only the last bits differ
         "backbone_weights": None,  # weights count by value, not by path
@@ -48,7 +50,7 @@ class Config:
     feature_dims: tuple[int, ...] | None = None  # channels of each level; from the backbone where there is one
     feature_mode: str = "image_pyramid"  # or "stages": several stages (out_indices) of one pass
     out_indices: tuple[int, ...] = (3,)
-    img_size: int | str = 1024  # short side of the image that the backbone sees, pixels, or "native": its own size
+    img_size: int | str = 1024  # short side (of a square: each) of what the backbone sees, pixels, or "native": its own
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
     center_crop: bool = False  # True: the official protocol, which sees the centre square of the image only
     lr: float = 2e-4

@@ -22,8 +22,9 @@ from ..features.backbone import Backbone, FeatureMaps
 from ..features.extract import FeatureSet
 from ..files import replacing, state_hash
 from ..methods import FORMAT, method_of, read_model_file
-from ..protocol import Densities, Progress
+from ..protocol import Densities, OfficialMaps, Progress
 from ..scoring.calibration import Calibration, calibrate
+from ..scoring.maps import official_maps
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_features, score_images
 from ..training.fit import History, fit
@@ -53,6 +54,8 @@ class Detector(nn.Module):
             the name under which features are cached.
         fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
             weights from the calibration.
+        official_aupro: how AUPRO 30 % is computed under the official protocols: "exact", or "official800", by 800
+            thresholds as some official codes do (`evaluation.metrics.pro_800`).
         loss_terms: title and explanation of each term that the objective reports, for reports.
         stages: what a stage of the training does, by its number from 2 on, for reports.
 
@@ -65,6 +68,7 @@ class Detector(nn.Module):
     groups_are_classes: bool = True
     pointwise: bool = True
     preparation: str = ""
+    official_aupro: str = "exact"
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}
 
@@ -151,6 +155,19 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
+        """Return maps and scores as published, by the names of the procedures, of all n images of one class.
+
+        The first procedure is what scoring with ``normalization="official"``, the protocol "official" of an evaluation
+        and `evaluation.evaluate.BestCheckpoint` use. Each further one has a protocol "official <name>" of its own. By
+        default there is one, without a name: `scoring.maps.official_maps`, and their maxima as scores.
+
+        Args:
+            batches: the densities of the images. Those of one batch share a size of feature map.
+        """
+        maps = official_maps(batches, self.config.msk_size)
+        return {"": OfficialMaps(maps, maps.amax((1, 2)))}
+
     def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
         """Return the memory that `densities` takes, beyond features and result, for an image with maps of these sizes.
 
@@ -183,6 +200,11 @@ class Detector(nn.Module):
     def feature_dims(self) -> list[int]:
         """Channels of each level."""
         return list(self.config.feature_dims)
+
+    @property
+    def density_levels(self) -> int:
+        """Number of levels of `Densities.logps`; by default that of the features."""
+        return len(self.feature_dims)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -32,6 +32,14 @@ class Calibration:
     these are too few as well, the threshold stands for the lowest attainable rate. Groups are the classes, or those
     that a method forms by itself.
 
+    A class has images, or calibration is refused. Groups that a method forms by itself may have few or none, and yet an
+    image may fall to them: to call it normal, because nothing is known, would miss its defects. So with `borrowing` a
+    group of fewer than `MIN_POOLED` images borrows. Its normalisation constants are the largest that any group reaches,
+    its own included: what no group knows counts as anomalous, and scores are rather too high than too low. They are
+    compared with the scores of the images of all groups together, as they are: there are too few of its own to say what
+    its scale is. Its p-values are finite, and are valid as far as its normal images score like those of the others; as
+    a rule they score higher and raise more false alarms than the target, which is the safe side.
+
     Attributes:
         level_max: (G, S) largest log-density, divided by C, that the group's normal images reach at each level.
         scores: (n,) image scores of the calibration images.
@@ -42,6 +50,7 @@ class Calibration:
             mean over all their pixels. In their sum all maps count alike where normal images stand out most, whatever
             their tails. None: the maps are multiplied, as published; so too where no image was held out.
         img_size: the size at which the images were seen; None where it is not known.
+        borrowing: whether groups with fewer than `MIN_POOLED` images borrow from the others.
     """
 
     level_max: Tensor
@@ -50,6 +59,7 @@ class Calibration:
     false_alarm_rate: float = 0.01
     weights: Tensor | None = None
     img_size: int | str | None = None
+    borrowing: bool = False
 
     def maps(self, densities: Densities, msk_size: int, cells: int | None = None) -> Tensor:
         """Return the `calibrated_maps` of densities."""
@@ -77,15 +87,29 @@ class Calibration:
         own, *others = (self.scores[self.class_ids == j].double() for j in self._reference_groups(k))
         if not others:
             return own.sort().values
+        if k in self.borrowers:
+            return torch.cat([own, *others]).sort().values
         pooled = torch.cat([_standardised(scores, len(own)) for scores in (own, *others)])
         return (pooled * own.std() + own.mean()).sort().values
 
     def _reference_groups(self, k: int) -> list[int]:
         """Return the groups whose scores images of group k are compared with, k first."""
-        counts = torch.bincount(self.class_ids, minlength=len(self.level_max)).tolist()
+        counts = self.counts
+        if k in self.borrowers:
+            return [k, *(j for j in range(len(counts)) if j != k)]
         if counts[k] < MIN_POOLED or (counts[k] + 1) * self.false_alarm_rate >= 1 - 1e-9:
             return [k]
         return [k, *(j for j, count in enumerate(counts) if j != k and count >= MIN_POOLED)]
+
+    @property
+    def counts(self) -> list[int]:
+        """The number of calibration images of each group."""
+        return torch.bincount(self.class_ids, minlength=len(self.level_max)).tolist()
+
+    @property
+    def borrowers(self) -> list[int]:
+        """The groups that borrow from the others."""
+        return few(self.counts) if self.borrowing else []
 
     def attainable_rate(self, k: int) -> float:
         """Return the lowest false-alarm rate, at least the target, that group k can have; NaN if it has no scores."""
@@ -98,15 +122,25 @@ class Calibration:
         return tensors if self.weights is None else tensors | {"weights": self.weights}
 
     def settings(self) -> dict[str, Any]:
-        """Return everything but the tensors, as a model file holds it."""
-        return {"false_alarm_rate": self.false_alarm_rate, "img_size": self.img_size}
+        """Return everything but the tensors, as a model file holds it; `borrowing` only where it is so."""
+        settings = {"false_alarm_rate": self.false_alarm_rate, "img_size": self.img_size}
+        return settings | ({"borrowing": True} if self.borrowing else {})
 
     @classmethod
     def from_tensors(
-        cls, tensors: dict[str, Tensor], false_alarm_rate: float = 0.01, img_size: int | str | None = None
+        cls,
+        tensors: dict[str, Tensor],
+        false_alarm_rate: float = 0.01,
+        img_size: int | str | None = None,
+        borrowing: bool = False,
     ) -> Calibration:
         """Return the calibration that `tensors` and `settings` came from."""
-        return cls(**tensors, false_alarm_rate=false_alarm_rate, img_size=img_size)
+        return cls(**tensors, false_alarm_rate=false_alarm_rate, img_size=img_size, borrowing=borrowing)
+
+
+def few(counts: Sequence[int]) -> list[int]:
+    """Return the groups with fewer than `MIN_POOLED` images, given the number of images of each."""
+    return [k for k, count in enumerate(counts) if count < MIN_POOLED]
 
 
 def _standardised(scores: Tensor, count: int) -> Tensor:
@@ -157,7 +191,7 @@ def calibrate_on(
 
     `stand_in` (training images) gives the normalisation constants of a class of which no image was held out; such a
     class has no p-values. Where a method forms the groups by itself, `stand_in` is used only if no image at all was
-    held out, and a group without any image takes the largest constants of the others. `img_size` is the size at which
+    held out, and a group with few images borrows from the others, see `Calibration`. `img_size` is the size at which
     the images were seen, default the model's.
 
     Raises:
@@ -183,7 +217,6 @@ def calibrate_on(
         if not sample:
             raise ValueError("calibration needs normal images; there are none")
         level_max = largest_densities(model, sample)
-        level_max[(level_max == -math.inf).all(1)] = level_max.amax(0)
     if not level_max.isfinite().all():
         k = int((~level_max.isfinite()).nonzero()[0, 0])
         raise ValueError(f"normal images of {model.groups[k]!r} have no finite density: the training diverged")
@@ -203,11 +236,17 @@ def held_out_densities(
 
 
 def largest_densities(model: Detector, image_densities: Sequence[Densities]) -> Tensor:
-    """Return the `Calibration.level_max` of the densities of single images; -inf for groups without any."""
-    level_max = torch.full((len(model.groups), len(model.feature_dims)), -math.inf)
+    """Return the `Calibration.level_max` of the densities of single images.
+
+    It is -inf for a class without any. Of groups that a method forms by itself, those with few images borrow.
+    """
+    level_max = torch.full((len(model.groups), model.density_levels), -math.inf)
     for image in image_densities:
         k = int(image.group_ids)
         level_max[k] = torch.maximum(level_max[k], _level_max(image))
+    if not model.groups_are_classes:
+        groups = torch.cat([image.group_ids for image in image_densities])
+        level_max[few(torch.bincount(groups, minlength=len(level_max)).tolist())] = level_max.amax(0)
     return level_max
 
 
@@ -221,7 +260,9 @@ def calibration_of(
     """Return the calibration that the densities of single held-out images give; `fusion`: default the model's."""
     cells = cells_on_map(model, img_size)
     groups = torch.tensor([int(image.group_ids) for image in image_densities], dtype=torch.int64)
-    calibration = Calibration(level_max, torch.empty(0), groups, img_size=img_size)
+    calibration = Calibration(
+        level_max, torch.empty(0), groups, img_size=img_size, borrowing=not model.groups_are_classes
+    )
     if (fusion or model.fusion) == "standardised" and image_densities and len(image_densities[0].parts) > 1:
         calibration.weights = _weights(model, image_densities, level_max, cells)
     maps = [calibration.maps(image, model.config.msk_size, cells) for image in image_densities]
@@ -230,7 +271,11 @@ def calibration_of(
 
 
 def _weights(model: Detector, image_densities: Sequence[Densities], level_max: Tensor, cells: int | None) -> Tensor:
-    """Return the weights (G, parts) of `Calibration`; a group without held-out images takes the mean of the others."""
+    """Return the weights (G, parts) of `Calibration`.
+
+    A class without held-out images takes the mean of the others. A group that borrows takes the largest of those that
+    do not (of all with images, if there are none): its scores are rather too high than too low.
+    """
     groups, parts = len(level_max), len(image_densities[0].parts)
     one_hot = torch.eye(parts)
     sums = torch.zeros(groups, parts, 3, dtype=torch.float64)  # over the images: of 1, maximum and mean of each map
@@ -242,7 +287,11 @@ def _weights(model: Detector, image_densities: Sequence[Densities], level_max: T
             sums[int(image.group_ids), j] += torch.tensor(summands, dtype=torch.float64)
     count, maxima, means = sums.unbind(2)
     weights = ((maxima - means) / count).clamp(min=1e-12).reciprocal()
-    return torch.where(count > 0, weights, weights[count[:, 0] > 0].mean(0)).float()
+    if model.groups_are_classes:
+        return torch.where(count > 0, weights, weights[count[:, 0] > 0].mean(0)).float()
+    images = count[:, 0]
+    lenders = weights[images >= MIN_POOLED] if (images >= MIN_POOLED).any() else weights[images > 0]
+    return torch.where(count >= MIN_POOLED, weights, lenders.amax(0)).float()
 
 
 def check_false_alarm_rate(rate: float) -> None:
@@ -265,9 +314,27 @@ def _image_densities(model: Detector, features: FeatureSet, i: int) -> Densities
 
 
 def _warn_of_unattainable_rates(model: Detector, calibration: Calibration) -> None:
-    """Warn of groups whose images are too few for the target false-alarm rate, unless there are no images at all."""
+    """Warn of groups whose images are too few for the target false-alarm rate, unless there are no images at all.
+
+    Classes are named. Of groups that a method forms by itself, which may be many, those that borrow are counted.
+    """
     target = calibration.false_alarm_rate
     rates = {name: calibration.attainable_rate(k) for k, name in enumerate(model.groups)}
+    if not model.groups_are_classes:
+        texts = []
+        if borrowers := calibration.borrowers:
+            texts.append(
+                f"{len(borrowers)} of {len(rates)} groups have fewer than {MIN_POOLED} of them and borrow constants "
+                "and scores from the others"
+            )
+        if above := [rate for rate in rates.values() if rate > target]:
+            texts.append(
+                f"thresholds of {len(above)} groups stand for a false-alarm rate of up to {max(above):.1%} instead of "
+                f"{target:.1%}"
+            )
+        if texts and len(calibration.scores):
+            warnings.warn(f"too few calibration images: {'; '.join(texts)}", stacklevel=3)
+        return
     exceptions = [f"{name} {rate:.1%}" for name, rate in rates.items() if rate > target]
     exceptions += [f"{name} has no threshold" for name, rate in rates.items() if math.isnan(rate)]
     if exceptions and len(calibration.scores):

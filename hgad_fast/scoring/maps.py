@@ -206,7 +206,7 @@ class Fill:
     Attributes:
         write: does so, and returns the image score.
         grid: (h, w) of the map that the score is computed on.
-        score: the largest value on the grid; set by a call.
+        score: the image score, in general the largest value on the grid; set by a call.
     """
 
     def __init__(self, write: Callable[[Tensor], Tensor], grid: tuple[int, int]) -> None:
@@ -229,8 +229,8 @@ def calibrated_fill(
     return Fill(write, grid)
 
 
-def resampled_fill(anomaly_map: Tensor) -> Fill:
-    """Return the `Fill` that resamples an anomaly map (h, w)."""
+def resampled_fill(anomaly_map: Tensor, score: Tensor | None = None) -> Fill:
+    """Return the `Fill` that resamples an anomaly map (h, w); `score`: the image score, default the map's maximum."""
     grid = anomaly_map.shape[0], anomaly_map.shape[1]
 
     def write(out: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def resampled_fill(anomaly_map: Tensor) -> Fill:
         step = max(1, BAND_PIXELS // out.shape[1])
         for start in range(0, len(out), step):
             out[start : start + step] = bilinear(anomaly_map, rows.part(start, start + step, 0), columns)
-        return anomaly_map.max()
+        return anomaly_map.max() if score is None else score
 
     return Fill(write, grid)
 
@@ -264,6 +264,7 @@ def lay(
     """Lay a map over its image of `shape` (H, W), and return it, on the CPU, or in the file `path`, mapped into memory.
 
     It has the image's shape, or `size`; with ``size="seen"`` that of the grid, over what the model sees of the image.
+    The map of an image that is seen as a square is stretched back over the whole image.
     """
     if isinstance(size, str):
         config, size = config.replace(center_crop=False), fill.grid

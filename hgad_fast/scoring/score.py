@@ -28,11 +28,11 @@ from ..features.preprocess import (
     seen_shape,
     working_set,
 )
-from ..protocol import Densities, Detector, Settings
+from ..protocol import Densities, Detector, OfficialMaps, Settings
 from .calibration import required_calibration
 from .densities import densities
 from .inputs import as_images, check_normalization, checked_features, checked_group_ids, checked_map_size
-from .maps import calibrated_fill, cells_on_map, lay, official_maps, resample, resampled_fill
+from .maps import calibrated_fill, cells_on_map, lay, resample, resampled_fill
 from .result import ScoreResult, judged
 
 
@@ -54,8 +54,8 @@ def score_features(
         class_ids: class of each image (B,), one for all, or None: inferred (by HGAD as the class with the largest sum
             over the levels of the mean log-density over the pixels, divided by C).
         normalization: ``"calibrated"``: constants of the model, so that a score depends on its image alone.
-            ``"official"``: the published procedure, maxima over the images passed (pass one class at a time); its
-            scores have no threshold and no p-value.
+            ``"official"``: the published procedure (`Detector.official_maps`), by HGAD with maxima over the images
+            passed (pass one class at a time); its scores have no threshold and no p-value.
         map_size: height and width of the returned maps; default: those that scores are computed on, with `msk_size` as
             the short side and the proportions of the feature map, or with ``"official"`` `msk_size` for both.
         throughput: let images share batches.
@@ -69,11 +69,11 @@ def score_features(
     ids = checked_group_ids(model, class_ids, len(features[0]))
     batches = densities(model, model.prepare(features), ids, throughput)
     if normalization == "official":
-        maps = official_maps(batches, model.config.msk_size)
+        maps, scores, _ = first_official(model, batches)
     else:
         calibration = required_calibration(model)
         maps = torch.cat([calibration.maps(batch, model.config.msk_size) for batch in batches])
-    scores = torch.stack([anomaly_map.max() for anomaly_map in maps])
+        scores = torch.stack([anomaly_map.max() for anomaly_map in maps])
     group_ids = torch.cat([batch.group_ids for batch in batches])
     result = judged(model, scores, group_ids, normalization)
     result.anomaly_map = resample(maps, size)
@@ -122,7 +122,8 @@ def score_images(
         map_path: a file (.npy, float32) to write the map of a single image to; the map returned is that file, mapped
             into memory.
 
-    With ``config.center_crop`` the map is 0 outside the square that the model sees.
+    With ``config.center_crop`` the map is 0 outside the square that the model sees. Where a method sees images as
+    squares (``config.square``), the map is stretched back over the whole image.
 
     Raises:
         ValueError: there are no images, one cannot be read, has values outside [0, 1] or needs more than `max_memory`,
@@ -154,11 +155,12 @@ def score_images(
             batches = densities(model, features, batch_ids, throughput)
             by_index |= zip(indices, (image for batch in batches for image in batch.images()), strict=True)
         else:
-            maps = feature_maps(model, preprocess(image_tensors[first], config), cut[sizes[first]])
-            by_index[first] = model.densities(maps, batch_ids)
+            image_maps = feature_maps(model, preprocess(image_tensors[first], config), cut[sizes[first]])
+            by_index[first] = model.densities(image_maps, batch_ids)
     image_densities = [by_index[i] for i in range(len(image_tensors))]
     if normalization == "official":
-        fills = [resampled_fill(seen_map) for seen_map in official_maps(image_densities, config.msk_size)]
+        maps, official_scores, _ = first_official(model, image_densities)
+        fills = [resampled_fill(*image) for image in zip(maps, official_scores, strict=True)]
     else:
         calibration = required_calibration(model)
         fills = [
@@ -176,6 +178,11 @@ def score_images(
         result.anomaly_map = torch.stack(laid_maps) if same_size else laid_maps
     result.sizes = sizes
     return result
+
+
+def first_official(model: Detector, batches: Sequence[Densities]) -> OfficialMaps:
+    """Return the maps and scores of the first of a method's published procedures."""
+    return next(iter(model.official_maps(batches).values()))
 
 
 def seen_at(model: Detector, img_size: int | str | None) -> tuple[Settings, int | None]:

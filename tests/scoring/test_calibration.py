@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import warnings
 
@@ -142,6 +144,32 @@ def test_a_lone_class_is_not_pooled_with_itself():
     scores = torch.randn(20).tolist()
     _, _, threshold, rate = judge(calibration(scores, [1.0, 2.0]), [0.0])
     assert float(threshold) == np.float32(max(scores)) and float(rate) == 1 / 21
+
+
+def test_groups_with_few_images_borrow():
+    scores = [[1.0, 2.0, 4.0, 8.0, 9.0], [], [3.0], [0.5, 5.0], [7.0, 7.5, 7.6]]
+    borrowing = dataclasses.replace(calibration(*scores, rate=0.2), borrowing=True)
+    assert borrowing.borrowers == [1, 2, 3] and borrowing.counts == [5, 0, 1, 2, 3]
+    union = sorted(score for own in scores for score in own)
+    for k in borrowing.borrowers:
+        p_value, is_anomalous, threshold, rate = judge(borrowing, [0.0, 4.0, 8.0, 8.5, 100.0], k)
+        assert p_value.tolist() == [(1 + sum(s >= x for s in union)) / 12 for x in (0.0, 4.0, 8.0, 8.5, 100.0)]
+        assert threshold.tolist() == [8.0] * 5 and is_anomalous.tolist() == [False] * 3 + [True] * 2
+        assert rate.tolist() == [0.2] * 5 == [borrowing.attainable_rate(k)] * 5
+    alone = calibration(*scores, rate=0.2)
+    for k in (0, 4):  # with images of their own, nothing changes
+        for one, other in zip(judge(borrowing, [1.0, 7.0, 9.0], k), judge(alone, [1.0, 7.0, 9.0], k), strict=True):
+            assert torch.equal(one, other)
+    assert judge(alone, [100.0], 1)[0].isnan().all()
+    assert judge(dataclasses.replace(calibration([], []), borrowing=True), [1.0])[0].isnan().all()
+
+
+def test_whether_groups_borrow_is_stored_with_the_settings():
+    one = calibration([1.0, 2.0])
+    assert one.settings() == {"false_alarm_rate": 0.01, "img_size": None}  # as it always was
+    assert not Calibration.from_tensors(one.tensors(), **one.settings()).borrowing
+    other = dataclasses.replace(one, borrowing=True)
+    assert Calibration.from_tensors(other.tensors(), **json.loads(json.dumps(other.settings()))).borrowing
 
 
 def test_scores_without_spread():
