@@ -29,11 +29,12 @@ from ..modules.convolutional_flow import (
 )
 from ..modules.synchronised import exchanging, process_count, summed
 from ..ops.dispatch import float32_products
-from ..protocol import Densities, Progress
+from ..protocol import Densities, OfficialMaps, Progress
 from ..training.schedule import warmed_up_cosine
 from ..training.step import Batch
 from .config import VQFlowConfig
 from .detector import Detector
+from .vqflow_maps import official_maps_of
 from .vqflow_official import official_state
 
 SEED_BATCHES = 10  # whose features the codes are seeded from
@@ -350,6 +351,16 @@ class VQFlowModel(Detector):
         if self.config.score_norm == "image_max":
             logps = [level - level.amax((1, 2), keepdim=True) for level in logps]
         return Densities(logps, [], latents.conditions.prototype_ids.cpu())
+
+    def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
+        """Return the published maps and scores, each image by itself; the first is that of ``config.map``."""
+        maps = official_maps_of(batches, self.config.msk_size)
+        return {name: maps[name] for name in sorted(maps, key=lambda name: name != self.config.map)}
+
+    @property
+    def official_aupro(self) -> str:  # type: ignore[override]
+        """How AUPRO is computed under the official protocols: ``config.pro``."""
+        return self.config.pro
 
     @torch.no_grad()
     def log_density(self, features: Sequence[Tensor]) -> Tensor:
