@@ -38,9 +38,20 @@ class ImageSettings(BackboneSettings, Protocol):
     def replace(self, **changes: Any) -> Any: ...
 
 
+class Seeing(Protocol):
+    """The fields of a configuration that say at which size images are seen."""
+
+    @property
+    def img_size(self) -> int | str: ...
+    @property
+    def center_crop(self) -> bool: ...
+    @property
+    def square(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class AsItIs:
-    """How an image is seen that is preprocessed already: as it is."""
+    """The `Seeing` of an image that is preprocessed already: at its own size."""
 
     img_size: int | str = "native"
     center_crop: bool = False
@@ -91,7 +102,7 @@ def seeing(model: Source, img_size: int | str | None) -> Source:
     return resized
 
 
-def preprocess(image: Tensor, config: ImageSettings) -> Tensor:
+def preprocess(image: Tensor, config: Seeing) -> Tensor:
     """Resize an image (3, H, W) float or a mask (H, W) bool to what the backbone sees of it.
 
     That is the whole image, in its proportions or as a square, or the official centre crop.
@@ -101,7 +112,7 @@ def preprocess(image: Tensor, config: ImageSettings) -> Tensor:
     return whole_image(image, config.img_size, config.square)
 
 
-def seen_shape(shape: tuple[int, int], config: ImageSettings) -> tuple[int, int]:
+def seen_shape(shape: tuple[int, int], config: Seeing) -> tuple[int, int]:
     """Return the (h, w) at which `preprocess` gives an image of (H, W) pixels to the backbone."""
     if config.center_crop:
         side = min(shape) if isinstance(config.img_size, str) else config.img_size
@@ -160,7 +171,7 @@ def memory_bytes(amount: int | str | None, name: str = "max_memory") -> int:
 
 
 def working_set(
-    model: FeatureSource, config: ImageSettings, shape: tuple[int, int], cut: bool = True, group_known: bool = False
+    model: FeatureSource, config: Seeing, shape: tuple[int, int], cut: bool = True, group_known: bool = False
 ) -> int:
     """Return the bytes that scoring an image of (H, W) pixels takes at the worst moment, beyond model, image and map.
 
@@ -186,7 +197,7 @@ def working_set(
 
 def may_cut(
     model: FeatureSource,
-    config: ImageSettings,
+    config: Seeing,
     shape: tuple[int, int],
     limit: int | None = None,
     tiles: str = "auto",

@@ -30,12 +30,15 @@ class Config:
         without_effect: fields that a resumed run may have otherwise, since they change no more than last digits; each
             with the value that replaces its own where the two are compared.
 
+        presets: sets of fields by name, for `preset` and the command line.
+
     Raises:
         ValueError: a field has a value that cannot work; the message names the field, the value and what is allowed.
     """
 
     method: ClassVar[str]
     square: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
     without_effect: ClassVar[dict[str, Any]] = {
         "accumulate": 1,  # only the last bits differ
         "backbone_weights": None,  # weights count by value, not by path
@@ -145,6 +148,18 @@ class Config:
         if not holds:
             raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; allowed: {allowed}")
 
+    @classmethod
+    def preset(cls: type[Settings], name: str, **settings: Any) -> Settings:
+        """Return one of the method's `presets`, with some fields changed.
+
+        Raises:
+            ValueError: there is no preset of that name, or a field has a value that cannot work.
+        """
+        if name not in cls.presets:
+            known = ", ".join(cls.presets) or "none"
+            raise ValueError(f"{cls.__name__} has no preset {name!r}; there are: {known}")
+        return cls.from_fields({**cls.presets[name], **settings})
+
     @property
     def names(self) -> tuple[str, ...]:
         """Class names, made up where none were given."""
@@ -246,8 +261,9 @@ class HGADConfig(Config):
 class VQFlowConfig(Config):
     """Settings of a `VQFlowModel`. The defaults are the published sizes with the faults of the official code mended.
 
-    `official` gives the official procedure, and `small` a model that trains on two cores. Class names are for
-    descriptions alone: training and scoring use no labels.
+    Of its presets, "official" is the official procedure, faults included, and "small" a model that trains on two cores
+    (docs/vqflow.md has memory and time of both). Class names are for descriptions alone: training and scoring use no
+    labels.
 
     Raises:
         ValueError: as `Config`.
@@ -255,6 +271,32 @@ class VQFlowConfig(Config):
 
     method: ClassVar[str] = "vqflow"
     square: ClassVar[bool] = True
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "official": {
+            "prior_logdet": False,
+            "prior_std": "signed",
+            "vq_init": "randn0",
+            "vq_revive": False,
+            "nll_reduction": "sum",
+            "lr_schedule": "constant",
+            "score_norm": "image_max",
+            "map": "mul",
+            "pro": "official800",
+            "seed": 9826,
+        },
+        "small": {
+            "backbone_arch": "tf_efficientnet_lite0",
+            "out_indices": (1, 2, 3, 4),
+            "img_size": 256,
+            "msk_size": 256,
+            "prototype_dim": 64,
+            "pos_embed_dim": 16,
+            "n_patterns": 128,
+            "coupling_layers": (2, 4, 4),
+            "hidden_channels": 64,
+            "lr": 1e-3,
+        },
+    }
 
     backbone_arch: str | None = "convnextv2_base"
     feature_levels: int = 4  # those with a flow, and the top level, which only conditions
@@ -278,9 +320,13 @@ class VQFlowConfig(Config):
     hidden_channels: int | None = None  # between the convolutions of a subnet; None: as many as it reads
     clamp_alpha: float = 1.9
     commitment: float = 1.0  # weight of the distance of vectors to their codes
-    prior_logdet: bool = True  # False (official): the loss lacks the prior's log-determinant, and can fall without bound
+    prior_logdet: bool = (
+        True  # False (official): the loss lacks the prior's log-determinant, and can fall without bound
+    )
     prior_std: str = "softplus"  # positive; or "signed" (official): may cross zero
-    vq_init: str = "kmeans"  # codes are seeded from data; or "randn0" (official): random, and the first step collapses them
+    vq_init: str = (
+        "kmeans"  # codes are seeded from data; or "randn0" (official): random, and the first step collapses them
+    )
     vq_revive: bool = True  # codes that are hardly used move to vectors of the batch; False: official
     nll_reduction: str = "per_dim"  # or "sum" (official): gradients so large that clipping takes away their length
     lr_schedule: str = "cosine"  # or "constant" (official), after a warm-up
@@ -291,7 +337,9 @@ class VQFlowConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_counts("n_prototypes", "n_patterns", "prototype_dim")
-        self._require("feature_levels", self.feature_levels >= 2, "a whole number from 2 (the last conditions the others)")
+        self._require(
+            "feature_levels", self.feature_levels >= 2, "a whole number from 2 (the last conditions the others)"
+        )
         self._require("feature_mode", self.feature_mode == "stages", "'stages': VQ-Flow reads stages of one pass")
         size = self.img_size
         self._require("img_size", _is_int(size) and int(size) % 32 == 0, "a multiple of 32 (square images of one size)")
@@ -327,37 +375,7 @@ class VQFlowConfig(Config):
     @classmethod
     def official(cls, **settings: Any) -> VQFlowConfig:
         """Return the procedure of the official code, with some fields changed: what it does, faults included."""
-        return cls(**OFFICIAL_VQFLOW | settings)
-
-    @classmethod
-    def small(cls, **settings: Any) -> VQFlowConfig:
-        """Return a model that trains on two cores, with some fields changed; docs/vqflow.md has its memory and time."""
-        return cls(**SMALL_VQFLOW | settings)
-
-
-OFFICIAL_VQFLOW: dict[str, Any] = {
-    "prior_logdet": False,
-    "prior_std": "signed",
-    "vq_init": "randn0",
-    "vq_revive": False,
-    "nll_reduction": "sum",
-    "lr_schedule": "constant",
-    "score_norm": "image_max",
-    "map": "mul",
-    "pro": "official800",
-    "seed": 9826,
-}
-SMALL_VQFLOW: dict[str, Any] = {
-    "backbone_arch": "tf_efficientnet_lite0",
-    "out_indices": (1, 2, 3, 4),
-    "img_size": 256,
-    "msk_size": 256,
-    "prototype_dim": 64,
-    "pos_embed_dim": 16,
-    "n_patterns": 128,
-    "coupling_layers": (2, 4, 4),
-    "lr": 1e-3,
-}
+        return cls.preset("official", **settings)
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,10 @@
-"""VQFlowModel: flows conditioned on vector-quantised prototypes and patterns (VQ-Flow, arXiv 2409.00942) as a detector."""
+"""VQFlowModel: flows conditioned on vector-quantised prototypes and patterns (VQ-Flow, arXiv 2409.00942)."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,11 +22,10 @@ from ..modules.convolutional_flow import (
     FusionFlow,
     Known,
     PrototypePrior,
-    channels_first,
     channels_last,
     identity,
 )
-from ..modules.synchronised import exchanging, process_count, summed
+from ..modules.synchronised import exchanging, process_count
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, Progress
 from ..training.schedule import warmed_up_cosine
@@ -220,9 +218,7 @@ class VQFlowModel(Detector):
 
     # ---- the model
 
-    def latents(
-        self, levels: Sequence[Tensor], prototype_ids: Tensor | None = None, known: bool = False
-    ) -> Latents:
+    def latents(self, levels: Sequence[Tensor], prototype_ids: Tensor | None = None, known: bool = False) -> Latents:
         """Return what the flows make of prepared features (B, C, h, w) of each level, the top level last.
 
         In training mode the codebooks and batch norms learn from them.
@@ -240,8 +236,7 @@ class VQFlowModel(Detector):
         conditions = self.conditions(levels, prototype_ids)
         tables = self._known(conditions) if known else None
         standardised, log_dets, log_stds = [], [], []
-        for level, flow in enumerate(self.parallel_flows):
-            z, log_det = flow(channels_last(levels[level]), conditions.levels[level], tables)
+        for level, (z, log_det) in enumerate(self._parallel(levels, conditions, tables)):
             mean, std = self.prior(conditions.prototype, level)
             standardised.append((z - mean[:, None, None]) / std[:, None, None])
             log_dets.append(log_det)
@@ -249,6 +244,13 @@ class VQFlowModel(Detector):
         z, fusion_log_dets = self.fusion_flow(standardised, conditions.levels[-1], tables)
         log_dets = [a + b for a, b in zip(log_dets, fusion_log_dets, strict=True)]
         return Latents(z, log_dets, log_stds, conditions)
+
+    def _parallel(
+        self, levels: Sequence[Tensor], conditions: ConditionMaps, known: Known | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what the flow of each level makes of it: z (B, h, w, C) and log-determinants (B, h, w)."""
+        for flow, x, condition in zip(self.parallel_flows, levels[:-1], conditions.levels[:-1], strict=True):
+            yield flow(channels_last(x), condition, known)
 
     def _known(self, conditions: ConditionMaps) -> Known:
         """Return the prototypes for which tables are kept."""
@@ -258,56 +260,56 @@ class VQFlowModel(Detector):
 
     # ---- training
 
+    @torch.no_grad()
     def begin(self, feature_set: FeatureSet) -> None:
-        """Seed the codebooks from the training features by k-means++, the prototypes first (``vq_init="kmeans"``).
+        """Take the start from the first batches: the codes (``vq_init="kmeans"``), and the prior (``"softplus"``).
 
-        Patterns depend on the prototypes. Batch norms are in training mode, as in the first steps, and their statistics
-        stay as they were.
+        Codes are placed on vectors spread by k-means++, the prototypes first, on which the patterns depend. The prior
+        gets the mean and standard deviation of each channel of the latents, as the features of a backbone are far from
+        standard normal. Batch norms are in training mode, as in the first steps; their statistics stay as they were.
+
+        Raises:
+            ValueError: there is one image only.
         """
         if len(feature_set) < 2:
             raise ValueError("VQ-Flow needs at least 2 training images: its batch norms compare those of a batch")
-        if self.config.vq_init != "kmeans":
-            return
-        images, seed = feature_set.images, self.config.seed
+        config = self.config
         conditions = copy.deepcopy(self.conditions).train()
-        prototypes = conditions.cpc_quantizer.eval()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-        size = min(self.config.batch_size, len(order))
-        numbers = [order[i : i + size] for i in range(0, len(order) - size + 1, size)][:SEED_BATCHES]
+        codebooks = [module for module in conditions.modules() if isinstance(module, Codebook)]
+        for codebook in codebooks:
+            codebook.eval()
+        order = torch.randperm(len(feature_set), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        size = min(config.batch_size, len(order))
+        batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)][:SEED_BATCHES]
 
-        def batch(numbers: list[int]) -> list[Tensor]:
-            return [torch.stack(level).to(self.device) for level in zip(*(images[i] for i in numbers), strict=True)]
+        def features(numbers: list[int]) -> Sequence[Tensor]:
+            images = [feature_set.images[i] for i in numbers]
+            return self._checked([torch.stack(level).to(self.device) for level in zip(*images, strict=True)])
 
-        with torch.no_grad():
-            vectors = torch.cat([conditions.semantic_vectors(self._checked(batch(some))[-1]) for some in numbers])
-            prototypes.seed(vectors, seed)
-            rows = [0] * len(self.feature_dims)
-            kept: list[list[Tensor]] = [[] for _ in rows]
-            share = math.ceil(SEED_ROWS / len(numbers))
-            for some in numbers:
-                levels = batch(some)
+        if config.vq_init == "kmeans":
+            vectors = [conditions.semantic_vectors(features(numbers)[-1]) for numbers in batches]
+            conditions.cpc_quantizer.seed(torch.cat(vectors), config.seed)
+            places: list[list[Tensor]] = [[] for _ in self.feature_dims]
+            for numbers in batches:
+                levels = features(numbers)
                 prototype, _ = conditions.prototypes(levels[-1])
                 for level, (pixels, _) in enumerate(conditions.pattern_vectors(levels, prototype)):
-                    flat = pixels.flatten(0, 1)
-                    kept[level].append(flat[:: max(1, len(flat) // share)])
-            for codebook, parts in zip(conditions.cspc_quantizers, kept, strict=True):
-                assert isinstance(codebook, Codebook)
-                codebook.seed(torch.cat(parts), seed)
-        for own, seeded in zip(self._codebooks(self.conditions), self._codebooks(conditions), strict=True):
-            own.load_state_dict(seeded.state_dict())
-        self._fit_prior(conditions, [batch(some) for some in numbers])
-
-    @torch.no_grad()
-    def _fit_prior(self, conditions, batches):
-        for level, flow in enumerate(self.parallel_flows):
-            z = torch.cat([flow(channels_last(levels[level]), conditions(levels).levels[level])[0].flatten(0, 2) for levels in batches])
-            self.prior.mean[level].weight.zero_()
-            self.prior.mean[level].bias.copy_(z.mean(0))
-            self.prior.std[level].bias.copy_(torch.log(torch.expm1((z.std(0) - 0.01).clamp(min=1e-3))))
-
-    @staticmethod
-    def _codebooks(conditions: Conditions) -> Iterator[Codebook]:
-        yield from (module for module in conditions.modules() if isinstance(module, Codebook))
+                    rows = pixels.flatten(0, 1)
+                    places[level].append(rows[:: max(1, len(rows) * len(batches) // SEED_ROWS)])
+            for quantizer, rows_of_batches in zip(conditions.cspc_quantizers, places, strict=True):
+                assert isinstance(quantizer, Codebook)
+                quantizer.seed(torch.cat(rows_of_batches), config.seed)
+            own = [module for module in self.conditions.modules() if isinstance(module, Codebook)]
+            for codebook, seeded in zip(own, codebooks, strict=True):
+                codebook.load_state_dict(seeded.state_dict())
+        if config.prior_std == "softplus":
+            latents: list[list[Tensor]] = [[] for _ in self.parallel_flows]
+            for numbers in batches:
+                levels = features(numbers)
+                for level, (z, _) in enumerate(self._parallel(levels, conditions(levels))):
+                    latents[level].append(z.flatten(0, 2))
+            for level, z_of_batches in enumerate(latents):
+                self.prior.start(level, torch.cat(z_of_batches))
 
     def objective(self, stage: int) -> nn.Module:
         """Return the loss: negative log-density and commitment."""
@@ -451,7 +453,8 @@ def _evaluating(model: VQFlowModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 def _largest_class(counts: Tensor, names: Sequence[str]) -> str:

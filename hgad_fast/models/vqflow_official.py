@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Official names -> ours. The official module "sigma" gives the mean of the prior, and "mu" its standard deviation.
 RENAMED = (
     (r"^(semantic_encoder|semantic_mlp|upsamplers|feature_mlps|cspc_quantizers|cpc_quantizer)\.", r"conditions.\1."),
@@ -20,9 +19,9 @@ RENAMED = (
     (r"^fusion_flow\.module_list\.3\.", "fusion_flow."),
     (r"\.w_perm$", ".permutation"),
 )
-PARTS = ("parallel_flows", "fusion_flow", "semantic_encoder", "semantic_mlp", "upsamplers", "feature_mlps")
-PARTS += ("cspc_quantizers", "cpc_quantizer", "sigma_mu_generators")
-OWN = re.compile(r"^encoder\.|^prototype_images$|\.updates$|num_batches_tracked$")  # what official files may lack
+PARTS: tuple[str, ...] = ("parallel_flows", "fusion_flow", "sigma_mu_generators", "semantic_encoder", "semantic_mlp")
+PARTS += ("upsamplers", "feature_mlps", "cspc_quantizers", "cpc_quantizer")
+OWN = re.compile(r"^encoder\.|^prototype_images$|\.updates$|num_batches_tracked$")  # what they may lack
 
 
 def official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A codebook of vector quantisation, learnt by moving averages (VQ-Flow, arXiv 2409.00942; VQ-VAE, arXiv 1711.00937)."""
+"""A codebook of vector quantisation, learnt by moving averages (VQ-VAE, arXiv 1711.00937; VQ-Flow, 2409.00942)."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _learn(self, x: Tensor, indices: Tensor) -> Tensor:
-        """Move the averages and codes by vectors (B, P, D) with their nearest codes; return B P of all processes, ()."""
+        """Learn from vectors (B, P, D) with their nearest codes, and return B P of all processes, ()."""
         rows = x.reshape(-1, x.shape[-1])
         counts, sums = ops.code_statistics(rows, indices, self.size)
         statistics = summed(torch.cat([sums, counts[:, None]], 1))

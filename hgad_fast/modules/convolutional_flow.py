@@ -87,7 +87,7 @@ class ConditionedConvolution(nn.Conv2d):
         return channels_last(F.conv2d(images, own, self.bias, padding=1) + conditioned)
 
     def tables(self, condition: Condition, known: Known) -> ConditionTables:
-        """Return the tables for maps of the condition's size, which are made anew when weights or codes have changed."""
+        """Return tables for maps of the condition's size; they are made anew when weights or codes have changed."""
         size = tuple(condition.indices.shape[1:])
         key = size, known.identity, identity([self.weight])
         if self._tables is None or self._tables[0] != key:
@@ -167,7 +167,7 @@ class ConvolutionalBlock(nn.Module):
     def _coupled(
         self, passive: Tensor, active: Tensor, condition: Condition, known: Known | None, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the active half (B, h, w, C // 2) after the affine coupling, or before it, and the log-determinants."""
+        """Return the active half (B, h, w, C // 2) after the coupling, or before it, and log-determinants (B, h, w)."""
         a = self.subnet(passive, condition, known)
         y, log_det = ops.affine_coupling(active.flatten(0, 2), a.flatten(0, 2), self.clamp, inverse=inverse)
         return y.view(active.shape), log_det.view(active.shape[:3])
@@ -224,16 +224,14 @@ class CrossScaleNet(nn.Module):
                 "conv2": nn.Conv2d(hidden, joined, 3, padding=1),
             }
         )
-        self.conv_s, self.conv_t = (
-            nn.ModuleList(nn.Conv2d(n, n, 3, padding=1) for n in channels) for _ in range(2)
-        )
+        self.conv_s, self.conv_t = (nn.ModuleList(nn.Conv2d(n, n, 3, padding=1) for n in channels) for _ in range(2))
 
     def forward(
         self, halves: Sequence[Tensor], condition: Condition, known: Known | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Return scales and shifts (B, h, w, C / 2) of each level from the halves (B, h, w, C / 2) of all levels."""
         maps = [channels_first(half) for half in halves]
-        coarsest = tuple(condition.indices.shape[1:])
+        coarsest = (condition.indices.shape[1], condition.indices.shape[2])
         joined = torch.cat([F.adaptive_avg_pool2d(x, coarsest) for x in maps], 1)
         convolution = self.cross_convs["conv1"]
         assert isinstance(convolution, ConditionedConvolution)
@@ -275,11 +273,11 @@ class FusionFlow(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return z (B, h, w, C) of each level, and each pixel's part of the log-determinant (B, h, w)."""
         permuted = [x[..., self.permutation(level)] for level, x in enumerate(maps)]
-        first, second = zip(*(x.chunk(2, -1) for x in permuted), strict=True)
-        first, log_det_2 = self._coupled(first, self.subnet_2(second, condition, known))
-        second, log_det_1 = self._coupled(second, self.subnet_1(first, condition, known))
-        z = [torch.cat(halves, -1).clamp(-1e6, 1e6) for halves in zip(first, second, strict=True)]
-        return z, [a + b for a, b in zip(log_det_1, log_det_2, strict=True)]
+        a, b = ([x.chunk(2, -1)[half] for x in permuted] for half in range(2))
+        a, log_det_2 = self._coupled(a, self.subnet_2(b, condition, known))
+        b, log_det_1 = self._coupled(b, self.subnet_1(a, condition, known))
+        z = [torch.cat(halves, -1).clamp(-1e6, 1e6) for halves in zip(a, b, strict=True)]
+        return z, [one + two for one, two in zip(log_det_1, log_det_2, strict=True)]
 
     def permutation(self, level: int) -> Tensor:
         """Return which channel of a level each permuted channel is, (C,) int64."""
@@ -315,6 +313,16 @@ class PrototypePrior(nn.Module):
                 assert isinstance(layer, nn.Linear)
                 nn.init.zeros_(layer.weight)
                 nn.init.constant_(layer.bias, math.log(math.expm1(1 - MIN_STD)))
+
+    @torch.no_grad()
+    def start(self, level: int, z: Tensor) -> None:
+        """Set mean and standard deviation of a level, for every prototype, to those of pixels z (N, C)."""
+        mean, std = self.mean[level], self.std[level]
+        assert isinstance(mean, nn.Linear) and isinstance(std, nn.Linear)
+        mean.weight.zero_()
+        std.weight.zero_()
+        mean.bias.copy_(z.mean(0))
+        std.bias.copy_(torch.log(torch.expm1((z.std(0) - MIN_STD).clamp(min=MIN_STD))))
 
     def forward(self, prototype: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Return the means and standard deviations (B, C) of a level for prototypes (B, D_p)."""

@@ -61,9 +61,9 @@ def official_model(name: str = "full_state", dtype: torch.dtype = torch.float64,
 
 
 def free_condition(values: Tensor) -> Condition:
-    """Return a condition whose dense form is (B, C, h, w) values: a code for each pixel, and a prototype of no channels.
+    """Return a condition whose dense form is (B, C, h, w) values: a code for each pixel.
 
-    The gradient goes to the values, as to a condition that is not quantised.
+    Its prototype has no channels. The gradient goes to the values, as to a condition that is not quantised.
     """
     batch, channels, h, w = values.shape
     codes = values.detach().permute(0, 2, 3, 1).reshape(-1, channels)
