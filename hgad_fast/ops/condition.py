@@ -174,7 +174,7 @@ def _look_up(tables: ConditionTables, indices: Tensor, prototype_ids: Tensor) ->
     rows = [windows * taps + torch.arange(taps, device=device)]
     cases = _border_cases(height, reach, device)[:, None] * (reach + 1) ** 2 + _border_cases(width, reach, device)
     first, n_cases = (tables.codes + 1) * taps, (reach + 1) ** 4
-    rows.append((first + prototype_ids[:, None] * n_cases + cases.flatten())[:, :, None])
+    rows.append((first + cases.flatten() * tables.prototypes + prototype_ids[:, None])[:, :, None])
     first += tables.prototypes * n_cases
     if len(tables.rows) > first:
         rows.append((first + torch.arange(pixels, device=device)).expand(images, -1)[:, :, None])
@@ -203,13 +203,14 @@ class _TableRows(torch.autograd.Function):
         sizes = _parts(n_codes, n, kernel, windows)
         rows = weight.new_empty(sum(sizes), m)
         of_codes, of_prototypes, of_positions = rows.split(sizes)
-        products = of_codes.view(n_codes + 1, -1)
-        torch.mm(codes, taps[:, :d_s].T, out=products[:n_codes])
+        products = of_codes.view(n_codes + 1, -1, m)
+        torch.bmm(codes.expand(len(taps), -1, -1), taps[:, :, :d_s].mT, out=products[:n_codes].transpose(0, 1))
         products[n_codes] = 0
-        products = prototypes @ taps[:, d_s:].T
+        everywhere = prototypes.expand(len(taps), -1, -1)
+        products = torch.bmm(everywhere, taps[:, :, d_s:].mT)  # (k k, K_p, m)
         if residual:
-            products.addmm_(prototypes, taps[:, d_s - d_p : d_s].T)
-        torch.matmul(inside, products.view(n, -1, m), out=of_prototypes.view(n, -1, m))
+            products.baddbmm_(everywhere, taps[:, :, d_s - d_p : d_s].mT)
+        torch.mm(inside, products.flatten(1), out=of_prototypes.view(len(inside), -1))
         if bias is not None:
             of_prototypes += bias
         if windows is not None:
@@ -238,22 +239,28 @@ def _table_gradients(
     wants_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of a table's weight, prototypes (as trailing copies) and bias; None where none is wanted."""
-    (m, channels, kernel, _), (n_codes, d_s), (n, d_p) = weight.shape, codes.shape, prototypes.shape
+    (m, _, kernel, _), (n_codes, d_s), (n, d_p) = weight.shape, codes.shape, prototypes.shape
     of_codes, of_prototypes, of_positions = gradient.split(_parts(n_codes, n, kernel, windows))
-    products = (_taps_inside(kernel, weight).T @ of_prototypes.view(n, -1, m)).view(n, -1)  # (K_p, k k m)
+    inside = _taps_inside(kernel, weight)
+    products = (inside.T @ of_prototypes.view(len(inside), -1)).view(-1, n, m)  # (k k, K_p, m)
     gweight = gprototypes = gbias = None
     if wants_weight:
-        gtaps = weight.new_empty(kernel * kernel * m, channels)
-        torch.mm(of_codes.view(n_codes + 1, -1)[:n_codes].T, codes, out=gtaps[:, :d_s])
-        torch.mm(products.T, prototypes, out=gtaps[:, d_s:])
+        gweight = torch.empty_like(weight, memory_format=torch.channels_last)
+        gtaps = _by_taps(gweight)
+        every = prototypes.expand(len(gtaps), -1, -1)
+        torch.bmm(
+            of_codes.view(n_codes + 1, -1, m)[:n_codes].permute(1, 2, 0),
+            codes.expand(len(gtaps), -1, -1),
+            out=gtaps[:, :, :d_s],
+        )
+        torch.bmm(products.mT, every, out=gtaps[:, :, d_s:])
         if residual:
-            gtaps[:, d_s - d_p : d_s].addmm_(products.T, prototypes)
-        gweight = gtaps.view(kernel, kernel, m, channels).permute(2, 3, 0, 1)
+            gtaps[:, :, d_s - d_p : d_s].baddbmm_(products.mT, every)
         if windows is not None:
             gpositions = _of_positions(gweight, windows)
             gpositions += (of_positions.T @ windows.T).view(gpositions.shape)
     if wants_prototypes:
-        gprototypes = products @ _by_taps(weight[:, d_s:])
+        gprototypes = torch.bmm(products, _by_taps(weight[:, d_s:])).sum(0)
     if wants_bias:
         gbias = of_prototypes.sum(0)
     return gweight, gprototypes, gbias
@@ -266,8 +273,8 @@ def _parts(codes: int, prototypes: int, kernel: int, windows: Tensor | None) -> 
 
 
 def _by_taps(weight: Tensor) -> Tensor:
-    """Return a weight (m, D, k, k) as (k k m, D)."""
-    return weight.permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+    """Return a weight (m, D, k, k) as (k k, m, D): a view, if it is channels last in memory."""
+    return weight.contiguous(memory_format=torch.channels_last).permute(2, 3, 0, 1).flatten(0, 1)
 
 
 def _of_positions(weight: Tensor, windows: Tensor) -> Tensor:
