@@ -154,12 +154,12 @@ class ConvolutionalBlock(nn.Module):
         y, log_det = self._coupled(passive, active, condition, known, inverse=False)
         scale, offset = self._scale_and_offset()
         z = torch.addcmul(offset, torch.cat([passive, y], -1), scale)
-        return z[..., self.permutation], log_det + scale.log().sum()
+        return permuted(z, self.permutation), log_det + scale.log().sum()
 
     def inverse(self, z: Tensor, condition: Condition, known: Known | None = None) -> tuple[Tensor, Tensor]:
         """Return the x of `forward`, and each pixel's part of the log-determinant of the inverse."""
         scale, offset = self._scale_and_offset()
-        u = (z[..., torch.argsort(self.permutation)] - offset) / scale
+        u = (permuted(z, torch.argsort(self.permutation)) - offset) / scale
         passive, active = u[..., : self.passive], u[..., self.passive :]
         x, log_det = self._coupled(passive, active, condition, known, inverse=True)
         return torch.cat([passive, x], -1), log_det - scale.log().sum()
@@ -272,8 +272,8 @@ class FusionFlow(nn.Module):
         self, maps: Sequence[Tensor], condition: Condition, known: Known | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return z (B, h, w, C) of each level, and each pixel's part of the log-determinant (B, h, w)."""
-        permuted = [x[..., self.permutation(level)] for level, x in enumerate(maps)]
-        a, b = ([x.chunk(2, -1)[half] for x in permuted] for half in range(2))
+        shuffled = [permuted(x, self.permutation(level)) for level, x in enumerate(maps)]
+        a, b = ([x.chunk(2, -1)[half] for x in shuffled] for half in range(2))
         a, log_det_2 = self._coupled(a, self.subnet_2(b, condition, known))
         b, log_det_1 = self._coupled(b, self.subnet_1(a, condition, known))
         z = [torch.cat(halves, -1).clamp(-1e6, 1e6) for halves in zip(a, b, strict=True)]
@@ -330,6 +330,22 @@ class PrototypePrior(nn.Module):
         if self.std_form == "softplus":
             return mean, F.softplus(raw) + MIN_STD
         return mean, torch.sqrt(raw.square() + 1e-8)
+
+
+class _Permuted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, permutation: Tensor) -> Tensor:
+        ctx.save_for_backward(permutation)
+        return x.index_select(-1, permutation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(-1, torch.argsort(ctx.saved_tensors[0])), None
+
+
+def permuted(x: Tensor, permutation: Tensor) -> Tensor:
+    """Return a map (..., C) whose channel i is channel permutation[i] of x; its gradient is gathered as well."""
+    return _Permuted.apply(x, permutation)
 
 
 def channels_first(x: Tensor) -> Tensor:
