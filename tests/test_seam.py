@@ -517,13 +517,21 @@ def test_the_commands_take_it(grid_run: Path, root: Path, tmp_path: Path) -> Non
         return CliRunner().invoke(app, list(command), env={"COLUMNS": "200"})
 
     shown = run("info", model)
-    assert "square, side 64" in shown.stdout and "prototype 0, prototype 1" in shown.stdout
+    assert (
+        "square, side 64" in shown.stdout
+        and "20 of its own: prototype 0, prototype 1, ..., prototype 19" in shown.stdout
+    )
     assert re.search(r"(normal|ANOMALOUS) +prototype \d+ +.*0\.png", run("score", model, image).stdout)
     assert "official add protocol" in run("eval", model, str(root)).stdout
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         done = run("calibrate", model, str(root), "-o", str(tmp_path / "model.safetensors"))
     assert done.exit_code == 0 and re.search(r"\d+ of 20 groups have fewer than 3", done.stderr)
+    assert "hgad, vqflow" in run("train", "--help").output
+    done = run("ablate", str(root), "--method", "grid", "--centres", "5")
+    assert done.exit_code == 1 and "--centres is '5', and models of the method 'grid' have no centres" in done.stderr
+    done = run("ablate", str(root), "--method", "grid", "--variant", "none")
+    assert done.exit_code == 1 and "there is no variant 'none'; the method has one, grid" in done.stderr
     for options, message in (
         (("--tiles", "always"), "tiles is 'always': the method 'grid' looks at a feature map as a whole"),
         (("--img-size", "96"), "img_size is 96: the method 'grid' looks at a feature map as a whole"),
