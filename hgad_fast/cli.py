@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -27,9 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Method = Annotated[str, typer.Option(help="The method of detection: hgad.")]
+Method = Annotated[str, typer.Option(help="The method of detection: hgad, vqflow.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
-ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig).")]
+ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
 Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
@@ -349,13 +350,15 @@ def ablate(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1; may be repeated; "
-            "default: all."
+            help="Of hgad: single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1; may be repeated; "
+            "default: all of the method."
         ),
     ] = None,
     centres: Annotated[
-        str, typer.Option(help="HGAD with other numbers of centres a class, e.g. 1,5; '' for none.")
-    ] = "1",
+        str | None,
+        typer.Option(help="Of hgad: also other numbers of centres a class, e.g. 1,5; '' for none.", show_default="1"),
+    ] = None,
+    method: Method = "hgad",
     training_images: Annotated[
         int | None, typer.Option(help="How many normal images of a class are trained on; default: nine in ten.")
     ] = None,
@@ -366,19 +369,24 @@ def ablate(
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """Train variants of HGAD on the same features, and compare their maps: what each part contributes."""
+    """Train variants of a method on the same features, and compare their maps: what each part contributes."""
     from .data.datasets import discover
     from .evaluation import ablate as ablation
     from .methods import METHODS
 
     dataset = discover(data)
-    method = "hgad"  # the only one that has variants
     settings = _config(method, dataset.class_names, config, set_, backbone, weights)
+    variants = METHODS[method].variants
+    options: dict[str, Any] = {} if variant is None else {"names": variant}
+    if centres is not None:
+        if "centres" not in inspect.signature(variants).parameters:
+            raise ValueError(f"--centres is {centres!r}, and models of the method {method!r} have no centres")
+        options["centres"] = _numbers("--centres", centres)
     comparison = ablation.run(
         dataset,
         settings,
         output,
-        variants=METHODS[method].variants(settings, variant, _numbers("--centres", centres)),
+        variants=variants(settings, **options),
         training_images=training_images,
         device=_device(device),
         say=_to_stderr if as_json else print,
@@ -614,6 +622,15 @@ def _numbers(option: str, text: str) -> list[int]:
         raise ValueError(f"{option} is {text!r}; write whole numbers with commas between them, such as 1,5") from error
 
 
+def _groups(model: Any) -> dict[str, str]:
+    """Return the names of a model's classes, or of the groups that it forms, of which there may be many."""
+    names = model.groups
+    if model.groups_are_classes:
+        return {"classes": ", ".join(names)}
+    shown = names if len(names) <= 8 else (*names[:2], "...", names[-1])
+    return {"groups": f"{len(names)} of its own: {', '.join(shown)}"}
+
+
 def _describe(model: Any, path: Path) -> dict[str, Any]:
     """Return what a model file holds, for people."""
     config, calibration = model.config, model.calibration
@@ -626,7 +643,7 @@ def _describe(model: Any, path: Path) -> dict[str, Any]:
         "model file": str(path),
         "size": f"{path.stat().st_size / 1e6:.1f} MB",
         "method": config.method,
-        "classes" if model.groups_are_classes else "groups": ", ".join(model.groups),
+        **_groups(model),
         "backbone": config.backbone_arch,
         "feature channels": ", ".join(map(str, model.feature_dims)),
         **model.describe(),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,15 +22,17 @@ from typer.testing import CliRunner
 import hgad_fast
 from hgad_fast import HGADConfig, HGADModel, Scorer, methods
 from hgad_fast.cli import app
-from hgad_fast.data.images import read_image
+from hgad_fast.data.images import centre_crop, read_image, resize_image, resize_mask
 from hgad_fast.evaluation import ablate
-from hgad_fast.evaluation.evaluate import evaluate
+from hgad_fast.evaluation.evaluate import BestCheckpoint, evaluate
 from hgad_fast.features.backbone import FeatureMaps
 from hgad_fast.features.extract import feature_set
-from hgad_fast.features.preprocess import image_features
+from hgad_fast.features.preprocess import image_features, preprocess, seen_shape, working_set
 from hgad_fast.models.config import Config
 from hgad_fast.models.detector import Detector
-from hgad_fast.protocol import Densities
+from hgad_fast.models.vqflow_maps import official_maps_of
+from hgad_fast.protocol import Densities, OfficialMaps
+from hgad_fast.scoring.densities import densities
 from hgad_fast.scoring.pipeline import Job, score_files
 from hgad_fast.training.fit import NonFiniteLossError
 
@@ -83,6 +88,7 @@ class ToyModel(Detector):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(methods.METHODS, "toy", ToyModel)
+    monkeypatch.setitem(methods.METHODS, "grid", GridModel)
 
 
 def config(**settings) -> ToyConfig:
@@ -308,3 +314,242 @@ def test_gradients_are_clipped_together(root: Path) -> None:
     for model in (free, clipped):
         model.fit(root)
     assert not torch.equal(free.centre, clipped.centre)
+
+
+# ------------------------------------------------------------------------------------------------ another toy
+
+
+@dataclasses.dataclass(kw_only=True)
+class GridConfig(Config):
+    method: ClassVar[str] = "grid"
+    square: ClassVar[bool] = True
+
+
+class GridModel(ToyModel):
+    """Like the toy, but of squares, with four levels of features and two of densities, and two published procedures.
+
+    Its groups are the brightness of an image, in twenty steps of which most are empty.
+    """
+
+    config_class = GridConfig
+    groups = tuple(f"prototype {k}" for k in range(20))
+    official_aupro = "official800"
+
+    def build(self) -> None:
+        self.centre = nn.Parameter(torch.zeros(self.feature_dims[0]))
+        self.projection = nn.Parameter(torch.eye(self.feature_dims[0]), requires_grad=False)
+
+    @property
+    def density_levels(self) -> int:
+        return 2
+
+    def objective(self, stage: int) -> nn.Module:
+        loss = ToyLoss(self)
+        return FirstLevel(loss)
+
+    def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities:
+        first, second, *_ = maps.whole()
+        distances = [(first.movedim(1, 3) - self.centre).square().mean(3), second.square().mean(1)]
+        if group_ids is None:
+            group_ids = (first.mean((1, 2, 3)).sigmoid() * 20).long().clamp(0, 19).cpu()
+        return Densities([-distance / 2 for distance in distances], [], group_ids)
+
+    def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
+        return official_maps_of(batches, self.config.img_size)
+
+
+class FirstLevel(nn.Module):
+    terms = ToyLoss.terms
+
+    def __init__(self, loss: ToyLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, batch: list, pixels: list[int]) -> tuple[Tensor, Tensor]:
+        loss, terms = self.loss(batch[:1], pixels[:1])
+        return loss, terms.expand(4, 1)
+
+
+def grid_config(**settings) -> GridConfig:
+    backbone = {"backbone_arch": "test_efficientnet", "backbone_weights": None, "feature_mode": "stages"}
+    backbone |= {"out_indices": (0, 1, 2, 3), "feature_levels": 4}
+    size = {"img_size": 64, "msk_size": 32, "meta_epochs": 1, "sub_epochs": 2, "lr": 0.1, "batch_size": 4}
+    return GridConfig(2, **backbone | size | settings)
+
+
+@pytest.fixture(scope="module")
+def grid_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished training of the second toy, with the checkpoint that is best on the test set."""
+    folder, model = tmp_path_factory.mktemp("grid"), GridModel(grid_config())
+    best = BestCheckpoint(model, root, folder / "best.safetensors")
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setitem(methods.METHODS, "grid", GridModel)
+        model.fit(root, output_dir=folder, callbacks=[best], false_alarm_rate=0.2)
+        assert best.best == best._auroc(methods.load(folder / "best.safetensors"))
+    return folder
+
+
+@pytest.fixture
+def grid(grid_run: Path) -> GridModel:
+    return hgad_fast.load(grid_run / "model.safetensors")
+
+
+def test_levels_that_only_condition_others_have_no_constants(grid: GridModel, root: Path) -> None:
+    assert grid.feature_dims == [16, 24, 32, 48] and grid.calibration.level_max.shape == (20, 2)
+    assert grid.calibration.level_max.isfinite().all()
+    result = grid.score(root / "ball" / "test" / "good")
+    assert result.p_value.isfinite().all() and result.threshold.isfinite().all()
+
+
+def test_its_images_are_squares(grid: GridModel, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map is stretched back over the whole image, from a Scorer too; features on disk are not those of others."""
+    image = read_image(root / "ball" / "test" / "patch" / "1.png")
+    wide = resize_image(image, (48, 200))
+    assert preprocess(image, grid.config).shape == (3, 64, 64) == preprocess(wide, grid.config).shape
+    assert seen_shape((48, 200), grid.config) == (64, 64)
+    result = grid.score(wide)
+    assert result.anomaly_map.shape == (1, 48, 200)
+    peak = divmod(int(result.anomaly_map.argmax()), 200)
+    assert 16 <= peak[0] < 32 and 16 / 56 * 200 <= peak[1] < 32 / 56 * 200  # where the patch is
+    scorer = Scorer(grid, frame_size=(48, 200))
+    frame = scorer(wide)
+    assert frame.score == float(result.image_score) and frame.anomaly_map.shape == (48, 200)
+    rounding.assert_close(frame.anomaly_map, lambda model: model.score(wide).anomaly_map[0], grid)
+    seen = grid.score(wide, map_size="seen").anomaly_map
+    assert seen.shape == (1, 32, 32)
+    feature_set(grid, root, cache="disk", cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(GridConfig, "square", False)
+        assert seen_shape((48, 200), grid.config) == (64, 267)
+        feature_set(grid, root, cache="disk", cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    cropped = grid.config.replace(center_crop=True)
+    assert preprocess(wide, cropped).equal(centre_crop(wide, 64)) and not preprocess(wide, grid.config).equal(
+        preprocess(wide, cropped)
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 41), (40, 1), (1, 70_000), (9000, 2), (64, 64)])
+def test_images_of_any_size_become_squares(grid: GridModel, size: tuple[int, int]) -> None:
+    image = torch.rand(3, *size)
+    for normalization in ("calibrated", "official"):
+        result = grid.score(image, normalization=normalization)
+        assert result.anomaly_map.shape == (1, *size) and result.anomaly_map.isfinite().all()
+    assert working_set(grid, grid.config, size, cut=False) > working_set(grid, grid.config, (64, 64), cut=False) or (
+        size == (64, 64)
+    )
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[size[0] // 2 :, size[1] // 2 :] = True
+    seen = preprocess(mask, grid.config)
+    assert seen.dtype == torch.bool and seen.shape == (64, 64) and seen.equal(resize_mask(mask, (64, 64)))
+
+
+def test_all_its_published_procedures_are_evaluated(
+    grid: GridModel, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = evaluate(grid, root)
+    assert list(evaluation.figures) == ["official", "official add", "honest"]
+    sample = sorted((root / "cube" / "test" / "patch").glob("*.png"))[0]
+    maps = official_maps_of([densities(grid, image_features(grid, read_image(sample)), None)[0]], 64)
+    for protocol, name in (("official", "mul"), ("official add", "add")):
+        (scored,) = (image for image in evaluation.images[protocol] if image.path == str(sample.relative_to(root)))
+        assert scored.score == float(maps[name].scores)
+        assert f"{protocol} protocol: map '{name}' (" in evaluation.table()
+        assert "AUPRO 30 % by 800 thresholds" in evaluation.descriptions[protocol]
+        pooled = evaluation.pooled[protocol]
+        assert "pixel_aupro_5" in pooled.intervals and "pixel_aupro_30" not in pooled.intervals
+    assert "pixel_aupro_30" in evaluation.pooled["honest"].intervals and "honest" not in evaluation.descriptions
+    official = grid.score(sample, normalization="official")
+    assert float(official.image_score) == float(maps["mul"].scores) < float(official.anomaly_map.max())
+    rounding.assert_close(
+        official.anomaly_map, lambda model: model.score(sample, normalization="official").anomaly_map, grid
+    )
+    features = image_features(grid, read_image(sample))
+    monkeypatch.setattr(GridModel, "prepare", Detector.prepare)  # these are prepared already
+    assert grid.score_features(features, normalization="official").image_score.equal(maps["mul"].scores)
+
+
+def test_800_thresholds_stand_where_they_are_asked_for(
+    grid: GridModel, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = evaluate(grid, root, details=False)
+    monkeypatch.setattr(GridModel, "official_aupro", "exact")
+    exact = evaluate(grid, root, details=False)
+    assert exact.figures["honest"] == asked.figures["honest"]
+    for protocol in ("official", "official add"):
+        assert "800" not in exact.descriptions[protocol]
+        one, other = (evaluation.pooled[protocol] for evaluation in (exact, asked))
+        assert dataclasses.replace(one, pixel_aupro_30=0.0) == dataclasses.replace(other, pixel_aupro_30=0.0)
+        assert one.pixel_aupro_30 != other.pixel_aupro_30
+
+
+def test_groups_are_shown_with_their_purity(grid: GridModel, root: Path, grid_run: Path, tmp_path: Path) -> None:
+    evaluation = evaluate(grid, root)
+    groups = [image.inferred_class for image in evaluation.images["honest"]]
+    sizes = {name: sum(row.values()) for name, row in evaluation.groups.items()}
+    assert sizes == {name: groups.count(name) for name in set(groups)}
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    assert evaluation.purity == sum(max(row.values()) for row in evaluation.groups.values()) / 12
+    assert f"purity {100 * evaluation.purity:.1f}%" in evaluation.table() and f"images a group: {next(iter(sizes))} "
+    content = json.loads(json.dumps(evaluation.to_dict()))
+    assert content["purity"] == evaluation.purity and content["groups"] == evaluation.groups
+    again = type(evaluation).from_dict(content)
+    assert again == evaluation and again.table() == evaluation.table()
+    for part in content["protocols"].values():  # as it was written before
+        part.pop("description", None)
+    del content["groups"], content["purity"]
+    assert type(evaluation).from_dict(content).purity == evaluation.purity
+    for _ in range(2):  # computed, and from the evaluation that is kept
+        done = CliRunner().invoke(app, ["report", str(grid_run), "--data", str(root), "-o", str(tmp_path / "r.html")])
+        assert done.exit_code == 0, done.output
+    page = (tmp_path / "r.html").read_text()
+    assert '<h2 id="groups">Groups</h2>' in page and f"The test images fall to {len(sizes)} of them" in page
+    assert "Three protocols stand side by side" in page and "official add protocol, all classes together" in page
+    assert "map &#39;mul&#39;" in page and "told the class" not in page and ", borrows</td>" in page
+    assert "of the group prototype" in page and "What the threshold of each group rests on" in page
+
+
+def test_the_commands_take_it(grid_run: Path, root: Path, tmp_path: Path) -> None:
+    model, image = str(grid_run / "model.safetensors"), str(root / "ball" / "test" / "good" / "0.png")
+
+    def run(*command: str) -> Any:
+        return CliRunner().invoke(app, list(command), env={"COLUMNS": "200"})
+
+    shown = run("info", model)
+    assert (
+        "square, side 64" in shown.stdout
+        and "20 of its own: prototype 0, prototype 1, ..., prototype 19" in shown.stdout
+    )
+    assert re.search(r"(normal|ANOMALOUS) +prototype \d+ +.*0\.png", run("score", model, image).stdout)
+    assert "official add protocol" in run("eval", model, str(root)).stdout
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        done = run("calibrate", model, str(root), "-o", str(tmp_path / "model.safetensors"))
+    assert done.exit_code == 0 and re.search(r"\d+ of 20 groups have fewer than 3", done.stderr)
+    assert "hgad, vqflow" in run("train", "--help").output
+    done = run("ablate", str(root), "--method", "grid", "--centres", "5")
+    assert done.exit_code == 1 and "--centres is '5', and models of the method 'grid' have no centres" in done.stderr
+    done = run("ablate", str(root), "--method", "grid", "--variant", "none")
+    assert done.exit_code == 1 and "there is no variant 'none'; the method has one, grid" in done.stderr
+    for options, message in (
+        (("--tiles", "always"), "tiles is 'always': the method 'grid' looks at a feature map as a whole"),
+        (("--img-size", "96"), "img_size is 96: the method 'grid' looks at a feature map as a whole"),
+        (("--img-size", "native"), "img_size is 'native': the method 'grid'"),
+    ):
+        done = run("score", model, image, *options)
+        assert done.exit_code == 1 and message in done.stderr
+
+
+def test_it_is_ablated_by_its_first_procedure(root: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        actual = ablate.run(root, grid_config(), tmp_path, training_images=12, say=lambda text: None)
+        model = hgad_fast.load(tmp_path / "grid" / "model.safetensors")
+    expected = evaluate(model, root, details=False).mean("official")
+    figures = actual["variants"]["grid"]["figures"]
+    assert figures["official"]["likelihood"]["mean"][0] == expected.image_auroc
+    assert figures.keys() == {"official", "class inferred"}
+    image = densities(model, image_features(model, read_image(root / "cube" / "test" / "patch" / "0.png")), None)
+    (maps, scores), (published, *_) = ablate._official(image, model)["likelihood"], model.official_maps(image).values()
+    assert torch.equal(torch.stack(maps), published.maps) and scores == published.scores.tolist()

@@ -35,7 +35,8 @@ from ..scoring.calibration import (
     required_calibration,
 )
 from ..scoring.densities import densities
-from ..scoring.maps import calibrated_maps, official_maps
+from ..scoring.maps import calibrated_maps
+from ..scoring.score import first_official
 from . import metrics
 from .evaluate import Features, mean, seen_mask, test_set, without_nan
 
@@ -91,8 +92,9 @@ def run(
         The content of ``ablation.json``; under "variants" it has of each "figures" (setting -> map -> image and pixel
         AUROC, mean and per class), "confusion", "log_density_overlap" (of normal and anomalous pixels, by class and
         mean: 1 where the density cannot tell them apart, 0 where it always does) and "false_alarms". The settings are
-        the official normalisation with the class given, and the calibrated one with the class given and inferred. The
-        maps are those of each part of the densities and, where there are several, their product and standardised sum.
+        the official procedure (of several: the first) with the class given, and the calibrated normalisation with the
+        class given and inferred. The maps are those of each part of the densities and, where there are several, their
+        product and standardised sum.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -201,8 +203,8 @@ def _compare(model: Detector, shared: _Data, folder: Path, progress: ShowProgres
         samples = [dataset.test[i] for i in rows]
         for setting, images in settings.items():
             maps_of = _official if setting == "official" else _calibrated
-            for kind, maps in maps_of([images[i] for i in rows], model).items():
-                figures[setting].setdefault(kind, {})[name] = _aurocs(model, samples, maps)
+            for kind, scored in maps_of([images[i] for i in rows], model).items():
+                figures[setting].setdefault(kind, {})[name] = _aurocs(model, samples, *scored)
     for by_kind in figures.values():
         for by_class in by_kind.values():
             by_class["mean"] = [mean(aurocs) for aurocs in zip(*by_class.values(), strict=True)]
@@ -230,18 +232,26 @@ def _part_alone(image: Densities, part: str) -> Densities:
     return dataclasses.replace(image, logps=image.parts[part], neg_entropy=[])
 
 
-def _official(images: list[Densities], model: Detector) -> dict[str, list[Tensor]]:
-    """Return the official maps of the images of a class: of each part and, if there are several, their product."""
-    size = model.config.msk_size
-    maps = {part: official_maps([_part_alone(image, part) for image in images], size) for part in images[0].parts}
-    if len(maps) > 1:
-        first, *others = maps.values()
-        maps["product"] = math.prod(others, start=first)
-    return {kind: list(of_images) for kind, of_images in maps.items()}
+def _official(images: list[Densities], model: Detector) -> dict[str, tuple[list[Tensor], list[float]]]:
+    """Return official maps and scores of the images of a class: of each part and, if there are several, their product.
+
+    They are those of the first procedure that the method was published with.
+    """
+    parts = {part: [_part_alone(image, part) for image in images] for part in images[0].parts}
+    if len(parts) > 1:
+        parts["product"] = images
+    published = {kind: first_official(model, of_images) for kind, of_images in parts.items()}
+    return {kind: (list(maps), scores.tolist()) for kind, (maps, scores, _) in published.items()}
 
 
-def _calibrated(images: list[Densities], model: Detector) -> dict[str, list[Tensor]]:
-    """Return the calibrated maps of images: of each part and, if there are several, their two `FUSIONS`."""
+def _calibrated(images: list[Densities], model: Detector) -> dict[str, tuple[list[Tensor], list[float]]]:
+    """Return calibrated maps and scores of images: of each part and, if there are several, their two `FUSIONS`."""
+    maps = _calibrated_maps(images, model)
+    return {kind: (of_kind, [float(anomaly_map.max()) for anomaly_map in of_kind]) for kind, of_kind in maps.items()}
+
+
+def _calibrated_maps(images: list[Densities], model: Detector) -> dict[str, list[Tensor]]:
+    """Return the maps of `_calibrated`."""
     calibration, size = required_calibration(model), model.config.msk_size
     # The maxima of the levels: those of the log-densities are calibrated, the other parts cannot pass 0.
     maxima = [calibration.level_max, *[torch.zeros_like(calibration.level_max)] * (len(images[0].parts) - 1)]
@@ -260,7 +270,9 @@ def _calibrated(images: list[Densities], model: Detector) -> dict[str, list[Tens
     return maps | {"product": products, "standardised": sums}
 
 
-def _aurocs(model: Detector, samples: list[Sample], maps: list[Tensor]) -> tuple[float, float]:
+def _aurocs(
+    model: Detector, samples: list[Sample], maps: list[Tensor], image_scores: list[float]
+) -> tuple[float, float]:
     """Return image and pixel AUROC of one class; NaN where its test images are all normal or all anomalous.
 
     Anomalous images without a mask do not count for the pixels.
@@ -268,7 +280,7 @@ def _aurocs(model: Detector, samples: list[Sample], maps: list[Tensor]) -> tuple
     labels = [sample.is_anomalous for sample in samples]
     image_auroc = math.nan
     if 0 < sum(labels) < len(labels):
-        image_auroc = metrics.auroc([float(anomaly_map.max()) for anomaly_map in maps], labels)
+        image_auroc = metrics.auroc(image_scores, labels)
     scores, truth = [], []
     for sample, anomaly_map in zip(samples, (m.cpu() for m in maps), strict=True):
         if sample.mask or not sample.is_anomalous:

@@ -33,6 +33,7 @@ COLOURS = {
     "line-3": "#01010b",
 }
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)))  # of line-0 to line-3
+_FURTHER = (("line-3", 2), ("line-2", 3))  # colour and dashes of official protocols after the first
 _SIZE = (4.4, 3.1)  # inches of 72 CSS pixels
 
 
@@ -97,13 +98,13 @@ class Chart:
 def curves(lines: Sequence[tuple[ArrayLike, str]], x: str, y: str, description: str, *, end: float = 1.0) -> str:
     """Return a chart of curves (2, n) in the unit square, cut at x = `end`, each with the name of its colour.
 
-    The curves in "muted" are thin, those in "official" dashed. Later ones lie on top.
+    The curves in "muted" are thin, those in "official" and of `further_key` dashed. Later ones lie on top.
     """
-    chart = Chart(x, y)
+    chart, dashes = Chart(x, y), {"official": 1} | dict(_FURTHER)
     for i, (points, colour) in enumerate(lines):
         horizontal, vertical = _cut(np.asarray(points, dtype=float), end)
         style = {"width": 1.0, "alpha": 0.5} if colour == "muted" else {"width": 2.2}
-        chart.line(horizontal, vertical, colour, dash=int(colour == "official"), zorder=2 + i, **style)
+        chart.line(horizontal, vertical, colour, dash=dashes.get(colour, 0), zorder=2 + i, **style)
     chart.axes.set_xlim(0, end)
     chart.axes.set_ylim(0, 1)
     return chart.svg(description)
@@ -206,6 +207,12 @@ def training(lines: Sequence[ArrayLike], y: str, description: str, marks: Sequen
         chart.mark(mark)
     chart.axes.xaxis.set_major_locator(_whole_numbers(6))
     return chart.svg(description)
+
+
+def further_key(number: int) -> tuple[str, str]:
+    """Return colour (of `COLOURS`) and CSS class of an official protocol after the first, by its number from 0."""
+    colour, dash = _FURTHER[number % len(_FURTHER)]
+    return colour, f"dash-{dash}"
 
 
 def level_colour(level: int) -> str:

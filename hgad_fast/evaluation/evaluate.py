@@ -133,6 +133,22 @@ class Evaluation:
         return mean(image.inferred_class == image.class_name for image in self._test_images)
 
     @property
+    def groups(self) -> dict[str, dict[str, int]]:
+        """Group -> class -> number of images, for the groups that any image is taken for, the largest first."""
+        counts: dict[str, Counter[str]] = {}
+        for image in self._test_images:
+            counts.setdefault(image.inferred_class, Counter())[image.class_name] += 1
+        by_size = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
+        return {name: dict(row) for name, row in by_size}
+
+    @property
+    def purity(self) -> float:
+        """Share of images whose class is the most frequent one of their group; NaN where groups are the classes."""
+        if self.knows_classes:
+            return math.nan
+        return sum(max(row.values()) for row in self.groups.values()) / len(self._test_images)
+
+    @property
     def false_alarm_rate(self) -> float:
         """Share of normal test images called anomalous, of those with a threshold; NaN without any."""
         return self._flagged_share(False)
@@ -181,6 +197,8 @@ class Evaluation:
         summary = ("inferred_class_accuracy", "confusion", "false_alarm_rate", "recall", "n_normal", "n_anomalous")
         content: dict[str, Any] = {"protocols": protocols, **{name: getattr(self, name) for name in summary}}
         content["knows_classes"] = self.knows_classes
+        if not self.knows_classes:
+            content |= {"groups": self.groups, "purity": self.purity}
         if details:
             content["images"] = {
                 protocol: [asdict(image) for image in images] for protocol, images in self.images.items()
@@ -221,6 +239,13 @@ class Evaluation:
         if self.knows_classes:
             total = self.n_normal + self.n_anomalous
             lines.append(f"inferred class right in {self.inferred_class_accuracy:.1%} of {total} images")
+        else:
+            lines.append(
+                f"groups: purity {_percent(self.purity)}% (images whose class is the most frequent one of their group)"
+            )
+            sizes = [f"{name} {sum(row.values())}" for name, row in self.groups.items()]
+            others = f", and {len(sizes) - _GROUPS} smaller groups" if len(sizes) > _GROUPS else ""
+            lines.append(f"images a group: {', '.join(sizes[:_GROUPS])}{others}")
         if not (math.isnan(self.recall) and math.isnan(self.false_alarm_rate)):
             lines.append(
                 f"at the thresholds: {_percent(self.recall)}% of the {self.n_anomalous} defects found, "
@@ -235,6 +260,7 @@ _DESCRIPTIONS = {  # of the protocols, for a model whose groups are the classes 
     ("honest", True): "class inferred, each score from its image alone",
     ("honest", False): "each score from its image alone",
 }
+_GROUPS = 40  # groups that a table names
 # Of FIGURES in their order; i: of images, p: of pixels.
 _HEADS = ("i-AUROC", "i-AP", "i-F1max", "p-AUROC", "p-AP", "p-F1max", "AUPRO.3", "AUPRO.05")
 

@@ -35,7 +35,17 @@ from ..scoring.calibration import Calibration
 from ..scoring.score import score_images
 from ..training.checkpoint import BEST, METRICS, MODEL, RUN
 from . import charts
-from .evaluate import Evaluation, Figures, ScoredImage, evaluate, test_set
+from .evaluate import Evaluation, ScoredImage, evaluate, test_set
+from .report_figures import (
+    curve_panels,
+    figure_tables,
+    finite_or_none,
+    group_table,
+    panel,
+    percent,
+    protocol_names,
+    tiles,
+)
 
 EVALUATION = "evaluation.json"
 EVALUATION_FORMAT = 2
@@ -185,6 +195,7 @@ def _page(
         "tiles": None,
         "figures": None,
         "curves": None,
+        "groups": None,
         "scores": _scores(model, evaluation),
         "calibration": _calibration(model, evaluation),
         "mistakes": None,
@@ -193,9 +204,10 @@ def _page(
         "version": VERSION,
     }
     if dataset is not None and evaluation is not None:
-        page["tiles"] = _tiles(model, evaluation)
-        page["figures"] = _figures(evaluation)
-        page["curves"] = _curves(evaluation)
+        page["groups"] = group_table(model, evaluation)
+        page["tiles"] = tiles(model, evaluation)
+        page["figures"] = figure_tables(evaluation)
+        page["curves"] = curve_panels(evaluation)
         page["mistakes"] = _mistakes(model, dataset, evaluation)
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     return Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(page)
@@ -214,172 +226,6 @@ def _lead(model: Detector, evaluation: Evaluation | None) -> str:
     return f"{lead} Here it is tested on {tested}."
 
 
-def _protocols(evaluation: Evaluation) -> list[str]:
-    """Return the protocols, the honest one first; a model without calibration has only the official one."""
-    return sorted(evaluation.figures)
-
-
-def _tiles(model: Detector, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Return the figures that a reader wants first."""
-    main, *others = _protocols(evaluation)
-    tiles = []
-    for figure, name in (
-        ("image_auroc", "Image AUROC"),
-        ("pixel_auroc", "Pixel AUROC"),
-        ("pixel_aupro_30", "AUPRO 30 %"),
-    ):
-        words = [f"{main}{', mean of the classes' if len(evaluation.figures[main]) > 1 else ''}"]
-        words += [f"{protocol}: {_percent(getattr(evaluation.mean(protocol), figure))}" for protocol in others]
-        tiles.append({"name": name, "value": _percent(getattr(evaluation.mean(main), figure)), "words": words})
-    judged = [image for image in evaluation.images[main] if image.is_flagged is not None]
-    for is_anomalous, name in ((True, "Defects found"), (False, "False alarms")):
-        flags = [image.is_flagged for image in judged if image.is_anomalous == is_anomalous]
-        if flags and model.calibration is not None:
-            words = ["at the model's thresholds"]
-            if not is_anomalous:
-                words = ["among the normal images", f"target: {_percent(model.calibration.false_alarm_rate)}"]
-            tiles.append({"name": name, "value": f"{sum(map(bool, flags))} of {len(flags)}", "words": words})
-    if evaluation.knows_classes and len(model.groups) > 1:
-        words = ["of the images were taken for what they show"]
-        tiles.append(
-            {"name": "Class recognised", "value": _percent(evaluation.inferred_class_accuracy), "words": words}
-        )
-    return tiles
-
-
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    """Return a table for images and one for pixels, with both protocols side by side, and the classes confused."""
-    protocols = _protocols(evaluation)
-    by_class = {
-        name: [evaluation.figures[protocol][name] for protocol in protocols]
-        for name in evaluation.figures[protocols[0]]
-    }
-    summary = {
-        "mean": [evaluation.mean(protocol) for protocol in protocols],
-        "pooled": [evaluation.pooled[protocol] for protocol in protocols],
-    }
-    tables = []
-    for kind, caption in _TABLES.items():
-        names = [name for name in _NAMES if name.startswith(kind)]
-        tables.append(
-            {
-                "caption": caption,
-                "metrics": [_NAMES[name] for name in names],
-                "protocols": protocols,
-                "groups": [
-                    [(row_name, _cells(columns, names)) for row_name, columns in rows.items()]
-                    for rows in (by_class, summary)
-                ],
-            }
-        )
-    confusion = [
-        (name, inferred, count, sum(row.values()))
-        for name, row in evaluation.confusion.items()
-        for inferred, count in sorted(row.items())
-        if inferred != name and evaluation.knows_classes
-    ]
-    return {
-        "tables": tables,
-        "protocols": [
-            (name, words.format(evaluation.checkpoints[name]))
-            for name, words in _PROTOCOLS.items()
-            if name in protocols
-        ],
-        "confusion": confusion,
-    }
-
-
-def _cells(columns: list[Figures], names: list[str]) -> list[tuple[float | None, tuple[float, float] | None]]:
-    """Return each named figure of each column, the columns of one figure side by side, with its interval."""
-    return [
-        (_finite_or_none(getattr(column, name)), column.intervals.get(name)) for name in names for column in columns
-    ]
-
-
-_PROTOCOLS = {
-    "honest": "As in use: nobody tells the model which class an image shows, and normalisation and thresholds come "
-    "from normal images that were held out of the training. A score depends on its image alone. Checkpoint: {}.",
-    "official": "As published: the model is told the class of each image, and the maps of a class are normalised by "
-    "maxima over its test images. Comparable with published tables, but out of reach in use. Checkpoint: {}.",
-}
-_TABLES = {
-    "image": "Images: is a defective one told from a normal one? In percent.",
-    "pixel": "Pixels: is the defect found within the image? In percent.",
-}
-_NAMES = {
-    "image_auroc": "AUROC",
-    "image_average_precision": "AP",
-    "image_f1_max": "F1max",
-    "pixel_auroc": "AUROC",
-    "pixel_average_precision": "AP",
-    "pixel_f1_max": "F1max",
-    "pixel_aupro_30": "AUPRO 30 %",
-    "pixel_aupro_5": "AUPRO 5 %",
-}
-
-
-def _panel(svg: str, title: str, words: str) -> dict[str, Any]:
-    """Return a chart with its title and explanation, as the page takes it."""
-    from markupsafe import Markup
-
-    return {"svg": Markup(svg), "title": title, "words": words}
-
-
-def _curves(evaluation: Evaluation) -> dict[str, Any] | None:
-    """Return ROC and precision-recall curves of images and of pixels, and PRO, of all classes together and of each."""
-    main, *others = _protocols(evaluation)
-    classes = evaluation.figures[main] if len(evaluation.figures[main]) > 1 else {}
-    panels = []
-    for name, title, words, x, y in _CURVES:
-        layers = [("muted", figures) for figures in classes.values()]
-        layers += [(protocol, evaluation.pooled[protocol]) for protocol in (*others, main)]  # the last lies on top
-        if lines := [(figures.curves[name], colour) for colour, figures in layers if name in figures.curves]:
-            end = 0.3 if name == "pixel_pro" else 1.0
-            panels.append(_panel(charts.curves(lines, x, y, f"{title}. {words}", end=end), title, words))
-    legend = [(protocol, protocol, f"{protocol} protocol, all classes together") for protocol in (main, *others)]
-    legend += [("muted", "thin", f"a single class, {main} protocol")] if classes else []
-    return {"panels": panels, "legend": legend} if panels else None
-
-
-_CURVES = (
-    (
-        "image_roc",
-        "Images: ROC",
-        "How many defective images are found for how many false alarms.",
-        "false-alarm rate",
-        "defective images found",
-    ),
-    (
-        "image_pr",
-        "Images: precision and recall",
-        "How many alarms are true while more and more defective images are found.",
-        "defective images found",
-        "alarms that are true",
-    ),
-    (
-        "pixel_roc",
-        "Pixels: ROC",
-        "How much of the defective area is found for how much of the normal area.",
-        "normal area marked",
-        "defective area found",
-    ),
-    (
-        "pixel_pr",
-        "Pixels: precision and recall",
-        "How much of the marked area is defective while more and more of it is found.",
-        "defective area found",
-        "marked area that is defective",
-    ),
-    (
-        "pixel_pro",
-        "Regions: PRO",
-        "How much of a defect is covered, averaged over the defects, small and large alike.",
-        "normal area marked",
-        "mean cover of a defect",
-    ),
-)
-
-
 # ------------------------------------------------------------------------------------------------ scores, calibration
 
 
@@ -391,7 +237,7 @@ def _ratio(image: ScoredImage) -> float:
 def _scores(model: Detector, evaluation: Evaluation | None) -> dict[str, Any] | None:
     """Return a histogram of the scores of each class: of its test images, else of those held out for calibration."""
     if evaluation is not None:
-        images = evaluation.images[_protocols(evaluation)[0]]
+        images = evaluation.images[protocol_names(evaluation)[0]]
     elif model.calibration is not None:
         images = _calibration_images(model, model.calibration)
     else:
@@ -415,7 +261,7 @@ def _scores(model: Detector, evaluation: Evaluation | None) -> dict[str, Any] | 
             words += "."
         x, mark = ("score / threshold", 1.0) if judged else ("score", None)
         svg = charts.histogram(normal, defective, x, f"Histogram of the scores of {name}. {words}", mark)
-        panels.append(_panel(svg, name, words))
+        panels.append(panel(svg, name, words))
     legend = [("normal", "", "normal images")]
     legend += [("defect", "", "defective images")] if evaluation else []
     legend += [("ink", "official", "threshold")] if judged else []
@@ -428,7 +274,7 @@ def _calibration_images(model: Detector, calibration: Calibration) -> list[Score
     _, _, thresholds, _ = calibration.judge(calibration.scores, calibration.class_ids)
     names = [model.groups[k] for k in calibration.class_ids.tolist()]
     return [
-        ScoredImage("", name, name, GOOD, False, score, threshold=_finite_or_none(threshold))
+        ScoredImage("", name, name, GOOD, False, score, threshold=finite_or_none(threshold))
         for name, score, threshold in zip(names, calibration.scores.tolist(), thresholds.tolist(), strict=True)
     ]
 
@@ -440,7 +286,9 @@ def _calibration(model: Detector, evaluation: Evaluation | None) -> dict[str, An
         return None
     section: dict[str, Any] = {
         "count": len(calibration.scores),
-        "rate": _percent(calibration.false_alarm_rate),
+        "rate": percent(calibration.false_alarm_rate),
+        "kind": "class" if model.groups_are_classes else "group",
+        "borrowers": len(calibration.borrowers),
         "panels": [],
         "tables": [_threshold_table(model, calibration, evaluation)],
     }
@@ -495,8 +343,8 @@ def _rates_table(rows: list[_AtRate]) -> dict[str, Any]:
         "heads": ["Target rate", "Attainable rate", "False alarms", "Expected (95 %)", "Defects found"],
         "rows": [
             [
-                _percent(row.target),
-                _percent(row.attainable),
+                percent(row.target),
+                percent(row.attainable),
                 _share(row.false_alarms, row.normal),
                 "{} to {}".format(*row.expected) if row.normal else "–",
                 _share(row.found, row.defective),
@@ -515,12 +363,12 @@ def _rate_panels(rows: list[_AtRate]) -> list[dict[str, Any]]:
         actual = [row.false_alarms / normal for row in rows]
         words = "Thresholds that keep their promise stay within the band."
         svg = charts.rates(targets, actual, "normal images called defective", f"False alarms. {words}", band=band.T)
-        panels.append(_panel(svg, "False alarms", words))
+        panels.append(panel(svg, "False alarms", words))
     if defective := rows[0].defective:
         recall = [row.found / defective for row in rows]
         words = "What fewer false alarms cost."
         svg = charts.rates(targets, recall, "defective images found", f"Defects found. {words}")
-        panels.append(_panel(svg, "Defects found", words))
+        panels.append(panel(svg, "Defects found", words))
     return panels
 
 
@@ -531,7 +379,8 @@ def _threshold_table(model: Detector, calibration: Calibration, evaluation: Eval
     counts = torch.bincount(calibration.class_ids, minlength=len(ids)).tolist()
     rows = []
     for name, count, threshold, rate in zip(model.groups, counts, thresholds.tolist(), rates.tolist(), strict=True):
-        row = [name, str(count), f"{threshold:.4g}" if math.isfinite(threshold) else "–", _percent(rate)]
+        images = f"{count}, borrows" if model.groups.index(name) in calibration.borrowers else str(count)
+        row = [name, images, f"{threshold:.4g}" if math.isfinite(threshold) else "–", percent(rate)]
         if evaluation is not None:
             judged = [
                 image
@@ -543,9 +392,10 @@ def _threshold_table(model: Detector, calibration: Calibration, evaluation: Eval
                 flags = [image.is_flagged for image in judged if image.is_anomalous == is_anomalous]
                 row.append(_share(sum(map(bool, flags)), len(flags)))
         rows.append(row)
-    heads = ["Class", "Calibration images", "Threshold", "Attainable rate"]
+    kind = "Class" if model.groups_are_classes else "Group"
+    heads = [kind, "Calibration images", "Threshold", "Attainable rate"]
     heads += ["False alarms", "Defects found"] if evaluation else []
-    return {"caption": "What the threshold of each class rests on", "heads": heads, "rows": rows}
+    return {"caption": f"What the threshold of each {kind.lower()} rests on", "heads": heads, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -553,7 +403,7 @@ def _threshold_table(model: Detector, calibration: Calibration, evaluation: Eval
 
 def _mistakes(model: Detector, dataset: Dataset, evaluation: Evaluation) -> dict[str, Any] | None:
     """Return the images that are most wrong, or closest to it, and the names of all that are wrong."""
-    judged = [image for image in evaluation.images[_protocols(evaluation)[0]] if image.is_flagged is not None]
+    judged = [image for image in evaluation.images[protocol_names(evaluation)[0]] if image.is_flagged is not None]
     if not judged:
         return None
     parts = []
@@ -589,6 +439,9 @@ def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, 
         is_anomalous=scored.is_flagged,
         is_defective=scored.is_anomalous,
     )
+    taken_for = "" if scored.inferred_class == scored.class_name else f"taken for {scored.inferred_class}"
+    if not model.groups_are_classes:
+        taken_for = f"of the group {scored.inferred_class}"
     verdict = "called defective" if scored.is_flagged else "called normal"
     if case.is_wrong:
         verdict = "missed" if scored.is_anomalous else "false alarm"
@@ -602,7 +455,7 @@ def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, 
         "is_wrong": case.is_wrong,
         "ratio": f"{_ratio(scored):.2f}",
         "p_value": f"{scored.p_value:.3f}",
-        "taken_for": scored.inferred_class if scored.inferred_class != scored.class_name else "",
+        "taken_for": taken_for,
         "file": scored.path,
         "has_mask": case.mask is not None,
     }
@@ -644,7 +497,7 @@ def _training(path: Path, model: Detector) -> dict[str, Any]:
     speeds = [record["images_per_second"] for record in records]
     curves.append(("images a second", "Speed", "How many images were trained in a second.", [speeds]))
     panels = [
-        _panel(charts.training(lines, y, f"{title}. {words}", list(changes)), title, words)
+        panel(charts.training(lines, y, f"{title}. {words}", list(changes)), title, words)
         for y, title, words, lines in curves
         if np.isfinite(lines).any()
     ]
@@ -684,13 +537,4 @@ def _setting(value: Any) -> str:
 
 def _share(part: int, whole: int) -> str:
     """Return a share as text, e.g. "5.0 % (1 of 20)"; a dash of nothing."""
-    return f"{_percent(part / whole)} ({part} of {whole})" if whole else "–"
-
-
-def _percent(value: float) -> str:
-    """Return a share in percent as text; a dash for NaN."""
-    return "–" if math.isnan(value) else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return f"{percent(part / whole)} ({part} of {whole})" if whole else "–"

@@ -221,7 +221,7 @@ def may_cut(
     is_local = encoder.is_local
     cut = model.pointwise and (tiles == "always" or tiles == "auto" and (is_local or needs(cut=False) > limit))
     if (needed := needs(cut=cut)) > limit:
-        remedy = "a smaller img_size"
+        remedy = "a smaller img_size" if model.pointwise else "a smaller img_size to train at"
         if tiles == "never" and is_local and model.pointwise:
             remedy += ", tiles='auto'"
         elif cut:

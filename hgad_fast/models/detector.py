@@ -181,8 +181,18 @@ class Detector(nn.Module):
         return {}
 
     @classmethod
-    def variants(cls, config: Any) -> dict[str, Any]:
-        """Return the configurations, by name, that an ablation of the method compares; the given one by default."""
+    def variants(cls, config: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+        """Return the configurations, by name, that an ablation of the method compares; the given one by default.
+
+        Args:
+            config: what they have in common.
+            names: some of them; None: all.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if unknown := [name for name in names or () if name != config.method]:
+            raise ValueError(f"there is no variant {unknown[0]!r}; the method has one, {config.method}")
         return {config.method: config}
 
     def convert_checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None:

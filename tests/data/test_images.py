@@ -441,6 +441,16 @@ def test_whole_image_keeps_the_aspect(size: tuple[int, int], img_size: int, expe
     assert torch.equal(whole_image(mask, img_size), resize_mask(mask, expected))
 
 
+@pytest.mark.parametrize("size", [(320, 427), (1, 100), (20_000, 1), (8, 8)])
+def test_a_whole_image_may_become_a_square(size: tuple[int, int]) -> None:
+    image = torch.rand(3, *size)
+    assert whole_image_size(*size, 8, square=True) == (8, 8)
+    assert torch.equal(whole_image(image, 8, square=True), resize_image(image, (8, 8)))
+    mask = image[0] > 0.5
+    assert torch.equal(whole_image(mask, 8, square=True), resize_mask(mask, (8, 8)))
+    assert whole_image_size(*size, "native", square=True) == (min(size), min(size))
+
+
 @pytest.mark.parametrize("size", [(320, 427), (600, 800), (1240, 500), (257, 999), (64, 64), (999, 257)])
 @pytest.mark.parametrize("img_size", [256, 255, 77])
 def test_centre_crop_is_that_of_torchvision(size: tuple[int, int], img_size: int) -> None:

@@ -327,6 +327,38 @@ def test_work_does_not_grow_with_the_thresholds_and_the_figure_is_that_of_800(mo
     assert len(labelled) == 800 * 3
 
 
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_pro_800_is_the_customary_figure_without_labelling_at_every_threshold(
+    n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, masks = defects(n, 64, seed=n)
+    maps = [map_.astype(np.float64) for map_ in maps]
+    expected = aupro_800(maps, masks)
+    labelled, label = [], ndimage.label
+
+    def counted_label(mask: np.ndarray, *rest: np.ndarray) -> tuple[np.ndarray, int]:
+        labelled.append(mask.size)
+        return label(mask, *rest)
+
+    monkeypatch.setattr(ndimage, "label", counted_label)
+    assert metrics.pro_800(iter(maps), iter(masks)) == pytest.approx(expected, rel=EXACT)
+    assert len(labelled) == sum(mask.any() for mask in masks)
+
+
+def test_pro_800_by_hand() -> None:
+    """Thresholds 0, 0.25, 0.5 and 0.75; a pixel at a threshold is not above it, and rates below the limit are kept."""
+    map_ = np.array([[0.0, 0.25, 0.3, 0.5, 1.0, 0.1, 0.8, 0.8, 0.8, 0.8]])
+    mask = np.array([[0, 0, 0, 0, 0, 0, 1, 1, 0, 1]])
+    # Above them: 0.75: 2 of 7 normal pixels, 0.5: 2, 0.25: 4, 0: 6; of the two regions all of the pixels.
+    assert metrics.pro_800([map_], [mask], limit=0.6, steps=4) == 1.0
+    assert np.isnan(metrics.pro_800([map_], [mask], limit=0.3, steps=4))  # one rate twice, 2 / 7
+    map_[0, 9] = 0.6  # this region is covered from 0.5 on: (2/7, 1/2), (2/7, 1), (4/7, 1)
+    assert metrics.pro_800([map_], [mask], limit=0.6, steps=4) == 1.0
+    map_[0, 9] = 0.4  # and now from 0.25 on: (2/7, 1/2), (2/7, 1/2), (4/7, 1)
+    assert metrics.pro_800([map_], [mask], limit=0.6, steps=4) == pytest.approx(0.75, rel=EXACT)
+    assert np.isnan(metrics.pro_800([np.zeros((2, 2))], [np.eye(2)]))  # the same everywhere
+
+
 def trapezoids(line: np.ndarray, limit: float = 1.0) -> float:
     """Return the area under a polyline up to `limit`, as `naive_aupro` takes it."""
     area = 0.0
@@ -481,6 +513,9 @@ SQUARE = np.ones((2, 2), np.float32)
         (lambda: metrics.aupro(iter([SQUARE]), [SQUARE, None]), "maps ends after 1 images"),
         (lambda: metrics.aupro([SQUARE], [SQUARE], limit=30), "limit = 30"),
         (lambda: metrics.pixel_metrics([SQUARE], [SQUARE], limits=(0.3, 0)), "limit = 0"),
+        (lambda: metrics.pro_800([SQUARE], [None]), "masks hold no anomalous pixel"),
+        (lambda: metrics.pro_800([SQUARE * np.nan], [SQUARE]), r"maps\[0\] holds a NaN"),
+        (lambda: metrics.pro_800([SQUARE], [SQUARE], limit=2), "limit = 2"),
         (lambda: metrics.pixel_intervals([SQUARE], [None]), "masks hold no anomalous pixel"),
         (lambda: metrics.pixel_intervals([SQUARE], [SQUARE], n=0), "n = 0"),
     ],

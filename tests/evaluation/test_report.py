@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.cli import app
-from hgad_fast.evaluation import charts, report
+from hgad_fast.evaluation import charts, report, report_figures
 from hgad_fast.evaluation.evaluate import Evaluation
 
 LONG = "housing_of_the_left_front_door_actuator-variant_with_bracket.v2"  # no defects in its test set
@@ -165,7 +165,7 @@ def test_tables_hold_the_figures_of_both_protocols(page: Page, evaluation: Evalu
 
     cells = iter(page.text["td"])
     for kind in ("image", "pixel"):
-        figures = [name for name in report._NAMES if name.startswith(kind)]
+        figures = [name for name in report_figures.NAMES if name.startswith(kind)]
         rows = [{p: evaluation.figures[p][name] for p in evaluation.figures} for name in evaluation.figures["honest"]]
         rows += [{p: evaluation.mean(p) for p in evaluation.figures}, evaluation.pooled]
         for row in rows:
