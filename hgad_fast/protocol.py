@@ -88,6 +88,7 @@ class Detector(FeatureSource, Protocol):
     calibration: Any  # a `scoring.calibration.Calibration`, or None before there is one
     checkpoint: str
     official_aupro: str
+    score_share: float
 
     @property
     def stages(self) -> Mapping[int, str]: ...

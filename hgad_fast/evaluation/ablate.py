@@ -246,8 +246,11 @@ def _official(images: list[Densities], model: Detector) -> dict[str, tuple[list[
 
 def _calibrated(images: list[Densities], model: Detector) -> dict[str, tuple[list[Tensor], list[float]]]:
     """Return calibrated maps and scores of images: of each part and, if there are several, their two `FUSIONS`."""
-    maps = _calibrated_maps(images, model)
-    return {kind: (of_kind, [float(anomaly_map.max()) for anomaly_map in of_kind]) for kind, of_kind in maps.items()}
+    scores = required_calibration(model).image_scores
+    return {
+        kind: (maps, [float(scores(anomaly_map[None])) for anomaly_map in maps])
+        for kind, maps in _calibrated_maps(images, model).items()
+    }
 
 
 def _calibrated_maps(images: list[Densities], model: Detector) -> dict[str, list[Tensor]]:
@@ -315,7 +318,8 @@ def _false_alarms(
             chosen = torch.randperm(len(members), generator=generator)[: max(1, len(members) // 3)]
             rows += members[chosen].tolist()
         calibration = _calibration(model, [held_out[i] for i in sorted(rows)], "product")
-        scores = torch.stack([calibration.maps(image, model.config.msk_size).max() for image in inferred])
+        maps = [calibration.maps(image, model.config.msk_size) for image in inferred]
+        scores = torch.cat([calibration.image_scores(anomaly_map) for anomaly_map in maps])
         for rate in RATES:
             calibration.false_alarm_rate = rate
             _, flagged, _, attainable = calibration.judge(scores, group_ids)

@@ -322,8 +322,9 @@ def evaluate(
                 descriptions[protocol] = description
         if honest is not None:
             calibration = required_calibration(model)
-            maps = [calibration.maps(image, msk_size, cells)[0] for image in inferred]
-            honest.add(samples, maps, torch.stack([anomaly_map.max() for anomaly_map in maps]), group_names)
+            maps = [calibration.maps(image, msk_size, cells) for image in inferred]
+            scores = torch.cat([calibration.image_scores(anomaly_map) for anomaly_map in maps])
+            honest.add(samples, [anomaly_map[0] for anomaly_map in maps], scores, group_names)
     if honest is not None:
         tallies["honest"] = honest
     return Evaluation(

@@ -54,6 +54,8 @@ class Detector(nn.Module):
             the name under which features are cached.
         fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
             weights from the calibration.
+        score_share: share of the pixels of a calibrated map, the largest ones, whose mean is the image score; with 0 it
+            is the maximum. It becomes part of the calibration.
         official_aupro: how AUPRO 30 % is computed under the official protocols: "exact", or "official800", by 800
             thresholds as some official codes do (`evaluation.metrics.pro_800`).
         loss_terms: title and explanation of each term that the objective reports, for reports.
@@ -69,6 +71,7 @@ class Detector(nn.Module):
     pointwise: bool = True
     preparation: str = ""
     official_aupro: str = "exact"
+    score_share: float = 0.0
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}
 

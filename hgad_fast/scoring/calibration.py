@@ -15,7 +15,7 @@ from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
 from ..protocol import Densities, Detector
 from .densities import densities
-from .maps import calibrated_maps, cells_on_map
+from .maps import calibrated_maps, cells_on_map, image_scores
 
 MIN_POOLED = 3  # images a group needs for its scores to be pooled: the others standardise each, a spread takes two
 
@@ -51,6 +51,7 @@ class Calibration:
             their tails. None: the maps are multiplied, as published; so too where no image was held out.
         img_size: the size at which the images were seen; None where it is not known.
         borrowing: whether groups with fewer than `MIN_POOLED` images borrow from the others.
+        share: share of a map's pixels, the largest ones, whose mean is the image score; 0: their maximum.
     """
 
     level_max: Tensor
@@ -60,10 +61,15 @@ class Calibration:
     weights: Tensor | None = None
     img_size: int | str | None = None
     borrowing: bool = False
+    share: float = 0.0
 
     def maps(self, densities: Densities, msk_size: int, cells: int | None = None) -> Tensor:
         """Return the `calibrated_maps` of densities."""
         return calibrated_maps(densities, self.level_max, msk_size, self.weights, cells)
+
+    def image_scores(self, maps: Tensor) -> Tensor:
+        """Return the image scores (B,) of maps (B, h, w) on the grid that scores are computed on."""
+        return image_scores(maps, self.share)
 
     def judge(self, image_score: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of B images."""
@@ -122,9 +128,10 @@ class Calibration:
         return tensors if self.weights is None else tensors | {"weights": self.weights}
 
     def settings(self) -> dict[str, Any]:
-        """Return everything but the tensors, as a model file holds it; `borrowing` only where it is so."""
+        """Return everything but the tensors, as a model file holds it; the last two only where they are so."""
         settings = {"false_alarm_rate": self.false_alarm_rate, "img_size": self.img_size}
-        return settings | ({"borrowing": True} if self.borrowing else {})
+        rules = {"borrowing": self.borrowing, "share": self.share}
+        return settings | {name: value for name, value in rules.items() if value}
 
     @classmethod
     def from_tensors(
@@ -133,9 +140,10 @@ class Calibration:
         false_alarm_rate: float = 0.01,
         img_size: int | str | None = None,
         borrowing: bool = False,
+        share: float = 0.0,
     ) -> Calibration:
         """Return the calibration that `tensors` and `settings` came from."""
-        return cls(**tensors, false_alarm_rate=false_alarm_rate, img_size=img_size, borrowing=borrowing)
+        return cls(**tensors, false_alarm_rate=false_alarm_rate, img_size=img_size, borrowing=borrowing, share=share)
 
 
 def few(counts: Sequence[int]) -> list[int]:
@@ -261,12 +269,17 @@ def calibration_of(
     cells = cells_on_map(model, img_size)
     groups = torch.tensor([int(image.group_ids) for image in image_densities], dtype=torch.int64)
     calibration = Calibration(
-        level_max, torch.empty(0), groups, img_size=img_size, borrowing=not model.groups_are_classes
+        level_max,
+        torch.empty(0),
+        groups,
+        img_size=img_size,
+        borrowing=not model.groups_are_classes,
+        share=model.score_share,
     )
     if (fusion or model.fusion) == "standardised" and image_densities and len(image_densities[0].parts) > 1:
         calibration.weights = _weights(model, image_densities, level_max, cells)
     maps = [calibration.maps(image, model.config.msk_size, cells) for image in image_densities]
-    calibration.scores = torch.tensor([float(anomaly_map.max()) for anomaly_map in maps])
+    calibration.scores = torch.tensor([float(calibration.image_scores(anomaly_map)) for anomaly_map in maps])
     return calibration
 
 

@@ -78,17 +78,34 @@ def cells_on_map(model: Detector, img_size: int | str) -> int | None:
     return math.ceil(own_size / model.encoder.strides[0])
 
 
+def image_scores(maps: Tensor, share: float = 0.0) -> Tensor:
+    """Return the image scores (B,) of anomaly maps (B, h, w): the mean of the largest `share` of the pixels.
+
+    With 0 it is the maximum, and at least one pixel counts. Each image is ranked by itself, so that its score has the
+    same bits whatever the others are. A map that holds a NaN has a score of NaN.
+    """
+    count = int(share * maps[0].numel()) if len(maps) else 0
+    if count <= 1:
+        return maps.amax((1, 2))
+    return torch.stack([anomaly_map.flatten().topk(count).values.mean() for anomaly_map in maps])
+
+
 def write_calibrated(
-    out: Tensor, densities: Densities, level_max: Tensor, grid: tuple[int, int], weights: Tensor | None = None
+    out: Tensor,
+    densities: Densities,
+    level_max: Tensor,
+    grid: tuple[int, int],
+    weights: Tensor | None = None,
+    share: float = 0.0,
 ) -> Tensor:
     """Fill `out` (B, H, W) with the `calibrated_maps` on a grid, resampled to its size.
 
     This is done in bands along the long side, so that little memory is needed beyond `out`, which may be a file mapped
     into memory. A band is computed together with the neighbouring rows that the blur reaches: a pixel has the same bits
-    whatever the bands are.
+    whatever the bands are. With a `share` the whole grid is kept until its largest pixels are known.
 
     Returns:
-        the largest value of each map before resampling, (B,).
+        the `image_scores` of the maps before resampling, (B,).
     """
     groups, device = densities.group_ids, densities.logps[0].device
     constants = level_max.to(device)[groups, :, None, None]
@@ -102,6 +119,7 @@ def write_calibrated(
     maxima = out.new_full((len(out),), -math.inf)
     done = 0  # rows of `out` that are written
     last_row = out.new_empty(len(out), 0, grid[1], device=device)  # of the band before, for rows between two bands
+    kept: list[Tensor] = []
     for top in range(0, grid[0], band_rows):
         bottom = min(top + band_rows, grid[0])
         bands = [_band(levels, grid, top, bottom) for levels in parts]
@@ -111,7 +129,10 @@ def write_calibrated(
             band = sum(bands[1:], start=bands[0])
         else:
             band = math.prod(bands[1:], start=bands[0])
-        maxima = torch.maximum(maxima, band.amax((1, 2)).to(maxima))
+        if share:
+            kept.append(band)
+        else:
+            maxima = torch.maximum(maxima, band.amax((1, 2)).to(maxima))
         if out.shape[1:] == grid:
             out[:, top:bottom] = band
             continue
@@ -121,7 +142,7 @@ def write_calibrated(
             stop = min(start + out_rows, ready)
             out[:, start:stop] = bilinear(band, rows.part(start, stop, top), columns)
         last_row, done = band[:, -1:], ready
-    return maxima
+    return image_scores(torch.cat(kept, 1), share).to(maxima) if share else maxima
 
 
 def _positions_on_grid(size: tuple[int, int], grid: tuple[int, int], device: torch.device) -> tuple[Between, Between]:
@@ -218,13 +239,13 @@ class Fill:
 
 
 def calibrated_fill(
-    densities: Densities, level_max: Tensor, msk_size: int, weights: Tensor | None, cells: int | None
+    densities: Densities, level_max: Tensor, msk_size: int, weights: Tensor | None, cells: int | None, share: float
 ) -> Fill:
     """Return the `Fill` of the `calibrated_maps` of one image."""
     grid = map_grid(densities, msk_size, cells)
 
     def write(out: Tensor) -> Tensor:
-        return write_calibrated(out[None], densities, level_max, grid, weights)[0]
+        return write_calibrated(out[None], densities, level_max, grid, weights, share)[0]
 
     return Fill(write, grid)
 

@@ -73,7 +73,7 @@ def score_features(
     else:
         calibration = required_calibration(model)
         maps = torch.cat([calibration.maps(batch, model.config.msk_size) for batch in batches])
-        scores = torch.stack([anomaly_map.max() for anomaly_map in maps])
+        scores = calibration.image_scores(maps)
     group_ids = torch.cat([batch.group_ids for batch in batches])
     result = judged(model, scores, group_ids, normalization)
     result.anomaly_map = resample(maps, size)
@@ -164,7 +164,9 @@ def score_images(
     else:
         calibration = required_calibration(model)
         fills = [
-            calibrated_fill(image, calibration.level_max, config.msk_size, calibration.weights, cells)
+            calibrated_fill(
+                image, calibration.level_max, config.msk_size, calibration.weights, cells, calibration.share
+            )
             for image in image_densities
         ]
     laid_maps = [lay(fill, shape, config, size, map_path) for fill, shape in zip(fills, sizes, strict=True)]
