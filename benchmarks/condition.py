@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,8 +160,10 @@ def main() -> None:
     published, trained = ((TINY,), (TINY,)) if arguments.quick else (PUBLISHED, TRAINED)
     record: dict[str, Any] = measure.about_run(CPU)
     record["threads"] = torch.get_num_threads()
+    record["load_average_before"] = os.getloadavg()
     record["scoring"] = compare_scoring(published, arguments.rounds)
     record["training"] = [compare_training(size, max(1, arguments.rounds // 3)) for size in trained]
+    record["load_average_after"] = os.getloadavg()
     if arguments.output is not None:
         with replacing(arguments.output) as file:
             file.write_text(json.dumps(record, indent=2) + "\n")
