@@ -8,13 +8,16 @@ itself is given. Tables are a convolution of x1, look-ups in tables that were ma
 Training: a step of one block's subnet, forward and backward, with the gradients of all weights, x1, the prototype and
 the pattern. The tables are made in it.
 
-Contenders take turns, and must agree before they are timed. Nothing else should run meanwhile.
+Contenders take turns, and must agree before they are timed. Nothing else should run meanwhile; beside every wall-clock
+time stands the processor time of one thread, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +33,7 @@ from hgad_fast.files import replacing
 
 CPU = torch.device("cpu")
 AGREEMENT = 1e-5  # Frobenius-relative, of float32
+CLOCKS = ("seconds", "processor_seconds")
 
 
 class Size(NamedTuple):
@@ -59,7 +63,7 @@ class Size(NamedTuple):
 
 PUBLISHED = (Size(128, 48, 2), Size(256, 24, 5), Size(512, 12, 8))
 SMALL = tuple(Size(c, side, 1, 8, 64, 8, 16, 64) for c, side in ((24, 32), (40, 16), (112, 8)))
-TRAINED = (*(size._replace(images=4) for size in PUBLISHED[1:]), *SMALL)
+TRAINED = (*(size._replace(images=4) for size in PUBLISHED[1:]), PUBLISHED[2]._replace(images=16), *SMALL)
 TINY = Size(6, 4, 2, 1, 8, 2, 4, 8)
 
 
@@ -156,15 +160,17 @@ def main() -> None:
     published, trained = ((TINY,), (TINY,)) if arguments.quick else (PUBLISHED, TRAINED)
     record: dict[str, Any] = measure.about_run(CPU)
     record["threads"] = torch.get_num_threads()
+    record["load_average_before"] = os.getloadavg()
     record["scoring"] = compare_scoring(published, arguments.rounds)
     record["training"] = [compare_training(size, max(1, arguments.rounds // 3)) for size in trained]
+    record["load_average_after"] = os.getloadavg()
     if arguments.output is not None:
         with replacing(arguments.output) as file:
             file.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def compare_scoring(sizes: tuple[Size, ...], rounds: int) -> dict[str, Any]:
-    """Return the seconds of a block's subnet a level, and of those of all blocks; dense is the faster of the two."""
+    """Return the seconds of a block's subnet a level, and of those of all blocks, against the faster dense."""
     levels = []
     for size in sizes:
         with torch.inference_mode():
@@ -177,36 +183,38 @@ def compare_scoring(sizes: tuple[Size, ...], rounds: int) -> dict[str, Any]:
             times = time_in_turn(contenders, rounds)
             making = timing.alternate([subnet.tables], max(1, rounds // 3), CPU)
             rows = subnet.tables().rows
-        dense = min(times[name]["median"] for name in contenders if name != "tables")
         levels.append(
             {
                 **size._asdict(),
                 "hidden": size.hidden,
-                "seconds_of_a_block": times,
-                "times_faster": dense / times["tables"]["median"],
+                "of_a_block": times,
+                "times_faster": {clock: faster_dense(times, clock) / times["tables"][clock] for clock in CLOCKS},
                 "seconds_to_make_tables_of_a_block": float(np.median(making)),
                 "table_bytes_of_a_block": rows.nbytes,
             }
         )
         print(json.dumps(levels[-1], indent=2), flush=True)
-
-    def in_sum(name: str) -> float:
-        return sum(level["blocks"] * level["seconds_of_a_block"][name]["median"] for level in levels)
-
-    names = ("dense", "dense, channels last", "tables")
-    seconds = {name: in_sum(name) for name in names}
-    fastest = sum(
-        level["blocks"] * min(level["seconds_of_a_block"][name]["median"] for name in names[:2]) for level in levels
-    )
+    of_all: dict[str, dict[str, float]] = {}
+    for clock in CLOCKS:
+        tables = sum(level["blocks"] * level["of_a_block"]["tables"][clock] for level in levels)
+        dense = sum(level["blocks"] * faster_dense(level["of_a_block"], clock) for level in levels)
+        of_all[clock] = {
+            "dense, the faster format of each level": dense,
+            "tables": tables,
+            "times_faster": dense / tables,
+        }
     found = {
         "levels": levels,
-        "seconds_of_all_blocks": seconds | {"dense, the faster format of each level": fastest},
-        "times_faster": fastest / seconds["tables"],
+        "of_all_blocks": of_all,
         "seconds_to_make_all_tables": sum(x["blocks"] * x["seconds_to_make_tables_of_a_block"] for x in levels),
         "table_bytes": sum(x["blocks"] * x["table_bytes_of_a_block"] for x in levels),
     }
     print(json.dumps({key: value for key, value in found.items() if key != "levels"}, indent=2), flush=True)
     return found
+
+
+def faster_dense(times: dict[str, dict[str, Any]], clock: str) -> float:
+    return min(taken[clock] for name, taken in times.items() if name.startswith("dense"))
 
 
 def compare_training(size: Size, rounds: int) -> dict[str, Any]:
@@ -218,8 +226,8 @@ def compare_training(size: Size, rounds: int) -> dict[str, Any]:
     found = {
         **size._asdict(),
         "hidden": size.hidden,
-        "seconds": times,
-        "times_faster": times["dense"]["median"] / times["tables"]["median"],
+        "of_a_step": times,
+        "times_faster": {clock: times["dense"][clock] / times["tables"][clock] for clock in CLOCKS},
         "peak_bytes": {name: timing.peak_memory(work, CPU) for name, work in contenders.items()},
     }
     print(json.dumps(found, indent=2), flush=True)
@@ -227,7 +235,7 @@ def compare_training(size: Size, rounds: int) -> dict[str, Any]:
 
 
 def time_in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Return the median and the quartiles of each contender's seconds.
+    """Return each contender's median seconds with their quartiles, and its processor seconds in one thread.
 
     Raises:
         AssertionError: contenders give different results.
@@ -238,10 +246,27 @@ def time_in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[
         errors = [measure.relative_error(ours, theirs) for ours, theirs in zip(other, first, strict=True)]
         assert max(errors) <= AGREEMENT, f"{name} deviates by {errors}"
     taken = timing.alternate(list(contenders.values()), rounds, CPU)
+    of_processor = processor_seconds(contenders, max(1, rounds // 3))
     return {
-        name: {"median": float(np.median(row)), "quartiles": timing.quartiles(row)}
-        for name, row in zip(contenders, taken, strict=True)
+        name: {"seconds": float(np.median(row)), "quartiles": timing.quartiles(row), "processor_seconds": seconds}
+        for (name, seconds), row in zip(of_processor.items(), taken, strict=True)
     }
+
+
+def processor_seconds(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return each contender's median processor time in one thread."""
+    threads = torch.get_num_threads()
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    torch.set_num_threads(1)
+    try:
+        for _ in range(rounds):
+            for name, work in contenders.items():
+                start = time.process_time()
+                work()
+                taken[name].append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: float(np.median(row)) for name, row in taken.items()}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import in_float32
+from .dispatch import in_float32, no_double_backward
 
 
 class Condition(NamedTuple):
@@ -106,7 +106,6 @@ def _condition_convolution_definition(condition: Condition, weight: Tensor) -> T
 condition_convolution.reference = _condition_convolution_definition  # type: ignore[attr-defined]
 
 
-@in_float32
 def condition_tables(
     weight: Tensor,
     codes: Tensor,
@@ -135,7 +134,7 @@ def condition_tables(
     windows = None
     if position is not None:
         windows = F.unfold(position.detach()[None], weight.shape[-1], padding=weight.shape[-1] // 2)[0]
-    rows = _TableRows.apply(weight, codes.detach(), prototypes, windows, bias, residual)
+    rows = _condition_rows(weight, codes.detach(), prototypes, windows, bias, residual)
     return ConditionTables(rows, len(codes), len(prototypes), weight.shape[-1], (size[0], size[1]))
 
 
@@ -183,51 +182,41 @@ def _look_up(tables: ConditionTables, indices: Tensor, prototype_ids: Tensor) ->
     return summed.view(images, height, width, -1).permute(0, 3, 1, 2)
 
 
-class _TableRows(torch.autograd.Function):
-    """Makes the rows of `ConditionTables`; keeps the weight for the backward pass, and no copy of it by taps."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        codes: Tensor,
-        prototypes: Tensor,
-        windows: Tensor | None,
-        bias: Tensor | None,
-        residual: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, codes, prototypes, windows)
-        ctx.residual = residual
-        (m, _, kernel, _), (n_codes, d_s), (n, d_p) = weight.shape, codes.shape, prototypes.shape
-        taps, inside = _by_taps(weight), _taps_inside(kernel, weight)
-        sizes = _parts(n_codes, n, kernel, windows)
-        rows = weight.new_empty(sum(sizes), m)
-        of_codes, of_prototypes, of_positions = rows.split(sizes)
-        products = of_codes.view(n_codes + 1, -1, m)
-        torch.bmm(codes.expand(len(taps), -1, -1), taps[:, :, :d_s].mT, out=products[:n_codes].transpose(0, 1))
-        products[n_codes] = 0
-        everywhere = prototypes.expand(len(taps), -1, -1)
-        products = torch.bmm(everywhere, taps[:, :, d_s:].mT)  # (k k, K_p, m)
-        if residual:
-            products.baddbmm_(everywhere, taps[:, :, d_s - d_p : d_s].mT)
-        torch.mm(inside, products.flatten(1), out=of_prototypes.view(len(inside), -1))
-        if bias is not None:
-            of_prototypes += bias
-        if windows is not None:
-            torch.mm(windows.T, _of_positions(weight, windows).flatten(1).T, out=of_positions)
-        return rows
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad
-        gweight, gprototypes, gbias = _table_gradients(
-            gradient.contiguous(), *ctx.saved_tensors, ctx.residual, wanted[0], wanted[2], wanted[4]
-        )
-        return gweight, None, gprototypes, None, gbias, None
-
-
+@torch.library.custom_op("hgad_fast::condition_rows", mutates_args=())
 @in_float32
-def _table_gradients(
+def _condition_rows(
+    weight: Tensor, codes: Tensor, prototypes: Tensor, windows: Tensor | None, bias: Tensor | None, residual: bool
+) -> Tensor:
+    """Return the rows of `ConditionTables`; for the backward pass the weight is kept, and no copy of it by taps."""
+    (m, _, kernel, _), (n_codes, d_s), (n, d_p) = weight.shape, codes.shape, prototypes.shape
+    taps, inside = _by_taps(weight), _taps_inside(kernel, weight)
+    sizes = _parts(n_codes, n, kernel, windows)
+    rows = weight.new_empty(sum(sizes), m)
+    of_codes, of_prototypes, of_positions = rows.split(sizes)
+    by_code = of_codes.view(n_codes + 1, -1, m)
+    torch.bmm(codes.expand(len(taps), -1, -1), taps[:, :, :d_s].mT, out=by_code[:n_codes].transpose(0, 1))
+    by_code[n_codes] = 0
+    everywhere = prototypes.expand(len(taps), -1, -1)
+    products = torch.bmm(everywhere, taps[:, :, d_s:].mT)  # (k k, K_p, m)
+    if residual:
+        products.baddbmm_(everywhere, taps[:, :, d_s - d_p : d_s].mT)
+    torch.mm(inside, products.flatten(1), out=of_prototypes.view(len(inside), -1))
+    if bias is not None:
+        of_prototypes += bias
+    if windows is not None:
+        torch.mm(windows.T, _of_positions(weight, windows).flatten(1).T, out=of_positions)
+    return rows
+
+
+@_condition_rows.register_fake
+def _(weight, codes, prototypes, windows, bias, residual):  # type: ignore[no-untyped-def]
+    sizes = _parts(codes.shape[0], prototypes.shape[0], weight.shape[-1], windows)
+    return weight.new_empty(sum(sizes), weight.shape[0])
+
+
+@torch.library.custom_op("hgad_fast::condition_rows_backward", mutates_args=())
+@in_float32
+def _condition_rows_backward(
     gradient: Tensor,
     weight: Tensor,
     codes: Tensor,
@@ -236,34 +225,61 @@ def _table_gradients(
     residual: bool,
     wants_weight: bool,
     wants_prototypes: bool,
-    wants_bias: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of a table's weight, prototypes (as trailing copies) and bias; None where none is wanted."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of weight and prototypes (as trailing copies), empty where unwanted, and of the bias."""
     (m, _, kernel, _), (n_codes, d_s), (n, d_p) = weight.shape, codes.shape, prototypes.shape
     of_codes, of_prototypes, of_positions = gradient.split(_parts(n_codes, n, kernel, windows))
     inside = _taps_inside(kernel, weight)
     products = (inside.T @ of_prototypes.view(len(inside), -1)).view(-1, n, m)  # (k k, K_p, m)
-    gweight = gprototypes = gbias = None
+    gweight, gprototypes = weight.new_empty(0), weight.new_empty(0)
     if wants_weight:
         gweight = torch.empty_like(weight, memory_format=torch.channels_last)
         gtaps = _by_taps(gweight)
-        every = prototypes.expand(len(gtaps), -1, -1)
-        torch.bmm(
-            of_codes.view(n_codes + 1, -1, m)[:n_codes].permute(1, 2, 0),
-            codes.expand(len(gtaps), -1, -1),
-            out=gtaps[:, :, :d_s],
-        )
-        torch.bmm(products.mT, every, out=gtaps[:, :, d_s:])
+        by_code = of_codes.view(n_codes + 1, -1, m)[:n_codes]
+        torch.bmm(by_code.permute(1, 2, 0), codes.expand(len(gtaps), -1, -1), out=gtaps[:, :, :d_s])
+        everywhere = prototypes.expand(len(gtaps), -1, -1)
+        torch.bmm(products.mT, everywhere, out=gtaps[:, :, d_s:])
         if residual:
-            gtaps[:, :, d_s - d_p : d_s].baddbmm_(products.mT, every)
+            gtaps[:, :, d_s - d_p : d_s].baddbmm_(products.mT, everywhere)
         if windows is not None:
             gpositions = _of_positions(gweight, windows)
             gpositions += (of_positions.T @ windows.T).view(gpositions.shape)
     if wants_prototypes:
         gprototypes = torch.bmm(products, _by_taps(weight[:, d_s:])).sum(0)
-    if wants_bias:
-        gbias = of_prototypes.sum(0)
-    return gweight, gprototypes, gbias
+    return gweight, gprototypes, of_prototypes.sum(0)
+
+
+@_condition_rows_backward.register_fake
+def _(gradient, weight, codes, prototypes, windows, residual, wants_weight, wants_prototypes):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(weight, memory_format=torch.channels_last) if wants_weight else weight.new_empty(0),
+        weight.new_empty(prototypes.shape) if wants_prototypes else weight.new_empty(0),
+        weight.new_empty(weight.shape[0]),
+    )
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, codes, prototypes, windows, _, ctx.residual = inputs
+    ctx.save_for_backward(weight, codes, prototypes, windows)
+
+
+def _row_gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    of_weight, _, of_prototypes, _, of_bias, _ = ctx.needs_input_grad
+    gweight, gprototypes, gbias = _condition_rows_backward(
+        gradient.contiguous(), *ctx.saved_tensors, ctx.residual, of_weight, of_prototypes
+    )
+    return (
+        gweight if of_weight else None,
+        None,
+        gprototypes if of_prototypes else None,
+        None,
+        gbias if of_bias else None,
+        None,
+    )
+
+
+_condition_rows.register_autograd(_row_gradients, setup_context=_save_rows)
+_condition_rows_backward.register_autograd(no_double_backward)
 
 
 def _parts(codes: int, prototypes: int, kernel: int, windows: Tensor | None) -> list[int]:

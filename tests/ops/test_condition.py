@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgad_fast import ops
+from hgad_fast.ops import condition as condition_module
 
 F64 = torch.float64
 BASES = ("position and prototype", "prototype", "nothing")
@@ -230,6 +231,55 @@ def test_the_result_is_channels_last_and_gradients_repeat():
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+def test_no_copy_of_the_weight_and_no_table_is_kept():
+    condition, weight = make(BASES[0], 1, 2, 2, 6, 64, 3)
+    kept: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ops.condition_convolution(condition, weight)
+    large = [tensor for tensor in kept if tensor.numel() >= 9 * 64]
+    assert large and all(tensor.data_ptr() == weight.data_ptr() for tensor in large)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_step_is_one_graph(base):
+    condition, weight = make(base, *SHAPES[0])
+    compiled = torch.compile(ops.condition_convolution, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(3, 5, 5, 7, dtype=F64)
+    assert_same(
+        result_and_gradients(compiled, condition, weight, upstream),
+        result_and_gradients(ops.condition_convolution, condition, weight, upstream),
+    )
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("base", BASES)
+def test_the_operator_keeps_its_promises(base, kernel):
+    condition, weight = make(base, 2, 4, 3, 5, 3, kernel)
+    codes, prototype = condition.codes.detach(), condition.prototype
+    windows = None if condition.position is None else torch.randn(4 * kernel**2, 12, dtype=F64)
+    bias = torch.randn(3, dtype=F64, requires_grad=True)
+    arguments = (weight, codes, prototype, windows, bias, condition.residual)
+    torch.library.opcheck(condition_module._condition_rows, arguments)
+    gradient = torch.randn_like(condition_module._condition_rows(*arguments))
+    for wanted in (True, False):
+        tensors = [x.detach() if isinstance(x, Tensor) else x for x in (gradient, weight, codes, prototype, windows)]
+        arguments = (*tensors, condition.residual, wanted, wanted)
+        torch.library.opcheck(condition_module._condition_rows_backward, arguments)
+
+
+def test_there_is_no_second_derivative():
+    condition, weight = make(BASES[0], *SHAPES[0])
+    result = ops.condition_convolution(condition, weight)
+    (gradient,) = torch.autograd.grad(result.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
 # ---- tables made once
 
 
@@ -251,10 +301,13 @@ def test_tables_made_once_give_the_same(base, prototypes):
 @pytest.mark.parametrize("base", BASES)
 def test_tables_take_a_bias(base):
     condition, weight, known, ids = tables_of(base, 2)
-    bias = torch.randn(len(weight), dtype=F64)
+    bias = torch.randn(len(weight), dtype=F64, requires_grad=True)
     tables = ops.condition_tables(weight, condition.codes, known, condition.position, condition.residual, (5, 7), bias)
+    actual = ops.convolve_tables(tables, condition.indices, ids)
     expected = F.conv2d(ops.dense_condition(condition), weight, bias, padding=1)
-    assert_same([ops.convolve_tables(tables, condition.indices, ids)], [expected])
+    assert_same([actual], [expected])
+    upstream = torch.randn_like(actual)
+    assert_same(*(torch.autograd.grad(result, (weight, bias), upstream) for result in (actual, expected)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
