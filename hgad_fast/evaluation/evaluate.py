@@ -338,10 +338,18 @@ def evaluate(
 
 def _description(model: Detector, of_maps: str) -> str:
     """Return how an official protocol is described, given the description of its maps; empty where that is the rule."""
-    if model.official_aupro == "exact":
+    if not _by_800(model):
         return of_maps
     of_maps = of_maps or _DESCRIPTIONS["official", model.groups_are_classes]
     return f"{of_maps}, AUPRO 30 % by 800 thresholds as in the official code"
+
+
+def _by_800(model: Detector) -> bool:
+    """Return whether AUPRO 30 % of the official protocols is that of `metrics.pro_800`."""
+    ways = {"exact": False, "official800": True}
+    if model.official_aupro not in ways:
+        raise ValueError(f"official_aupro is {model.official_aupro!r}; allowed are {', '.join(map(repr, ways))}")
+    return ways[model.official_aupro]
 
 
 class BestCheckpoint:
@@ -449,7 +457,7 @@ class _Tally:
 
     def __init__(self, model: Detector, dataset: Dataset, judged: bool, details: bool) -> None:
         self.model, self.dataset, self.judged, self.details = model, dataset, judged, details
-        self.by_800 = not judged and model.official_aupro == "official800"
+        self.by_800 = not judged and _by_800(model)
         self.figures: dict[str, Figures] = {}
         self.images: list[ScoredImage] = []
         self.maps, self.masks = _Shelf(np.float32), _Shelf(np.bool_)
