@@ -474,6 +474,9 @@ def test_800_thresholds_stand_where_they_are_asked_for(
     grid: GridModel, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = evaluate(grid, root, details=False)
+    monkeypatch.setattr(GridModel, "official_aupro", "by hand")
+    with pytest.raises(ValueError, match="official_aupro is 'by hand'; allowed are 'exact', 'official800'"):
+        evaluate(grid, root, details=False)
     monkeypatch.setattr(GridModel, "official_aupro", "exact")
     exact = evaluate(grid, root, details=False)
     assert exact.figures["honest"] == asked.figures["honest"]

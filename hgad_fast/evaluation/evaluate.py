@@ -229,8 +229,10 @@ class Evaluation:
         """Return tables in percent: AUROC, average precision and F1max of images and pixels, and AUPRO."""
         lines = []
         for protocol, by_class in self.figures.items():
-            description = self.descriptions.get(protocol) or _DESCRIPTIONS[protocol, self.knows_classes]
-            lines.append(f"{protocol} protocol: {description}, checkpoint: {self.checkpoints[protocol]}")
+            is_honest = protocol == "honest"
+            description = self.descriptions.get(protocol) or _DESCRIPTIONS["honest" if is_honest else "official"]
+            whose = f"class {'inferred' if is_honest else 'given'}, " if self.knows_classes else ""
+            lines.append(f"{protocol} protocol: {whose}{description}, checkpoint: {self.checkpoints[protocol]}")
             lines.append(f"{'':<22}" + "".join(f"{head:>9}" for head in _HEADS))
             summary = {"mean": self.mean(protocol), "pooled": self.pooled[protocol]}
             for row_name, row in (*by_class.items(), *summary.items()):
@@ -254,11 +256,9 @@ class Evaluation:
         return "\n".join(lines)
 
 
-_DESCRIPTIONS = {  # of the protocols, for a model whose groups are the classes and for another
-    ("official", True): "class given, maps normalised over the test set of the class",
-    ("official", False): "maps normalised over the test set of the class",
-    ("honest", True): "class inferred, each score from its image alone",
-    ("honest", False): "each score from its image alone",
+_DESCRIPTIONS = {
+    "official": "maps normalised over the test set of the class",
+    "honest": "each score from its image alone",
 }
 _GROUPS = 40  # groups that a table names
 # Of FIGURES in their order; i: of images, p: of pixels.
@@ -339,10 +339,17 @@ def evaluate(
 
 def _description(model: Detector, of_maps: str) -> str:
     """Return how an official protocol is described, given the description of its maps; empty where that is the rule."""
-    if model.official_aupro == "exact":
+    if not _by_800(model):
         return of_maps
-    of_maps = of_maps or _DESCRIPTIONS["official", model.groups_are_classes]
-    return f"{of_maps}, AUPRO 30 % by 800 thresholds as in the official code"
+    return f"{of_maps or _DESCRIPTIONS['official']}, AUPRO 30 % by 800 thresholds as in the official code"
+
+
+def _by_800(model: Detector) -> bool:
+    """Return whether AUPRO 30 % of the official protocols is that of `metrics.pro_800`."""
+    ways = {"exact": False, "official800": True}
+    if model.official_aupro not in ways:
+        raise ValueError(f"official_aupro is {model.official_aupro!r}; allowed are {', '.join(map(repr, ways))}")
+    return ways[model.official_aupro]
 
 
 class BestCheckpoint:
@@ -450,7 +457,7 @@ class _Tally:
 
     def __init__(self, model: Detector, dataset: Dataset, judged: bool, details: bool) -> None:
         self.model, self.dataset, self.judged, self.details = model, dataset, judged, details
-        self.by_800 = not judged and model.official_aupro == "official800"
+        self.by_800 = not judged and _by_800(model)
         self.figures: dict[str, Figures] = {}
         self.images: list[ScoredImage] = []
         self.maps, self.masks = _Shelf(np.float32), _Shelf(np.bool_)

@@ -280,6 +280,7 @@ class VQFlowConfig(Config):
             "nll_reduction": "sum",
             "lr_schedule": "constant",
             "score_norm": "image_max",
+            "score_density": "latent",
             "map": "mul",
             "pro": "official800",
             "seed": 9826,
@@ -331,6 +332,8 @@ class VQFlowConfig(Config):
     nll_reduction: str = "per_dim"  # or "sum" (official): gradients so large that clipping takes away their length
     lr_schedule: str = "cosine"  # or "constant" (official), after a warm-up
     score_norm: str = "calibrated"  # by normal images; or "image_max" (official): by each image's own best place
+    score_density: str = "full"  # of a pixel: with its part of the log-determinant; or "latent" (official): without
+    score_share: float = 0.03  # of the map's pixels, the largest ones, whose mean is the image score; 0: their maximum
     map: str = "mul"  # which of the published maps normalization="official" gives; or "add"
     pro: str = "exact"  # AUPRO of the official protocol; or "official800": its approximation with 800 thresholds
 
@@ -369,6 +372,8 @@ class VQFlowConfig(Config):
         self._require_choice("nll_reduction", "per_dim", "sum")
         self._require_choice("lr_schedule", "cosine", "constant")
         self._require_choice("score_norm", "calibrated", "image_max")
+        self._require_choice("score_density", "full", "latent")
+        self._require_number("score_share", lambda value: 0 <= value <= 1, "a number in [0, 1], where 0 is the maximum")
         self._require_choice("map", "mul", "add")
         self._require_choice("pro", "exact", "official800")
 

@@ -54,10 +54,6 @@ class Detector(nn.Module):
             the name under which features are cached.
         fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
             weights from the calibration.
-        score_share: share of the pixels of a calibrated map, the largest ones, whose mean is the image score; with 0 it
-            is the maximum. It becomes part of the calibration.
-        official_aupro: how AUPRO 30 % is computed under the official protocols: "exact", or "official800", by 800
-            thresholds as some official codes do (`evaluation.metrics.pro_800`).
         loss_terms: title and explanation of each term that the objective reports, for reports.
         stages: what a stage of the training does, by its number from 2 on, for reports.
 
@@ -70,8 +66,6 @@ class Detector(nn.Module):
     groups_are_classes: bool = True
     pointwise: bool = True
     preparation: str = ""
-    official_aupro: str = "exact"
-    score_share: float = 0.0
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}
 
@@ -157,6 +151,22 @@ class Detector(nn.Module):
             group_ids: the group of each image, (B,) int64 on the CPU; None: inferred.
         """
         raise NotImplementedError
+
+    @property
+    def score_share(self) -> float:
+        """Share of the pixels of a calibrated map, the largest ones, whose mean is the image score; 0: their maximum.
+
+        It becomes part of the calibration.
+        """
+        return 0.0
+
+    @property
+    def official_aupro(self) -> str:
+        """How AUPRO 30 % is computed under the official protocols.
+
+        ``"exact"``, or ``"official800"``: by 800 thresholds, as some official codes do (`evaluation.metrics.pro_800`).
+        """
+        return "exact"
 
     def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
         """Return maps and scores as published, by the names of the procedures, of all n images of one class.

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,23 @@ class Latents(NamedTuple):
     def dims(self) -> int:
         """The number of values that an image has in all levels, over which a density may be averaged."""
         return sum(z[0].numel() for z in self.z)
+
+
+@dataclass
+class VQFlowDensities(Densities):
+    """Densities with those that the published maps are made of.
+
+    Attributes:
+        latent_logps: per level (B, h, w), the mean over the channels of -z^2 / 2, without the log-determinant.
+    """
+
+    latent_logps: list[Tensor] = field(default_factory=list)
+
+    def images(self) -> Iterator[Densities]:
+        """Yield the densities of one image after the other, with B = 1."""
+        for i, image in enumerate(super().images()):
+            latent_logps = [level[i : i + 1] for level in self.latent_logps]
+            yield VQFlowDensities(image.logps, image.neg_entropy, image.group_ids, latent_logps)
 
 
 @register
@@ -342,21 +360,31 @@ class VQFlowModel(Detector):
 
     @torch.no_grad()
     def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities:
-        """Return for each pixel and level the mean over the channels of -z^2 / 2, z being the fused latents.
+        """Return each pixel's part of the log-density at each level, over C, with that of the fused latents alone.
 
-        With ``score_norm="image_max"`` each image's largest value is subtracted, as published: scores are then relative
-        to the image's own best place.
+        The part is -||z||^2 / 2 and, but for ``score_density="latent"`` (as published), the pixel's share of the flows'
+        log-determinant. With ``score_norm="image_max"`` each image's largest value is subtracted, as published: scores
+        are then relative to the image's own best place.
         """
         with _evaluating(self):
-            latents = self.latents(maps.whole(), group_ids, known=True)
-        logps = [-z.square().mean(-1) / 2 for z in latents.z]
+            z, log_dets, _, conditions = self.latents(maps.whole(), group_ids, known=True)
+        latent_logps = [-level.square().mean(-1) / 2 for level in z]
+        logps = latent_logps
+        if self.config.score_density == "full":
+            logps = [a + b / level.shape[-1] for a, b, level in zip(latent_logps, log_dets, z, strict=True)]
         if self.config.score_norm == "image_max":
             logps = [level - level.amax((1, 2), keepdim=True) for level in logps]
-        return Densities(logps, [], latents.conditions.prototype_ids.cpu())
+        return VQFlowDensities(logps, [], conditions.prototype_ids.cpu(), latent_logps)
+
+    @property
+    def score_share(self) -> float:
+        """The share of a map's pixels whose mean is the image score, of the configuration."""
+        return self.config.score_share
 
     def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
         """Return the published maps and scores, each image by itself; the first is that of ``config.map``."""
-        maps = official_maps_of(batches, self.config.msk_size)
+        latent = [getattr(batch, "latent_logps", batch.logps) for batch in batches]
+        maps = official_maps_of(latent, self.config.msk_size)
         return {name: maps[name] for name in sorted(maps, key=lambda name: name != self.config.map)}
 
     @property

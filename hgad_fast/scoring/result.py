@@ -18,7 +18,8 @@ class ScoreResult:
 
     Attributes:
         anomaly_map: (B, h, w) float32, higher is more anomalous; a list of (h, w) where images differ in size.
-        image_score: (B,) maximum of the map at `msk_size`, or the mean of its largest pixels (`Calibration.share`).
+        image_score: (B,) maximum of the map at `msk_size`, or the mean of its largest pixels (`Calibration.share`); of
+            official maps, as published.
         class_id: (B,) int64, given or inferred: the class, or the group where the method forms groups of its own.
         p_value: (B,) float64, conformal p-value: the share of normal images, this one among them, that score at least
             as high, never below 1 / (n + 1) for n calibration images; NaN without any.

@@ -17,6 +17,7 @@ from hgad_fast.data import datasets, images
 from hgad_fast.evaluation import metrics
 from hgad_fast.evaluation.evaluate import FIGURES, BestCheckpoint, Evaluation, evaluate
 from hgad_fast.features import preprocess
+from hgad_fast.models.detector import Detector
 
 NAMES = ("washer", "bolt", "nut", "screw")  # of the model; the dataset has three of them, in another order
 SIZES = [(48, 48), (40, 60), (70, 48)]  # height and width of the images of each class
@@ -350,3 +351,26 @@ def test_datasets_that_do_not_fit(model, root, tmp_path):
     write(tmp_path / "untested" / "bolt" / "train" / "good" / "0.png", array)
     with pytest.raises(ValueError, match="no test images; put them into"):
         evaluate(model, tmp_path / "untested")
+
+
+def test_a_method_that_knows_classes_may_have_several_procedures(model, root, monkeypatch):
+    """Of three, two without a description; AUPRO by 800 thresholds is said even where the maps are the usual ones."""
+
+    def official_maps(self, batches):
+        (usual,) = Detector.official_maps(self, batches).values()
+        twice = usual._replace(maps=2 * usual.maps, scores=2 * usual.scores)
+        return {"once": usual, "twice": twice, "said": twice._replace(description="maps twice as high")}
+
+    monkeypatch.setattr(HGADModel, "official_maps", official_maps)
+    table = evaluate(model, root, details=False).table()
+    assert "official protocol: class given, maps normalised over the test set of the class, checkpoint: last" in table
+    assert "official twice protocol: class given, maps normalised over the test set of the class" in table
+    assert "official said protocol: class given, maps twice as high, checkpoint: last" in table
+    assert "honest protocol: class inferred, each score from its image alone" in table
+    monkeypatch.setattr(HGADModel, "official_aupro", "official800")
+    result = evaluate(model, root, details=False)
+    assert "of the class, AUPRO 30 % by 800 thresholds as in the official code, checkpoint" in result.table()
+    assert list(result.figures) == ["official", "official twice", "official said", "honest"]
+    assert Evaluation.from_dict(result.to_dict()).table() == result.table()
+    once, twice = result.figures["official"]["bolt"], result.figures["official twice"]["bolt"]
+    assert once.pixel_aupro_30 == twice.pixel_aupro_30  # doubling changes no order, and thresholds double too

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from rounding import SAME_IN_FLOAT64
 from hgad_fast import HGADConfig, HGADModel, protocol
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.scoring import densities, maps
-from hgad_fast.scoring.calibration import Calibration, calibrate_on, split
+from hgad_fast.scoring.calibration import Calibration, _weights, calibrate_on, split
 
 DISTRIBUTIONS = {
     "normal": lambda *shape: torch.randn(*shape),
@@ -162,6 +163,23 @@ def test_groups_with_few_images_borrow():
             assert torch.equal(one, other)
     assert judge(alone, [100.0], 1)[0].isnan().all()
     assert judge(dataclasses.replace(calibration([], []), borrowing=True), [1.0])[0].isnan().all()
+
+
+def test_groups_that_borrow_take_the_largest_weights():
+    """Weights of the parts of the densities: of groups with images enough, or of all with images if there are none."""
+    parts = [[torch.rand(1, 6, 6) - 3] for _ in range(9)], [[torch.rand(1, 6, 6) - 1] for _ in range(9)]
+
+    def weights(groups, of_its_own):
+        images = [protocol.Densities(a, b, torch.tensor([k])) for a, b, k in zip(*parts, groups, strict=False)]
+        model = SimpleNamespace(groups_are_classes=not of_its_own, config=SimpleNamespace(msk_size=12))
+        return _weights(model, images, torch.zeros(4, 1), None)
+
+    groups = [0, 0, 0, 1, 1, 1, 2, 2]
+    own, borrowed = weights(groups, False), weights(groups, True)
+    assert torch.equal(borrowed[:2], own[:2])
+    assert torch.equal(borrowed[2], own[:2].amax(0)) and torch.equal(borrowed[3], own[:2].amax(0))
+    own, borrowed = weights([0, 0, 2], False), weights([0, 0, 2], True)
+    assert torch.equal(borrowed, own[[0, 2]].amax(0).expand(4, 2))
 
 
 def test_whether_groups_borrow_is_stored_with_the_settings():

@@ -607,6 +607,29 @@ def test_maps_are_laid_out_in_the_coordinates_of_the_image(spotter, size):
             assert inside.any() and np.abs(laid - expected)[inside].max() <= 0.5 * extent / 32 + 1
 
 
+@pytest.mark.parametrize("size", [(320, 427), (600, 250), (64, 64), (1, 41), (2000, 3)])
+def test_an_image_may_be_seen_as_a_square(spotter, size, monkeypatch):
+    """It has the score of the image that was stretched to the square before, and the map stretched back."""
+    image = grey_image(*size) if min(size) > 3 else torch.rand(3, *size)
+    stretched = images.resize_image(image, (64, 64))
+    expected = spotter.score(stretched)
+    monkeypatch.setattr(HGADConfig, "square", True)
+    actual = spotter.score(image)
+    assert actual.image_score.equal(expected.image_score) and actual.anomaly_map.shape == (1, *size)
+    assert spotter.score(image, map_size="seen").anomaly_map.equal(
+        spotter.score(stretched, map_size="seen").anomaly_map
+    )
+    assert spotter.score(image, map_size=(50, 70)).anomaly_map.equal(
+        spotter.score(stretched, map_size=(50, 70)).anomaly_map
+    )
+    several = spotter.score([image, image], throughput=True)
+    rounding.assert_close(several.image_score[:1], lambda model: model.score(image).image_score, spotter)
+    monkeypatch.setattr(spotter, "config", spotter.config.replace(center_crop=True))
+    cropped = spotter.score(image)  # the centre crop takes precedence
+    monkeypatch.setattr(HGADConfig, "square", False)
+    assert cropped.anomaly_map.equal(spotter.score(image).anomaly_map)
+
+
 def test_thin_images(spotter, cropping):
     for center_crop in (False, True):
         cropping.config = cropping.config.replace(center_crop=center_crop)
