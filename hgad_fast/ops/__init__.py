@@ -13,6 +13,7 @@ from .blocks import (
     flow_definition,
     flow_path,
 )
+from .codebook import code_statistics, nearest_code
 from .coupling import affine_coupling, affine_coupling_backward
 from .dispatch import BACKENDS, fused, path
 from .mixture import (
@@ -39,6 +40,7 @@ __all__ = [
     "SeparablePosition",
     "affine_coupling",
     "affine_coupling_backward",
+    "code_statistics",
     "coupling_blocks",
     "flow",
     "flow_definition",
@@ -49,6 +51,7 @@ __all__ = [
     "mixture_scores",
     "mixture_terms",
     "mixture_terms_backward",
+    "nearest_code",
     "own_class_scores",
     "path",
 ]
