@@ -10,14 +10,13 @@ row by row, as the definition does: the order of additions is the same, and so i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cache import PACKED
 from .centres import SPLIT, multiply_split, split, store_pieces
 from .common import FEW_PIXELS, accelerated, launch, rows, tile_of, tiled
 
@@ -125,11 +124,12 @@ def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
     N, D = x.shape
     indices = torch.empty(N, dtype=torch.int64, device=x.device)
     if N > 0:
-        codebook = Codebook.of(codes)
+        codebook = Codebook.prepare(codes)
         padded_k, padded_d = codebook.table.shape[1:]
         chosen = tile_of("codes, few rows" if N <= FEW_PIXELS else "codes", x.device)
         launch(
-            _nearest_kernel, triton.cdiv(N, chosen.pixels), warps=chosen.warps, stages=chosen.stages, registers=REGISTERS,
+            _nearest_kernel, triton.cdiv(N, chosen.pixels),
+            warps=chosen.warps, stages=chosen.stages, registers=REGISTERS,
             x_ptr=rows(x), codes=tiled(codebook.table, codebook.block_k, BLOCK_D),
             half_norm_ptr=codebook.half_norm, index_ptr=indices,
             N=N, D=D, PADDED_K=padded_k, PADDED_D=padded_d, SPLIT=SPLIT,
@@ -161,16 +161,11 @@ class Codebook(NamedTuple):
     block_k: int  # codes that a product takes at once
 
     @classmethod
-    def of(cls, codes: Tensor) -> Codebook:
-        """Return the tables of codes (K, D) of any strides, made anew if these changed since the last time."""
-        codes = codes.detach() if codes.requires_grad else codes
-        owner: Any = codes if codes._base is None else codes._base  # a view is another tensor every time
-        kind = "codes", tuple(codes.shape), codes.stride(), codes.storage_offset()
-        return PACKED.get(lambda: cls.prepare(codes), kind, (owner,))
-
-    @classmethod
     def prepare(cls, codes: Tensor) -> Codebook:
-        """Make the tables."""
+        """Make the tables of codes (K, D) of any strides: at each call, for training moves the codes at each step.
+
+        Nothing is kept for the next call: a recorded CUDA graph moves them without anybody counting it.
+        """
         K, D = codes.shape
         most = MAX_BLOCK_K * (2 if accelerated(codes.device) else 1)
         block_k = min(max(triton.next_power_of_2(K), PREPARED), most)

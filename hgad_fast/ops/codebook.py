@@ -108,5 +108,3 @@ def code_statistics(x: Tensor, indices: Tensor, K: int) -> tuple[Tensor, Tensor]
     if not x.numel():
         return counts, x.new_zeros((K, x.shape[1]), dtype=dtype)
     return counts, F.embedding_bag(order, x.detach().to(dtype), edges, mode="sum", include_last_offset=True)
-
-
