@@ -228,6 +228,8 @@ def _kernel_products(name: str, a: dict[str, Any]) -> tuple[float, str]:
     if name in ("_rotate_kernel", "_unrotate_kernel"):
         rotations = 2 if a.get("z_ptr") is not None else 1
         return rotations * 3 * 2.0 * a["N"] * a["EDGES"][-1] * a["K"], "bf16"
+    if name == "_nearest_kernel":
+        return 2.0 * a["N"] * a["D"] * a["PADDED_K"], "tf32x3"
     if "z_ptr" in a and a["z_ptr"] is not None and "K" in a:  # the mixture
         n, channels = a["z_ptr"].shape
         columns = a["PADDED_K"] * a["SLOTS"] if name == "_scores_kernel" else a["J"]
@@ -314,6 +316,16 @@ def mixture(images: int = 8, rows: int = 4096) -> Traffic:
     return traffic
 
 
+def codes(rows: int = 16 * 3168, channels: int = 576, codes: int = 512, dtype: torch.dtype = torch.float32) -> Traffic:
+    """Count the search of nearest codes and their statistics, at VQ-Flow's size: 16 images of 384 x 384 pixels."""
+    with counted() as (traffic, counter):
+        x = torch.empty(rows, channels, dtype=dtype, device="cuda")
+        embed = torch.empty(channels, codes, device="cuda")
+        with counter:
+            ops.code_statistics(x, ops.nearest_code(x, embed.T), codes)
+    return traffic
+
+
 def scoring(precision: str = "bf16", images: int = 1, side: int = 1000, known: bool = True) -> Traffic:
     """Count the densities of one level of images, of the class that is known, the parameters packed before."""
     model = paper_model(precision).eval()
@@ -343,4 +355,5 @@ def scoring(precision: str = "bf16", images: int = 1, side: int = 1000, known: b
 
 if __name__ == "__main__":
     print("A training step, level of 8 x 64 x 64 pixels, bf16, reversible:", training_step())
+    print("Nearest codes and their statistics, 16 images of 384 x 384 pixels, D = 576, K = 512:", codes())
     print("Densities of a map of 1000 x 1000 pixels, bf16, class known:", scoring())

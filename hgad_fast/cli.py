@@ -30,6 +30,10 @@ app = typer.Typer(
 
 Method = Annotated[str, typer.Option(help="The method of detection: hgad, vqflow.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="Start from a named set of fields. Of vqflow: small (trains on two cores), official (faults too)."),
+]
 ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
 Assignments = Annotated[
     list[str] | None,
@@ -85,6 +89,7 @@ def train(
         "run"
     ),
     method: Method = "hgad",
+    preset: Preset = None,
     config: ConfigFile = None,
     set_: Assignments = None,
     backbone: Backbone = None,
@@ -122,7 +127,8 @@ def train(
 
     _require_rate(false_alarm_rate)
     dataset = discover(data)
-    model = create(_config(method, dataset.class_names, config, set_, backbone, weights)).to(_device(device))
+    settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
+    model = create(settings).to(_device(device))
     callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []
     model.fit(
         dataset,
@@ -359,6 +365,7 @@ def ablate(
         typer.Option(help="Of hgad: also other numbers of centres a class, e.g. 1,5; '' for none.", show_default="1"),
     ] = None,
     method: Method = "hgad",
+    preset: Preset = None,
     training_images: Annotated[
         int | None, typer.Option(help="How many normal images of a class are trained on; default: nine in ten.")
     ] = None,
@@ -375,7 +382,7 @@ def ablate(
     from .methods import METHODS
 
     dataset = discover(data)
-    settings = _config(method, dataset.class_names, config, set_, backbone, weights)
+    settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
     variants = METHODS[method].variants
     options: dict[str, Any] = {} if variant is None else {"names": variant}
     if centres is not None:
@@ -500,6 +507,7 @@ def _to_stderr(text: str) -> None:
 
 def _config(
     method: str,
+    preset: str | None,
     class_names: tuple[str, ...],
     file: Path | None,
     assignments: list[str] | None,
@@ -519,7 +527,8 @@ def _config(
         fields["backbone_arch"] = backbone
     if weights is not None:
         fields["backbone_weights"] = None if weights == "random" else weights
-    return METHODS[method].config_class.from_fields(fields)
+    config_class = METHODS[method].config_class
+    return config_class.from_fields(fields) if preset is None else config_class.preset(preset, **fields)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FLOAT32, accelerated, launch, tiled, to_tf32
+from .common import FLOAT32, accelerated, launch, tile, tiled, to_tf32
 
 MAX_BLOCK_J = 64  # columns of offsets, or of centres, that a product takes at once
 MAX_TABLE = 64 << 20  # bytes of offsets; where K (K + M) C needs more, the training kernels form them in their loops
@@ -36,7 +36,24 @@ def split(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _store_pieces(at, x, PIECE: tl.constexpr, SPLIT: tl.constexpr):
+def multiply_split(
+    big, small, table, row, column, sums,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, PIECE: tl.constexpr,
+    SPLIT: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    """Return sums + (big + small) W^T; W are ROWS rows of a table, whose small pieces are PIECE rows further on."""
+    w = tile(table, row, column, ROWS, COLUMNS, STRIDE, TILED)
+    if SPLIT:
+        w_small = tile(table, row + PIECE, column, ROWS, COLUMNS, STRIDE, TILED)
+        sums = tl.dot(small, tl.trans(w), sums, input_precision="tf32")
+        sums = tl.dot(big, tl.trans(w_small), sums, input_precision="tf32")
+        return tl.dot(big, tl.trans(w), sums, input_precision="tf32")
+    else:
+        return tl.dot(big, tl.trans(w), sums, input_precision="ieee")
+
+
+@triton.jit
+def store_pieces(at, x, PIECE: tl.constexpr, SPLIT: tl.constexpr):
     """Store x as operands: its big pieces at `at`, its small ones PIECE elements behind."""
     big, small = split(x, SPLIT)
     tl.store(at, big)
@@ -103,9 +120,9 @@ def _prepare_terms_kernel(
         tl.store(mean_ptr + y * PADDED_C + c, mu_y, mask=(c < PADDED_C) & (tl.program_id(1) == 0))
         if offsets_ptr is not None:
             at = offsets_ptr + (y * J + j)[:, None] * PADDED_C + c[None, :]
-            _store_pieces(at, o, K * J * PADDED_C, SPLIT)
+            store_pieces(at, o, K * J * PADDED_C, SPLIT)
             at = turned_ptr + (y * PADDED_C + c)[:, None] * J + j[None, :]
-            _store_pieces(at, tl.trans(o), K * J * PADDED_C, SPLIT)
+            store_pieces(at, tl.trans(o), K * J * PADDED_C, SPLIT)
     log_weight = _log_weights(phi_inter_ptr, j, K, BLOCK_K)
     if M > 0:
         log_weight = tl.where(j < K, log_weight, _log_weights(phi_intra_ptr + y * M, j - K, M, BLOCK_M))
@@ -159,7 +176,7 @@ def _prepare_scores_kernel(
         centres = tl.where(exists[:, None], centres, 0.0).to(tl.float32)
         norm += tl.sum(centres.to(tl.float64) * centres.to(tl.float64), axis=1)
         at = centres_ptr + (k * SLOTS + m)[:, None] * PADDED_C + c[None, :]
-        _store_pieces(at, centres, PADDED_K * SLOTS * PADDED_C, SPLIT)
+        store_pieces(at, centres, PADDED_K * SLOTS * PADDED_C, SPLIT)
         tl.store(mean_ptr + c, mean, mask=(c < PADDED_C) & (k == 0))
     tl.store(half_norm_ptr + k * SLOTS + m, (0.5 * norm).to(tl.float32))
     log_w = _log_weights(phi_intra_ptr + tl.minimum(k, K - 1) * M, m, M, SLOTS)

@@ -67,6 +67,14 @@ TILES = {
         "sm_100": Tile(64, 4, 2),
         "other": Tile(64, 4, 1),
     },
+    "codes": {
+        "sm_80": Tile(128, 8, 2),
+        "sm_90": Tile(128, 8, 3),
+        "sm_100": Tile(128, 8, 2),
+        "hip": Tile(128, 8, 1),
+        "other": Tile(64, 4, 2),
+    },
+    "codes, few rows": {"sm_90": Tile(64, 4, 3), "hip": Tile(64, 4, 1), "other": Tile(64, 4, 2)},
     "rotation": {  # as for whole blocks
         "sm_90": Tile(128, 8, 3),
         "hip": Tile(64, 4, 1),

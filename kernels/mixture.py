@@ -31,8 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .cache import PACKED
-from .centres import MAX_BLOCK_J, SPLIT, Centres, Offsets, block_j, offset_rows, split
-from .common import accelerated, launch, rows, stages, tile, tiled
+from .centres import MAX_BLOCK_J, SPLIT, Centres, Offsets, block_j, multiply_split, offset_rows, split
+from .common import accelerated, launch, rows, stages, tiled
 
 BLOCK_N = 64  # Hopper's and Blackwell's matrix instructions take 64 rows or more
 SCORES_TILE = 128 * 64  # rows times columns
@@ -64,23 +64,6 @@ def _accumulate_entropy(peak, total, weighted, x, mask):
     scale = tl.exp(fall)
     weighted = scale * (weighted + total * fall) + tl.sum(e * x, axis=1)
     return new_peak, scale * total + tl.sum(e, axis=1), weighted
-
-
-@triton.jit
-def _multiply(
-    big, small, table, row, column, sums,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, PIECE: tl.constexpr,
-    SPLIT: tl.constexpr, TILED: tl.constexpr,
-):  # fmt: skip
-    """Return sums + (big + small) W^T; W are ROWS rows of a table, whose small pieces are PIECE rows further on."""
-    w = tile(table, row, column, ROWS, COLUMNS, STRIDE, TILED)
-    if SPLIT:
-        w_small = tile(table, row + PIECE, column, ROWS, COLUMNS, STRIDE, TILED)
-        sums = tl.dot(small, tl.trans(w), sums, input_precision="tf32")
-        sums = tl.dot(big, tl.trans(w_small), sums, input_precision="tf32")
-        return tl.dot(big, tl.trans(w), sums, input_precision="tf32")
-    else:
-        return tl.dot(big, tl.trans(w), sums, input_precision="ieee")
 
 
 @triton.jit
@@ -141,7 +124,7 @@ def _logits(
         squares += z * z
         if offsets is not None:
             big, small = split(z, SPLIT)
-            s = _multiply(
+            s = multiply_split(
                 big, small, offsets, y * J + j0, c0, s, BLOCK_J, BLOCK_C, PADDED_C, K * J, SPLIT, TILED
             )  # fmt: skip
         else:
@@ -337,7 +320,7 @@ def _terms_backward_kernel(
         if K + M > BLOCK_J:
             gz += tl.load(gz_at, mask=mask & (block > 0), other=0.0).to(tl.float32)
         if turned is not None:
-            gz = _multiply(
+            gz = multiply_split(
                 g_big, g_small, turned, y * PADDED_C + c0, block * BLOCK_J, gz,
                 BLOCK_C, BLOCK_J, J, K * PADDED_C, SPLIT, TILED,
             )  # fmt: skip
@@ -470,7 +453,7 @@ def _scores_kernel(
         for c0 in range(0, C, BLOCK_C):
             z = _centred(z_ptr, n, row_mask, mean_ptr, c0 + tl.arange(0, BLOCK_C), C, Z_STRIDE, BLOCK_N)
             big, small = split(z, SPLIT)
-            e = _multiply(
+            e = multiply_split(
                 big, small, centres, k0 * SLOTS, c0, e,
                 BLOCK_K * SLOTS, BLOCK_C, PADDED_C, PADDED_K * SLOTS, SPLIT, TILED,
             )  # fmt: skip

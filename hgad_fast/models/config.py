@@ -158,7 +158,7 @@ class Config:
         if name not in cls.presets:
             known = ", ".join(cls.presets) or "none"
             raise ValueError(f"{cls.__name__} has no preset {name!r}; there are: {known}")
-        return cls.from_fields({**cls.presets[name], **settings})
+        return cls.from_fields(cls.presets[name] | settings)
 
     @property
     def names(self) -> tuple[str, ...]:

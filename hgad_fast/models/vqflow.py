@@ -388,7 +388,7 @@ class VQFlowModel(Detector):
         return {name: maps[name] for name in sorted(maps, key=lambda name: name != self.config.map)}
 
     @property
-    def official_aupro(self) -> str:  # type: ignore[override]
+    def official_aupro(self) -> str:
         """How AUPRO is computed under the official protocols: ``config.pro``."""
         return self.config.pro
 

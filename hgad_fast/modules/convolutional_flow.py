@@ -88,7 +88,7 @@ class ConditionedConvolution(nn.Conv2d):
 
     def tables(self, condition: Condition, known: Known) -> ConditionTables:
         """Return tables for maps of the condition's size; they are made anew when weights or codes have changed."""
-        size = tuple(condition.indices.shape[1:])
+        size = (condition.indices.shape[1], condition.indices.shape[2])
         key = size, known.identity, identity([self.weight])
         if self._tables is None or self._tables[0] != key:
             weight = self.weight.detach()[:, self.own_channels :]

@@ -13,6 +13,7 @@ from .blocks import (
     flow_definition,
     flow_path,
 )
+from .codebook import code_statistics, nearest_code
 from .condition import (
     Condition,
     ConditionTables,
@@ -49,6 +50,7 @@ __all__ = [
     "SeparablePosition",
     "affine_coupling",
     "affine_coupling_backward",
+    "code_statistics",
     "condition_convolution",
     "condition_tables",
     "convolve_tables",
@@ -63,6 +65,7 @@ __all__ = [
     "mixture_scores",
     "mixture_terms",
     "mixture_terms_backward",
+    "nearest_code",
     "own_class_scores",
     "path",
 ]

@@ -85,6 +85,31 @@ def test_products_of_the_weights_gradients_have_the_operands_asked_for():
         assert len(products) == 2 * BLOCKS and {launch.operands for launch in products} == {precision}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_nearest_code(dtype):
+    """Rows once, codes once to be split and once as pieces, an index a row; nothing of N K anywhere."""
+    N, D, K = 16 * 3168, 576, 512
+    counted = traffic.codes(N, D, K, dtype)
+    (prepared,), (search,) = counted.of("_prepare_codes_kernel"), counted.of("_nearest_kernel")
+    tables = 2 * 4 * K * D + 4 * K
+    assert prepared.bytes == 4 * K * D + tables
+    assert search.bytes == dtype.itemsize * N * D + tables + 8 * N
+    assert search.flop == 2 * N * K * D and search.operands == "tf32x3"
+    within(max(torch.Size(shape).numel() for shape, _ in counted.allocated), max(N, 2 * K * D), counted)
+    within(counted.peak_bytes, 5 * 8 * N + 2 * tables, counted)  # indices, clamped and sorted; the sort's order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_the_statistics(dtype):
+    """The rows once, their codes and order, and the sums; around it small launches."""
+    N, D, K = 16 * 3168, 576, 512
+    counted = traffic.codes(N, D, K, dtype)
+    (sums,) = counted.of("_sum_kernel")
+    assert sums.bytes == dtype.itemsize * N * D + 8 * N + 8 * (K + 1) + 4 * K * D
+    within(len(counted.launches), 9, counted)
+    within(counted.bytes, 1.1 * (2 * dtype.itemsize * N * D), counted)
+
+
 def test_the_counter_counts():
     """A product, a sum in place and a view of known sizes."""
     with traffic.counted() as (counted, counter):

@@ -83,6 +83,16 @@ BUDGETS = {  # of each kernel that a call launches
         "_terms_backward_kernel": Budget(112 << 10, narrow_loads=16),
         "_scores_kernel": Budget(72 << 10, narrow_loads=4, blocks=2),
     },
+    "codes": {
+        "_prepare_codes_kernel": Budget(8 << 10, matrix=0, narrow_loads=16),
+        "_nearest_kernel": Budget(76 << 10, 176, narrow_loads=1, blocks=2),
+        "_sum_kernel": Budget(0, 96, 0),
+    },
+    "codes, few rows": {"_nearest_kernel": Budget(64 << 10, 176, narrow_loads=1, blocks=3)},
+    "codes, bfloat16": {
+        "_nearest_kernel": Budget(76 << 10, 176, narrow_loads=1, blocks=2),
+        "_sum_kernel": Budget(0, 96, 0),
+    },
     "blocks": {"_block_kernel": Budget(128 << 10, matrix=30, narrow_loads=4, concessions=BLOCKS)},
     "blocks, few pixels": {"_block_kernel": Budget(104 << 10, matrix=30, narrow_loads=4, blocks=2, concessions=BLOCKS)},
     "training, bf16": {
@@ -120,6 +130,11 @@ def call_mixture(kernels: SimpleNamespace, C: int, K: int, M: int, labels: torch
     kernels.mixture.mixture_scores(z, log_det, *parameters, labels, per_class=True)
 
 
+def call_codes(kernels: SimpleNamespace, N: int, D: int, K: int, dtype: torch.dtype = torch.float32) -> None:
+    x, codes = torch.zeros(N, D, dtype=dtype), torch.zeros(D, K).T  # as a state dict holds them
+    kernels.codebook.code_statistics(x, kernels.codebook.nearest_code(x, codes).zero_(), K)
+
+
 def call_blocks(kernels: SimpleNamespace, C: int, pixels: int, P: int = 256) -> None:
     flow = ConditionalFlow(C, 1, P)
     conditions = flow.grid(16, pixels // 16) or []
@@ -140,6 +155,9 @@ CALLS = {
     "coupling, bfloat16": lambda kernels: call_coupling(kernels, 200, torch.bfloat16),
     "mixture, 15 classes": lambda kernels: call_mixture(kernels, 200, 15, 10, IMAGES),
     "mixture, 40 classes": lambda kernels: call_mixture(kernels, 200, 40, 10, IMAGES),
+    "codes": lambda kernels: call_codes(kernels, 16384, 576, 512),
+    "codes, few rows": lambda kernels: call_codes(kernels, 4096, 576, 512),
+    "codes, bfloat16": lambda kernels: call_codes(kernels, 16384, 576, 512, torch.bfloat16),
     "blocks": lambda kernels: call_blocks(kernels, 200, 16384),
     "blocks, few pixels": lambda kernels: call_blocks(kernels, 200, 4096),
     "training, bf16": lambda kernels: call_training(kernels, 200, "bf16", 16384),
@@ -149,6 +167,9 @@ CALLS = {
     "training, unconditional": lambda kernels: call_training(kernels, 40, "bf16", 16384, P=0),
     "blocks, odd channels": lambda kernels: call_blocks(kernels, 37, 16384),
     "blocks, unconditional": lambda kernels: call_blocks(kernels, 40, 16384, P=0),
+    "codes, odd channels": lambda kernels: call_codes(kernels, 16384, 37, 7),
+    "codes, few": lambda kernels: call_codes(kernels, 16, 512, 32),
+    "codes, one of one channel": lambda kernels: call_codes(kernels, 70, 1, 1),
     "coupling, odd channels": lambda kernels: call_coupling(kernels, 37, torch.float32),
     "mixture, odd channels": lambda kernels: call_mixture(kernels, 201, 3, 2, IMAGES),
     "mixture, one class, one centre": lambda kernels: call_mixture(kernels, 37, 1, 1, IMAGES),

@@ -655,6 +655,8 @@ def test_mixture_scores_of_nothing(interpreted):
         "mixture_terms",
         "mixture_terms_backward",
         "mixture_scores",
+        "nearest_code",
+        "code_statistics",
     ],
 )
 def test_kernel_and_definition_have_one_signature(interpreted, name):
