@@ -32,7 +32,7 @@ Method = Annotated[str, typer.Option(help="The method of detection: hgad, vqflow
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
 Preset = Annotated[
     str | None,
-    typer.Option(help="Start from a named set of fields. Of vqflow: small (trains on two cores), official (faults too)."),
+    typer.Option(help="A named set of fields to start from. Of vqflow: small (for two cores), official (faults too)."),
 ]
 ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
 Assignments = Annotated[
