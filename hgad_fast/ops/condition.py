@@ -34,8 +34,8 @@ class Condition(NamedTuple):
 class ConditionTables(NamedTuple):
     """What `convolve_tables` adds up: made by `condition_tables` of one weight, for all codes and prototypes."""
 
-    # (R, m): k k rows a code and a code of zeros for the outside, then (k // 2 + 1)^4 rows a prototype, one for each
-    # distance from the four borders, then a row a pixel of the position code, if there is one.
+    # (R, m): k k rows a code, and as many of zeros for the outside; a row a prototype for each of (k // 2 + 1)^4 ways
+    # in which a window may reach over the border; a row a pixel of the position code, if there is one.
     rows: Tensor
     codes: int  # K
     prototypes: int  # K_p
