@@ -76,24 +76,26 @@ class ConditionedConvolution(nn.Conv2d):
             known: prototypes for which tables are kept; None: nothing is kept, and there is a gradient.
         """
         images = channels_first(x)
-        own, others = self.weight[:, : self.own_channels], self.weight[:, self.own_channels :]
+        own, others = self.weight.split([self.own_channels, self.in_channels - self.own_channels], 1)
         if known is not None:
             conditioned = ops.convolve_tables(self.tables(condition, known), condition.indices, known.ids)
-        elif self.by_tables:
+            return channels_last(F.conv2d(images, own, padding=1) + conditioned)  # the bias is in the tables
+        if self.by_tables:
             conditioned = ops.condition_convolution(condition, others)
-        else:
-            whole = torch.cat([images, ops.dense_condition(condition)], 1)
-            return channels_last(F.conv2d(whole, self.weight, self.bias, padding=1))
-        return channels_last(F.conv2d(images, own, self.bias, padding=1) + conditioned)
+            return channels_last(F.conv2d(images, own, self.bias, padding=1) + conditioned)
+        whole = torch.cat([images, ops.dense_condition(condition)], 1)
+        return channels_last(F.conv2d(whole, self.weight, self.bias, padding=1))
 
     def tables(self, condition: Condition, known: Known) -> ConditionTables:
         """Return tables for maps of the condition's size; they are made anew when weights or codes have changed."""
         size = (condition.indices.shape[1], condition.indices.shape[2])
-        key = size, known.identity, identity([self.weight])
+        key = size, known.identity, identity(self.parameters())
         if self._tables is None or self._tables[0] != key:
             weight = self.weight.detach()[:, self.own_channels :]
             codes, position, residual = condition.codes, condition.position, condition.residual
-            self._tables = key, ops.condition_tables(weight, codes, known.prototypes, position, residual, size)
+            assert self.bias is not None
+            bias = self.bias.detach()
+            self._tables = key, ops.condition_tables(weight, codes, known.prototypes, position, residual, size, bias)
         return self._tables[1]
 
 
