@@ -290,12 +290,13 @@ class VQFlowConfig(Config):
             "out_indices": (1, 2, 3, 4),
             "img_size": 256,
             "msk_size": 256,
-            "prototype_dim": 64,
+            "prototype_dim": 32,
             "pos_embed_dim": 16,
             "n_patterns": 128,
             "coupling_layers": (2, 4, 4),
             "hidden_channels": 64,
             "lr": 1e-3,
+            "meta_epochs": 12,
         },
     }
 
