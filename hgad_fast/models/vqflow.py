@@ -293,7 +293,7 @@ class VQFlowModel(Detector):
                 for level, x in enumerate(image):
                     if not x.isfinite().all():
                         raise ValueError(
-                            f"the features of training image {i} hold a NaN or an infinity at level {level}"
+                            f"image {i} of those trained on has a NaN or an infinity in its features of level {level}"
                         )
             by_level = list(zip(*images, strict=True))
             for maps in by_level:
@@ -404,15 +404,20 @@ class VQFlowModel(Detector):
     def load_official_checkpoint(self, checkpoint: Any) -> None:
         """Take the weights of a checkpoint of the official code.
 
+        Calibration and `prototype_images`, which belong to the weights before, are forgotten.
+
         Args:
             checkpoint: its path, or what it holds: a state dict for each named sub-module ("parallel_flows", ...), or
                 one with these names as prefixes. It is read with ``weights_only=True``.
 
         Raises:
-            ValueError: it is missing or damaged, or does not fit the configuration.
+            ValueError: it is missing or damaged, or does not fit the configuration; or two levels with a flow have the
+                same number of channels, so that it is ambiguous (see `vqflow_official.official_state`).
         """
         state = official_state(checkpoint, self.state_dict())
         self.load_state_dict(state, strict=False)
+        self.prototype_images.zero_()
+        self.calibration = None
 
 
 class VQFlowLoss(nn.Module):
