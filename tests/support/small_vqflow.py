@@ -87,3 +87,5 @@ def assert_same_scores(first: ScoreResult, second: ScoreResult) -> None:
     for name in ("anomaly_map", "image_score", "class_id", "p_value", "threshold", "false_alarm_rate"):
         assert torch.equal(getattr(first, name).nan_to_num(-7.0), getattr(second, name).nan_to_num(-7.0)), name
     assert torch.equal(first.is_anomalous, second.is_anomalous)
+    for one, other in zip(first.logps or [], second.logps or [], strict=True):
+        assert torch.equal(one, other)
