@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -287,10 +287,15 @@ class VQFlowModel(Detector):
         standard normal. Batch norms are in training mode, as in the first steps; their statistics stay as they were.
 
         Raises:
-            ValueError: there is one image only.
+            ValueError: there is one image only, images have several sizes, or features are not finite.
         """
         if len(feature_set) < 2:
             raise ValueError("VQ-Flow needs at least 2 training images: its batch norms compare those of a batch")
+        with float32_products(self.device):
+            self._begin(feature_set)
+
+    def _begin(self, feature_set: FeatureSet) -> None:
+        """Do what `begin` does."""
         config = self.config
         conditions = copy.deepcopy(self.conditions).train()
         codebooks = [module for module in conditions.modules() if isinstance(module, Codebook)]
@@ -302,7 +307,16 @@ class VQFlowModel(Detector):
 
         def features(numbers: list[int]) -> Sequence[Tensor]:
             images = [feature_set.images[i] for i in numbers]
-            return self._checked([torch.stack(level).to(self.device) for level in zip(*images, strict=True)])
+            for i, image in zip(numbers, images, strict=True):
+                for level, x in enumerate(image):
+                    if not x.isfinite().all():
+                        raise ValueError(
+                            f"image {i} of those trained on has a NaN or an infinity in its features of level {level}"
+                        )
+            by_level = list(zip(*images, strict=True))
+            for maps in by_level:
+                _require_one_size((x.shape[1], x.shape[2]) for x in maps)
+            return self._checked([torch.stack(maps).to(self.device) for maps in by_level])
 
         if config.vq_init == "kmeans":
             vectors = [conditions.semantic_vectors(features(numbers)[-1]) for numbers in batches]
@@ -348,7 +362,7 @@ class VQFlowModel(Detector):
     def finish(self, feature_set: FeatureSet) -> None:
         """Count the training images of each prototype, by their labels where these are among the classes."""
         self.prototype_images.zero_()
-        with _evaluating(self):
+        with _evaluating(self), float32_products(self.device):
             for i in range(len(feature_set)):
                 top = feature_set.images[i][-1][None].to(self.device)
                 _, chosen = self.conditions.prototypes(top)
@@ -418,15 +432,20 @@ class VQFlowModel(Detector):
     def load_official_checkpoint(self, checkpoint: Any) -> None:
         """Take the weights of a checkpoint of the official code.
 
+        Calibration and `prototype_images`, which belong to the weights before, are forgotten.
+
         Args:
             checkpoint: its path, or what it holds: a state dict for each named sub-module ("parallel_flows", ...), or
                 one with these names as prefixes. It is read with ``weights_only=True``.
 
         Raises:
-            ValueError: it is missing or damaged, or does not fit the configuration.
+            ValueError: it is missing or damaged, or does not fit the configuration; or two levels with a flow have the
+                same number of channels, so that it is ambiguous (see `vqflow_official.official_state`).
         """
         state = official_state(checkpoint, self.state_dict())
         self.load_state_dict(state, strict=False)
+        self.prototype_images.zero_()
+        self.calibration = None
 
 
 class VQFlowLoss(nn.Module):
@@ -449,9 +468,7 @@ class VQFlowLoss(nn.Module):
         config = model.config
         levels = []
         for groups in batch:
-            if len(groups) != 1:
-                sizes = ", ".join(f"{group.height} x {group.width}" for group in groups)
-                raise ValueError(f"feature maps of one level have the sizes {sizes}; VQ-Flow takes images of one size")
+            _require_one_size((group.height, group.width) for group in groups)
             ((x, _, h, w),) = groups
             levels.append(x.view(-1, h, w, x.shape[1]).permute(0, 3, 1, 2))
         top, (_, _, h, w) = levels[-1], batch[-1][0]
@@ -474,15 +491,26 @@ class VQFlowLoss(nn.Module):
 
 @contextmanager
 def _evaluating(model: VQFlowModel) -> Iterator[None]:
-    """Put the model in evaluation mode: neither batch norms nor codebooks learn from what is scored."""
-    training = model.training
+    """Put the model in evaluation mode: neither batch norms nor codebooks learn from what is scored.
+
+    Afterwards every part has the mode that it had.
+    """
+    training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True
+
+
+def _require_one_size(sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise a ValueError where the maps of one level, given by their sizes, differ in size."""
+    different = sorted(set(sizes))
+    if len(different) > 1:
+        listed = ", ".join(f"{h} x {w}" for h, w in different)
+        raise ValueError(f"feature maps of one level have the sizes {listed}; VQ-Flow takes images of one size")
 
 
 def _largest_class(counts: Tensor, names: Sequence[str]) -> str:

@@ -31,8 +31,12 @@ def official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: 
         checkpoint: its path, a dict of state dicts by the names of the sub-modules, or one state dict of all.
         own: the state dict of the model that it is for.
 
+    The permutations of the fusion flow lie in it in an order that differs from run to run, and are told apart by their
+    numbers of channels. Where two levels have the same number, nothing tells which is whose, and it is refused: a
+    permutation of another level would give other densities without a word.
+
     Raises:
-        ValueError: it is missing or damaged, or does not fit the model.
+        ValueError: it is missing or damaged, or does not fit the model, or two levels have the same number of channels.
     """
     source = "the checkpoint" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
     given = dict(checkpoint) if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
@@ -42,15 +46,24 @@ def official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: 
             tensors |= {f"{part}.{name}": tensor for name, tensor in given[part].items()}
         tensors |= {name: tensor for name, tensor in given.items() if name.startswith(f"{part}.")}
     state: dict[str, Tensor] = {}
-    channels = {
-        tensor.shape[0]: name for name, tensor in own.items() if re.match(r"fusion_flow\.permutation_\d+$", name)
-    }
+    fused = [name for name in own if re.match(r"fusion_flow\.permutation_\d+$", name)]
+    channels = {own[name].shape[0]: name for name in fused}
+    if len(channels) < len(fused):
+        raise ValueError(
+            f"{source} cannot be read into this model: of the channels of its levels, "
+            f"{', '.join(str(own[name].shape[0]) for name in fused)}, two are equal, and then nothing in an official "
+            "checkpoint tells which permutation of the fusion flow belongs to which level"
+        )
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, and no tensor")
         if name.endswith(("w_perm_inv", "perm_inv")):
             continue
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         if re.match(r"fusion_flow\.module_list\.\d+\.perm$", name):  # in an order that differs from run to run
+            if tensor.dim() != 1 or not torch.equal(tensor.sort().values, torch.arange(len(tensor)).to(tensor)):
+                raise ValueError(f"{source}: {name} is no permutation")
             name = channels.get(len(tensor), name)
         elif name.endswith(".permutation"):
             tensor = _permutation(name, tensor, source)
@@ -90,11 +103,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _permutation(name: str, one_hot: Tensor, source: str) -> Tensor:
     """Return the permutation that a one-hot matrix (C, C, 1, 1) applies: output i is input permutation[i]."""
-    matrix = one_hot.flatten(1) if one_hot.dim() > 1 else one_hot[None]
-    indices = matrix.argmax(1)
-    exact = matrix.shape == (len(indices), len(indices)) and bool(
-        (torch.zeros_like(matrix).scatter_(1, indices[:, None], 1.0) == matrix).all()
-    )
-    if not exact or len(indices.unique()) != len(indices):
-        raise ValueError(f"{source}: {name.replace('permutation', 'w_perm')} is no permutation matrix")
-    return indices
+    if one_hot.dim() > 1 and one_hot.numel() == len(one_hot) ** 2:
+        matrix = one_hot.flatten(1)
+        indices = matrix.argmax(1)
+        exact = torch.equal(torch.zeros_like(matrix).scatter_(1, indices[:, None], 1.0), matrix)
+        if exact and len(indices.unique()) == len(indices):
+            return indices
+    raise ValueError(f"{source}: {name.replace('permutation', 'w_perm')} is no permutation matrix")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops
 from ..ops import Condition, ConditionTables
@@ -35,12 +36,31 @@ class Known(NamedTuple):
     identity: Any
 
 
+class _OptimizerSteps:
+    """Counts the steps of all optimizers: torch does not count what fused ones write."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._increase)
+
+    def _increase(self, *_: Any) -> None:
+        self.count += 1
+
+
+_steps = _OptimizerSteps()
+
+
 def identity(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Return what tells whether any of the tensors has changed or moved, by anything but an optimizer."""
-    return tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device)
-        for tensor in tensors
-    )
+    """Return what is equal as long as none of the tensors has changed or moved.
+
+    It is never equal for tensors of inference mode, which do not count their changes. Writes through `tensor.data` are
+    not counted either.
+    """
+    tensors = list(tensors)
+    if any(tensor.is_inference() for tensor in tensors):
+        return (object(),)
+    places = ((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors)
+    return (_steps.count, *places)
 
 
 class ConditionedConvolution(nn.Conv2d):
@@ -62,11 +82,6 @@ class ConditionedConvolution(nn.Conv2d):
         self.by_tables = True
         self._tables: tuple[Any, ConditionTables] | None = None
 
-    def train(self, mode: bool = True) -> ConditionedConvolution:
-        """Set the mode; the tables of scoring are forgotten, as an optimizer changes weights unnoticed."""
-        self._tables = None
-        return super().train(mode)
-
     def convolve(self, x: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
         """Return the convolution (B, h, w, out) of a map x (B, h, w, channels) and a condition of the same images.
 
@@ -80,6 +95,7 @@ class ConditionedConvolution(nn.Conv2d):
         if known is not None:
             conditioned = ops.convolve_tables(self.tables(condition, known), condition.indices, known.ids)
             return channels_last(F.conv2d(images, own, padding=1) + conditioned)  # the bias is in the tables
+        self._tables = None  # a training needs the memory
         if self.by_tables:
             conditioned = ops.condition_convolution(condition, others)
             return channels_last(F.conv2d(images, own, self.bias, padding=1) + conditioned)

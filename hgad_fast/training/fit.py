@@ -50,6 +50,8 @@ class History:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: Detector,
     data: Any,
@@ -68,6 +70,8 @@ def fit(
     cuda_graphs: bool = False,
 ) -> History:
     """Train a model on normal images, then calibrate it on held-out ones.
+
+    Gradients are computed whatever the caller's mode is (`torch.no_grad`, `torch.inference_mode`).
 
     Batches of `batch_size` (or of all images, where there are fewer) depend on the configuration's seed alone: the
     global random state is neither used nor changed.

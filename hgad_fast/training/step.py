@@ -167,7 +167,9 @@ class Step:
             with nullcontext() if exchanged else self._loss.no_sync():  # type: ignore[operator]
                 loss, terms = self._loss(batch, pixels)
                 # DistributedDataParallel takes the mean over the processes, and the loss is a sum over them.
-                (loss * self.processes.count if self.processes.count > 1 else loss).backward()
+                loss = loss * self.processes.count if self.processes.count > 1 else loss
+                with _without_autocast(loss.device.type):
+                    loss.backward()
             reported = reported + terms
         if self.config.clip_grad_norm is not None:
             for parameters in self.clip_groups:
@@ -202,6 +204,12 @@ class Step:
         # A replay changes parameters behind torch's back; what is kept of them for scoring goes by their versions.
         torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]])
         return recorded.terms.clone()  # the next replay overwrites them
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which would round the products of a backward pass to half precision."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
 
 
 def on_device(device: torch.device | None) -> AbstractContextManager[Any]:
