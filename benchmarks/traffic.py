@@ -229,7 +229,8 @@ def _kernel_products(name: str, a: dict[str, Any]) -> tuple[float, str]:
         rotations = 2 if a.get("z_ptr") is not None else 1
         return rotations * 3 * 2.0 * a["N"] * a["EDGES"][-1] * a["K"], "bf16"
     if name == "_nearest_kernel":
-        return 2.0 * a["N"] * a["D"] * a["PADDED_K"], "tf32x3"
+        products = 2 if a["ONE_PIECE"] else 3
+        return products * 2.0 * a["N"] * a["D"] * a["PADDED_K"], "tf32"
     if "z_ptr" in a and a["z_ptr"] is not None and "K" in a:  # the mixture
         n, channels = a["z_ptr"].shape
         columns = a["PADDED_K"] * a["SLOTS"] if name == "_scores_kernel" else a["J"]

@@ -130,6 +130,17 @@ def test_chunks_change_nothing_but_rounding(monkeypatch):
         assert_nearest(ops.nearest_code(x, codes), x, codes)
 
 
+def test_both_compile_without_graph_breaks():
+    x, codes = draw(20, 5, 7)
+
+    def quantise(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.code_statistics(x, ops.nearest_code(x, codes), 7)
+
+    compiled = torch.compile(quantise, fullgraph=True, backend="aot_eager")
+    for value, right in zip(compiled(x, codes), quantise(x, codes), strict=True):
+        assert torch.equal(value, right)
+
+
 # statistics
 
 
