@@ -318,7 +318,7 @@ def mixture(images: int = 8, rows: int = 4096) -> Traffic:
 
 
 def codes(rows: int = 16 * 3168, channels: int = 576, codes: int = 512, dtype: torch.dtype = torch.float32) -> Traffic:
-    """Count the search of nearest codes and their statistics, at VQ-Flow's size: 16 images of 384 x 384 pixels."""
+    """Count the search of nearest codes and their statistics: VQ-Flow's 16 images of 384 x 384, all levels."""
     with counted() as (traffic, counter):
         x = torch.empty(rows, channels, dtype=dtype, device="cuda")
         embed = torch.empty(channels, codes, device="cuda")
