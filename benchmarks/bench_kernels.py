@@ -19,3 +19,7 @@ def test_mixture(measured: Callable) -> None:
 
 def test_scores(measured: Callable) -> None:
     measured("scores")
+
+
+def test_codes(measured: Callable) -> None:
+    measured("codes")

@@ -138,6 +138,27 @@ def check_scores(size: Size, device: torch.device) -> list[Check]:
     ]
 
 
+def check_codes(size: Size, device: torch.device) -> list[Check]:
+    """Check the distances of the codes that are found, and every bit of the statistics against a CPU's."""
+    draw, count = Draw(device), size.classes * size.centres
+    codes = draw.normal(size.channels, count).T  # as state dicts have them
+    checks = [kernels_run(codes)]
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"codes, {str(dtype).removeprefix('torch.')}"
+        x = draw.normal(size.pixels, size.channels).to(dtype)
+        found = ops.nearest_code(x, codes)
+        distances = torch.cdist(*double(x, codes))
+        chosen = distances.gather(1, found[:, None]).squeeze(1)  # equally near codes may change places
+        checks.append(worst(f"{name}, distance of the nearest", FORWARD, [chosen], [distances.amin(1)]))
+        owners = draw.labels(size.pixels, count)
+        expected = ops.code_statistics.reference(x.cpu(), owners.cpu(), count)
+        for backend in ("auto", "torch"):
+            actual = ops.code_statistics(x, owners, count, backend=backend)
+            differing = sum(float((a.cpu() != e).sum()) for a, e in zip(actual, expected, strict=True))
+            checks.append(Check(f"{name}, elements of the statistics that differ, backend {backend}", differing, 0))
+    return checks
+
+
 def check_far_centres(size: Size, device: torch.device, distance: float = 100) -> Iterator[Check]:
     """Check terms and scores of pixels near one of many centres far apart, where one piece of tf32 would not do.
 

@@ -229,7 +229,8 @@ def _kernel_products(name: str, a: dict[str, Any]) -> tuple[float, str]:
         rotations = 2 if a.get("z_ptr") is not None else 1
         return rotations * 3 * 2.0 * a["N"] * a["EDGES"][-1] * a["K"], "bf16"
     if name == "_nearest_kernel":
-        return 2.0 * a["N"] * a["D"] * a["PADDED_K"], "tf32x3"
+        products = 2 if a["ONE_PIECE"] else 3
+        return products * 2.0 * a["N"] * a["D"] * a["PADDED_K"], "tf32"
     if "z_ptr" in a and a["z_ptr"] is not None and "K" in a:  # the mixture
         n, channels = a["z_ptr"].shape
         columns = a["PADDED_K"] * a["SLOTS"] if name == "_scores_kernel" else a["J"]
@@ -317,7 +318,7 @@ def mixture(images: int = 8, rows: int = 4096) -> Traffic:
 
 
 def codes(rows: int = 16 * 3168, channels: int = 576, codes: int = 512, dtype: torch.dtype = torch.float32) -> Traffic:
-    """Count the search of nearest codes and their statistics, at VQ-Flow's size: 16 images of 384 x 384 pixels."""
+    """Count the search of nearest codes and their statistics: VQ-Flow's 16 images of 384 x 384, all levels."""
     with counted() as (traffic, counter):
         x = torch.empty(rows, channels, dtype=dtype, device="cuda")
         embed = torch.empty(channels, codes, device="cuda")

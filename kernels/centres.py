@@ -41,11 +41,15 @@ def multiply_split(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr, PIECE: tl.constexpr,
     SPLIT: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
-    """Return sums + (big + small) W^T; W are ROWS rows of a table, whose small pieces are PIECE rows further on."""
+    """Return sums + (big + small) W^T; W are ROWS rows of a table, whose small pieces are PIECE rows further on.
+
+    Without a small piece (None) big has to be exact.
+    """
     w = tile(table, row, column, ROWS, COLUMNS, STRIDE, TILED)
     if SPLIT:
         w_small = tile(table, row + PIECE, column, ROWS, COLUMNS, STRIDE, TILED)
-        sums = tl.dot(small, tl.trans(w), sums, input_precision="tf32")
+        if small is not None:
+            sums = tl.dot(small, tl.trans(w), sums, input_precision="tf32")
         sums = tl.dot(big, tl.trans(w_small), sums, input_precision="tf32")
         return tl.dot(big, tl.trans(w), sums, input_precision="tf32")
     else:

@@ -65,6 +65,7 @@ def _nearest_kernel(
     PADDED_D: tl.constexpr,
     X_STRIDE: tl.constexpr,
     SPLIT: tl.constexpr,
+    ONE_PIECE: tl.constexpr,  # x is bfloat16, which tf32 holds exactly: two products do
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -82,7 +83,10 @@ def _nearest_kernel(
             d = d0 + tl.arange(0, BLOCK_D)
             mask = row_mask[:, None] & (d < D)[None, :]
             x = tl.load(x_ptr + n[:, None] * X_STRIDE + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            big, small = split(x, SPLIT)
+            if ONE_PIECE:
+                big, small = x, None
+            else:
+                big, small = split(x, SPLIT)
             s = multiply_split(
                 big, small, codes, k0, d0, s, BLOCK_K, BLOCK_D, PADDED_D, PADDED_K, SPLIT, TILED
             )  # fmt: skip
@@ -132,7 +136,8 @@ def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
             warps=chosen.warps, stages=chosen.stages, registers=REGISTERS,
             x_ptr=rows(x), codes=tiled(codebook.table, codebook.block_k, BLOCK_D),
             half_norm_ptr=codebook.half_norm, index_ptr=indices,
-            N=N, D=D, PADDED_K=padded_k, PADDED_D=padded_d, SPLIT=SPLIT,
+            N=N, D=D, PADDED_K=padded_k, PADDED_D=padded_d,
+            SPLIT=SPLIT, ONE_PIECE=x.dtype == torch.bfloat16,
             BLOCK_N=chosen.pixels, BLOCK_K=codebook.block_k, BLOCK_D=BLOCK_D, TILED=accelerated(x.device),
         )  # fmt: skip
     return indices

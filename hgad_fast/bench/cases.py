@@ -350,6 +350,37 @@ def scores_case(problem: Problem) -> list[Contender]:
     ]
 
 
+def codes_case(problem: Problem) -> list[Contender]:
+    """Time the search of the nearest codes and their statistics: how many rows each has, and the sum of these.
+
+    There are as many codes as classes have centres together. The rows lie around codes, so that no rounding moves one
+    to another. The official formulation, VQ-Flow's, makes the matrix of all distances, then a one-hot matrix of the
+    assignment, and multiplies the rows with it.
+    """
+    size = problem.size
+    generator, count = problem.generator(), size.classes * size.centres
+    embed = torch.randn(size.channels, count, generator=generator, device=problem.device)  # as state dicts have it
+    noise = torch.randn(size.pixels, size.channels, generator=generator, device=problem.device)
+    owner = torch.randint(count, (size.pixels,), generator=generator, device=problem.device)
+    x = noise.mul_(0.5).add_(embed.T[owner])
+    moved = x.nbytes + 2 * embed.nbytes + 4 * count
+
+    def ours() -> Results:
+        counts, sums = ops.code_statistics(x, ops.nearest_code(x, embed.T), count)
+        return {"counts": counts, "sums": sums}
+
+    def official() -> Results:
+        distances = x.square().sum(1, keepdim=True) - 2 * x @ embed + embed.square().sum(0)
+        one_hot = nn.functional.one_hot(distances.argmin(1), count).to(x.dtype)
+        return {"counts": one_hot.sum(0), "sums": one_hot.T @ x}
+
+    flop = mixture_flop(size, count)
+    return [
+        Contender("hgad_fast", problem.path(), ours, flop, moved),
+        *_peers(problem, official, 2 * flop, moved, name="official", path="torch"),
+    ]
+
+
 def scoring_case(problem: Problem) -> list[Contender]:
     """Time the way from features of images of one known class to maps by the official procedure.
 
@@ -520,6 +551,7 @@ CASES: dict[str, Callable[[Problem], list[Contender]]] = {
     "flow": flow_case,
     "mixture": mixture_case,
     "scores": scores_case,
+    "codes": codes_case,
     "scoring": scoring_case,
     "training": training_case,
     "official-loop": official_loop_case,

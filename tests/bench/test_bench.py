@@ -120,6 +120,9 @@ def test_flop_are_those_of_the_matrix_products() -> None:
     assert counted(lambda: distances(z, centres)) == cases.mixture_flop(TINY, 5)
     assert counted(lambda: distances(z, centres).sum().backward()) == cases.mixture_flop(TINY, 5, backward=True)
 
+    ours, peer = cases.codes_case(cases.Problem(TINY, CPU))
+    assert counted(ours) == ours.flop and counted(peer) == peer.flop
+
 
 def test_peak_memory_is_what_is_alive_at_once() -> None:
     def work() -> None:
@@ -281,7 +284,8 @@ def test_every_case_agrees_with_the_official_formulation(case: str) -> None:
     rows = measure.run([case], quick=True, device="cpu")
     assert rows[-1].contender == "official" and rows[-1].error == 0
     for row in rows[:-1]:
-        assert row.path == "torch" and 0 < row.error < 1e-4
+        assert row.path == "torch" and row.error < 1e-4
+        assert row.error > 0 or case == "codes"  # both may add the few rows of a code in their order
         assert row.peak_bytes > 0 and row.rounds == 3
 
 

@@ -71,6 +71,7 @@ def test_an_error_that_is_no_number_fails_and_is_written() -> None:
         ("mixture_terms", gpu_checks.check_mixture),
         ("mixture_terms_backward", gpu_checks.check_mixture),
         ("mixture_scores", gpu_checks.check_scores),
+        ("code_statistics", gpu_checks.check_codes),
     ],
 )
 def test_checks_find_a_small_error_in_every_result(operation: str, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,7 @@ def test_checks_find_a_small_error_in_every_result(operation: str, check: Any, m
     size = replace(SMALL, height=3, width=3)
     assert all(each.passed for each in check(size, CPU))
     names = {"affine_coupling": 2, "affine_coupling_backward": 4, "mixture_terms": 4, "mixture_terms_backward": 5}
+    names["code_statistics"] = 2
     for which in range(names.get(operation, 6)):
         if operation == "mixture_scores" and which == 1:
             continue  # best_class, below
@@ -107,6 +109,18 @@ def test_a_wrong_best_class_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong.reference = real.reference  # type: ignore[attr-defined]
     monkeypatch.setattr(ops, "mixture_scores", wrong)
     assert not all(check.passed for check in gpu_checks.check_scores(SMALL, CPU))
+
+
+def test_a_code_that_is_not_the_nearest_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = ops.nearest_code, SMALL.classes * SMALL.centres
+
+    def wrong(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        indices = real(x, codes)
+        indices[3] = (indices[3] + 1) % count
+        return indices
+
+    monkeypatch.setattr(ops, "nearest_code", wrong)
+    assert [check.passed for check in gpu_checks.check_codes(SMALL, CPU)] == [True, *[False, True, True] * 2]
 
 
 def test_runs_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,13 +25,14 @@ def test_nearest_code(interpreted, sizes, dtype):
     assert_nearest(interpreted.codebook.nearest_code(x, codes), x, codes)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_nearest_code_of_split_factors(interpreted, monkeypatch, sizes):
+def test_nearest_code_of_split_factors(interpreted, monkeypatch, sizes, dtype):
     """As NVIDIA's cards compute: pieces of tf32, whose products without those of the small ones are float32's."""
     monkeypatch.setattr(interpreted.centres, "FLOAT32", "tf32x3")
     for module in (interpreted.centres, interpreted.codebook):
         monkeypatch.setattr(module, "SPLIT", True)
-    x, codes = draw(*sizes)
+    x, codes = draw(*sizes, dtype)
     assert_nearest(interpreted.codebook.nearest_code(x, codes), x, codes)
     table = interpreted.codebook.Codebook.prepare(codes).table
     assert table.shape[0] == 2 and not (table.view(torch.int32) & 0x1FFF).any()
