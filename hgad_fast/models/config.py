@@ -295,8 +295,8 @@ class VQFlowConfig(Config):
             "n_patterns": 128,
             "coupling_layers": (2, 4, 4),
             "hidden_channels": 64,
-            "lr": 1e-3,
-            "meta_epochs": 12,
+            "lr": 2e-3,
+            "meta_epochs": 8,
         },
     }
 
