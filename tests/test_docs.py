@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from hgad_fast import HGADConfig
-from hgad_fast.cli import _assignment, app
+from hgad_fast.cli import _config, app
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMANDS = re.findall(r"^hgad-fast .*$", "\n".join(p.read_text() for p in sorted(DOCS.glob("*.md"))), re.MULTILINE)
@@ -20,7 +19,9 @@ COMMANDS = re.findall(r"^hgad-fast .*$", "\n".join(p.read_text() for p in sorted
 def test_commands_parse_and_their_settings_are_fields(line):
     name, *arguments = shlex.split(line)[1:]
     context = typer.main.get_command(app).commands[name].make_context(name, arguments)
-    HGADConfig.from_fields({"n_classes": 3} | dict(map(_assignment, context.params.get("set_") or ())))
+    method, preset = context.params.get("method") or "hgad", context.params.get("preset")
+    assignments = context.params.get("set_")
+    _config(method, preset, ("a", "b", "c"), None, assignments, None, None)
 
 
 def test_there_are_commands():
