@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from codes import SIZES, assert_nearest, draw, squared_distances, strided, sums_in_order
+from codes import SIZES, assert_nearest, draw, draw_near_ties, squared_distances, strided, sums_in_order
 from golden import FOLDER
 
 from hgad_fast import ops
@@ -25,13 +25,44 @@ def test_nearest_code(interpreted, sizes, dtype):
     assert_nearest(interpreted.codebook.nearest_code(x, codes), x, codes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_nearest_code_of_split_factors(interpreted, monkeypatch, sizes, dtype):
-    """As NVIDIA's cards compute: pieces of tf32, whose products without those of the small ones are float32's."""
+@pytest.fixture
+def split(interpreted, monkeypatch) -> None:
+    """Products of tf32 pieces, as NVIDIA's cards compute them; the interpreter adds what they leave out."""
     monkeypatch.setattr(interpreted.centres, "FLOAT32", "tf32x3")
     for module in (interpreted.centres, interpreted.codebook):
         monkeypatch.setattr(module, "SPLIT", True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_nearest_code_is_right_wherever_rounding_leaves_a_choice(interpreted, request, pieces, dtype):
+    if pieces == 2:
+        request.getfixturevalue("split")
+    x, codes = draw_near_ties(dtype=dtype)
+    assert_nearest(interpreted.codebook.nearest_code(x, codes), x, codes)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("piece", [0, 1])
+def test_every_piece_of_the_codes_counts(interpreted, monkeypatch, piece):
+    x, codes = draw_near_ties()
+    prepare = interpreted.codebook.Codebook.prepare
+
+    def lossy(codes: torch.Tensor):
+        codebook = prepare(codes)
+        codebook.table[piece] = 0
+        return codebook
+
+    monkeypatch.setattr(interpreted.codebook.Codebook, "prepare", lossy)
+    with pytest.raises(AssertionError, match="farther than the nearest"):
+        assert_nearest(interpreted.codebook.nearest_code(x, codes), x, codes)
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_nearest_code_of_split_factors(interpreted, sizes, dtype):
+    """Pieces are tf32, and their products, without those of the small ones, are as exact as float32."""
     x, codes = draw(*sizes, dtype)
     assert_nearest(interpreted.codebook.nearest_code(x, codes), x, codes)
     table = interpreted.codebook.Codebook.prepare(codes).table

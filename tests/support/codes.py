@@ -32,6 +32,16 @@ def draw(N: int, D: int, K: int, dtype: torch.dtype = torch.float32) -> tuple[Te
     return (codes[torch.arange(N) % K] + 0.5 * torch.randn(N, D)).to(dtype), codes
 
 
+def draw_near_ties(N: int = 400, D: int = 24, K: int = 70, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return rows all but in the middle of two codes, at distances down to what rounding hides; and the codes."""
+    codes = torch.randn(K, D)
+    first = torch.randint(K, (N,))
+    second = (first + torch.randint(1, K, (N,))) % K
+    aside = 10 ** -(1 + 6 * torch.rand(N, 1, dtype=torch.float64))
+    e, f = codes[first].double(), codes[second].double()
+    return ((e + f) / 2 + aside * (e - f)).to(dtype), codes
+
+
 def strided(x: Tensor) -> dict[str, Tensor]:
     """Return a matrix in other strides, and NaN in all that does not belong to it."""
     n, d = x.shape
