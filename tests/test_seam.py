@@ -288,7 +288,7 @@ def test_it_is_trained_and_described_by_its_name(root: Path, tmp_path: Path) -> 
     shown = CliRunner().invoke(app, ["info", str(tmp_path / "run" / "model.safetensors")]).stdout
     assert "toy" in shown and "groups" in shown and "low, high" in shown
     done = CliRunner().invoke(app, ["train", str(root), "--method", "none"])
-    assert done.exit_code == 1 and "--method is 'none'; allowed are hgad, toy" in done.stderr
+    assert done.exit_code == 1 and "--method is 'none'; allowed are hgad, vqflow, toy" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,6 @@ def test_a_score_that_is_no_number_is_never_normal(trained: VQFlowModel) -> None
     with torch.no_grad():
         broken.fusion_flow.subnet_1.conv_t[0].bias.fill_(torch.nan)
     result = broken.score_features(class_features(2, seed=5))
-    assert not bool(((result.image_score <= result.threshold) & ~result.is_anomalous).any())
     assert result.image_score.isnan().all()
     assert result.is_anomalous.all()
 
