@@ -341,10 +341,6 @@ class VQFlowConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require_counts("n_prototypes", "n_patterns", "prototype_dim")
-        self._require(
-            "feature_levels", self.feature_levels >= 2, "a whole number from 2 (the last conditions the others)"
-        )
-        self._require("feature_mode", self.feature_mode == "stages", "'stages': VQ-Flow reads stages of one pass")
         size = self.img_size
         self._require("img_size", _is_int(size) and int(size) % 32 == 0, "a multiple of 32 (square images of one size)")
         self._require("batch_size", self.batch_size >= 2, "a whole number from 2 (batch norms compare images)")
@@ -377,6 +373,13 @@ class VQFlowConfig(Config):
         self._require_number("score_share", lambda value: 0 <= value <= 1, "a number in [0, 1], where 0 is the maximum")
         self._require_choice("map", "mul", "add")
         self._require_choice("pro", "exact", "official800")
+
+    def _check_features(self) -> None:
+        self._require(
+            "feature_levels", self.feature_levels >= 2, "a whole number from 2 (the last conditions the others)"
+        )
+        self._require("feature_mode", self.feature_mode == "stages", "'stages': VQ-Flow reads stages of one pass")
+        super()._check_features()
 
     @classmethod
     def official(cls, **settings: Any) -> VQFlowConfig:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "torch")
 
-_PRODUCTS = threading.RLock()  # the precision of float32 products on CUDA is one setting for all threads
+_PRODUCTS = threading.RLock()  # the precision of float32 on CUDA is one setting for all threads
 
 
 @functools.cache
@@ -63,7 +63,7 @@ def _obstacle(x: Tensor) -> str | None:
 
 @contextmanager
 def float32_products(device: torch.device, operands: str = "ieee") -> Iterator[None]:
-    """Multiply float32 in float32, or on CUDA with ``"tf32"`` operands, whatever the caller's settings are.
+    """Multiply and convolve float32 as such, or on CUDA with ``"tf32"`` operands, whatever the caller's settings are.
 
     Autocast is off meanwhile: it would round operands to half precision, and return half precision, without a word.
     One thread at a time is in this context on CUDA, where torch knows a single setting for all threads. Do not run a
@@ -76,13 +76,16 @@ def float32_products(device: torch.device, operands: str = "ieee") -> Iterator[N
     if device.type != "cuda":
         yield
         return
-    matmul = torch.backends.cuda.matmul
+    settings: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     with _PRODUCTS:
-        before, matmul.fp32_precision = matmul.fp32_precision, operands
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = operands
         try:
             yield
         finally:
-            matmul.fp32_precision = before
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision
 
 
 def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:

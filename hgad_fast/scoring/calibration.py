@@ -86,7 +86,8 @@ class Calibration:
             alarms = math.floor(self.false_alarm_rate * (n + 1) + 1e-9)  # that n + 1 normal images may raise
             threshold[rows] = reference[n - min(max(alarms, 1), n)]
             rate[rows] = max(self.false_alarm_rate, 1 / (n + 1))
-        return p_value, scores > threshold, threshold, rate
+        # A score that is not a number passes every threshold.
+        return p_value, ~(scores <= threshold) & threshold.isfinite(), threshold, rate
 
     def _reference(self, k: int) -> Tensor:
         """Return the sorted scores that images of group k are compared with, on the scale of its own scores."""
@@ -329,16 +330,19 @@ def _image_densities(model: Detector, features: FeatureSet, i: int) -> Densities
 def _warn_of_unattainable_rates(model: Detector, calibration: Calibration) -> None:
     """Warn of groups whose images are too few for the target false-alarm rate, unless there are no images at all.
 
-    Classes are named. Of groups that a method forms by itself, which may be many, those that borrow are counted.
+    Classes are named. Of groups that a method forms by itself, which may be many, those are counted that have images
+    and yet borrow; groups without any are what a method leaves unused.
     """
     target = calibration.false_alarm_rate
     rates = {name: calibration.attainable_rate(k) for k, name in enumerate(model.groups)}
     if not model.groups_are_classes:
         texts = []
-        if borrowers := calibration.borrowers:
+        counts = calibration.counts
+        if borrowers := [k for k in calibration.borrowers if counts[k]]:
+            used = sum(count > 0 for count in counts)
             texts.append(
-                f"{len(borrowers)} of {len(rates)} groups have fewer than {MIN_POOLED} of them and borrow constants "
-                "and scores from the others"
+                f"{len(borrowers)} of {used} groups have fewer than {MIN_POOLED} of them and borrow constants and "
+                "scores from the others"
             )
         if above := [rate for rate in rates.values() if rate > target]:
             texts.append(

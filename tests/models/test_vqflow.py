@@ -46,6 +46,8 @@ BAD = {
         ("quantize_type", "pool_type", "prior_std", "vq_init", "nll_reduction", "lr_schedule", "score_norm", "map"),
         (None, "", "Mul", 3, True, ("avg",)),
     ),
+    "score_density": (None, "", "Full", True),
+    "score_share": (-0.1, 1.1, None, "0.03", True),
     "pro": (None, "", "official", True),
     "feature_levels": (None, 0, 1, 2.0),
     "feature_mode": ("image_pyramid", None, 3),
@@ -65,7 +67,7 @@ BAD = {
 )
 def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^VQFlowConfig\.{name} is .+; allowed: .+") as error:
-        VQFlowConfig(**{name: value}, **({"out_indices": (3,)} if name in ("feature_levels", "feature_mode") else {}))
+        VQFlowConfig(**{name: value})
     if isinstance(value, (str, int, float)):
         assert repr(value) in str(error.value)
 
@@ -315,27 +317,34 @@ pytestmark = few
 
 
 @pytest.mark.parametrize("kind", ["mul", "add"])
-def test_official_maps_and_scores_are_those_of_the_configuration(trained: VQFlowModel, kind: str) -> None:
-    model = VQFlowModel(trained.config.replace(map=kind, score_norm="image_max")).eval()
+@pytest.mark.parametrize("density", ["full", "latent"])
+def test_official_maps_and_scores_are_those_of_the_configuration(trained: VQFlowModel, kind: str, density: str) -> None:
+    """They are made of the latents alone, whatever the calibrated ones are made of."""
+    model = VQFlowModel(trained.config.replace(map=kind, score_norm="image_max", score_density=density)).eval()
     model.load_state_dict(trained.state_dict())
     levels = class_features(4, seed=5)
     result = model.score_features(levels, normalization="official")
-    logps = [-z.square().mean(-1) / 2 for z in latents_one_by_one(model, levels)]
-    logps = [level - level.amax((1, 2), keepdim=True) for level in logps]
-    expected = official_maps(logps, model.config.msk_size)[kind]
-    assert all(torch.equal(a, b) for a, b in zip(result.logps, logps, strict=True))
+    single = latents_one_by_one(model, levels)
+    expected = official_maps([-z.square().mean(-1) / 2 for z, _ in single], model.config.msk_size)[kind]
+    for logps, (z, log_det) in zip(result.logps, single, strict=True):
+        full = -z.square().mean(-1) / 2 + (log_det / z.shape[-1] if density == "full" else 0)
+        torch.testing.assert_close(logps, full - full.amax((1, 2), keepdim=True), rtol=1e-4, atol=1e-4)
     assert torch.equal(result.anomaly_map, expected.maps) and torch.equal(result.image_score, expected.scores)
     assert result.p_value.isnan().all() and result.threshold.isnan().all() and not result.is_anomalous.any()
     assert list(model.official_maps([model_densities(model, levels)]))[0] == kind
 
 
-def latents_one_by_one(model: VQFlowModel, levels: list[Tensor]) -> list[Tensor]:
+def latents_one_by_one(model: VQFlowModel, levels: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return z and log-determinants of each level."""
     with torch.no_grad():
         single = [
-            model.latents(model.prepare([level[i : i + 1] for level in levels]), known=True).z
+            model.latents(model.prepare([level[i : i + 1] for level in levels]), known=True)
             for i in range(len(levels[0]))
         ]
-    return [torch.cat(level) for level in zip(*single, strict=True)]
+    return [
+        (torch.cat([latents.z[level] for latents in single]), torch.cat([latents.log_det[level] for latents in single]))
+        for level in range(3)
+    ]
 
 
 def model_densities(model: VQFlowModel, levels: list[Tensor]) -> Any:
@@ -381,18 +390,16 @@ def test_a_prototype_is_given_by_number_or_name_and_changes_the_densities(traine
     with torch.no_grad():
         for i, k in enumerate(other):
             single = trained.prepare([level[i : i + 1] for level in levels])
-            z = trained.latents(single, torch.tensor([k])).z
-            for level in range(3):
-                torch.testing.assert_close(
-                    given.logps[level][i], -z[level][0].square().mean(-1) / 2, rtol=1e-3, atol=1e-3
-                )
+            latents = trained.latents(single, torch.tensor([k]))
+            for level, (z, log_det) in enumerate(zip(latents.z, latents.log_det, strict=True)):
+                expected = -z[0].square().mean(-1) / 2 + log_det[0] / z.shape[-1]
+                torch.testing.assert_close(given.logps[level][i], expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"class 'prototype 6' is unknown; the model knows prototype 0, .*\(0 to 5\)"):
         trained.score_features(levels, "prototype 6")
     with pytest.raises(ValueError, match="class 6 is unknown"):
         trained.score_features(levels, 6)
 
 
-@pytest.mark.xfail(strict=True, reason="Calibration.judge asks whether a score is above the threshold: NaN is not")
 def test_a_score_that_is_no_number_is_never_normal(trained: VQFlowModel) -> None:
     """Latents are clamped, as published, but a weight that is broken makes NaN of everything."""
     broken = VQFlowModel(trained.config).eval()
