@@ -76,7 +76,8 @@ def float32_products(device: torch.device, operands: str = "ieee") -> Iterator[N
     if device.type != "cuda":
         yield
         return
-    settings: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    cudnn: Any = torch.backends.cudnn
+    settings = torch.backends.cuda.matmul, cudnn.conv
     with _PRODUCTS:
         before = [setting.fp32_precision for setting in settings]
         for setting in settings:

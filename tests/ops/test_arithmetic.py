@@ -94,13 +94,15 @@ def switch(monkeypatch) -> Any:
 
 
 def test_products_are_exact_whatever_the_switch_says_and_it_is_put_back(switch):
+    """So are convolutions, which have a switch of their own."""
     switch.fp32_precision = "tf32"
+    convolutions, before = torch.backends.cudnn.conv, torch.backends.cudnn.conv.fp32_precision
     with dispatch.float32_products(CUDA):
-        assert switch.fp32_precision == "ieee"
+        assert switch.fp32_precision == convolutions.fp32_precision == "ieee"
         with dispatch.float32_products(CUDA, "tf32"):
             assert switch.fp32_precision == "tf32"
         assert switch.fp32_precision == "ieee"
-    assert switch.fp32_precision == "tf32"
+    assert switch.fp32_precision == "tf32" and convolutions.fp32_precision == before
     with pytest.raises(ZeroDivisionError), dispatch.float32_products(CUDA):
         raise ZeroDivisionError
     assert switch.fp32_precision == "tf32"
