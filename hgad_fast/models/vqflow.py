@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -397,7 +397,7 @@ class VQFlowModel(Detector):
 
     def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
         """Return the published maps and scores, each image by itself; the first is that of ``config.map``."""
-        latent = [getattr(batch, "latent_logps", batch.logps) for batch in batches]
+        latent = [replace(batch, logps=getattr(batch, "latent_logps", batch.logps)) for batch in batches]
         maps = official_maps_of(latent, self.config.msk_size)
         return {name: maps[name] for name in sorted(maps, key=lambda name: name != self.config.map)}
 

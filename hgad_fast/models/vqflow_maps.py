@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..protocol import OfficialMaps
+from ..protocol import Densities, OfficialMaps
 from ..scoring.maps import upsample
 
 SCORED_PERCENT = 3  # percent of the pixels, the largest ones, whose mean is the image score
@@ -47,9 +47,9 @@ def official_maps(logps: Sequence[Tensor], size: int) -> dict[str, OfficialMaps]
     }
 
 
-def official_maps_of(batches: Sequence[Sequence[Tensor]], size: int) -> dict[str, OfficialMaps]:
-    """Return the `official_maps` of all images of several batches, given the log-densities of each."""
-    of_batches = [official_maps(logps, size) for logps in batches]
+def official_maps_of(batches: Sequence[Densities], size: int) -> dict[str, OfficialMaps]:
+    """Return the `official_maps` of all images of several batches."""
+    of_batches = [official_maps(batch.logps, size) for batch in batches]
     return {
         name: OfficialMaps(
             torch.cat([of_batch[name].maps for of_batch in of_batches]),

@@ -622,8 +622,9 @@ def test_an_image_may_be_seen_as_a_square(spotter, size, monkeypatch):
     assert spotter.score(image, map_size=(50, 70)).anomaly_map.equal(
         spotter.score(stretched, map_size=(50, 70)).anomaly_map
     )
-    several = spotter.score([image, image], throughput=True)
-    rounding.assert_close(several.image_score[:1], lambda model: model.score(image).image_score, spotter)
+    if size == (1, 41):  # one will do: it takes long
+        several = spotter.score([image, image], throughput=True)
+        rounding.assert_close(several.image_score[:1], lambda model: model.score(image).image_score, spotter)
     monkeypatch.setattr(spotter, "config", spotter.config.replace(center_crop=True))
     cropped = spotter.score(image)  # the centre crop takes precedence
     monkeypatch.setattr(HGADConfig, "square", False)
