@@ -40,6 +40,17 @@ SEED_BATCHES = 10  # whose features the codes are seeded from
 OFFICIAL_WARM_UP = 10  # passes
 
 
+# The variants of an ablation, by the fields of the configuration that differ: each has one fault of the official code.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vqflow": {},
+    "random-codes": {"vq_init": "randn0", "vq_revive": False},
+    "no-prior-logdet": {"prior_logdet": False, "prior_std": "signed"},
+    "summed-likelihood": {"nll_reduction": "sum"},
+    "latents-alone": {"score_density": "latent"},
+    "image-maxima": {"score_norm": "image_max", "score_density": "latent"},
+}
+
+
 class Latents(NamedTuple):
     """What the flows make of B images.
 
@@ -369,6 +380,18 @@ class VQFlowModel(Detector):
                 label = int(feature_set.class_ids[i])
                 if 0 <= label < self.config.n_classes:
                     self.prototype_images[chosen.indices[0, 0], label] += 1
+
+    @classmethod
+    def variants(cls, config: VQFlowConfig, names: Sequence[str] | None = None) -> dict[str, VQFlowConfig]:
+        """Return the configurations that an ablation compares: some of `VARIANTS`, or all of them.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        names = tuple(VARIANTS) if names is None else names
+        if unknown := [name for name in names if name not in VARIANTS]:
+            raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
+        return {name: config.replace(**VARIANTS[name]) for name in names}
 
     # ---- scoring
 

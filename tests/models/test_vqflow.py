@@ -612,3 +612,12 @@ def test_an_encoder_of_the_users_own(root: Path) -> None:
     levels = model.prepare(class_features())
     Step(model, Processes())([[level[i] for level in levels] for i in range(6)], labels(6), 1, 1e-2)
     assert_same_state(model.encoder.state_dict(), before)
+
+
+def test_variants_of_an_ablation_have_one_fault_each() -> None:
+    config = small_config()
+    variants = VQFlowModel.variants(config)
+    assert variants["vqflow"] == config and list(VQFlowModel.variants(config, ["random-codes"])) == ["random-codes"]
+    assert variants["random-codes"].vq_init == "randn0" and not variants["no-prior-logdet"].prior_logdet
+    with pytest.raises(ValueError, match=r"there is no variant 'none'; there are vqflow, random-codes, "):
+        VQFlowModel.variants(config, ["none"])
