@@ -270,9 +270,12 @@ class VQFlowModel(Detector):
             standardised.append((z - mean[:, None, None]) / std[:, None, None])
             log_dets.append(log_det)
             log_stds.append(std.log().sum(1) * math.prod(z.shape[1:3]))
-        z, fusion_log_dets = self.fusion_flow(standardised, conditions.levels[-1], tables)
+        fused, fusion_log_dets = self.fusion_flow(standardised, conditions.levels[-1], tables)
+        if known:  # a code is finite, even where the vector that it stands for is not: that must not go unnoticed
+            broken = (levels[-1] * 0).sum((1, 2, 3))  # 0, or NaN where the top level is not finite
+            fused = [z + broken[:, None, None, None] for z in fused]
         log_dets = [a + b for a, b in zip(log_dets, fusion_log_dets, strict=True)]
-        return Latents(z, log_dets, log_stds, conditions)
+        return Latents(fused, log_dets, log_stds, conditions)
 
     def _parallel(
         self, levels: Sequence[Tensor], conditions: ConditionMaps, known: Known | None = None

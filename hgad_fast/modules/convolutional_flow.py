@@ -106,13 +106,15 @@ class ConditionedConvolution(nn.Conv2d):
         """Return tables for maps of the condition's size; they are made anew when weights or codes have changed."""
         size = (condition.indices.shape[1], condition.indices.shape[2])
         key = size, known.identity, identity(self.parameters())
-        if self._tables is None or self._tables[0] != key:
+        kept = self._tables  # another thread may put others in its place meanwhile
+        if kept is None or kept[0] != key:
             weight = self.weight.detach()[:, self.own_channels :]
             codes, position, residual = condition.codes, condition.position, condition.residual
             assert self.bias is not None
             bias = self.bias.detach()
-            self._tables = key, ops.condition_tables(weight, codes, known.prototypes, position, residual, size, bias)
-        return self._tables[1]
+            kept = key, ops.condition_tables(weight, codes, known.prototypes, position, residual, size, bias)
+            self._tables = kept
+        return kept[1]
 
 
 class Subnet(nn.Module):

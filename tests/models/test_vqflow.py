@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import hgad_fast
 from hgad_fast import HGADModel, Scorer, VQFlowConfig, VQFlowModel
 from hgad_fast.data.images import read_image
+from hgad_fast.features.backbone import FeatureMaps
 from hgad_fast.models.vqflow_maps import official_maps
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import Step
@@ -410,6 +411,19 @@ def test_a_score_that_is_no_number_is_never_normal(trained: VQFlowModel) -> None
     result = broken.score_features(class_features(2, seed=5))
     assert result.image_score.isnan().all()
     assert result.is_anomalous.all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_top_level_that_is_not_finite_is_no_number_either(trained: VQFlowModel, value: float) -> None:
+    """It only chooses codes, which are finite whatever chose them; the other images keep their bits."""
+    levels = trained.prepare(class_features(2, seed=5))
+    whole = trained.densities(FeatureMaps.of(levels), None)
+    levels[-1] = levels[-1].clone()
+    levels[-1][0, 0, 0, 0] = value
+    broken = trained.densities(FeatureMaps.of(levels), None)
+    for level, expected in zip(broken.logps, whole.logps, strict=True):
+        assert level[0].isnan().all() and torch.equal(level[1], expected[1])
+    assert trained.log_density(levels).isnan().tolist() == [True, *[False] * (len(levels[0]) - 1)]
 
 
 def test_features_that_do_not_fit_are_refused(trained: VQFlowModel) -> None:
