@@ -27,9 +27,8 @@ class Config:
         method: the method's name, in files and on the command line.
         square: whether images are resized to a square of side `img_size`; proportions are not kept then. A centre crop
             takes precedence.
-        without_effect: fields that a resumed run may have otherwise, since they change no more than last digits; each
-            with the value that replaces its own where the two are compared.
-
+        without_effect: fields that a resumed run may have otherwise, since they change no more than last digits, or
+            scoring alone; each with the value that replaces its own where the two are compared.
         presets: sets of fields by name, for `preset` and the command line.
 
     Raises:
@@ -270,6 +269,13 @@ class VQFlowConfig(Config):
     """
 
     method: ClassVar[str] = "vqflow"
+    without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
+        "score_norm": "calibrated",  # scoring alone reads these
+        "score_density": "full",
+        "score_share": 0.03,
+        "map": "mul",
+        "pro": "exact",
+    }
     square: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "official": {

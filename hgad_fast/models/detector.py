@@ -109,7 +109,7 @@ class Detector(nn.Module):
     def begin(self, feature_set: FeatureSet) -> None:
         """Take what the method needs from the training features, once before the first step; nothing by default.
 
-        Of processes that train together each calls it, and must come to the same.
+        Of processes that train together each calls it; afterwards all take what the first one has come to.
         """
 
     def finish(self, feature_set: FeatureSet) -> None:

@@ -164,10 +164,7 @@ class VQFlowModel(Detector):
         )
         self.prior = PrototypePrior(config.prototype_dim, flow_dims, config.prior_std)
         self.fusion_flow = FusionFlow(flow_dims, condition_dim, config.clamp_alpha)
-        self._make_prototype_images()
-
-    def _make_prototype_images(self) -> None:
-        size = self.config.n_prototypes, self.config.n_classes
+        size = config.n_prototypes, config.n_classes
         self.register_buffer("prototype_images", torch.zeros(size, dtype=torch.int64))
 
     # ---- groups
@@ -188,12 +185,14 @@ class VQFlowModel(Detector):
         return "" if self.config.pool_type == "none" else f"{self.config.pool_type}-pooled"
 
     def adopt_classes(self, names: tuple[str, ...], source: str) -> None:
-        """Take over the class names of a dataset where there are none: prototypes are described by them, no more."""
-        if self.config.class_names is None:
+        """Take over the class names of the dataset that is trained on: prototypes are described by them, no more.
+
+        A trained model keeps its own, whatever it is calibrated on.
+        """
+        if not self.prototype_images.any():
             self.config = self.config.replace(n_classes=len(names), class_names=names)
-            device = self.prototype_images.device
-            self._make_prototype_images()
-            self.prototype_images = self.prototype_images.to(device)
+            size = self.config.n_prototypes, self.config.n_classes
+            self.prototype_images = self.prototype_images.new_zeros(size)
 
     def describe(self) -> dict[str, Any]:
         """Return the sizes of the model, and which images its prototypes hold."""
@@ -216,7 +215,7 @@ class VQFlowModel(Detector):
 
     @property
     def purity(self) -> float:
-        """Share of the training images whose class is the most frequent one of their prototype; NaN before `fit`."""
+        """Return the share of the training images that are of their prototype's largest class; NaN before `fit`."""
         counts = self.prototype_images
         total = int(counts.sum())
         return int(counts.amax(1).sum()) / total if total else math.nan
@@ -271,9 +270,8 @@ class VQFlowModel(Detector):
             log_dets.append(log_det)
             log_stds.append(std.log().sum(1) * math.prod(z.shape[1:3]))
         fused, fusion_log_dets = self.fusion_flow(standardised, conditions.levels[-1], tables)
-        if known:  # a code is finite, even where the vector that it stands for is not: that must not go unnoticed
-            broken = (levels[-1] * 0).sum((1, 2, 3))  # 0, or NaN where the top level is not finite
-            fused = [z + broken[:, None, None, None] for z in fused]
+        if known:
+            fused = [z + conditions.validity[:, None, None, None] for z in fused]
         log_dets = [a + b for a, b in zip(log_dets, fusion_log_dets, strict=True)]
         return Latents(fused, log_dets, log_stds, conditions)
 
@@ -338,7 +336,7 @@ class VQFlowModel(Detector):
             places: list[list[Tensor]] = [[] for _ in self.feature_dims]
             for numbers in batches:
                 levels = features(numbers)
-                prototype, _ = conditions.prototypes(levels[-1])
+                prototype, _ = conditions.prototypes(conditions.semantic_vectors(levels[-1]))
                 for level, (pixels, _) in enumerate(conditions.pattern_vectors(levels, prototype)):
                     rows = pixels.flatten(0, 1)
                     places[level].append(rows[:: max(1, len(rows) * len(batches) // SEED_ROWS)])
@@ -379,7 +377,7 @@ class VQFlowModel(Detector):
         with _evaluating(self), float32_products(self.device):
             for i in range(len(feature_set)):
                 top = feature_set.images[i][-1][None].to(self.device)
-                _, chosen = self.conditions.prototypes(top)
+                _, chosen = self.conditions.prototypes(self.conditions.semantic_vectors(top))
                 label = int(feature_set.class_ids[i])
                 if 0 <= label < self.config.n_classes:
                     self.prototype_images[chosen.indices[0, 0], label] += 1
@@ -444,14 +442,20 @@ class VQFlowModel(Detector):
         return -latents.nll() - latents.dims / 2 * math.log(2 * math.pi)
 
     def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
-        """Return the memory of an image's densities: nothing is held, and the largest step is a subnet."""
+        """Return the memory that the densities of an image take: nothing is held, and the largest step is a subnet.
+
+        Tables of the codes, which stay, are counted to the model.
+        """
         width = self.conditions.condition_dim
-        pooled = [size if self.config.pool_type == "none" else (-(-size[0] // 2), -(-size[1] // 2)) for size in sizes]
-        steps = [
+        pooled = list(sizes)
+        if self.config.pool_type != "none":
+            pooled = [(-(-h // 2), -(-w // 2)) for h, w in sizes[:-1]] + [sizes[-1]]
+        maps = 4 * sum(c * h * w for c, (h, w) in zip(self.feature_dims, pooled, strict=True))
+        subnets = [
             4 * h * w * (4 * (self.config.hidden_channels or c + width) + 4 * c)
             for c, (h, w) in zip(self.feature_dims, pooled, strict=True)
         ]
-        return 4 * sum(c * h * w for c, (h, w) in zip(self.feature_dims, pooled, strict=True)) * 3, max(steps)
+        return 0, 3 * maps + max(subnets)
 
     # ---- files
 
@@ -540,4 +544,5 @@ def _require_one_size(sizes: Iterable[tuple[int, int]]) -> None:
 
 
 def _largest_class(counts: Tensor, names: Sequence[str]) -> str:
+    """Return the most frequent class of a prototype, of counts (classes,), with its share, in brackets."""
     return f"({names[int(counts.argmax())]} {int(counts.max()) / int(counts.sum()):.0%})"

@@ -28,6 +28,8 @@ class ConditionMaps(NamedTuple):
         prototype_ids: (B,) int64.
         prototype_loss, pattern_loss: commitment of the vectors to their codes, (); the patterns' is the sum over the
             levels.
+        validity: (B,), 0, or NaN where a vector of the image is not finite. A code is finite even then, and what
+            follows from it would look sound.
     """
 
     levels: list[Condition]
@@ -35,6 +37,7 @@ class ConditionMaps(NamedTuple):
     prototype_ids: Tensor
     prototype_loss: Tensor
     pattern_loss: Tensor
+    validity: Tensor
 
 
 class Conditions(nn.Module):
@@ -109,8 +112,10 @@ class Conditions(nn.Module):
             levels: the features.
             prototype_ids: (B,) int64, the prototypes of the images; None: the nearest ones.
         """
-        prototype, chosen = self.prototypes(levels[-1], prototype_ids)
+        semantic_vectors = self.semantic_vectors(levels[-1])
+        prototype, chosen = self.prototypes(semantic_vectors, prototype_ids)
         conditions, losses = [], []
+        validity = (semantic_vectors.detach() * 0).sum(1)
         for level, (vectors, gradient_to) in enumerate(self.pattern_vectors(levels, prototype)):
             codebook = self.cspc_quantizers[level]
             assert isinstance(codebook, Codebook)
@@ -127,21 +132,21 @@ class Conditions(nn.Module):
                 )
             )
             losses.append(quantised.commitment)
+            validity = validity + (vectors.detach() * 0).sum((1, 2))
         ids = chosen.indices.view(-1)
-        return ConditionMaps(conditions, prototype, ids, chosen.commitment, torch.stack(losses).sum())
+        return ConditionMaps(conditions, prototype, ids, chosen.commitment, torch.stack(losses).sum(), validity)
 
     def semantic_vectors(self, top: Tensor) -> Tensor:
         """Return the semantic vectors (B, D_p) of features (B, C, h, w) of the top level."""
         return self.semantic_mlp(top.mean((2, 3)))
 
-    def prototypes(self, top: Tensor, prototype_ids: Tensor | None = None) -> tuple[Tensor, Quantised]:
+    def prototypes(self, vectors: Tensor, prototype_ids: Tensor | None = None) -> tuple[Tensor, Quantised]:
         """Return the prototypes (B, D_p) of images, with a straight-through gradient, and what chose them.
 
         Args:
-            top: features (B, C, h, w) of the top level.
+            vectors: semantic vectors (B, D_p).
             prototype_ids: (B,) int64, the images' prototypes; None: the nearest ones.
         """
-        vectors = self.semantic_vectors(top)
         chosen = self.cpc_quantizer(vectors[:, None])
         if prototype_ids is not None:
             chosen = chosen._replace(indices=prototype_ids.to(vectors.device)[:, None])

@@ -82,6 +82,10 @@ class ConditionedConvolution(nn.Conv2d):
         self.by_tables = True
         self._tables: tuple[Any, ConditionTables] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, which makes tables of its own."""
+        return {**self.__dict__, "_tables": None}
+
     def convolve(self, x: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
         """Return the convolution (B, h, w, out) of a map x (B, h, w, channels) and a condition of the same images.
 

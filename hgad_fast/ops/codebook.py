@@ -55,9 +55,9 @@ def nearest_code(x: Tensor, codes: Tensor) -> Tensor:
     chunk = max(CHUNK_BYTES // ((sum(codes.shape)) * codes.element_size()), 1)
     norms = torch.cat([part.square().sum(1) for part in codes.split(chunk)])
     indices = torch.empty(len(x), dtype=torch.int64, device=x.device)
-    for rows, found in zip(x.split(chunk), indices.split(chunk), strict=True):
+    for rows, nearest in zip(x.split(chunk), indices.split(chunk), strict=True):
         distances = torch.addmm(norms, rows.to(dtype), codes.T, alpha=-2)
-        found.copy_(distances.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).argmin(1))
+        nearest.copy_(distances.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).argmin(1))
     return indices
 
 

@@ -221,6 +221,7 @@ class _Run:
         """Train from the current meta-epoch to the last one."""
         if self.meta_epoch == 0:
             self.model.begin(self.features)
+            self.processes.share(trained_tensors(self.model).values())  # last digits may differ, and choose other codes
         self.model.train()
         passes = self.config.meta_epochs * self.config.sub_epochs
         self.display.start(passes * self.batches, self.meta_epoch * self.config.sub_epochs * self.batches)

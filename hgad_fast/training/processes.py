@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,6 +47,16 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.patient)
         return values[0]
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors, in place, by those that the first process has."""
+        if self.count > 1:
+            self.wait()  # one may have more to do before this
+            with torch.no_grad():
+                for tensor in tensors:
+                    value = tensor.contiguous()
+                    dist.broadcast(value, src=0)
+                    tensor.copy_(value)
 
     def wait(self) -> None:
         """Wait until all processes get here, however long that takes; if one ends meanwhile, an error is raised."""

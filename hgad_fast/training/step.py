@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -168,7 +168,7 @@ class Step:
                 loss, terms = self._loss(batch, pixels)
                 # DistributedDataParallel takes the mean over the processes, and the loss is a sum over them.
                 loss = loss * self.processes.count if self.processes.count > 1 else loss
-                with _without_autocast(loss.device.type):
+                with _exactly(loss.device.type):
                     loss.backward()
             reported = reported + terms
         if self.config.clip_grad_norm is not None:
@@ -202,14 +202,25 @@ class Step:
             recorded = self._recorded[key] = _Recorded(batches, *record(work, self._pool))
         recorded.replay()
         # A replay changes parameters behind torch's back; what is kept of them for scoring goes by their versions.
-        torch.autograd.graph.increment_version([p for group in self.optimizer.param_groups for p in group["params"]])
+        changed = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.autograd.graph.increment_version([*changed, *self.model.buffers()])
         return recorded.terms.clone()  # the next replay overwrites them
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast, which would round the products of a backward pass to half precision."""
+@contextmanager
+def _exactly(device_type: str) -> Iterator[None]:
+    """Let a backward pass round as the forward pass did: without autocast, and without tf32 in convolutions."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    if device_type == "cuda":
+        cudnn.conv.fp32_precision = "ieee"
     enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else nullcontext()
+    try:
+        with torch.autocast(device_type, enabled=False) if enabled else nullcontext():
+            yield
+    finally:
+        if device_type == "cuda":
+            cudnn.conv.fp32_precision = before
 
 
 def on_device(device: torch.device | None) -> AbstractContextManager[Any]:

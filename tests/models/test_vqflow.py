@@ -74,7 +74,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: Any) -> Non
 
 
 def test_every_field_of_its_own_is_tried() -> None:
-    own = VQFlowConfig.__annotations__.keys() - {"method", "square", "presets"}
+    own = VQFlowConfig.__annotations__.keys() - {"method", "square", "presets", "without_effect"}
     inherited = {"backbone_arch", "out_indices", "msk_size", "lr", "meta_epochs", "sub_epochs", "clip_grad_norm"}
     assert own - inherited <= BAD.keys()
 
@@ -115,7 +115,9 @@ def test_json_round_trip(config: VQFlowConfig) -> None:
 def test_what_a_resumed_run_may_have_otherwise() -> None:
     config = VQFlowConfig()
     assert config.identity() == config.replace(backbone_weights="a.pth").identity()
-    for change in ({"n_patterns": 8}, {"vq_revive": False}, {"commitment": 2}, {"pool_type": "max"}, {"map": "add"}):
+    for scoring in ({"map": "add"}, {"pro": "official800"}, {"score_share": 0}, {"score_norm": "image_max"}):
+        assert config.identity() == config.replace(**scoring).identity()
+    for change in ({"n_patterns": 8}, {"vq_revive": False}, {"commitment": 2}, {"pool_type": "max"}):
         assert config.identity() != config.replace(**change).identity()
     assert json.loads(config.identity())["coupling_layers"] == [2, 5, 8]
 
@@ -401,13 +403,25 @@ def test_a_prototype_is_given_by_number_or_name_and_changes_the_densities(traine
         trained.score_features(levels, 6)
 
 
-def test_a_score_that_is_no_number_is_never_normal(trained: VQFlowModel) -> None:
-    """Latents are clamped, as published, but a weight that is broken makes NaN of everything."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fusion_flow.subnet_1.conv_t.0.bias",
+        "parallel_flows.1.module_list.0.subnet.conv1.bias",
+        "prior.std.2.bias",
+        "conditions.semantic_mlp.0.bias",
+        "conditions.semantic_encoder.0.bias",
+        "conditions.upsamplers.0.1.bias",
+        "conditions.feature_mlps.3.0.bias",
+    ],
+)
+def test_a_score_that_is_no_number_is_never_normal(trained: VQFlowModel, name: str) -> None:
+    """Latents are clamped, and codes are finite whatever chose them: a weight that is broken shows nevertheless."""
     broken = VQFlowModel(trained.config).eval()
     broken.load_state_dict(trained.state_dict())
     broken.calibration = trained.calibration
     with torch.no_grad():
-        broken.fusion_flow.subnet_1.conv_t[0].bias.fill_(torch.nan)
+        broken.get_parameter(name).fill_(torch.nan)
     result = broken.score_features(class_features(2, seed=5))
     assert result.image_score.isnan().all()
     assert result.is_anomalous.all()
@@ -479,13 +493,14 @@ def test_pooling_counts_the_zeros_around_the_map() -> None:
 # ---------------------------------------------------------------------------------------------------- classes, purity
 
 
-def test_class_names_are_taken_where_there_are_none() -> None:
-    model = small_model()
+def test_class_names_are_those_that_were_trained_on() -> None:
+    model = small_model(class_names=("a", "b", "c"))
     model.adopt_classes(("ash", "oak"), "woods")
     assert model.config.class_names == ("ash", "oak") and model.config.n_classes == 2
     assert model.prototype_images.shape == (6, 2)
-    model.adopt_classes(("cable", "nut", "tile"), "others")  # it is for descriptions alone
-    assert model.config.class_names == ("ash", "oak") and model.prototype_images.shape == (6, 2)
+    model.prototype_images[3, 1] = 7  # trained
+    model.adopt_classes(("cable", "nut", "tile"), "others")  # they calibrate, or are scored
+    assert model.config.class_names == ("ash", "oak") and model.prototype_images[3].tolist() == [0, 7]
     assert model.groups == tuple(f"prototype {k}" for k in range(6))
 
 

@@ -111,7 +111,7 @@ def make_model(**changes) -> VQFlowModel:
         levels = features(8)
         vectors = conditions.semantic_vectors(levels[-1])
         conditions.cpc_quantizer.seed(vectors, 0)
-        prototype, _ = conditions.prototypes(levels[-1])
+        prototype, _ = conditions.prototypes(conditions.semantic_vectors(levels[-1]))
         for book, (rows, _) in zip(
             conditions.cspc_quantizers, conditions.pattern_vectors(levels, prototype), strict=True
         ):
