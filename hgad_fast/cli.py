@@ -22,7 +22,7 @@ import typer
 
 app = typer.Typer(
     name="hgad-fast",
-    help="Unified anomaly detection with hierarchical Gaussian mixture normalizing flows (HGAD).",
+    help="Unified visual anomaly detection: one model for many products, by HGAD or VQ-Flow.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -24,5 +24,11 @@ def test_commands_parse_and_their_settings_are_fields(line):
     _config(method, preset, ("a", "b", "c"), None, assignments, None, None)
 
 
+@pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]), ids=lambda page: page.name)
+def test_no_page_has_a_gap_to_be_filled(page):
+    """A word in capitals alone on its line is where somebody meant to put a figure."""
+    assert re.findall(r"^[A-Z]{4,}$", page.read_text(), re.MULTILINE) == []
+
+
 def test_there_are_commands():
     assert len(COMMANDS) >= 10

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -251,10 +251,14 @@ class Backbone(nn.Module):
         Raises:
             ValueError: the network does not take images of this size.
         """
+        exact: AbstractContextManager[Any] = nullcontext()
         if net is not self.net:
             images = images.contiguous(memory_format=torch.channels_last)
+            if images.device.type != "meta" and torch.is_autocast_enabled(images.device.type):
+                exact = torch.autocast(images.device.type, enabled=False)  # features are float32 whoever asks for them
         try:
-            features = net(images)
+            with exact:
+                features = net(images)
         except (AssertionError, RuntimeError) as error:  # networks refuse a size by one of these
             if isinstance(error, RuntimeError) and images.device.type != "meta":
                 self._stages(images.to("meta"), self._fast().shadow)  # a ValueError if it is the size

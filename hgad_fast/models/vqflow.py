@@ -233,16 +233,21 @@ class VQFlowModel(Detector):
         return [*(pool(x, 3, 2, 1) for x in features[:-1]), features[-1]]
 
     def _checked(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return features (B, C, h, w) of each level; a ValueError where their sizes do not fit each other."""
+        """Return features (B, C, h, w) of each level in the model's dtype.
+
+        Raises:
+            ValueError: their sizes do not fit each other.
+        """
         sizes = [tuple(x.shape[2:]) for x in levels]
         h, w = sizes[-1]
         if any(size[0] != size[1] or size[0] % h for size in sizes):
             raise ValueError(
                 f"the prepared feature maps have the sizes {', '.join(f'{a} x {b}' for a, b in sizes)}; VQ-Flow takes "
-                f"squares, each a multiple of the top level's: give it images with img_size a multiple of the "
-                "backbone's stride, or such features"
+                f"squares, of which every one is as large as the top level's or a multiple of it (pool_type is "
+                f"{self.config.pool_type!r}; a backbone whose stages all have one size needs 'none')"
             )
-        return levels
+        dtype = self.prior.dtype
+        return [x.to(dtype) for x in levels]
 
     # ---- the model
 

@@ -338,6 +338,11 @@ class PrototypePrior(nn.Module):
                 nn.init.zeros_(layer.weight)
                 nn.init.constant_(layer.bias, math.log(math.expm1(1 - MIN_STD)))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
     @torch.no_grad()
     def start(self, level: int, z: Tensor) -> None:
         """Set mean and standard deviation of a level, for every prototype, to those of pixels z (N, C)."""

@@ -337,14 +337,13 @@ def _warn_of_unattainable_rates(model: Detector, calibration: Calibration) -> No
     rates = {name: calibration.attainable_rate(k) for k, name in enumerate(model.groups)}
     if not model.groups_are_classes:
         texts = []
-        counts = calibration.counts
-        if borrowers := [k for k in calibration.borrowers if counts[k]]:
-            used = sum(count > 0 for count in counts)
+        used = [k for k, count in enumerate(calibration.counts) if count]
+        if borrowers := set(calibration.borrowers) & set(used):
             texts.append(
-                f"{len(borrowers)} of {used} groups have fewer than {MIN_POOLED} of them and borrow constants and "
+                f"{len(borrowers)} of {len(used)} groups have fewer than {MIN_POOLED} of them and borrow constants and "
                 "scores from the others"
             )
-        if above := [rate for rate in rates.values() if rate > target]:
+        if above := [rate for k, rate in enumerate(rates.values()) if k in used and rate > target]:
             texts.append(
                 f"thresholds of {len(above)} groups stand for a false-alarm rate of up to {max(above):.1%} instead of "
                 f"{target:.1%}"

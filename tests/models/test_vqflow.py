@@ -650,3 +650,22 @@ def test_variants_of_an_ablation_have_one_fault_each() -> None:
     assert variants["random-codes"].vq_init == "randn0" and not variants["no-prior-logdet"].prior_logdet
     with pytest.raises(ValueError, match=r"there is no variant 'none'; there are vqflow, random-codes, "):
         VQFlowModel.variants(config, ["none"])
+
+
+def test_images_have_their_scores_under_autocast_too(seeing: VQFlowModel, root: Path) -> None:
+    """The backbone of a score is as exact as the rest; of images alone, in a batch, and in a training."""
+    images = torch.rand(2, 3, 64, 64)
+    expected = seeing.score(images), seeing.score(images, throughput=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = seeing.score(images), seeing.score(images, throughput=True)
+        trained = VQFlowModel(image_config(calibration_fraction=0.3))
+        trained.fit(root)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_scores(one, other)
+    assert_same_state(trained.state_dict(), seeing.state_dict())
+
+
+def test_a_model_in_float64_takes_features_in_float32() -> None:
+    model = small_model().double().eval()
+    result = model.score_features(class_features(2), normalization="official")
+    assert result.image_score.dtype == torch.float64 and result.image_score.isfinite().all()
