@@ -241,10 +241,10 @@ class VQFlowModel(Detector):
         sizes = [tuple(x.shape[2:]) for x in levels]
         h, w = sizes[-1]
         if any(size[0] != size[1] or size[0] % h for size in sizes):
+            remedy = "" if self.config.pool_type == "none" else "; pool_type='none' leaves the finer levels as they are"
             raise ValueError(
                 f"the prepared feature maps have the sizes {', '.join(f'{a} x {b}' for a, b in sizes)}; VQ-Flow takes "
-                f"squares, of which every one is as large as the top level's or a multiple of it (pool_type is "
-                f"{self.config.pool_type!r}; a backbone whose stages all have one size needs 'none')"
+                f"squares, each as large as the top level's or a multiple of it{remedy}"
             )
         dtype = self.prior.dtype
         return [x.to(dtype) for x in levels]

@@ -131,7 +131,7 @@ def test_odd_channels_are_refused_but_for_the_top_level() -> None:
 @pytest.mark.parametrize("sides", [(16, 8, 4, 3), (16, 9, 4, 2), (6, 4, 2, 4)])
 def test_maps_that_do_not_fit_each_other_are_refused(sides: tuple[int, ...]) -> None:
     model = small_model(pool_type="none")
-    with pytest.raises(ValueError, match="VQ-Flow takes squares, each a multiple of the top level's") as error:
+    with pytest.raises(ValueError, match="VQ-Flow takes squares, each as large as the top level's") as error:
         model.score_features(class_features(2, sides=sides), normalization="official")
     assert ", ".join(f"{side} x {side}" for side in sides) in str(error.value)
 
