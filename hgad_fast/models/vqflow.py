@@ -406,8 +406,9 @@ class VQFlowModel(Detector):
         """Return each pixel's part of the log-density at each level, over C, with that of the fused latents alone.
 
         The part is -||z||^2 / 2 and, but for ``score_density="latent"`` (as published), the pixel's share of the flows'
-        log-determinant. With ``score_norm="image_max"`` each image's largest value is subtracted, as published: scores
-        are then relative to the image's own best place.
+        log-determinant. What all pixels of a prototype and level have in common is left out (log 2 pi, the prior's
+        standard deviation): the calibration would take it away again. With ``score_norm="image_max"`` each image's
+        largest value is subtracted, as published: scores are then relative to the image's own best place.
         """
         with _evaluating(self):
             z, log_dets, _, conditions = self.latents(maps.whole(), group_ids, known=True)
