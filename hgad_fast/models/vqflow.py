@@ -225,8 +225,9 @@ class VQFlowModel(Detector):
     def prepare(self, features: list[Tensor]) -> list[Tensor]:
         """Return the features with all levels but the top one pooled, 3 x 3 with stride 2.
 
-        Zeros around the map count in the mean, as published.
+        Zeros around the map count in the mean, as published. A model in float64 pools in float64.
         """
+        features = [x.to(torch.promote_types(x.dtype, self.prior.dtype)) for x in features]
         if self.config.pool_type == "none":
             return features
         pool = F.avg_pool2d if self.config.pool_type == "avg" else F.max_pool2d
