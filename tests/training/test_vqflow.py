@@ -372,7 +372,7 @@ def test_images_of_several_sizes_are_refused() -> None:
         with pytest.raises(ValueError, match="VQ-Flow takes images of one size"):
             small_model(vq_init=vq_init, prior_std=prior_std).fit(mixed)
     uneven = FeatureSet.from_levels([level[..., :-1] for level in small_model().prepare(class_features())], labels())
-    with pytest.raises(ValueError, match="VQ-Flow takes squares, each a multiple of the top level's"):
+    with pytest.raises(ValueError, match="VQ-Flow takes squares, each as large as the top level's or a multiple of it"):
         small_model().fit(uneven)
 
 
