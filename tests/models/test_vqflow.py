@@ -486,7 +486,7 @@ def test_pooling_counts_the_zeros_around_the_map() -> None:
     assert [level.shape[2] for level in average] == [level.shape[2] for level in largest] == [8, 4, 2, 2]
     corner, edge, inside = average[0][0, 0, 0, 0], average[0][0, 0, 0, 1], average[0][0, 0, 1, 1]
     assert [float(x) for x in (corner, edge, inside)] == pytest.approx([4 / 9, 2 / 3, 1])
-    assert torch.equal(largest[0], torch.ones(1, 4, 8, 8)) and none is levels
+    assert torch.equal(largest[0], torch.ones(1, 4, 8, 8)) and none[0] is levels[0]
     assert average[3] is levels[3]
 
 

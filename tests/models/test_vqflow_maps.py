@@ -86,5 +86,8 @@ def test_the_score_is_the_mean_of_the_largest_pixels() -> None:
 
 
 def test_levels_without_any_contrast_give_maps_of_zeros() -> None:
+    """But for the rounding of upsampling: two weights to an axis, which need not add up to 1, of values of up to 10."""
+    rounding = 8 * torch.finfo(torch.float32).eps * 10
     for published in official_maps([torch.full((1, 4, 4), -3.0), torch.full((1, 2, 2), -7.0)], 8).values():
-        assert float(published.maps.abs().max()) == 0 == float(published.scores)
+        assert 0 <= float(published.maps.min()) and float(published.maps.max()) <= rounding
+        assert float(published.scores) <= rounding
