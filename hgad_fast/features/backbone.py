@@ -386,8 +386,8 @@ def _create(config: BackboneSettings) -> nn.Module:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ConnectionError(
             f"the pretrained weights of {arch!r} could not be had from timm's hub ({reason}). Either download them on "
-            "a machine with a network and pass the file as backbone_weights, or pass backbone_weights=None for random "
-            "weights."
+            "a machine with a network and pass the file as backbone_weights (--weights FILE), or pass "
+            "backbone_weights=None for random weights (--weights random)."
         ) from error
     if state is not None:
         _load_weights(net, state, config)

@@ -15,6 +15,8 @@ from torch import Tensor
 from ..data.images import from_pil, list_images, read_image
 from ..protocol import Detector
 
+MAX_NUMBERED = 8  # groups without names of their own that an error lists
+
 
 def as_images(images: Any) -> Iterable[Tensor]:
     """Yield images in any accepted form as (3, H, W) float32 tensors in [0, 1] on the CPU, one by one.
@@ -110,7 +112,10 @@ def checked_group_ids(model: Detector, class_ids: Any, batch: int) -> Tensor | N
         try:
             ids.append(model.groups.index(value) if isinstance(value, str) else range(len(model.groups)).index(value))
         except ValueError as error:
-            known = f"{', '.join(model.groups)} (0 to {len(model.groups) - 1})"
+            names = model.groups
+            if len(names) > MAX_NUMBERED and not model.groups_are_classes:
+                names = (*names[:2], "...", names[-1])
+            known = f"{', '.join(names)} (0 to {len(model.groups) - 1})"
             raise ValueError(f"class {value!r} is unknown; the model knows {known}") from error
     if len(ids) != batch:
         raise ValueError(f"{len(ids)} class ids for {batch} images")
