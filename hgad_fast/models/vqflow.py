@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from ..modules.convolutional_flow import (
     Known,
     PrototypePrior,
     channels_last,
-    identity,
 )
 from ..modules.synchronised import exchanging, process_count
 from ..ops.dispatch import float32_products
@@ -291,8 +290,8 @@ class VQFlowModel(Detector):
     def _known(self, conditions: ConditionMaps) -> Known:
         """Return the prototypes for which tables are kept."""
         books = [self.conditions.cpc_quantizer, *self.conditions.cspc_quantizers]
-        codes = [book.embed for book in books if isinstance(book, Codebook)]
-        return Known(self.conditions.cpc_quantizer.codes(), conditions.prototype_ids, identity(codes))
+        codebooks = tuple(book.embed for book in books if isinstance(book, Codebook))
+        return Known(self.conditions.cpc_quantizer.codes(), conditions.prototype_ids, codebooks)
 
     # ---- training
 
@@ -428,7 +427,7 @@ class VQFlowModel(Detector):
 
     def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
         """Return the published maps and scores, each image by itself; the first is that of ``config.map``."""
-        latent = [replace(batch, logps=getattr(batch, "latent_logps", batch.logps)) for batch in batches]
+        latent = [replace(batch, logps=cast(VQFlowDensities, batch).latent_logps) for batch in batches]
         maps = official_maps_of(latent, self.config.msk_size)
         return {name: maps[name] for name in sorted(maps, key=lambda name: name != self.config.map)}
 

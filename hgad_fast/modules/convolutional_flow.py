@@ -6,8 +6,9 @@ they are images with channels last. (VQ-Flow, arXiv 2409.00942; the block is FrE
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,50 +18,33 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops
 from ..ops import Condition, ConditionTables
+from ..ops.dispatch import kernels
 
 FUSION_CLAMP = 0.636  # of the fusion flow's arctan: the official value, near 2 / pi
 MIN_STD = 0.01  # of the prior, whose standard deviation is 1 at first
+KEPT_TABLES = 40  # those of the subnets of two models of the published size
 
 
 class Known(NamedTuple):
-    """The prototypes of images that are scored, and the identity of all codes: what tables can be kept for.
+    """The prototypes of images that are scored, and all codebooks: what tables can be kept for.
 
     Attributes:
         prototypes: (K_p, D_p), all of them.
         ids: (B,) int64, those of the images.
-        identity: of all codebooks; another one where any code has changed.
+        codebooks: the codes as their modules hold them; tables are made anew where one of them has changed.
     """
 
     prototypes: Tensor
     ids: Tensor
-    identity: Any
+    codebooks: tuple[Tensor, ...]
 
 
-class _OptimizerSteps:
-    """Counts the steps of all optimizers: torch does not count what fused ones write."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        register_optimizer_step_post_hook(self._increase)
-
-    def _increase(self, *_: Any) -> None:
-        self.count += 1
-
-
-_steps = _OptimizerSteps()
-
-
-def identity(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Return what is equal as long as none of the tensors has changed or moved.
-
-    It is never equal for tensors of inference mode, which do not count their changes. Writes through `tensor.data` are
-    not counted either.
-    """
-    tensors = list(tensors)
-    if any(tensor.is_inference() for tensor in tensors):
-        return (object(),)
-    places = ((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device) for tensor in tensors)
-    return (_steps.count, *places)
+@functools.cache
+def kept_tables() -> Any:
+    """Return the cache of the tables that scoring keeps; made on first use, like all in `kernels`."""
+    cache = kernels("cache").Cache(KEPT_TABLES)
+    register_optimizer_step_post_hook(lambda *_: cache.empty())  # torch does not count what fused optimizers write
+    return cache
 
 
 class ConditionedConvolution(nn.Conv2d):
@@ -80,11 +64,6 @@ class ConditionedConvolution(nn.Conv2d):
         super().__init__(channels + condition_dim, out_channels, 3, padding=1)
         self.own_channels = channels
         self.by_tables = True
-        self._tables: tuple[Any, ConditionTables] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, which makes tables of its own."""
-        return {**self.__dict__, "_tables": None}
 
     def convolve(self, x: Tensor, condition: Condition, known: Known | None = None) -> Tensor:
         """Return the convolution (B, h, w, out) of a map x (B, h, w, channels) and a condition of the same images.
@@ -99,7 +78,7 @@ class ConditionedConvolution(nn.Conv2d):
         if known is not None:
             conditioned = ops.convolve_tables(self.tables(condition, known), condition.indices, known.ids)
             return channels_last(F.conv2d(images, own, padding=1) + conditioned)  # the bias is in the tables
-        self._tables = None  # a training needs the memory
+        kept_tables().empty()  # a training needs the memory
         if self.by_tables:
             conditioned = ops.condition_convolution(condition, others)
             return channels_last(F.conv2d(images, own, self.bias, padding=1) + conditioned)
@@ -109,16 +88,15 @@ class ConditionedConvolution(nn.Conv2d):
     def tables(self, condition: Condition, known: Known) -> ConditionTables:
         """Return tables for maps of the condition's size; they are made anew when weights or codes have changed."""
         size = (condition.indices.shape[1], condition.indices.shape[2])
-        key = size, known.identity, identity(self.parameters())
-        kept = self._tables  # another thread may put others in its place meanwhile
-        if kept is None or kept[0] != key:
-            weight = self.weight.detach()[:, self.own_channels :]
+        weight, bias = self.weight, self.bias
+        assert bias is not None
+
+        def make() -> ConditionTables:
+            others = weight.detach()[:, self.own_channels :]
             codes, position, residual = condition.codes, condition.position, condition.residual
-            assert self.bias is not None
-            bias = self.bias.detach()
-            kept = key, ops.condition_tables(weight, codes, known.prototypes, position, residual, size, bias)
-            self._tables = kept
-        return kept[1]
+            return ops.condition_tables(others, codes, known.prototypes, position, residual, size, bias.detach())
+
+        return kept_tables().get(make, (size, condition.residual), (weight, bias, *known.codebooks))
 
 
 class Subnet(nn.Module):

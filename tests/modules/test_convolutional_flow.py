@@ -20,7 +20,6 @@ from hgad_fast.modules.convolutional_flow import (
     FusionFlow,
     Known,
     PrototypePrior,
-    identity,
 )
 from hgad_fast.ops import Condition
 
@@ -239,30 +238,30 @@ def test_tables_are_made_once_and_let_go_by_a_training() -> None:
     convolution = ConditionedConvolution(3, CONDITION_DIM, 7).double()
     given, x = condition(4, 4), random(2, 4, 4, 3)
     prototypes = given.prototype
-    known = Known(prototypes, torch.arange(2), identity([prototypes]))
+    known = Known(prototypes, torch.arange(2), (prototypes,))
     with torch.no_grad():
         expected = convolution.convolve(x, given)
-        assert convolution._tables is None
         assert_same(convolution.convolve(x, given, known), expected)
-        first = convolution._tables
+        first = convolution.tables(given, known)
         convolution.convolve(x, given, known)
-        assert convolution._tables is first
+        assert convolution.tables(given, known) is first
     convolution.convolve(x, given)
-    assert convolution._tables is None
+    assert convolution.tables(given, known) is not first
 
 
-def test_the_identity_of_tensors_tells_every_change() -> None:
-    tensors = [torch.zeros(2), torch.ones(3)]
-    first = identity(tensors)
-    assert identity(tensors) == first
-    tensors[1] += 1
-    second = identity(tensors)
-    assert second != first
+def test_tables_are_made_anew_after_every_change_of_the_codes() -> None:
+    convolution, given, codebook = ConditionedConvolution(3, CONDITION_DIM, 7).double(), condition(4, 4), torch.ones(3)
+    known = Known(given.prototype, torch.arange(2), (torch.zeros(2), codebook))
+    first = convolution.tables(given, known)
+    assert convolution.tables(given, known) is first
+    codebook += 1
+    second = convolution.tables(given, known)
+    assert second is not first
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.ones(1)
     torch.optim.Adam([parameter], fused=True).step()
-    third = identity(tensors)
-    assert third != second and identity(tensors) == third
+    third = convolution.tables(given, known)
+    assert third is not second and convolution.tables(given, known) is third
     with torch.inference_mode():
-        made = [torch.zeros(2)]
-        assert identity(made) != identity(made)
+        uncounted = known._replace(codebooks=(torch.zeros(2),))
+        assert convolution.tables(given, uncounted) is not convolution.tables(given, uncounted)
