@@ -6,18 +6,17 @@ pixels, and not how anomalous the image is as a whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..protocol import Densities, OfficialMaps
-from ..scoring.maps import upsample
+from ..scoring.maps import image_scores, upsample
 
-SCORED_PERCENT = 3  # percent of the pixels, the largest ones, whose mean is the image score
+SCORED_SHARE = 0.03  # of the pixels, the largest ones, whose mean is the image score
 
-_SCORE = f"score: mean of the largest {SCORED_PERCENT} % of its pixels"
+_SCORE = f"score: mean of the largest {100 * SCORED_SHARE:.0f} % of its pixels"
 DESCRIPTIONS = {
     "mul": f"map 'mul' (densities of the levels multiplied), {_SCORE}",
     "add": f"map 'add' (densities of the levels added), {_SCORE}",
@@ -43,7 +42,8 @@ def official_maps(logps: Sequence[Tensor], size: int) -> dict[str, OfficialMaps]
         total = _sum([upsample(torch.exp(level - level.max()), (size, size)) for level in levels])
         add[i] = total.max() - total
     return {
-        name: OfficialMaps(maps, image_scores(maps), DESCRIPTIONS[name]) for name, maps in (("mul", mul), ("add", add))
+        name: OfficialMaps(maps, image_scores(maps, SCORED_SHARE), DESCRIPTIONS[name])
+        for name, maps in (("mul", mul), ("add", add))
     }
 
 
@@ -58,16 +58,6 @@ def official_maps_of(batches: Sequence[Densities], size: int) -> dict[str, Offic
         )
         for name, description in DESCRIPTIONS.items()
     }
-
-
-def image_scores(maps: Tensor) -> Tensor:
-    """Return the mean of the largest `SCORED_PERCENT` of the pixels of each map (B, h, w), rounded down, at least one.
-
-    Each image is ranked by itself: its score has the same bits whatever the others are.
-    """
-    count = max(math.prod(maps.shape[1:]) * SCORED_PERCENT // 100, 1)
-    scores = [anomaly_map.flatten().topk(count).values.mean() for anomaly_map in maps]
-    return torch.stack(scores) if scores else maps.new_empty(0)
 
 
 def _sum(levels: Sequence[Tensor]) -> Tensor:

@@ -11,8 +11,9 @@ import rounding
 import torch
 
 from hgad_fast.evaluation import metrics
-from hgad_fast.models.vqflow_maps import image_scores, official_maps, official_maps_of
+from hgad_fast.models.vqflow_maps import SCORED_SHARE, official_maps, official_maps_of
 from hgad_fast.protocol import Densities
+from hgad_fast.scoring.maps import image_scores
 
 SIZE = 64
 
@@ -80,9 +81,9 @@ def test_batches_are_joined(logps: list[torch.Tensor]) -> None:
 
 def test_the_score_is_the_mean_of_the_largest_pixels() -> None:
     ranks = torch.randperm(400).view(1, 20, 20).float()
-    assert image_scores(ranks).tolist() == [np.mean(range(388, 400))]  # 12 of 400
-    assert image_scores(torch.tensor([[[1.0, 5.0]]])).tolist() == [5.0]  # at least one
-    assert image_scores(torch.empty(0, 20, 20)).shape == (0,)
+    assert image_scores(ranks, SCORED_SHARE).tolist() == [np.mean(range(388, 400))]  # 12 of 400
+    assert image_scores(torch.tensor([[[1.0, 5.0]]]), SCORED_SHARE).tolist() == [5.0]  # at least one
+    assert image_scores(torch.empty(0, 20, 20), SCORED_SHARE).shape == (0,)
 
 
 def test_levels_without_any_contrast_give_maps_of_zeros() -> None:
