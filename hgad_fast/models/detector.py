@@ -29,7 +29,7 @@ from ..scoring.result import ScoreResult
 from ..scoring.score import score_features, score_images
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
-from .config import Config
+from .config import Config, Settings
 
 Model = TypeVar("Model", bound="Detector")
 
@@ -376,3 +376,22 @@ class Detector(nn.Module):
                 "include_backbone=True, or provide the same weights"
             )
         return model.to(device) if device is not None else model
+
+
+def varied(
+    config: Settings, variants: Mapping[str, Mapping[str, Any]], names: Sequence[str] | None
+) -> dict[str, Settings]:
+    """Return configurations by the names of variants, which are given by the fields that differ.
+
+    Args:
+        config: what they have in common.
+        variants: the fields of each.
+        names: some of them; None: all.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    names = tuple(variants) if names is None else names
+    if unknown := [name for name in names if name not in variants]:
+        raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(variants)}")
+    return {name: config.replace(**variants[name]) for name in names}

@@ -24,7 +24,7 @@ from ..scoring.result import ScoreResult
 from ..training.schedule import warmed_up_cosine
 from ..training.step import Batch
 from .config import LOSS_TERMS, HGADConfig
-from .detector import Detector
+from .detector import Detector, varied
 from .official import OfficialSurface, config_from_args
 
 WARM_UP_EPOCHS = 2  # meta-epochs of rising learning rate; also those of stage 1
@@ -225,10 +225,7 @@ class HGADModel(OfficialSurface, Detector):
         Raises:
             ValueError: an unknown name, or a number below 1.
         """
-        names = tuple(VARIANTS) if names is None else names
-        if unknown := [name for name in names if name not in VARIANTS]:
-            raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-        chosen = {name: config.replace(**VARIANTS[name]) for name in names}
+        chosen = varied(config, VARIANTS, names)
         return chosen | {f"hgad-{n}-centre{'s' * (n != 1)}": config.replace(n_intra_centers=n) for n in centres}
 
     # ---- scoring

@@ -31,7 +31,7 @@ from ..protocol import Densities, OfficialMaps, Progress
 from ..training.schedule import warmed_up_cosine
 from ..training.step import Batch
 from .config import VQFlowConfig
-from .detector import Detector
+from .detector import Detector, varied
 from .vqflow_maps import official_maps_of
 from .vqflow_official import official_state
 
@@ -394,10 +394,7 @@ class VQFlowModel(Detector):
         Raises:
             ValueError: an unknown name.
         """
-        names = tuple(VARIANTS) if names is None else names
-        if unknown := [name for name in names if name not in VARIANTS]:
-            raise ValueError(f"there is no variant {unknown[0]!r}; there are {', '.join(VARIANTS)}")
-        return {name: config.replace(**VARIANTS[name]) for name in names}
+        return varied(config, VARIANTS, names)
 
     # ---- scoring
 
