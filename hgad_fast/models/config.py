@@ -199,11 +199,34 @@ class Config:
 class HGADConfig(Config):
     """Settings of an `HGADModel`. Names and defaults are the official ones where the official code has one.
 
+    Of its presets, "official" is the official procedure, and "fast" one that trains in minutes on two cores: one level
+    of a small backbone, many passes over a part of the pixels.
+
     Raises:
         ValueError: as `Config`.
     """
 
     method: ClassVar[str] = "hgad"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "official": {"fusion": "product", "center_crop": True},
+        "fast": {
+            "backbone_arch": "tf_efficientnet_lite0",
+            "feature_mode": "stages",
+            "feature_levels": 1,
+            "out_indices": (3,),
+            "feature_scaling": "std",
+            "img_size": 256,
+            "msk_size": 256,
+            "coupling_layers": 8,
+            "pos_embed_dim": 64,
+            "lambda2": 1.0,
+            "fusion": "standardised",
+            "pixels_per_step": 64,
+            "lr": 1e-3,
+            "meta_epochs": 20,
+            "sub_epochs": 4,
+        },
+    }
     without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {"memory": "auto", "checkpoint_every": 0}
 
     n_intra_centers: int = 10  # M, Gaussian centres of each class
@@ -215,7 +238,9 @@ class HGADConfig(Config):
     lambda2: float = 100.0  # weight of the mutual information
     label_smoothing: float = 0.02
     loss_terms: tuple[str, ...] = LOSS_TERMS  # those minimised; an ablation leaves some out
-    fusion: str = "product"  # of likelihood and entropy map (official), or "standardised": see `Calibration`
+    fusion: str = "product"  # of likelihood and entropy map (official), "standardised" (see `Calibration`), or one map
+    feature_scaling: str = "none"  # "std": divided by each stage's standard deviation; "whiten": PCA of each level
+    pixels_per_step: int | None = None  # of each image and level, drawn anew for each training step; None: all
     precision: str = "fp32"  # fp32 | tf32 | bf16
     memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
     checkpoint_every: int = 0  # blocks from one kept input to the next when memory is reversible; 0: none
@@ -245,7 +270,20 @@ class HGADConfig(Config):
             and terms == tuple(term for term in LOSS_TERMS if term in terms),
             f"some of {LOSS_TERMS}, in this order, L_g among them",
         )
-        self._require_choice("fusion", "product", "standardised")
+        self._require_choice("fusion", "product", "standardised", "likelihood", "entropy")
+        self._require(
+            "fusion",
+            self.fusion != "entropy" or self.n_classes > 1,
+            "the others with n_classes=1: the posterior of a single class is certain everywhere, so that there is no "
+            "entropy map; take 'likelihood', or train several classes together",
+        )
+        self._require_choice("feature_scaling", "none", "std", "whiten")
+        if self.pixels_per_step is not None:
+            self._require(
+                "pixels_per_step",
+                _is_int(self.pixels_per_step) and self.pixels_per_step >= 1,
+                "a whole number from 1, or None (all)",
+            )
         self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
         self._require_choice("precision", "fp32", "tf32", "bf16")
         self._require_choice("memory", "auto", "standard", "reversible")

@@ -25,7 +25,7 @@ COUNTS = (
     "pos_embed_dim",
 )
 NUMBERS = ("clamp_alpha", "lambda1", "lambda2", "label_smoothing", "lr", "calibration_fraction")
-CHOICES = ("flow_arch", "fusion", "feature_mode", "precision", "memory")
+CHOICES = ("flow_arch", "fusion", "feature_scaling", "feature_mode", "precision", "memory")
 NEITHER_NUMBER_NOR_NAME = (
     b"3",
     {},
@@ -46,6 +46,7 @@ BAD = {
     "seed": (None, "0", -1, 2**63, 0.0, (0,)),
     "accumulate": (None, "2", 0, -1, 2.0, 9, (2,)),
     "clip_grad_norm": ("1", 0, -1, 10**400, (1.0,), 1j),
+    "pixels_per_step": ("64", 0, -1, 64.0, (64,)),
     "checkpoint_every": (None, "0", -1, 4.0, (4,)),
     "center_crop": (None, "False", 0, 1, 1.0),
     "class_names": (3, "abc", (), ("a", "b"), ("a", "b", "b"), ("a", "b", 3), ("a", "b", ["c"]), ("a", "b", "")),
