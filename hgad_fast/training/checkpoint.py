@@ -87,9 +87,8 @@ def read_checkpoint(
     saved_identity = state["identity"]
     if (method := saved_identity.get("method", "hgad")) != identity["method"]:
         raise ValueError(f"{path} is of a training of {method}, and this model is one of {identity['method']}")
-    saved_config = _completed(saved_identity["config"], model)
-    if saved_config != identity["config"]:
-        old, new = json.loads(saved_config), json.loads(identity["config"])
+    if saved_identity["config"] != identity["config"]:
+        old, new = (model.config.added | json.loads(each["config"]) for each in (saved_identity, identity))
         fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
         changed = [f"{field} {old.get(field)!r} -> {new.get(field)!r}" for field in fields]
         raise ValueError(f"{path} was trained with another configuration: {', '.join(changed)}")
@@ -110,17 +109,6 @@ def read_checkpoint(
         raise ValueError(f"{path} lacks the model's tensor {misfit}, or holds another in its place")
     _check_optimizer(path, model, optimizer, state, stages_in(state["meta_epoch"]))
     return state
-
-
-def _completed(config: str, model: Detector) -> str:
-    """Return the configuration of a saved identity with the fields that were not there yet, at their defaults.
-
-    A configuration that this version does not take is returned as it is.
-    """
-    try:
-        return type(model.config).from_json(config).identity()
-    except (ValueError, TypeError):
-        return config
 
 
 def _in_current_format(path: Path, model: Detector, state: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,37 @@ def test_json_round_trip():
     assert json.loads(config.to_json())["class_names"] == ["Schraube ä", 'a "b"']
 
 
+def test_fields_that_were_added_are_in_json_where_they_differ():
+    """So that files of before them are the files of today: they compare and hash alike."""
+    added = {"grid_stride": 8, "feature_scaling": "std", "pixels_per_step": 64}
+    assert HGADConfig.added.keys() == added.keys()
+    assert not json.loads(HGADConfig().to_json()).keys() & added.keys()
+    config = HGADConfig(**added)
+    assert {name: json.loads(config.to_json())[name] for name in added} == added
+    assert HGADConfig.from_json(config.to_json()) == config
+    assert config.identity() != HGADConfig().identity()
+
+
+def test_presets():
+    official = HGADConfig.preset("official", n_classes=5)
+    assert official == HGADConfig(n_classes=5, fusion="product", center_crop=True)
+    fast = HGADConfig.preset("fast", seed=3)
+    assert (fast.seed, fast.pixels_per_step, fast.feature_scaling, fast.coupling_layers) == (3, 64, "std", 8)
+    assert fast.replace(lr=2e-3).lr == 2e-3
+    with pytest.raises(ValueError, match="HGADConfig has no preset 'slow'; there are: official, fast"):
+        HGADConfig.preset("slow")
+
+
+def test_one_class_has_no_entropy_map():
+    for fusion in ("product", "standardised", "likelihood"):
+        HGADConfig(n_classes=1, fusion=fusion)
+    HGADConfig(n_classes=2, fusion="entropy")
+    with pytest.raises(
+        ValueError, match="fusion is 'entropy'; allowed: another one with n_classes=1: the posterior of one"
+    ):
+        HGADConfig(n_classes=1, fusion="entropy")
+
+
 def test_an_unknown_field_is_named():
     with pytest.raises(ValueError, match="HGADConfig has no field 'image_size'; it has n_classes, .*img_size"):
         HGADConfig.from_fields({"image_size": 512})

@@ -26,7 +26,7 @@ def make_model(**changes) -> HGADModel:
 def make_data() -> FeatureSet:
     """Features with a mean far from zero, and channels of several scales that depend on each other."""
     generator = torch.Generator().manual_seed(0)
-    mixing = [torch.randn(c, c, generator=generator) * torch.logspace(-1, 1, c) for c in DIMS]
+    mixing = [torch.randn(c, c, generator=generator) * torch.logspace(-0.5, 0.5, c) for c in DIMS]
     images = [
         [100 + torch.einsum("ij,jhw->ihw", m, torch.randn(len(m), h, w, generator=generator)) for m in mixing]
         for h, w in SIZES * 4

@@ -1,4 +1,4 @@
-"""The pixels that are drawn for a step: which, how evenly, alike wherever they must be, and that the others are saved."""
+"""The pixels that are drawn for a step: which, how evenly, alike wherever they must be, and none of the others."""
 
 from __future__ import annotations
 
