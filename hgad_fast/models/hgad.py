@@ -60,9 +60,9 @@ class HGADModel(OfficialSurface, Detector):
         nfs: the flow of each level.
         mixture: the centres and weights of all levels.
         scaling: what brings the features of each level to scale; empty with ``feature_scaling="none"``. Densities are
-            those of the scaled features, in training and scoring alike: those of the features themselves differ by a
-            constant of the level, the logarithm of the scales, which no map, no class and no gradient of a likelihood
-            depends on.
+            those of the scaled features, in training and scoring alike. Those of the features themselves differ by a
+            constant of the level, the log-determinant of the scaling, on which neither calibrated maps nor classes
+            depend; of the losses L_z alone does.
         calibration: the statistics of normal images that `score` uses, or None before `fit` or `calibrate`.
         checkpoint: the state of the training that this is: "last", or how it was chosen.
 
@@ -363,7 +363,8 @@ class HGADModel(OfficialSurface, Detector):
         if self.device.type == "cuda":  # a chunk is no larger than a map there; on a CPU it hardly matters
             pixels = min(pixels, max(h * w for h, w in sizes))
             hidden = 0 if self._hidden_stays_on_chip(channels) else hidden
-        chunk = 4 * pixels * (3 * hidden + 8 * channels + 4 * config.n_classes)
+        copies = 8 + 2 * bool(self.scaling)
+        chunk = 4 * pixels * (3 * hidden + copies * channels + 4 * config.n_classes)
         return kept if not group_known and kept <= MAX_KEPT else 0, chunk
 
 
