@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import joining, tiles
 from .interpolate import between, bilinear
+from .packaged import packaged_state_dict
 
 TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile: a constant, so that the tiles depend on the image's size alone."""
@@ -105,6 +106,9 @@ class Backbone(nn.Module):
     one pass are one level: see `joining.joined`. A stage is a layer of the network or the mean of several: see
     `joining.stages_of`.
 
+    A transformer takes images of any size where timm lets it (the position embedding is resampled): they are resized to
+    the nearest multiples of its patch, at least one (bilinear, aligned corners, as the pyramid).
+
     Attributes:
         mean, std: the channel statistics that the weights expect, (3, 1, 1), from timm's configuration of the model;
             saved with the weights.
@@ -127,7 +131,7 @@ class Backbone(nn.Module):
         self.mode = config.feature_mode
         self.pyramid_levels = config.feature_levels if self.mode == "image_pyramid" else 1
         self.out_indices = config.out_indices
-        self.net = _create(config)
+        self.net, self.multiple = _create(config)
         self.stage_channels = self._by_stage(self.net.feature_info.channels(), "channels")
         self.stage_strides = self._by_stage(self.net.feature_info.reduction(), "stride")
         self.grid = joining.grid_of(self.stage_strides, config.grid_stride)
@@ -136,7 +140,8 @@ class Backbone(nn.Module):
         else:
             self.stage_dims = tuple((channels,) for channels in self.stage_channels * self.pyramid_levels)
         self.feature_dims = tuple(map(sum, self.stage_dims))
-        self.fine_stages = (self.grid + 1,) if self.mode == "joined" else (1,) * len(self.stage_dims)
+        fine_stages = sum(stride <= self.stage_strides[self.grid] for stride in self.stage_strides)
+        self.fine_stages = (fine_stages,) if self.mode == "joined" else (1,) * len(self.stage_dims)
         statistics = self.net.pretrained_cfg
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.tensor(statistics.get(name, default)).view(3, 1, 1)
@@ -182,6 +187,10 @@ class Backbone(nn.Module):
             for h, w in self._sizes(height, width)
             for channels, stride in zip(dims, self.strides, strict=True)
         )
+
+    def cells(self, length: int) -> int:
+        """Return how many cells the finest level has along `length` pixels; timm's strides are rounded up."""
+        return math.ceil(self._sizes(length, length)[0][0] / self.strides[0])
 
     def feature_maps(self, image: Tensor, cut: bool = True) -> FeatureMaps:
         """Return the features of an image (3, H, W) in [0, 1], with `cut` in tiles if it is large: see `passes`."""
@@ -249,7 +258,12 @@ class Backbone(nn.Module):
 
     def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the sizes of the images that the network sees, one for each pass."""
-        return [(max(height >> level, 1), max(width >> level, 1)) for level in range(self.pyramid_levels)]
+
+        def side(length: int, level: int) -> int:
+            multiples = ((length >> level) + self.multiple // 2) // self.multiple  # the nearest, of two the larger one
+            return max(multiples, 1) * self.multiple
+
+        return [(side(height, level), side(width, level)) for level in range(self.pyramid_levels)]
 
     def _by_stage(self, values: Sequence[int], name: str) -> list[int]:
         """Return a property of the network's layers for each stage.
@@ -304,7 +318,8 @@ class Backbone(nn.Module):
         """Return the network as it is run on images, made anew when its weights have changed or moved."""
         weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
         if self._made_fast is None or self._made_fast[0] != weights:
-            self._made_fast = weights, _Fast(self.net)
+            # a network with positions depends on where a tile lies, if only by very little as long as it is untrained
+            self._made_fast = weights, _Fast(self.net, maybe_local=self.multiple == 1)
         return self._made_fast[1]
 
     def _stages(self, images: Tensor, net: nn.Module) -> list[Tensor]:
@@ -343,8 +358,8 @@ def _trim() -> None:
 class _Fast:
     """A network made for inference, with its shadow and its footprint, which are made when first asked for."""
 
-    def __init__(self, net: Any) -> None:
-        self.strides = net.feature_info.reduction()
+    def __init__(self, net: Any, maybe_local: bool) -> None:
+        self.strides, self.maybe_local = net.feature_info.reduction(), maybe_local
         self.net = streamlined(net)
 
     @functools.cached_property
@@ -353,7 +368,7 @@ class _Fast:
 
     @functools.cached_property
     def footprint(self) -> tiles.Footprint:
-        return tiles.footprint(self.net, self.strides)
+        return tiles.footprint(self.net, self.strides, self.maybe_local)
 
 
 @torch.no_grad()
@@ -371,9 +386,11 @@ def streamlined(net: Any) -> nn.Module:
         parent = fast.get_submodule(".".join(path))
         if isinstance(parent, nn.Sequential) and path and last.isdecimal():
             del parent[int(last) + 1 :]
-    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
+    stride = max(net.feature_info.reduction())
+    side = math.ceil(64 / stride) * stride
+    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
     try:
-        _fold_batch_norms(fast)
+        _fold_batch_norms(fast, side)
         exact = copy.deepcopy(net).double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
             if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
@@ -383,8 +400,8 @@ def streamlined(net: Any) -> nn.Module:
     return fast
 
 
-def _fold_batch_norms(net: nn.Module) -> None:
-    """Make batch norms part of the convolutions whose output they take, in place."""
+def _fold_batch_norms(net: nn.Module, side: int) -> None:
+    """Make batch norms part of the convolutions whose output they take, in place; tried at `side` pixels."""
     shadow_net = tiles.shadow(net)
     names = {layer: name for name, layer in shadow_net.named_modules()}
     outputs: list[tuple[Tensor, str]] = []  # kept alive: no later tensor may take the identity of an output
@@ -398,7 +415,7 @@ def _fold_batch_norms(net: nn.Module) -> None:
             layer.register_forward_hook(lambda layer, _, output: outputs.append((output, names[layer])))
         elif isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(pair)
-    shadow_net(torch.empty(1, 3, 64, 64, device="meta"))
+    shadow_net(torch.empty(1, 3, side, side, device="meta"))
     for conv_name, norm_name in pairs:
         conv, batch_norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
@@ -419,8 +436,11 @@ def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.
     return bilinear(image, *positions)
 
 
-def _create(config: BackboneSettings) -> nn.Module:
-    """Return timm's feature extractor with its weights; see `Backbone` for the errors."""
+def _create(config: BackboneSettings) -> tuple[nn.Module, int]:
+    """Return timm's feature extractor with its weights, and the pixels that its images' sides are multiples of.
+
+    These are 1 where the network takes any size, or one of its own only; see `Backbone` for the errors.
+    """
     import timm
 
     arch, weights = config.backbone_arch, config.backbone_weights
@@ -432,13 +452,27 @@ def _create(config: BackboneSettings) -> nn.Module:
             + (f"; close to it: {similar}" if similar else "")
         )
     pretrained = weights == "pretrained"
-    state = read_state_dict(Path(weights)) if weights is not None and not pretrained else None
+    state = None
+    if weights == "packaged":
+        state = packaged_state_dict(arch)
+    elif weights is not None and not pretrained:
+        state = read_state_dict(Path(weights))
+    make = functools.partial(
+        timm.create_model,
+        arch,
+        pretrained=pretrained,
+        features_only=True,
+        out_indices=joining.layers_of(config.out_indices),
+    )
+    multiple = 1
     try:
         if pretrained:
             _try_hub(arch)
-        net = timm.create_model(
-            arch, pretrained=pretrained, features_only=True, out_indices=joining.layers_of(config.out_indices)
-        )
+        try:
+            net = make(dynamic_img_size=True)  # at the size of its weights, to which they fit
+            multiple = max(net.feature_info.reduction())
+        except TypeError:  # timm has no such option for this architecture
+            net = make()
     except (RuntimeError, AttributeError, AssertionError, IndexError, TypeError) as error:
         raise ValueError(
             f"timm cannot make {type(config).__name__}.backbone_arch = {arch!r} with out_indices = "
@@ -455,7 +489,7 @@ def _create(config: BackboneSettings) -> nn.Module:
         ) from error
     if state is not None:
         _load_weights(net, state, config)
-    return net
+    return net, multiple
 
 
 def _try_hub(arch: str) -> None:

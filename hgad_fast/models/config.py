@@ -12,6 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..features.composite import weights_of
+
 LOSS_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")  # the last two are those of stage 2
 
 Settings = TypeVar("Settings", bound="Config")
@@ -49,8 +51,8 @@ class Config:
     n_classes: int = 15
     class_names: tuple[str, ...] | None = None  # None: "class 0", "class 1", ...
     _: KW_ONLY
-    backbone_arch: str | None = "tf_efficientnet_b6"  # a timm model; None: features come from the user
-    backbone_weights: str | None = "pretrained"  # "pretrained" (timm's hub), path of a state dict, or None: random
+    backbone_arch: str | None = "tf_efficientnet_b6"  # a timm model, or several: "a+b"; None: features are given
+    backbone_weights: str | None = "pretrained"  # or "packaged" (see features.packaged), a state dict, None: random
     feature_levels: int = 3  # S
     feature_dims: tuple[int, ...] | None = None  # channels of each level; from the backbone where there is one
     feature_mode: str = "image_pyramid"  # or "stages" (out_indices) of one pass, or "joined": these on one grid
@@ -111,19 +113,36 @@ class Config:
 
     def _check_features(self) -> None:
         indices, dims, mode = self.out_indices, self.feature_dims, self.feature_mode
-        self._require(
-            "out_indices",
-            _is_indices(indices),
-            "a tuple of whole numbers in increasing order, all from 0 (the first stage) or all below 0 (-1: the last); "
-            "with feature_mode='stages' or 'joined' also tuples of them, whose layers are averaged",
+        archs = (self.backbone_arch or "").split("+")
+        allowed = (
+            "whole numbers in increasing order, all from 0 (the first stage) or all below 0 (-1: the last); with "
+            "feature_mode='stages' or 'joined' also tuples of them, whose layers are averaged"
         )
+        if len(archs) == 1:
+            self._require("out_indices", _is_indices(indices), f"a tuple of {allowed}")
+        else:
+            self._require("backbone_arch", all(archs), "a timm model, or several with + between them")
+            self._require("feature_mode", mode == "joined", f"'joined' with several backbones ({self.backbone_arch})")
+            self._require(
+                "out_indices",
+                isinstance(indices, tuple) and len(indices) == len(archs) and all(map(_is_indices, indices)),
+                f"{len(archs)} tuples, one for each backbone of {self.backbone_arch}, of {allowed}",
+            )
+            weights = weights_of(self.backbone_weights, len(archs))
+            self._require(
+                "backbone_weights",
+                len(weights) == len(archs) and "" not in weights,
+                f"'pretrained', 'packaged' or None for all, or {len(archs)} with + between them, one for each backbone "
+                f"of {self.backbone_arch} (paths that hold a + do not do here)",
+            )
         if self.backbone_arch is not None and mode == "image_pyramid":
             one_stage = len(indices) == 1 and _is_int(indices[0])
             self._require("out_indices", one_stage, "one stage, e.g. (3,), with feature_mode='image_pyramid'")
         if self.backbone_arch is not None and mode == "stages":
             self._require("out_indices", len(indices) == self.feature_levels, "as many stages as feature_levels")
         if self.backbone_arch is not None and mode == "joined":
-            self._require("feature_levels", self.feature_levels == 1, "1 with feature_mode='joined'")
+            allowed = f"{len(archs)} with feature_mode='joined': one for each backbone"
+            self._require("feature_levels", self.feature_levels == len(archs), allowed)
         if self.backbone_arch is None:
             self._require("feature_dims", dims is not None, "the channels of each level when backbone_arch is None")
         if dims is not None:

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..features.backbone import Backbone, FeatureMaps
+from ..features.backbone import FeatureMaps
+from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
 from ..files import replacing, state_hash
 from ..methods import FORMAT, method_of, read_model_file
@@ -75,7 +76,7 @@ class Detector(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            self.encoder = Backbone(config) if config.backbone_arch is not None else None
+            self.encoder = make_backbone(config) if config.backbone_arch is not None else None
             if self.encoder is not None:
                 if config.feature_dims not in (None, self.encoder.feature_dims):
                     raise ValueError(

@@ -80,7 +80,7 @@ def cells_on_map(model: Detector, img_size: int | str) -> int | None:
     own_size = model.config.img_size
     if img_size == own_size or isinstance(own_size, str) or not isinstance(model.encoder, Backbone):
         return None
-    return math.ceil(own_size / model.encoder.strides[0])
+    return model.encoder.cells(own_size)
 
 
 def image_scores(maps: Tensor, share: float = 0.0) -> Tensor:
