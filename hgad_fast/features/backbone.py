@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import tiles
+from . import joining, tiles
 from .interpolate import between, bilinear
 
 TILE_MEMORY = 1000 * 2**20
@@ -36,7 +36,8 @@ class BackboneSettings(Protocol):
     backbone_weights: str | None
     feature_levels: int
     feature_mode: str
-    out_indices: tuple[int, ...]
+    out_indices: joining.OutIndices
+    grid_stride: int
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,22 @@ class FeatureMaps:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of the network over an image: the size to which it is resized, the (h, w) of the stages, the tiles."""
+    """One pass of the network over an image.
+
+    Attributes:
+        size: to which the image is resized.
+        stages: (h, w) of the network's stages.
+        levels: (h, w) of the levels that are made of them.
+        rows, columns: the tiles.
+        whole: True if the features of all tiles come in one piece, as stages are joined on the whole map.
+    """
 
     size: tuple[int, int]
     stages: list[tuple[int, int]]
+    levels: list[tuple[int, int]]
     rows: list[tiles.Cut]
     columns: list[tiles.Cut]
+    whole: bool
 
     @property
     def tile_pixels(self) -> int:
@@ -90,12 +101,15 @@ class Backbone(nn.Module):
     """A timm model, frozen and always in eval mode.
 
     With ``feature_mode="image_pyramid"`` level s is one stage of the image at (H >> s, W >> s) (bilinear, aligned
-    corners, as official); with ``"stages"`` the levels are several stages of one pass.
+    corners, as official); with ``"stages"`` the levels are several stages of one pass; with ``"joined"`` the stages of
+    one pass are one level: see `joining.joined`. A stage is a layer of the network or the mean of several: see
+    `joining.stages_of`.
 
     Attributes:
         mean, std: the channel statistics that the weights expect, (3, 1, 1), from timm's configuration of the model;
             saved with the weights.
         feature_dims: channels of each level.
+        stage_dims: channels of the stages that are joined in each level, in their order; one where none are joined.
 
     Raises:
         ValueError: the architecture is unknown, or the weights' file does not fit it.
@@ -109,11 +123,18 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneSettings) -> None:
         super().__init__()
         self.arch = config.backbone_arch
-        self.levels = config.feature_levels
         self.mode = config.feature_mode
+        self.pyramid_levels = config.feature_levels if self.mode == "image_pyramid" else 1
+        self.out_indices = config.out_indices
         self.net = _create(config)
-        stages = self.net.feature_info.channels()
-        self.feature_dims = tuple(stages * self.levels if self.mode == "image_pyramid" else stages)
+        self.stage_channels = self._by_stage(self.net.feature_info.channels(), "channels")
+        self.stage_strides = self._by_stage(self.net.feature_info.reduction(), "stride")
+        self.grid = joining.grid_of(self.stage_strides, config.grid_stride)
+        if self.mode == "joined":
+            self.stage_dims: tuple[tuple[int, ...], ...] = (tuple(self.stage_channels),)
+        else:
+            self.stage_dims = tuple((channels,) for channels in self.stage_channels * self.pyramid_levels)
+        self.feature_dims = tuple(map(sum, self.stage_dims))
         statistics = self.net.pretrained_cfg
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.tensor(statistics.get(name, default)).view(3, 1, 1)
@@ -148,16 +169,16 @@ class Backbone(nn.Module):
             resized = images
             if size != images.shape[2:]:
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
-            features += self._stages(resized, net)
+            features += self._levels(self._stages(resized, net))
         return features
 
     def feature_values(self, height: int, width: int) -> int:
         """Return about how many values the features of an image have: its sides over timm's strides are rounded up."""
-        stages = list(zip(self.net.feature_info.channels(), self.strides, strict=True))
+        dims = self.feature_dims[: len(self.strides)]
         return sum(
-            channels * math.ceil((height >> level) / stride) * math.ceil((width >> level) / stride)
-            for level in range(self.levels if self.mode == "image_pyramid" else 1)
-            for channels, stride in stages
+            channels * math.ceil(h / stride) * math.ceil(w / stride)
+            for h, w in self._sizes(height, width)
+            for channels, stride in zip(dims, self.strides, strict=True)
         )
 
     def feature_maps(self, image: Tensor, cut: bool = True) -> FeatureMaps:
@@ -165,7 +186,7 @@ class Backbone(nn.Module):
         if not cut or image[0].numel() <= ALWAYS_WHOLE:
             return FeatureMaps.of(self(self.normalize(image[None].to(self.mean.device)), fast=True))
         passes = self.passes(*image.shape[1:])
-        sizes = [size for image_pass in passes for size in image_pass.stages]
+        sizes = [size for image_pass in passes for size in image_pass.levels]
         return FeatureMaps(1, sizes, functools.partial(self._pieces, image, passes))
 
     def passes(self, height: int, width: int, cut: bool = True) -> list[Pass]:
@@ -188,7 +209,8 @@ class Backbone(nn.Module):
             if not footprint.is_local and max_pixels < math.inf:
                 halo = min(halo, int(math.sqrt(max_pixels) / 4 / footprint.stride) * footprint.stride)
             rows, columns = tiles.tiling(size, cells, footprint.stride, halo, max_pixels)
-            passes.append(Pass(size, stages, rows, columns))
+            joined = self.mode == "joined"
+            passes.append(Pass(size, stages, [stages[self.grid]] if joined else stages, rows, columns, joined))
         return passes
 
     @property
@@ -203,31 +225,69 @@ class Backbone(nn.Module):
 
     @property
     def strides(self) -> list[int]:
-        """The stride of each stage: pixels per cell."""
-        return self.net.feature_info.reduction()
+        """The stride of each level of a pass: pixels per cell."""
+        return [self.stage_strides[self.grid]] if self.mode == "joined" else self.stage_strides
 
     def working_set(self, height: int, width: int, cut: bool = True) -> int:
         """Return about how many bytes it takes to compute the features of an image, beyond the image.
 
-        The features of one tile are counted, not those of the whole image.
+        The features of one tile are counted, not those of the whole image, except where stages are joined: that needs
+        all of each stage, and as much as the level has for stages on its grid.
         """
         bytes_per_pixel = self.footprint.bytes_per_pixel + 36  # the tile in float32, normalised, with channels last
-        return int(max(bytes_per_pixel * image_pass.tile_pixels for image_pass in self.passes(height, width, cut)))
+        needed = 0.0
+        for image_pass in self.passes(height, width, cut):
+            tile = bytes_per_pixel * image_pass.tile_pixels
+            if image_pass.whole:
+                stages = zip(self.stage_channels, image_pass.stages, strict=True)
+                level = self.feature_dims[0] * math.prod(image_pass.levels[0])
+                tile = max(tile, 8.0 * level) + 4 * sum(channels * h * w for channels, (h, w) in stages)
+            needed = max(needed, tile)
+        return int(needed)
 
     def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the sizes of the images that the network sees, one for each pass."""
-        levels = self.levels if self.mode == "image_pyramid" else 1
-        return [(max(height >> level, 1), max(width >> level, 1)) for level in range(levels)]
+        return [(max(height >> level, 1), max(width >> level, 1)) for level in range(self.pyramid_levels)]
+
+    def _by_stage(self, values: Sequence[int], name: str) -> list[int]:
+        """Return a property of the network's layers for each stage.
+
+        Raises:
+            ValueError: the layers of a group differ in it.
+        """
+        stages = joining.by_stage(values, self.out_indices)
+        for group, entry in zip(stages, self.out_indices, strict=True):
+            if len(set(group)) > 1:
+                raise ValueError(
+                    f"out_indices: the layers {entry} of {self.arch} cannot be averaged, as their {name} differ: "
+                    f"{', '.join(map(str, group))}; group layers of one size only"
+                )
+        return [group[0] for group in stages]
+
+    def _levels(self, stages: list[Tensor]) -> list[Tensor]:
+        """Return the levels (B, C, h, w) that the stages of a pass make."""
+        return [joining.joined(stages, self.stage_strides, self.grid)] if self.mode == "joined" else stages
 
     @torch.no_grad()
     def _pieces(self, image: Tensor, passes: list[Pass]) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Yield the `FeatureMaps.pieces` of an image, tile by tile."""
+        """Yield the `FeatureMaps.pieces` of an image: tile by tile, or whole where stages are joined."""
+        if self.mode != "joined":
+            yield from self._stage_pieces(image, passes)
+            return
+        stages = FeatureMaps(1, passes[0].stages, functools.partial(self._stage_pieces, image, passes)).whole()
+        yield 0, 0, 0, joining.joined(stages, self.stage_strides, self.grid)
+
+    @torch.no_grad()
+    def _stage_pieces(self, image: Tensor, passes: list[Pass]) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Yield the pieces of the stages of all passes, tile by tile."""
         fast = self._fast()
         for i, image_pass in enumerate(passes):
             for rows, columns in itertools.product(image_pass.rows, image_pass.columns):
                 tile = self.normalize(_part(image, image_pass.size, rows, columns).to(self.mean.device))
                 features = self._stages(tile[None], fast.net)
-                for j, (x, size, stride) in enumerate(zip(features, image_pass.stages, self.strides, strict=True)):
+                for j, (x, size, stride) in enumerate(
+                    zip(features, image_pass.stages, self.stage_strides, strict=True)
+                ):
                     scale = fast.footprint.stride // stride  # cells of this stage per cell of the coarsest one
                     (top, bottom), (left, right) = (
                         (c.first * scale, n if c is cuts[-1] else c.last * scale)
@@ -269,7 +329,7 @@ class Backbone(nn.Module):
                 "size, such as a convolutional network, or feature_mode='stages' with center_crop=True and its size as "
                 "img_size."
             ) from error
-        return tiles.channels_first(self.net, features)
+        return joining.stages_of(tiles.channels_first(self.net, features), self.out_indices)
 
 
 def _trim() -> None:
@@ -374,7 +434,9 @@ def _create(config: BackboneSettings) -> nn.Module:
     try:
         if pretrained:
             _try_hub(arch)
-        net = timm.create_model(arch, pretrained=pretrained, features_only=True, out_indices=config.out_indices)
+        net = timm.create_model(
+            arch, pretrained=pretrained, features_only=True, out_indices=joining.layers_of(config.out_indices)
+        )
     except (RuntimeError, AttributeError, AssertionError, IndexError, TypeError) as error:
         raise ValueError(
             f"timm cannot make {type(config).__name__}.backbone_arch = {arch!r} with out_indices = "

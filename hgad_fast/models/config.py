@@ -50,8 +50,9 @@ class Config:
     backbone_weights: str | None = "pretrained"  # "pretrained" (timm's hub), path of a state dict, or None: random
     feature_levels: int = 3  # S
     feature_dims: tuple[int, ...] | None = None  # channels of each level; from the backbone where there is one
-    feature_mode: str = "image_pyramid"  # or "stages": several stages (out_indices) of one pass
-    out_indices: tuple[int, ...] = (3,)
+    feature_mode: str = "image_pyramid"  # or "stages" (out_indices) of one pass, or "joined": these on one grid
+    out_indices: tuple[Any, ...] = (3,)  # the layer of each stage, or a tuple of layers, whose mean is normalised
+    grid_stride: int = 16  # pixels per cell of the grid on which stages are joined: that of the nearest stage
     img_size: int | str = 1024  # short side (of a square: each) of what the backbone sees, pixels, or "native": its own
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
     center_crop: bool = False  # True: the official protocol, which sees the centre square of the image only
@@ -67,7 +68,9 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _plain(getattr(self, field.name)))
-        self._require_counts("n_classes", "feature_levels", "msk_size", "meta_epochs", "sub_epochs", "batch_size")
+        self._require_counts(
+            "n_classes", "feature_levels", "msk_size", "meta_epochs", "sub_epochs", "batch_size", "grid_stride"
+        )
         size: Any = self.img_size
         self._require(
             "img_size",
@@ -88,7 +91,7 @@ class Config:
         )
         if self.clip_grad_norm is not None:
             self._require_number("clip_grad_norm", lambda value: value > 0, "a finite number above 0, or None")
-        self._require_choice("feature_mode", "image_pyramid", "stages")
+        self._require_choice("feature_mode", "image_pyramid", "stages", "joined")
         self._require("center_crop", isinstance(self.center_crop, bool), "True or False")
         for name in ("backbone_arch", "backbone_weights"):
             value = getattr(self, name)
@@ -104,20 +107,20 @@ class Config:
         self._check_features()
 
     def _check_features(self) -> None:
-        indices, dims = self.out_indices, self.feature_dims
+        indices, dims, mode = self.out_indices, self.feature_dims, self.feature_mode
         self._require(
             "out_indices",
-            isinstance(indices, tuple)
-            and bool(indices)
-            and all(_is_int(i) for i in indices)
-            and list(indices) == sorted(set(indices))
-            and (indices[0] >= 0 or indices[-1] < 0),
-            "a tuple of whole numbers in increasing order, all from 0 (the first stage) or all below 0 (-1: the last)",
+            _is_indices(indices),
+            "a tuple of whole numbers in increasing order, all from 0 (the first stage) or all below 0 (-1: the last); "
+            "with feature_mode='stages' or 'joined' also tuples of them, whose layers are averaged",
         )
-        if self.backbone_arch is not None and self.feature_mode == "image_pyramid":
-            self._require("out_indices", len(indices) == 1, "one stage, e.g. (3,), with feature_mode='image_pyramid'")
-        if self.backbone_arch is not None and self.feature_mode == "stages":
+        if self.backbone_arch is not None and mode == "image_pyramid":
+            one_stage = len(indices) == 1 and _is_int(indices[0])
+            self._require("out_indices", one_stage, "one stage, e.g. (3,), with feature_mode='image_pyramid'")
+        if self.backbone_arch is not None and mode == "stages":
             self._require("out_indices", len(indices) == self.feature_levels, "as many stages as feature_levels")
+        if self.backbone_arch is not None and mode == "joined":
+            self._require("feature_levels", self.feature_levels == 1, "1 with feature_mode='joined'")
         if self.backbone_arch is None:
             self._require("feature_dims", dims is not None, "the channels of each level when backbone_arch is None")
         if dims is not None:
@@ -402,6 +405,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return tuple(map(_plain, value))
     return value
+
+
+def _is_indices(value: Any) -> bool:
+    """Return whether `value` tells the stages of a backbone: layers and groups of layers, all in increasing order."""
+    if not isinstance(value, tuple) or () in (value, *value):
+        return False
+    layers = [layer for entry in value for layer in (entry if isinstance(entry, tuple) else (entry,))]
+    return all(map(_is_int, layers)) and layers == sorted(set(layers)) and (layers[0] >= 0 or layers[-1] < 0)
 
 
 def _is_int(value: Any) -> bool:

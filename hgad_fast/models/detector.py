@@ -52,8 +52,9 @@ class Detector(nn.Module):
             in chunks and tiles, images be scored at another size than the trained one, and batches be accumulated.
         preparation: name of what `prepare` does; empty where features stay as the encoder gives them. It is part of
             the name under which features are cached.
+        closed_form: whether `begin` fits the model, so that no step is made.
         fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
-            weights from the calibration.
+            weights from the calibration, or one of them alone, by its name.
         loss_terms: title and explanation of each term that the objective reports, for reports.
         stages: what a stage of the training does, by its number from 2 on, for reports.
 
@@ -65,6 +66,7 @@ class Detector(nn.Module):
     encoder: Any
     groups_are_classes: bool = True
     pointwise: bool = True
+    closed_form: bool = False
     preparation: str = ""
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}
@@ -99,7 +101,7 @@ class Detector(nn.Module):
 
     @property
     def fusion(self) -> str:
-        """The rule that makes one map of several parts: ``"product"`` or ``"standardised"``."""
+        """The rule that makes one map of several parts: ``"product"``, ``"standardised"``, or the name of a part."""
         return "product"
 
     def prepare(self, features: list[Tensor]) -> list[Tensor]:
@@ -159,6 +161,14 @@ class Detector(nn.Module):
         It becomes part of the calibration.
         """
         return 0.0
+
+    @property
+    def scored_on(self) -> str:
+        """The scope of `Densities.anomalies` whose map the image score is computed on; by default the anomaly map's.
+
+        It becomes part of the calibration.
+        """
+        return "map"
 
     @property
     def official_aupro(self) -> str:

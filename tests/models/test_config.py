@@ -23,6 +23,7 @@ COUNTS = (
     "sub_epochs",
     "batch_size",
     "pos_embed_dim",
+    "grid_stride",
 )
 NUMBERS = ("clamp_alpha", "lambda1", "lambda2", "label_smoothing", "lr", "calibration_fraction")
 CHOICES = ("flow_arch", "fusion", "feature_mode", "precision", "memory")
