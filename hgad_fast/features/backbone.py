@@ -110,6 +110,7 @@ class Backbone(nn.Module):
             saved with the weights.
         feature_dims: channels of each level.
         stage_dims: channels of the stages that are joined in each level, in their order; one where none are joined.
+        fine_stages: how many of these, from the first, are not coarser than the level's grid.
 
     Raises:
         ValueError: the architecture is unknown, or the weights' file does not fit it.
@@ -135,6 +136,7 @@ class Backbone(nn.Module):
         else:
             self.stage_dims = tuple((channels,) for channels in self.stage_channels * self.pyramid_levels)
         self.feature_dims = tuple(map(sum, self.stage_dims))
+        self.fine_stages = (self.grid + 1,) if self.mode == "joined" else (1,) * len(self.stage_dims)
         statistics = self.net.pretrained_cfg
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.tensor(statistics.get(name, default)).view(3, 1, 1)

@@ -52,7 +52,7 @@ def joined(stages: Sequence[Tensor], strides: Sequence[int], grid: int) -> Tenso
 
     Finer stages are averaged, coarser ones interpolated (bilinear, corners not aligned).
     """
-    size = stages[grid].shape[2:]
+    size = (stages[grid].shape[2], stages[grid].shape[3])
     parts = []
     for x, stride in zip(stages, strides, strict=True):
         x = x.contiguous(memory_format=torch.channels_last)  # one layout: the others round in another way

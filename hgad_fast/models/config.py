@@ -248,7 +248,9 @@ class HGADConfig(Config):
             and terms == tuple(term for term in LOSS_TERMS if term in terms),
             f"some of {LOSS_TERMS}, in this order, L_g among them",
         )
-        self._require_choice("fusion", "product", "standardised")
+        self._require_choice("fusion", "product", "standardised", "likelihood", "entropy")
+        several = self.fusion != "entropy" or self.n_classes > 1
+        self._require("fusion", several, "another one with n_classes=1: the posterior of one class has no entropy")
         self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
         self._require_choice("precision", "fp32", "tf32", "bf16")
         self._require_choice("memory", "auto", "standard", "reversible")
@@ -394,6 +396,71 @@ class VQFlowConfig(Config):
     def official(cls, **settings: Any) -> VQFlowConfig:
         """Return the procedure of the official code, with some fields changed: what it does, faults included."""
         return cls.preset("official", **settings)
+
+
+@dataclass(kw_only=True)
+class GaussianConfig(Config):
+    """Settings of a `GaussianModel`; docs/gaussian.md has what was measured. Nothing is trained in steps: fields that
+    say how (rates, epochs, batches) have no effect.
+
+    Raises:
+        ValueError: as `Config`.
+    """
+
+    method: ClassVar[str] = "gaussian"
+    without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
+        **{"lr": 2e-4, "meta_epochs": 1, "sub_epochs": 1, "batch_size": 8, "clip_grad_norm": None},
+        "grids": None,
+    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"gaussian": {}}
+
+    backbone_arch: str | None = "tf_efficientnet_lite0"
+    feature_levels: int = 1
+    feature_mode: str = "joined"
+    out_indices: tuple[Any, ...] = (2, 3, 4)
+    img_size: int | str = 256
+    meta_epochs: int = 1
+    sub_epochs: int = 1
+    map_stages: int | None = None  # stages, from the first, that the anomaly map is made of; None: those not coarser
+    # than the grid, or all that the user brings
+    dim: int = 128  # d, principal components of these stages; all of them where they have fewer channels
+    coarse_dim: int = 64  # of what the other stages have beyond them, for the image score alone; 0: it is the map's
+    shrinkage: float = 0.5  # of the covariance of a place towards the mean of those of its class
+    floor: float = 0.02  # added to variances, in those of the whitened features
+    grouping: str = "class"  # a Gaussian at each place for each class; or "one" for all images; or "clusters"
+    n_clusters: int = 10  # of images, found by k-means without labels (grouping="clusters")
+    grids: tuple[Any, ...] | None = None  # (h, w) of each level, for each group; from the training images
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_counts("dim", "n_clusters")
+        self._require(
+            "coarse_dim",
+            _is_int(self.coarse_dim) and self.coarse_dim >= 0,
+            "a whole number from 0, where 0 leaves the coarse stages out",
+        )
+        self._require_number("shrinkage", lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        self._require_number("floor", lambda value: value > 0, "a finite number above 0")
+        self._require_choice("grouping", "class", "one", "clusters")
+        if self.map_stages is not None:
+            self._require_counts("map_stages")
+        self._require(
+            "img_size", _is_int(self.img_size), "a whole number from 1: places are those of a grid of one size"
+        )
+
+    def _check_features(self) -> None:
+        if self.backbone_arch is None:
+            dims = self.feature_dims
+            if isinstance(dims, tuple):
+                self.feature_levels = len(dims)
+        else:
+            self._require("feature_mode", self.feature_mode == "joined", "'joined': stages share the places of a grid")
+        super()._check_features()
+
+    @property
+    def n_groups(self) -> int:
+        """The number of groups of images that have Gaussians of their own."""
+        return {"class": self.n_classes, "one": 1, "clusters": self.n_clusters}[self.grouping]
 
 
 def _plain(value: Any) -> Any:

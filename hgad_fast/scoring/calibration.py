@@ -159,7 +159,7 @@ class Calibration:
     def settings(self) -> dict[str, Any]:
         """Return everything but the tensors, as a model file holds it; the last three only where they are so."""
         settings = {"false_alarm_rate": self.false_alarm_rate, "img_size": self.img_size}
-        rules = {"borrowing": self.borrowing, "share": self.share}
+        rules: dict[str, Any] = {"borrowing": self.borrowing, "share": self.share}
         if self.scored_on != "map":
             rules["scored_on"] = self.scored_on
         return settings | {name: value for name, value in rules.items() if value}
