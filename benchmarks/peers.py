@@ -139,6 +139,9 @@ def require_anomalib(contenders: Sequence[str]) -> None:
 def run(options: argparse.Namespace, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """Fit and score every contender in processes of its own, then time all of them in turn; return the record."""
     dataset = chosen_images(options)
+    for name in options.contenders:
+        if name in OURS:
+            configuration(name, dataset.class_names, options)  # for its errors, before anything is fitted
     for sample in dataset.train:
         sample.path.read_bytes()  # so that no contender waits for the disk
     record: dict[str, Any] = environment(CPU)
@@ -337,6 +340,15 @@ def make(name: str, class_names: tuple[str, ...], options: argparse.Namespace) -
     """Return a contender that is not fitted."""
     if name in PEERS:
         return Peer(*PEERS[name], weights=options.weights, coreset=options.coreset)
+    return Ours(methods.create(configuration(name, class_names, options)))
+
+
+def configuration(name: str, class_names: tuple[str, ...], options: argparse.Namespace) -> Any:
+    """Return the configuration of a contender of ours.
+
+    Raises:
+        ValueError: this version has no such preset, or a field of `--set` has a value that cannot work.
+    """
     method, preset = OURS[name]
     settings = {
         "n_classes": len(class_names),
@@ -349,7 +361,7 @@ def make(name: str, class_names: tuple[str, ...], options: argparse.Namespace) -
     if "dinov2" not in preset:  # its patches fit another size, which its preset has
         settings["img_size"] = SIDE
     changes = {field: json.loads(value) for field, _, value in (text.partition("=") for text in options.set)}
-    return Ours(methods.create(methods.METHODS[method].config_class.preset(preset, **settings | changes)))
+    return methods.METHODS[method].config_class.preset(preset, **settings | changes)
 
 
 def load(name: str, folder: Path, options: argparse.Namespace) -> Ours | Peer:

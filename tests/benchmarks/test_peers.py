@@ -12,19 +12,12 @@ from PIL import Image
 from benchmarks import peers
 from hgad_fast.data import datasets
 
-SMALL = {  # of the contender "vqflow-small"
+SMALL = {  # of the contender "gaussian"
     "backbone_arch": "test_efficientnet",
     "backbone_weights": None,
     "img_size": 64,
-    "meta_epochs": 1,
-    "sub_epochs": 1,
-    "batch_size": 4,
-    "coupling_layers": [1, 1, 1],
-    "n_prototypes": 2,
-    "n_patterns": 4,
-    "prototype_dim": 4,
-    "pos_embed_dim": 4,
-    "hidden_channels": 4,
+    "dim": 8,
+    "coarse_dim": 4,
 }
 
 
@@ -56,18 +49,18 @@ def test_a_contender_of_ours_gets_a_row_and_a_record(
 ) -> None:
     output = tmp_path / "peers.json"
     changes = [f"{field}={json.dumps(value)}" for field, value in SMALL.items()]
-    words = [str(root), "--contenders", "vqflow-small", "--training-images", "4", "--limit", "1", "--rounds", "2"]
+    words = [str(root), "--contenders", "gaussian", "--training-images", "4", "--limit", "1", "--rounds", "2"]
     peers.main([*words, "--output", str(output), "--set", *changes])
 
     heading, rule, row, *after = capsys.readouterr().out.splitlines()
     columns = heading.count("|")
     assert columns == 11 and rule.count("|") == columns and row.count("|") == columns
-    assert row.startswith("| vqflow-small | ")
+    assert row.startswith("| gaussian | ")
     assert after[0] == "" and "8 training and 4 test images" in after[1]
 
     record = json.loads(output.read_text())
     assert record["versions"]["torch"] and record["training_images"] == 8 and record["classes"] == ["bolt", "nut"]
-    contender = record["contenders"]["vqflow-small"]
+    contender = record["contenders"]["gaussian"]
     assert set(contender["by_class"]) == {"bolt", "nut"}
     for kind in ("score_seconds", "features_seconds"):
         times = contender[kind]
@@ -116,4 +109,12 @@ def test_a_missing_anomalib_is_an_error_before_anything_is_fitted(root: Path, mo
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(peers, "run", lambda *_: pytest.fail("something was fitted"))
     with pytest.raises(ModuleNotFoundError, match=r"padim patchcore: .*pip install 'hgad-fast\[peers\]'"):
-        peers.main([str(root), "--contenders", "vqflow-small", "padim", "patchcore"])
+        peers.main([str(root), "--contenders", "gaussian", "padim", "patchcore"])
+
+
+def test_a_setting_that_cannot_work_is_an_error_before_anything_is_fitted(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "in_process", lambda *_: pytest.fail("something was fitted"))
+    with pytest.raises(ValueError, match="GaussianConfig.shrinkage is 2.0"):
+        peers.main([str(root), "--contenders", "gaussian", "--set", "shrinkage=2"])
