@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ..features.preprocess import ImageSettings, seen_shape
 from ..files import replacing
 from ..protocol import Densities, Detector
 
+SMALL_MAP = 2**18  # pixels of a map up to which resizing and blurring it are two products of matrices
 BLUR_SIGMA = 4.0  # standard deviation of the blur, in pixels of a map of msk_size (official)
 
 
@@ -171,6 +173,10 @@ def _positions_on_grid(size: tuple[int, int], grid: tuple[int, int], device: tor
 def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) -> Tensor:
     """Return rows `top` to `bottom` of the blurred sum of the levels (B, h, w), each resized to the grid."""
     device = levels[0].device
+    if math.prod(grid) <= SMALL_MAP:
+        # image by image: of several, a product may be added up in another order
+        images = [sum(_resized_and_blurred(level[i], grid) for level in levels) for i in range(len(levels[0]))]
+        return torch.stack(images)[:, top:bottom]  # type: ignore[arg-type]
     rows, columns = _mirrored(top, bottom, grid[0]).to(device), _mirrored(0, grid[1], grid[1]).to(device)
     total = sum(
         bilinear(
@@ -182,6 +188,30 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     )
     assert isinstance(total, Tensor)
     return _smooth(total, BLUR_SIGMA)
+
+
+def _resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return a level (h, w) resized to the grid and blurred, which along each axis is one linear map."""
+    rows, columns = (_axis(n, m, level.dtype, level.device) for n, m in zip(level.shape, grid, strict=True))
+    return rows @ level @ columns.T
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever asks first: others may train with it
+def _axis(n: int, resized: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix (resized, n) that resizes an axis of n positions (bilinear, corners aligned) and blurs it."""
+    positions = between(_mirrored(0, resized, resized), n, resized, align_corners=True)
+    bilinear_weights = torch.zeros(len(positions.first), n, dtype=torch.float64)
+    every, share = torch.arange(len(bilinear_weights)), positions.share.double()
+    bilinear_weights[every, positions.first] = 1 - share
+    bilinear_weights[every, positions.second] += share  # at the end it is the first once more
+    radius, (centre, *sides) = _radius(BLUR_SIGMA), _gaussian(BLUR_SIGMA)
+    weights = [*reversed(sides), centre, *sides]
+    matrix = sum(
+        weight * bilinear_weights[offset : offset + resized]
+        for offset, weight in zip(range(2 * radius + 1), weights, strict=True)
+    )
+    return matrix.to(device, dtype)  # type: ignore[union-attr]
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -214,9 +244,7 @@ def _smooth(maps: Tensor, sigma: float) -> Tensor:
 
     Every sum is taken in the same order, so that a pixel has the same bits whatever the part of a map.
     """
-    radius = _radius(sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(radius + 1, dtype=torch.float64) / sigma) ** 2)
-    centre, *sides = (kernel / (2 * kernel.sum() - 1)).tolist()
+    radius, (centre, *sides) = _radius(sigma), _gaussian(sigma)
     for axis in (1, 2):
         n = maps.shape[axis] - 2 * radius
         smooth = centre * maps.narrow(axis, radius, n)
@@ -225,6 +253,12 @@ def _smooth(maps: Tensor, sigma: float) -> Tensor:
             smooth.add_(pair, alpha=weight)
         maps = smooth
     return maps
+
+
+def _gaussian(sigma: float) -> list[float]:
+    """Return the weights of the blur at distances from 0 on; all of them, of both sides, add up to 1."""
+    kernel = torch.exp(-0.5 * (torch.arange(_radius(sigma) + 1, dtype=torch.float64) / sigma) ** 2)
+    return (kernel / (2 * kernel.sum() - 1)).tolist()
 
 
 def _radius(sigma: float) -> int:
