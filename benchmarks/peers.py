@@ -85,11 +85,9 @@ PEERS: dict[str, tuple[str, tuple[int, ...]]] = {  # anomalib's model and the st
 }
 DEFAULT = ("gaussian", "padim", "patchcore")
 FIGURES = {"image AUROC": "image_auroc", "pixel AUROC": "pixel_auroc", "AUPRO@0.3": "pixel_aupro_0.3"}
-FEATURES_TOLERANCE = (
-    1e-4  # of anomalib's features against ours, over the largest value: the arithmetic's, not another's
-)
-# Each of PatchCore's picks asks for as much memory as all patches take. By huge pages (an option of torch) it comes four
-# times as fast; what is let go returns to the system at once, as glibc would keep and fragment gigabytes of it.
+FEATURES_TOLERANCE = 1e-4  # of anomalib's features against ours, over the largest value: beyond it is not rounding
+# Each of PatchCore's picks asks for as much memory as all patches take. By huge pages (an option of torch) it comes
+# four times as fast; what is let go returns to the system at once, as glibc would fragment gigabytes of it.
 LARGE_BUFFERS = {"THP_MEM_ALLOC_ENABLE": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 TIMED_IMAGES, WARM_UP, ROUNDS = 20, 3, 60
 
