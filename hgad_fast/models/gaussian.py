@@ -24,7 +24,7 @@ from .detector import Detector
 
 MOMENT_PIXELS = 2**17  # pixels, of all images together, that the whitening is made from
 PIXELS_TOGETHER = 2**14  # pixels of images that are added to the sums together
-PARTS = 4  # of an image's places, in which classes are compared: those that cannot win are left out of the next
+PARTS = 8  # of the places of a single image, of which all classes are compared in the first one
 LOG_2_PI = math.log(2 * math.pi)
 
 
@@ -445,49 +445,51 @@ class GaussianModel(Detector):
 
     def _evidence(self, mean_square: Any, gaussians: PlaceGaussians, size: tuple[int, int], k: int) -> Any:
         """Return the mean log-density over D, but for what all classes have in common, of the mean squared distance."""
-        log_det = gaussians.log_dets(size, k).mean(dtype=torch.float64)
-        return -(mean_square + log_det) / (2 * gaussians.width)
+        return -(mean_square + gaussians.mean_log_det(size, k)) / (2 * gaussians.width)
 
     def _infer_one(
         self, levels: Sequence[tuple[Tensor, tuple[int, int]]], batch: int, fitting: list[int]
     ) -> tuple[Tensor, dict[int, list[Distances]]]:
         """Return what `_infer` does, but the distances to the winner alone, of a single image on a CPU.
 
-        There, reading the Gaussians is what takes time. Places are looked at in parts, and always those of the class
-        that can still reach most: distances are not negative, so that a class can lose by further places, not gain.
-        Once the first one is at its end no other can pass it, and most classes have been left after a part.
+        There, reading the Gaussians is what takes time. Every class is looked at in one of the `PARTS` of the places
+        first, and in all of them the class that is likeliest by these. What another class has in the parts that were
+        looked at is the most that it can reach, as distances are not negative: further parts are looked at while that
+        is more than the best class has. As a rule none are.
         """
         if any(size != gaussians.grids[k] for (_, size), gaussians in self._by_level(levels) for k in fitting):
             return self._infer(levels, batch, fitting)
         parts = [slice(first, None, PARTS) for first in range(PARTS)]
-        looked_at: dict[int, list[list[Distances]]] = {k: [] for k in fitting}  # of each level, for each part
+        sums: dict[int, list[float]] = {k: [] for k in fitting}  # of squared distances, at each level
+        for (y, size), gaussians in self._by_level(levels):
+            for j, members in enumerate(gaussians.members):
+                totals = gaussians.all_distances(j, y, size, parts[0]).total.sum(0, dtype=torch.float64)
+                for k, total in zip(members, totals.tolist(), strict=True):
+                    if k in sums:
+                        sums[k].append(total)
 
-        def look(k: int) -> None:
-            part = parts[len(looked_at[k])]
-            looked_at[k].append([g.distances(y, size, k, part) for (y, size), g in self._by_level(levels)])
+        def evidence(k: int, share: float = 1.0) -> float:
+            """Return the evidence for a class whose squared distances in a share of the places have these sums."""
+            terms = zip(sums[k], self._by_level(levels), strict=True)
+            return sum(self._evidence(total / (share * len(y)), g, size, k) for total, ((y, size), g) in terms)
 
-        def reach(k: int) -> float:
-            reached = 0.0
+        def look_everywhere(k: int) -> None:
+            by_group[k] = [g.distances(y, size, k) for (y, size), g in self._by_level(levels)]
+            sums[k] = [float(squares.total.sum(dtype=torch.float64)) for squares in by_group[k]]
+
+        by_group: dict[int, list[Distances]] = {}
+        look_everywhere(max(fitting, key=lambda k: evidence(k, 1 / PARTS)))
+        looked_at = dict.fromkeys(fitting, 1)
+        while (best := max(fitting, key=evidence)) not in by_group:
+            if looked_at[best] == PARTS:
+                look_everywhere(best)
+                continue
+            part = parts[looked_at[best]]
             for level, ((y, size), gaussians) in enumerate(self._by_level(levels)):
-                total = sum(float(part[level].total.sum(dtype=torch.float64)) for part in looked_at[k])
-                reached += float(self._evidence(total / len(y), gaussians, size, k))
-            return reached
-
-        bounds = {}
-        for k in fitting:
-            look(k)
-            bounds[k] = reach(k)
-        while len(looked_at[best := max(bounds, key=bounds.__getitem__)]) < len(parts):
-            look(best)
-            bounds[best] = reach(best)
-        distances = []
-        for level, (y, _) in enumerate(levels):
-            whole = Distances(*(torch.empty(len(y), 1, dtype=y.dtype) for _ in Distances._fields))
-            for part, of_levels in zip(parts, looked_at[best], strict=True):
-                for target, squares in zip(whole, of_levels[level], strict=True):
-                    target[part] = squares
-            distances.append(whole)
-        return torch.tensor([best]), {best: distances}
+                squares = gaussians.distances(y, size, best, part).total
+                sums[best][level] += float(squares.sum(dtype=torch.float64))
+            looked_at[best] += 1
+        return torch.tensor([best]), by_group
 
     def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
         """Return the maps of the distances and their scores with the class given and without calibration.

@@ -172,6 +172,7 @@ class PlaceGaussians(nn.Module):
                 columns = {"mean": self.width, "fine": dim, "rest": coarse_dim}[name]
                 self.register_buffer(f"{name}_{j}", torch.empty(*shape, *rows, columns), persistent=False)
             self.register_buffer(f"log_det_{j}", torch.empty(*shape), persistent=False)
+            self.register_buffer(f"mean_log_det_{j}", torch.empty(shape[0]), persistent=False)
 
     # ---- the sums
 
@@ -237,6 +238,7 @@ class PlaceGaussians(nn.Module):
             fine[part] = inverse[:, : self.dim, : self.dim].mT
             rest[part] = inverse[:, self.dim :].mT
             log_det[part] = 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
+        getattr(self, f"mean_log_det_{j}")[row] = log_det.mean()
 
     def _sample_covariance(self, group: int, places: slice = slice(None)) -> Tensor:
         """Return the sample covariances (p, D, D) of a group at some places, in float64."""
@@ -309,6 +311,13 @@ class PlaceGaussians(nn.Module):
         j, row = self._position(group)
         log_det = getattr(self, f"log_det_{j}")[row]
         return log_det[places(size, self.distinct[j], log_det.device)]
+
+    def mean_log_det(self, size: tuple[int, int], group: int) -> float:
+        """Return the mean of `log_dets` over the pixels."""
+        if size == self.grids[group]:
+            j, row = self._position(group)
+            return float(getattr(self, f"mean_log_det_{j}")[row])
+        return float(self.log_dets(size, group).mean(dtype=torch.float64))
 
 
 def grid_fits(size: tuple[int, int], grid: tuple[int, int]) -> bool:

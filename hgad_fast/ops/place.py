@@ -1,8 +1,8 @@
 """Squared Mahalanobis distances of pixels to the Gaussian of their place, for each class.
 
-Of a place Gaussian (PaDiM, arXiv 2011.08785, has one a place; here there is one a class and place) a pixel knows its own
-place alone: the products are those of many small matrices, one for each class and place, with the few pixels of that
-place. Of a single image each place has one pixel, and all that takes time is to read the matrices once.
+A pixel meets the Gaussians of its own place alone (PaDiM, arXiv 2011.08785, has one a place; here each class has one):
+the products are those of many small matrices, one for each class and place, with the few pixels of that place. Of a
+single image each place has one pixel, and all that takes time is to read the matrices once.
 
 Symbols: N pixels; d features; P places; K classes; m columns of a factor, d where it is square.
 """
