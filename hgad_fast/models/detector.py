@@ -219,6 +219,14 @@ class Detector(nn.Module):
             raise ValueError(f"there is no variant {unknown[0]!r}; the method has one, {config.method}")
         return {config.method: config}
 
+    @property
+    def pixels_per_step(self) -> int | None:
+        """How many pixels of each image, at each level, a training step draws; None, as by default: all.
+
+        Only a pointwise method may leave some out.
+        """
+        return None
+
     def convert_checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """Return the state of a checkpoint of an older format in the current one; None where that is not possible."""
         return None

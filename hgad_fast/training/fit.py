@@ -260,6 +260,7 @@ class _Run:
         fetched: list[Tensor] = []
         fetch_every = FETCH_EVERY if self.model.device.type == "cuda" else 1
         stage, rate = 1, 0.0
+        self.step.number = passes * self.batches
         shares = [indices[self.processes.rank :: self.processes.count] for indices in self._batches(passes)]
         inputs = [(Selection(self.features.images, share), self.features.class_ids[share]) for share in shares]
         for batch, (images, labels) in enumerate(inputs):
