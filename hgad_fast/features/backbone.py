@@ -458,7 +458,7 @@ def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.
     return bilinear(image, *positions)
 
 
-def _create(config: BackboneSettings) -> tuple[nn.Module, int]:
+def _create(config: BackboneSettings) -> tuple[Any, int]:
     """Return timm's feature extractor with its weights, and the pixels that its images' sides are multiples of.
 
     These are 1 where the network takes any size, or one of its own only; see `Backbone` for the errors.
@@ -479,7 +479,7 @@ def _create(config: BackboneSettings) -> tuple[nn.Module, int]:
         state = packaged_state_dict(arch)
     elif weights is not None and not pretrained:
         state = read_state_dict(Path(weights))
-    make = functools.partial(
+    make: Callable[..., Any] = functools.partial(
         timm.create_model,
         arch,
         pretrained=pretrained,
