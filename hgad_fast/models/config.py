@@ -471,7 +471,14 @@ class GaussianConfig(Config):
         **{"lr": 2e-4, "meta_epochs": 1, "sub_epochs": 1, "batch_size": 8, "clip_grad_norm": None},
         "grids": None,
     }
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"gaussian": {}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "gaussian": {},
+        "gaussian-dinov2": {
+            "backbone_arch": "tf_efficientnet_lite0+vit_small_patch14_dinov2",
+            "feature_levels": 2,
+            "out_indices": ((2, 3, 4), ((2, 3, 4, 5),)),
+        },
+    }
 
     backbone_arch: str | None = "tf_efficientnet_lite0"
     feature_levels: int = 1
