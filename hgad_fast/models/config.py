@@ -256,7 +256,10 @@ class HGADConfig(Config):
             "sub_epochs": 4,
         },
     }
-    without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {"memory": "auto", "checkpoint_every": 0}
+    without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
+        **{"memory": "auto", "checkpoint_every": 0},
+        "fusion": "product",  # calibrated scoring alone reads it
+    }
     added: ClassVar[dict[str, Any]] = Config.added | {"feature_scaling": "none", "pixels_per_step": None}
 
     n_intra_centers: int = 10  # M, Gaussian centres of each class
@@ -268,7 +271,7 @@ class HGADConfig(Config):
     lambda2: float = 100.0  # weight of the mutual information
     label_smoothing: float = 0.02
     loss_terms: tuple[str, ...] = LOSS_TERMS  # those minimised; an ablation leaves some out
-    fusion: str = "product"  # of likelihood and entropy map (official), "standardised" (see `Calibration`), or one map
+    fusion: str = "standardised"  # of likelihood and entropy map (see `Calibration`), "product" (official), or one map
     feature_scaling: str = "none"  # "std": divided by each stage's standard deviation; "whiten": PCA of each level
     pixels_per_step: int | None = None  # of each image and level, drawn anew for each training step; None: all
     precision: str = "fp32"  # fp32 | tf32 | bf16

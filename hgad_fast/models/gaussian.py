@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -45,6 +45,11 @@ class GaussianDensities(Densities):
     def parts(self) -> dict[str, list[Tensor]]:
         """The log-densities by the names of the parts: one for each backbone."""
         return {name: [logps] for name, logps in zip(self.distances, self.logps, strict=True)}
+
+    def alone(self, part: str) -> Densities:
+        """Return densities whose map is that of a single one of the `parts`."""
+        distances, all_distances = ({part: each[part]} for each in (self.distances, self.all_distances))
+        return replace(self, logps=self.parts[part], distances=distances, all_distances=all_distances)
 
     def anomalies(self, level_max: Tensor, scope: str = "map") -> list[list[Tensor]]:
         """Return the distances (B, h, w) of each part: those of the map, or with ``scope="all"`` those by all stages.
