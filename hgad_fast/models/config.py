@@ -252,7 +252,7 @@ class HGADConfig(Config):
             "fusion": "standardised",
             "pixels_per_step": 64,
             "lr": 1e-3,
-            "meta_epochs": 20,
+            "meta_epochs": 18,
             "sub_epochs": 4,
         },
     }
