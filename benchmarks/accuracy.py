@@ -3,8 +3,8 @@
 ROOT is a dataset in the MVTec AD layout. The setting is a small one that a CPU can run: `tf_efficientnet_lite0`
 (ImageNet weights from the [demo] extra), short side 256, centre crop, maps at 256, 16 meta-epochs of 1 sub-epoch,
 batch 8, every training image used, maps normalised class by class over the test set. With
-`--cache-dtype float16 --memory reversible` it is the training that takes least memory, to compare with the default. With
-`--preset fast` it is that preset, with a tenth of the normal images held out, so that both protocols are reported.
+`--cache-dtype float16 --memory reversible` it is the training that takes least memory, to compare with the default.
+With `--preset fast` it is that preset, with a tenth of the normal images held out, so that both protocols are reported.
 """
 
 from __future__ import annotations

@@ -358,8 +358,8 @@ def ablate(
         typer.Option(
             help="Of hgad: place-gaussian (closed form, same features; images of a class have one shape), "
             "single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1. Of vqflow: vqflow, "
-            "random-codes, no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be repeated; default: all of the "
-            "method."
+            "random-codes, no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be "
+            "repeated; default: all of the method."
         ),
     ] = None,
     centres: Annotated[
