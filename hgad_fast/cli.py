@@ -40,7 +40,7 @@ Assignments = Annotated[
     typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
 ]
 Backbone = Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")]
-Weights = Annotated[str | None, typer.Option(help="'pretrained', a state-dict file, or 'random'.")]
+Weights = Annotated[str | None, typer.Option(help="'pretrained', 'packaged', a state-dict file, or 'random'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON on stdout.")]
 ImgSize = Annotated[
     str | None,
@@ -486,6 +486,18 @@ def info(
     facts |= facts.pop("model", {})
     for key, value in facts.items():
         print(f"{key:<20} {value if value is not None else '-'}")
+
+
+@app.command()
+@_plain_errors
+def weights(
+    arch: Annotated[str, typer.Argument(help="tf_efficientnet_lite0 or vit_small_patch14_dinov2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, NAME.safetensors, for --weights.")],
+) -> None:
+    """Write the weights of a backbone that an installed package carries."""
+    from .features.packaged import write_weights
+
+    print(write_weights(arch, output))
 
 
 @app.command()
