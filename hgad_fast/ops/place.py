@@ -80,30 +80,44 @@ def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> T
 
 def _distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    K, P, d, m = factor.shape
-    distances = torch.empty(len(x), K, dtype=dtype, device=x.device)
-    place = place.clamp(0, P - 1)
-    order, counts = place.argsort(stable=True), torch.bincount(place, minlength=P)
-    first = counts.cumsum(0) - counts  # where in `order` the pixels of each place are
+    (K, P, d, m), N = factor.shape, len(x)
+    distances = torch.empty(N, K, dtype=dtype, device=x.device)
     in_place = factor.dtype == dtype and 1 in factor.stride()[2:]
     most_places = P if in_place else max(1, CHUNK_BYTES // (d * m * dtype.itemsize))
     most_pixels = max(1, CHUNK_BYTES // ((d + m) * dtype.itemsize))
+    images = N // P
+    if N == images * P and torch.equal(place, torch.arange(P, device=place.device).repeat(images)):
+        by_place, results = x.unflatten(0, (images, P)).transpose(0, 1), distances.unflatten(0, (images, P))
+        step = min(most_places, max(1, most_pixels // max(images, 1)))
+        for places in (slice(at, at + step) for at in range(0, P, step)):
+            for k in range(K):
+                squares = _squares(by_place[places].to(dtype), mean[k, places], factor[k, places])
+                results[:, places, k] = squares.T
+        return distances
+    place = place.clamp(0, P - 1)
+    order, counts = place.argsort(stable=True), torch.bincount(place, minlength=P)
+    first = counts.cumsum(0) - counts  # where in `order` the pixels of each place are
+    in_order = torch.empty(K, N, dtype=dtype, device=x.device)
     for places, ranks in _blocks(counts, most_places, most_pixels):
-        rank = torch.arange(ranks.start, ranks.stop, device=x.device)
-        exists = rank < counts[places, None]
-        rows = order[torch.where(exists, first[places, None] + rank, 0)]  # (places, ranks); any, where there is none
-        pixels = x[rows].to(dtype)
-        rows, offsets = rows[exists], torch.empty_like(pixels)
+        at = first[places, None] + torch.arange(ranks.start, ranks.stop, device=x.device)  # (places, ranks)
+        exists = at < (first + counts)[places, None]
+        start = int(at[0, 0])
+        stop = start + int(exists.sum())  # a block is of all pixels of some places, or of one: these are neighbours
+        pixels = x.index_select(0, order[at.where(exists, 0).flatten()]).to(dtype).unflatten(0, at.shape)
         for k in range(K):
-            torch.sub(pixels, mean[k, places, None], out=offsets)
-            matrices = factor[k, places].to(dtype)
-            # Strides decide how one pixel a place is multiplied: so, by dot products of what is contiguous.
-            if matrices.stride(1) == 1:
-                squares = torch.bmm(matrices.mT, offsets.mT).square_().sum(1)
-            else:
-                squares = torch.bmm(offsets, matrices).square_().sum(2)
-            distances[rows, k] = squares[exists]
+            in_order[k, start:stop] = _squares(pixels, mean[k, places], factor[k, places])[exists]
+    distances[order] = in_order.T
     return distances
+
+
+def _squares(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    """Return the squared lengths (p, n) of (x - mean) factor, of x (p, n, d), mean (p, d) and factor (p, d, m)."""
+    offsets = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.sub(x, mean[:, None], out=offsets)
+    factor = factor.to(x.dtype)
+    if factor.stride(1) == 1:  # strides decide how single pixels are multiplied: so, with rows of d values in memory
+        return torch.bmm(factor.mT, offsets.mT).square_().sum(1)
+    return torch.bmm(offsets, factor).square_().sum(2)
 
 
 def _blocks(counts: Tensor, most_places: int, most_pixels: int) -> Iterator[tuple[slice, slice]]:
