@@ -34,8 +34,9 @@ class GaussianDensities(Densities):
 
     Attributes:
         distances: by the names of the parts (B, h, w), the Mahalanobis distance to the Gaussian of the place by the
-            stages that the map is made of.
-        all_distances: the same by all stages.
+            d values that the map is made of, less sqrt(d), which is what it is for normal features on average: so maps
+            of all classes have about the same level where nothing is wrong.
+        all_distances: the same by all D values.
     """
 
     distances: dict[str, Tensor] = field(default_factory=dict)
@@ -416,7 +417,8 @@ class GaussianModel(Detector):
             )
             log_dets = torch.stack([gaussians.log_dets(size, k).view(size) for k in group_ids.tolist()])
             name = self._part_names[level]
-            distances[name], all_distances[name] = fine.sqrt(), total.sqrt()
+            distances[name] = fine.sqrt() - math.sqrt(gaussians.dim)
+            all_distances[name] = total.sqrt() - math.sqrt(width)
             logps.append(-(total + log_dets + width * LOG_2_PI) / (2 * width))
         return GaussianDensities(logps, [], group_ids, distances, all_distances)
 
