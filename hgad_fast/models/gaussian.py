@@ -18,7 +18,7 @@ from ..features.joining import joined
 from ..methods import register
 from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
 from ..protocol import Densities, OfficialMaps
-from ..scoring.maps import BLUR_SIGMA, blur, upsample
+from ..scoring.maps import resized_and_blurred
 from .config import GaussianConfig
 from .detector import Detector
 
@@ -504,13 +504,18 @@ class GaussianModel(Detector):
         Nothing was published: it is what the honest protocol does, but for the class and the weights of the maps.
         """
         size = (self.config.msk_size, self.config.msk_size)
-        sums = {"map": [], "all": []}  # type: dict[str, list[Tensor]]
-        for batch in batches:
-            for scope, maps in sums.items():
-                levels = [levels[0] for levels in batch.anomalies(torch.empty(0), scope)]
-                maps.append(blur(torch.stack([upsample(x, size) for x in levels]).sum(0), BLUR_SIGMA))
-        scores = torch.cat(sums[self.scored_on]).amax((1, 2))
-        return {"": OfficialMaps(torch.cat(sums["map"]), scores, "Mahalanobis distances, not calibrated")}
+
+        def maps_of(scope: str) -> Tensor:
+            maps = []
+            for batch in batches:
+                levels = [level for (level,) in batch.anomalies(torch.empty(0), scope)]  # (B, h, w) of each backbone
+                for image in zip(*levels, strict=True):
+                    maps.append(torch.stack([resized_and_blurred(level, size) for level in image]).sum(0))
+            return torch.stack(maps)
+
+        shown = maps_of("map")
+        scores = (shown if self.scored_on == "map" else maps_of(self.scored_on)).amax((1, 2))
+        return {"": OfficialMaps(shown, scores, "Mahalanobis distances, not calibrated")}
 
     def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
         """Return the bytes of the distances to each class, and those of the joined and the whitened features."""

@@ -175,7 +175,7 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     device = levels[0].device
     if math.prod(grid) <= SMALL_MAP:
         # image by image: of several, a product may be added up in another order
-        images = [sum(_resized_and_blurred(level[i], grid) for level in levels) for i in range(len(levels[0]))]
+        images = [sum(resized_and_blurred(level[i], grid) for level in levels) for i in range(len(levels[0]))]
         return torch.stack(images)[:, top:bottom]  # type: ignore[arg-type]
     rows, columns = _mirrored(top, bottom, grid[0]).to(device), _mirrored(0, grid[1], grid[1]).to(device)
     total = sum(
@@ -190,7 +190,7 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     return _smooth(total, BLUR_SIGMA)
 
 
-def _resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
+def resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return a level (h, w) resized to the grid and blurred, which along each axis is one linear map."""
     rows, columns = (_axis(n, m, level.dtype, level.device) for n, m in zip(level.shape, grid, strict=True))
     return rows @ level @ columns.T
