@@ -51,8 +51,8 @@ def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> T
 
     Pixels are put together by place, and classes follow one another: neither N x d x K values nor a matrix for each
     pixel are ever in memory. Factors are read where they lie if one of their last two strides is 1. On a CPU it should
-    be that of the rows: ``table.mT`` of a table (K, P, m, d), whose rows of d values are the columns of the factors. For
-    one pixel a place that is read several times as fast as a table (K, P, d, m); for many it makes no difference.
+    be that of the rows: ``table.mT`` of a table (K, P, m, d), whose rows of d values are the columns of the factors.
+    For one pixel a place that is read several times as fast as a table (K, P, d, m); for many it makes no difference.
 
     Arithmetic is float64 for float64 x, and float32 for all else: errors are within some (d + m) 1e-7 of
     :math:`\sum_m (\sum_d |x_d - \mu_d| |F_{dm}|)^2`. Of an image, where each place has at most one pixel, the distances
@@ -142,7 +142,7 @@ def _blocks(counts: Tensor, most_places: int, most_pixels: int) -> Iterator[tupl
 
 @torch.library.custom_op("hgad_fast::place_distances", mutates_args=())
 def _place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    return place_distances(x, place, mean, factor)  # type: ignore[no-any-return]
+    return place_distances(x, place, mean, factor)
 
 
 @_place_distances.register_fake
