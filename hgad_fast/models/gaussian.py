@@ -17,6 +17,7 @@ from ..features.extract import FeatureSet, feature_set
 from ..features.joining import joined
 from ..methods import register
 from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
+from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps
 from ..scoring.maps import resized_and_blurred
 from .config import GaussianConfig
@@ -353,7 +354,9 @@ class GaussianModel(Detector):
         """Yield the whitened features (B h w, D) of each level, image after image, and their (h, w)."""
         for x, whitening in zip(self._joined(levels), self._whitenings, strict=True):
             pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-            yield whitening(pixels), (x.shape[2], x.shape[3])
+            with float32_products(self.device):
+                y = whitening(pixels)
+            yield y, (x.shape[2], x.shape[3])
 
     def _joined(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Return the levels (B, C, h, w): the encoder's, or one of what the user brings, joined on one grid."""

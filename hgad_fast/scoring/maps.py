@@ -17,6 +17,7 @@ from ..features.backbone import Backbone
 from ..features.interpolate import BAND_PIXELS, Between, between, bilinear
 from ..features.preprocess import ImageSettings, seen_shape
 from ..files import replacing
+from ..ops.dispatch import in_float32
 from ..protocol import Densities, Detector
 
 SMALL_MAP = 2**18  # pixels of a map up to which resizing and blurring it are two products of matrices
@@ -190,6 +191,7 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     return _smooth(total, BLUR_SIGMA)
 
 
+@in_float32
 def resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return a level (h, w) resized to the grid and blurred, which along each axis is one linear map."""
     rows, columns = (_axis(n, m, level.dtype, level.device) for n, m in zip(level.shape, grid, strict=True))
