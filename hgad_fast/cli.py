@@ -508,11 +508,14 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train HGAD and fit the place Gaussian on images that come with the extra "demo", and show what they find."""
+    import torch
+
     from .demo import run
+    from .environment import environment
 
     outcome = run(output, say=_to_stderr if as_json else print)
     if as_json:
-        figures: dict[str, Any] = outcome.evaluation.to_dict(details=False)
+        figures = environment(torch.device("cpu")) | outcome.evaluation.to_dict(details=False)
         figures |= {"gaussian": outcome.gaussian.evaluation.to_dict(details=False), "seconds": outcome.seconds}
         print(json.dumps(figures, indent=2))
 

@@ -168,9 +168,7 @@ def _draw(models: dict[str, Detector], dataset: Dataset, output: Path, folders: 
     for name, folder in folders.items():
         for case in cases[name]:
             path = folder / f"{case.label.replace(', ', '_')}.png"
-            overlay(
-                case.image, case.anomaly_map, case.threshold, case.mask, path=path, title=f"{case.label}: {name}"
-            )
+            overlay(case.image, case.anomaly_map, case.threshold, case.mask, path=path, title=f"{case.label}: {name}")
     return sheet
 
 
