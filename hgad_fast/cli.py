@@ -129,27 +129,41 @@ def train(
     from .data.datasets import discover
     from .evaluation.evaluate import BestCheckpoint
     from .methods import create
-    from .training.checkpoint import BEST, MODEL
+    from .training.checkpoint import BEST, CHECKPOINT, FEATURES, MODEL
+    from .training.estimate import Plan, announce, meta_epochs_done
 
     _require_rate(false_alarm_rate)
     dataset = discover(data)
     settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
     model = create(settings).to(_device(device))
     callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's first process, which writes for all
+    options: dict[str, Any] = {
+        "calibration": calibration,
+        "cache": None if cache == "none" else cache,
+        "cache_dir": cache_dir,
+        "cache_dtype": cache_dtype,
+        "cache_limit": cache_limit,
+    }
+    if is_first:
+        plan = Plan(
+            **options | {"cache_dir": cache_dir or output / FEATURES},
+            meta_epochs_done=meta_epochs_done(output / CHECKPOINT) if resume else 0,
+            tested_images=len(dataset.test) if keep_best else 0,
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+        for line in announce(model, dataset, plan):
+            _to_stderr(line)
     model.fit(
         dataset,
         output_dir=output,
         callbacks=callbacks,
-        calibration=calibration,
         resume=resume,
         skip_bad=skip_bad,
         false_alarm_rate=false_alarm_rate,
-        cache=None if cache == "none" else cache,
-        cache_dir=cache_dir,
-        cache_dtype=cache_dtype,
-        cache_limit=cache_limit,
+        **options,
     )
-    if os.environ.get("RANK", "0") == "0":  # torchrun's first process, which writes for all
+    if is_first:
         print(f"model: {output / MODEL}")
 
 
