@@ -177,7 +177,7 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     if math.prod(grid) <= SMALL_MAP:
         # image by image: of several, a product may be added up in another order
         images = [sum(resized_and_blurred(level[i], grid) for level in levels) for i in range(len(levels[0]))]
-        return torch.stack(images)[:, top:bottom]  # type: ignore[arg-type]
+        return torch.stack(images)[:, top:bottom]
     rows, columns = _mirrored(top, bottom, grid[0]).to(device), _mirrored(0, grid[1], grid[1]).to(device)
     total = sum(
         bilinear(
