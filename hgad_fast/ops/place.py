@@ -55,9 +55,8 @@ def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> T
     For one pixel a place that is read several times as fast as a table (K, P, d, m); for many it makes no difference.
 
     Arithmetic is float64 for float64 x, and float32 for all else: errors are within some (d + m) 1e-7 of
-    :math:`\sum_m (\sum_d |x_d - \mu_d| |F_{dm}|)^2`. Of an image, where each place has at most one pixel, the distances
-    of a pixel do not depend on the others to the bit; nor do they ever depend on the other classes. With several pixels
-    of a place, the order in which a library of matrix products adds up d terms depends on how many there are.
+    :math:`\sum_m (\sum_d |x_d - \mu_d| |F_{dm}|)^2`. The order in which a library
+    of matrix products adds up d terms depends on how many pixels and places there are: other pixels change last digits.
 
     Args:
         x: pixels of any strides, shape (N, d), in any floating-point type.
