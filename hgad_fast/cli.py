@@ -488,6 +488,7 @@ def info(
 
     from . import ops
     from .environment import VERSION, package_versions
+    from .methods import describe
 
     device = torch.device(_device(None))
     facts: dict[str, Any] = {
@@ -499,7 +500,7 @@ def info(
         "backend": ops.path(torch.empty(0, device=device)),
     }
     if model is not None:
-        facts["model"] = _describe(_load(model, "cpu", None), model)
+        facts["model"] = describe(_load(model, "cpu", None), model)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -676,33 +677,3 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",") if number.strip()]
     except ValueError as error:
         raise ValueError(f"{option} is {text!r}; write whole numbers with commas between them, such as 1,5") from error
-
-
-def _groups(model: Any) -> dict[str, str]:
-    """Return the names of a model's classes, or of the groups that it forms, of which there may be many."""
-    names = model.groups
-    if model.groups_are_classes:
-        return {"classes": ", ".join(names)}
-    shown = names if len(names) <= 8 else (*names[:2], "...", names[-1])
-    return {"groups": f"{len(names)} of its own: {', '.join(shown)}"}
-
-
-def _describe(model: Any, path: Path) -> dict[str, Any]:
-    """Return what a model file holds, for people."""
-    config, calibration = model.config, model.calibration
-    side = "square, side" if config.square else "short side"
-    size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
-    rate = "none"
-    if calibration is not None:
-        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
-    return {
-        "model file": str(path),
-        "size": f"{path.stat().st_size / 1e6:.1f} MB",
-        "method": config.method,
-        **_groups(model),
-        "backbone": config.backbone_arch,
-        "feature channels": ", ".join(map(str, model.feature_dims)),
-        **model.describe(),
-        "image size": size + (", centre crop" if config.center_crop else ""),
-        "calibration": rate,
-    }

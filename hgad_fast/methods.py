@@ -135,3 +135,33 @@ def read_model_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             "of an official code is read by load_official_checkpoint of the model's class"
         )
     return metadata, state
+
+
+def describe(model: Any, path: Path) -> dict[str, Any]:
+    """Return what a model file holds, by title, for people."""
+    config, calibration = model.config, model.calibration
+    side = "square, side" if config.square else "short side"
+    size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
+    rate = "none"
+    if calibration is not None:
+        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
+    return {
+        "model file": str(path),
+        "size": f"{path.stat().st_size / 1e6:.1f} MB",
+        "method": config.method,
+        **_groups(model),
+        "backbone": config.backbone_arch,
+        "feature channels": ", ".join(map(str, model.feature_dims)),
+        **model.describe(),
+        "image size": size + (", centre crop" if config.center_crop else ""),
+        "calibration": rate,
+    }
+
+
+def _groups(model: Any) -> dict[str, str]:
+    """Return the names of a model's classes, or of the groups that it forms, of which there may be many."""
+    names = model.groups
+    if model.groups_are_classes:
+        return {"classes": ", ".join(names)}
+    shown = names if len(names) <= 8 else (*names[:2], "...", names[-1])
+    return {"groups": f"{len(names)} of its own: {', '.join(shown)}"}
