@@ -357,9 +357,9 @@ def ablate(
         list[str] | None,
         typer.Option(
             help="Of hgad: place-gaussian (closed form, on the same features; the images of a class have one shape), "
-            "single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1. Of vqflow: vqflow, random-codes, "
-            "no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be repeated; default: all of the "
-            "method."
+            "single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1. Of vqflow: vqflow, "
+            "random-codes, no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be repeated; "
+            "default: all of the method."
         ),
     ] = None,
     centres: Annotated[

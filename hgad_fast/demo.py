@@ -26,8 +26,8 @@ from .models.config import GaussianConfig, HGADConfig
 from .models.detector import Detector
 from .models.gaussian import GaussianModel
 from .models.hgad import HGADModel
-from .training.checkpoint import MODEL
 from .scoring.plot import Case, contact_sheet, overlay
+from .training.checkpoint import MODEL
 
 Grey = NDArray[np.floating[Any]]  # (H, W), in [0, 1]
 
