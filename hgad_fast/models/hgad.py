@@ -88,6 +88,7 @@ class HGADModel(OfficialSurface, Detector):
         "L_z": ("Log-density, own class", "The same on the scale of the anomaly map; it should fall."),
     }
     stages = {2: "which also learns the centres within each class"}
+    variant_options = ("centres",)
 
     def __init__(self, config: HGADConfig | argparse.Namespace | None = None) -> None:
         device = None

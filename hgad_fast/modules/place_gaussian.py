@@ -168,9 +168,9 @@ class PlaceGaussians(nn.Module):
             triangle = self.width * (self.width + 1) // 2
             self.register_buffer(f"totals_{j}", torch.zeros(*shape, self.width, dtype=torch.int64))
             self.register_buffer(f"products_{j}", torch.zeros(*shape, triangle, dtype=torch.int32))
-            for name, rows in (("mean", ()), ("fine", (dim,)), ("rest", (self.width,))):
-                columns = {"mean": self.width, "fine": dim, "rest": coarse_dim}[name]
-                self.register_buffer(f"{name}_{j}", torch.empty(*shape, *rows, columns), persistent=False)
+            # rows of the inverse Cholesky factors: products with a single pixel are fastest by rows
+            for name, rows in (("mean", (self.width,)), ("fine", (dim, dim)), ("rest", (coarse_dim, self.width))):
+                self.register_buffer(f"{name}_{j}", torch.empty(*shape, *rows), persistent=False)
             self.register_buffer(f"log_det_{j}", torch.empty(*shape), persistent=False)
             self.register_buffer(f"mean_log_det_{j}", torch.empty(shape[0]), persistent=False)
 
@@ -235,8 +235,8 @@ class PlaceGaussians(nn.Module):
             covariance = (1 - self.shrinkage) * covariance + self.shrinkage * shared + self.floor * identity
             lower = torch.linalg.cholesky(covariance.expand(len(mean[part]), -1, -1))
             inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-            fine[part] = inverse[:, : self.dim, : self.dim].mT
-            rest[part] = inverse[:, self.dim :].mT
+            fine[part] = inverse[:, : self.dim, : self.dim]
+            rest[part] = inverse[:, self.dim :]
             log_det[part] = 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
         getattr(self, f"mean_log_det_{j}")[row] = log_det.mean()
 
@@ -301,10 +301,10 @@ class PlaceGaussians(nn.Module):
             place = place[: len(y)]
         place = place.repeat(len(y) // len(place))
         d = self.dim
-        squared = place_distances(y[:, :d], place, mean[..., :d], fine)
+        squared = place_distances(y[:, :d], place, mean[..., :d], fine.mT)
         if d == self.width:
             return Distances(squared, squared)
-        return Distances(squared, squared + place_distances(y, place, mean, rest))
+        return Distances(squared, squared + place_distances(y, place, mean, rest.mT))
 
     def log_dets(self, size: tuple[int, int], group: int) -> Tensor:
         """Return the log-determinants of the covariances of a group at the pixels (h w,) of a map."""

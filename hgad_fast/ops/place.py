@@ -9,12 +9,15 @@ Symbols: N pixels; d features; P places; K classes; m columns of a factor, d whe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .dispatch import fused
 
-CHUNK_BYTES = 32 << 20  # of pixels, and of factors that are not read in place, that the definition holds at a time
+CHUNK_BYTES = 4 << 20  # of pixels, and of factors that are not read in place, that the definition holds at a time
+CHEAP_PIXELS = 4  # a place's matrix is read in the time that it takes to multiply it with so many
 
 
 def _check(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> None:
@@ -47,53 +50,100 @@ def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> T
     first columns give the distance by the first variables alone, and the others what the rest of them adds.
 
     Pixels are put together by place, and classes follow one another: neither N x d x K values nor a matrix for each
-    pixel are ever in memory. Where `place` runs through all places in order, image after image, factors are read where
-    they lie, in any strides; rows of m values side by side are read fastest. Arithmetic is float64 for float64 x, and
-    float32 for all else, and the distances of a pixel depend on no other pixel but through the order in which a library
-    of matrix products adds up d terms.
+    pixel are ever in memory. Factors are read where they lie if one of their last two strides is 1. On a CPU it should
+    be that of the rows: ``table.mT`` of a table (K, P, m, d), whose rows of d values are the columns of the factors.
+    For one pixel a place that is read several times as fast as a table (K, P, d, m); for many it makes no difference.
+
+    Arithmetic is float64 for float64 x, and float32 for all else: errors are within some (d + m) 1e-7 of
+    :math:`\sum_m (\sum_d |x_d - \mu_d| |F_{dm}|)^2`. The order in which a library
+    of matrix products adds up d terms depends on how many pixels and places there are: other pixels change last digits.
 
     Args:
         x: pixels of any strides, shape (N, d), in any floating-point type.
-        place: the place of each pixel, from 0 to P - 1, shape (N,), int64.
-        mean: shape (K, P, d).
-        factor: shape (K, P, d, m).
+        place: the place of each pixel, from 0 to P - 1, shape (N,), int64. They may come in any order.
+        mean: of any strides, shape (K, P, d).
+        factor: of any strides, shape (K, P, d, m).
 
     Returns:
-        Distances (N, K) without a gradient, in float32 (float64 for float64 x). NaN where x is not finite.
+        Distances (N, K) without a gradient, in float32 (float64 for float64 x). Not finite where x is not finite.
 
     Raises:
         ValueError: the shapes do not fit each other, a type is a wrong one, or, on the CPU, a place is not from 0 to
             P - 1. A look at those on another device would wait for it: there, they count as the nearest one that is.
     """
+    x, mean, factor = x.detach(), mean.detach(), factor.detach()
+    if torch.compiler.is_compiling():  # how pixels are put together depends on values: a graph calls an operator
+        return _place_distances(x, place, mean, factor)
+    return _distances(x, place, mean, factor)
+
+
+def _distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x, mean, factor = x.detach().to(dtype), mean.detach().to(dtype), factor.detach().to(dtype)
-    classes, n_places = factor.shape[:2]
-    distances = torch.empty(len(x), classes, dtype=dtype, device=x.device)
-    every = torch.arange(n_places, device=x.device)
-    if len(x) % n_places == 0 and torch.equal(place, every.repeat(len(x) // n_places)):
-        by_place = x.view(-1, n_places, x.shape[1]).transpose(0, 1)  # (P, n, d)
-        squares = distances.view(-1, n_places, classes).transpose(0, 1)
-        step = max(1, CHUNK_BYTES // max(by_place[:1].nbytes, 1))
-        for k in range(classes):
-            for start in range(0, n_places, step):
-                part = slice(start, start + step)
-                squares[part, :, k] = _squares(by_place[part], mean[k, part], factor[k, part])
+    (K, P, d, m), N = factor.shape, len(x)
+    distances = torch.empty(N, K, dtype=dtype, device=x.device)
+    in_place = factor.dtype == dtype and 1 in factor.stride()[2:]
+    most_places = P if in_place else max(1, CHUNK_BYTES // (d * m * dtype.itemsize))
+    most_pixels = max(1, CHUNK_BYTES // ((d + m) * dtype.itemsize))
+    images = N // P
+    if N == images * P and torch.equal(place, torch.arange(P, device=place.device).repeat(images)):
+        by_place, results = x.unflatten(0, (images, P)).transpose(0, 1), distances.unflatten(0, (images, P))
+        step = min(most_places, max(1, most_pixels // max(images, 1)))
+        for places in (slice(at, at + step) for at in range(0, P, step)):
+            for k in range(K):
+                squares = _squares(by_place[places].to(dtype), mean[k, places], factor[k, places])
+                results[:, places, k] = squares.T
         return distances
-    in_order, order = place.clamp(0, n_places - 1).sort(stable=True)
-    ends = torch.searchsorted(in_order, every, right=True)
-    counts = ends.diff(prepend=ends.new_zeros(1))
-    for count in counts.unique().tolist():
-        if count == 0:
-            continue
-        chosen = (counts == count).nonzero().flatten()  # places of this many pixels
-        step = max(1, CHUNK_BYTES // (factor[0, :1].nbytes + count * x[:1].nbytes))
-        for some in chosen.split(step):
-            rows = order[(ends[some] - count)[:, None] + torch.arange(count, device=x.device)]  # (places, count)
-            for k in range(classes):
-                distances[rows, k] = _squares(x[rows], mean[k, some], factor[k, some])
+    place = place.clamp(0, P - 1)
+    order, counts = place.argsort(stable=True), torch.bincount(place, minlength=P)
+    first = counts.cumsum(0) - counts  # where in `order` the pixels of each place are
+    in_order = torch.empty(K, N, dtype=dtype, device=x.device)
+    for places, ranks in _blocks(counts, most_places, most_pixels):
+        at = first[places, None] + torch.arange(ranks.start, ranks.stop, device=x.device)  # (places, ranks)
+        exists = at < (first + counts)[places, None]
+        start = int(at[0, 0])
+        stop = start + int(exists.sum())  # a block is of all pixels of some places, or of one: these are neighbours
+        pixels = x.index_select(0, order[at.where(exists, 0).flatten()]).to(dtype).unflatten(0, at.shape)
+        for k in range(K):
+            in_order[k, start:stop] = _squares(pixels, mean[k, places], factor[k, places])[exists]
+    distances[order] = in_order.T
     return distances
 
 
 def _squares(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     """Return the squared lengths (p, n) of (x - mean) factor, of x (p, n, d), mean (p, d) and factor (p, d, m)."""
-    return torch.bmm(x - mean[:, None], factor).square_().sum(2)
+    offsets = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.sub(x, mean[:, None], out=offsets)
+    factor = factor.to(x.dtype)
+    if factor.stride(1) == 1:  # strides decide how single pixels are multiplied: so, with rows of d values in memory
+        return torch.bmm(factor.mT, offsets.mT).square_().sum(1)
+    return torch.bmm(offsets, factor).square_().sum(2)
+
+
+def _blocks(counts: Tensor, most_places: int, most_pixels: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of places, and of the pixels of each of them by their rank, that hold all pixels of `counts` (P,).
+
+    Places that follow one another are taken together if their counts are the same when rounded up to a power of two:
+    at most half of the products are of pixels that do not exist, beyond `CHEAP_PIXELS`.
+    """
+    powers = torch.where(counts > 0, counts.clamp(min=CHEAP_PIXELS).sub(1).double().log2().floor().long(), -1)
+    stop = 0
+    for power, length in zip(*(t.tolist() for t in torch.unique_consecutive(powers, return_counts=True)), strict=True):
+        start, stop = stop, stop + length
+        if power < 0:
+            continue
+        step = min(most_places, max(1, most_pixels >> (power + 1)))
+        for at in range(start, stop, step):
+            places = slice(at, min(at + step, stop))
+            count = int(counts[places].max())
+            for rank in range(0, count, most_pixels):
+                yield places, slice(rank, min(rank + most_pixels, count))
+
+
+@torch.library.custom_op("hgad_fast::place_distances", mutates_args=())
+def _place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    return place_distances(x, place, mean, factor)
+
+
+@_place_distances.register_fake
+def _(x, place, mean, factor):  # type: ignore[no-untyped-def]
+    return x.new_empty(len(x), mean.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
