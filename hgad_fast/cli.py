@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .methods import METHODS, config_class, preset_names
+from .methods import METHODS, config_class, describe_presets, preset_names
 
 app = typer.Typer(
     name="hgad-fast",
@@ -46,7 +46,7 @@ Assignments = Annotated[
     typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
 ]
 Backbone = Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")]
-Weights = Annotated[str | None, typer.Option(help="'pretrained', a state-dict file, or 'random'.")]
+Weights = Annotated[str | None, typer.Option(help="'pretrained', 'packaged', a state-dict file, or 'random'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON on stdout.")]
 ImgSize = Annotated[
     str | None,
@@ -511,13 +511,23 @@ def info(
 @_plain_errors
 def presets(as_json: AsJson = False) -> None:
     """List the presets of train and ablate: what each needs, and what it reaches."""
-    from .methods import describe_presets
-
     rows = describe_presets()
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     print("\n\n".join("\n".join(f"{key:<10} {value or '-'}" for key, value in row.items()) for row in rows))
+
+
+@app.command()
+@_plain_errors
+def weights(
+    arch: Annotated[str, typer.Argument(help="tf_efficientnet_lite0 or vit_small_patch14_dinov2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file, NAME.safetensors, for --weights.")],
+) -> None:
+    """Write the weights of a backbone that an installed package carries."""
+    from .features.packaged import write_weights
+
+    print(write_weights(arch, output))
 
 
 @app.command()

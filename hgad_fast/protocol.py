@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .features.backbone import FeatureMaps
@@ -66,6 +67,23 @@ class Densities:
         """The densities by name: the anomaly map is the product of the maps that they give, or their weighted sum."""
         return {"likelihood": self.logps} | ({"entropy": self.neg_entropy} if self.neg_entropy else {})
 
+    def anomalies(self, level_max: Tensor, scope: str = "map") -> list[list[Tensor]]:
+        """Return how anomalous each pixel is: a list of levels (B, h, w) for each of the `parts`, 0 or more.
+
+        A part x becomes 1 - min(1, exp(x_l - m_l)). For the log-density, m_l is the largest that normal images of the
+        group reach at level l; for other parts it is 0, which they cannot exceed. Differences from 1 are computed by
+        expm1: the entropy of a posterior that is almost certain is far below the rounding of 1.
+
+        Args:
+            level_max: the m_l of each group, (G, S).
+            scope: ``"map"``: what the anomaly map is made of. A method may know others, on which image scores are
+                computed (`Detector.scored_on`).
+        """
+        constants = level_max.to(self.logps[0].device)[self.group_ids, :, None, None]
+        likelihood, *others = self.parts.values()
+        anomalies = [[-torch.expm1((x - constants[:, i]).clamp(max=0)) for i, x in enumerate(likelihood)]]
+        return anomalies + [[-torch.expm1(x) for x in levels] for levels in others]
+
     def images(self) -> Iterator[Densities]:
         """Yield the densities of one image after the other, with B = 1."""
         for i in range(len(self.group_ids)):
@@ -95,9 +113,15 @@ class Detector(FeatureSource, Protocol):
     @property
     def fusion(self) -> str: ...
     @property
+    def pixels_per_step(self) -> int | None: ...
+    @property
     def density_levels(self) -> int: ...
     @property
     def score_share(self) -> float: ...
+    @property
+    def scored_on(self) -> str: ...
+    @property
+    def closed_form(self) -> bool: ...
     @property
     def official_aupro(self) -> str: ...
     def begin(self, feature_set: FeatureSet) -> None: ...

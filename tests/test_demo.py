@@ -147,8 +147,3 @@ def test_weights_file_gives_the_backbone_those_weights_and_their_normalisation(t
         return x
 
     rounding.assert_close(backbone(image)[0], features, whole, image)
-
-
-def test_a_missing_package_is_named_with_the_remedy() -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"no_such_package.*pip install 'hgad-fast\[demo\]'"):
-        demo._installed("no_such_package")

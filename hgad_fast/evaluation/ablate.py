@@ -35,7 +35,6 @@ from ..scoring.calibration import (
     required_calibration,
 )
 from ..scoring.densities import densities
-from ..scoring.maps import calibrated_maps
 from ..scoring.score import first_official
 from . import metrics
 from .evaluate import Features, mean, seen_mask, test_set, without_nan
@@ -245,32 +244,26 @@ def _official(images: list[Densities], model: Detector) -> dict[str, tuple[list[
 
 
 def _calibrated(images: list[Densities], model: Detector) -> dict[str, tuple[list[Tensor], list[float]]]:
-    """Return calibrated maps and scores of images: of each part and, if there are several, their two `FUSIONS`."""
-    scores = required_calibration(model).image_scores
-    return {
-        kind: (maps, [float(scores(anomaly_map[None])) for anomaly_map in maps])
-        for kind, maps in _calibrated_maps(images, model).items()
-    }
+    """Return calibrated maps and scores of images: of each part and, if there are several, their two `FUSIONS`.
 
-
-def _calibrated_maps(images: list[Densities], model: Detector) -> dict[str, list[Tensor]]:
-    """Return the maps of `_calibrated`."""
-    calibration, size = required_calibration(model), model.config.msk_size
-    # The maxima of the levels: those of the log-densities are calibrated, the other parts cannot pass 0.
-    maxima = [calibration.level_max, *[torch.zeros_like(calibration.level_max)] * (len(images[0].parts) - 1)]
-    maps = {
-        part: [calibrated_maps(_part_alone(image, part), level_max, size)[0] for image in images]
-        for part, level_max in zip(images[0].parts, maxima, strict=True)
-    }
-    if calibration.weights is None:  # a single part
-        return maps
-    by_image = list(zip(*maps.values(), strict=True))  # the maps of the parts of each image
-    products, sums = [], []
-    for image, (first, *others) in zip(images, by_image, strict=True):
-        products.append(math.prod(others, start=first))
-        weights = calibration.weights[int(image.group_ids)]
-        sums.append(torch.stack([w * m for w, m in zip(weights, (first, *others), strict=True)]).sum(0))
-    return maps | {"product": products, "standardised": sums}
+    The scores are those of the maps but for the standardised sum, which has the method's own (`Detector.scored_on`).
+    """
+    calibration = required_calibration(model)
+    parts = list(images[0].parts)
+    one_hot = torch.eye(len(parts))
+    weights = {part: one_hot[[i]].expand(len(calibration.level_max), -1) for i, part in enumerate(parts)}
+    fusions: dict[str, Tensor | None] = dict(weights)
+    if calibration.weights is not None:
+        fusions |= {"product": None} if len(parts) > 1 else {}
+        fusions["standardised"] = calibration.weights
+    scored: dict[str, tuple[list[Tensor], list[float]]] = {}
+    for kind, kind_weights in fusions.items():
+        rule = dataclasses.replace(calibration, weights=kind_weights)
+        if kind != "standardised":
+            rule.scored_on = "map"
+        maps, scores = zip(*(rule.maps(image, model.config.msk_size) for image in images), strict=True)
+        scored[kind] = [anomaly_map[0] for anomaly_map in maps], torch.cat(scores).tolist()
+    return scored
 
 
 def _aurocs(
@@ -318,8 +311,7 @@ def _false_alarms(
             chosen = torch.randperm(len(members), generator=generator)[: max(1, len(members) // 3)]
             rows += members[chosen].tolist()
         calibration = _calibration(model, [held_out[i] for i in sorted(rows)], "product")
-        maps = [calibration.maps(image, model.config.msk_size) for image in inferred]
-        scores = torch.cat([calibration.image_scores(anomaly_map) for anomaly_map in maps])
+        scores = torch.cat([calibration.scores_alone(image, model.config.msk_size) for image in inferred])
         for rate in RATES:
             calibration.false_alarm_rate = rate
             _, flagged, _, attainable = calibration.judge(scores, group_ids)

@@ -322,9 +322,9 @@ def evaluate(
                 descriptions[protocol] = description
         if honest is not None:
             calibration = required_calibration(model)
-            maps = [calibration.maps(image, msk_size, cells) for image in inferred]
-            scores = torch.cat([calibration.image_scores(anomaly_map) for anomaly_map in maps])
-            honest.add(samples, [anomaly_map[0] for anomaly_map in maps], scores, group_names)
+            scored = [calibration.maps(image, msk_size, cells) for image in inferred]
+            maps, scores = zip(*scored, strict=True)
+            honest.add(samples, [anomaly_map[0] for anomaly_map in maps], torch.cat(scores), group_names)
     if honest is not None:
         tallies["honest"] = honest
     return Evaluation(

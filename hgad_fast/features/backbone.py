@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import tiles
+from . import joining, tiles
 from .interpolate import between, bilinear
+from .packaged import packaged_state_dict
 
 TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile: a constant, so that the tiles depend on the image's size alone."""
@@ -36,7 +37,8 @@ class BackboneSettings(Protocol):
     backbone_weights: str | None
     feature_levels: int
     feature_mode: str
-    out_indices: tuple[int, ...]
+    out_indices: joining.OutIndices
+    grid_stride: int
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,22 @@ class FeatureMaps:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of the network over an image: the size to which it is resized, the (h, w) of the stages, the tiles."""
+    """One pass of the network over an image.
+
+    Attributes:
+        size: to which the image is resized.
+        stages: (h, w) of the network's stages.
+        levels: (h, w) of the levels that are made of them.
+        rows, columns: the tiles.
+        whole: True if the features of all tiles come in one piece, as stages are joined on the whole map.
+    """
 
     size: tuple[int, int]
     stages: list[tuple[int, int]]
+    levels: list[tuple[int, int]]
     rows: list[tiles.Cut]
     columns: list[tiles.Cut]
+    whole: bool
 
     @property
     def tile_pixels(self) -> int:
@@ -90,12 +102,19 @@ class Backbone(nn.Module):
     """A timm model, frozen and always in eval mode.
 
     With ``feature_mode="image_pyramid"`` level s is one stage of the image at (H >> s, W >> s) (bilinear, aligned
-    corners, as official); with ``"stages"`` the levels are several stages of one pass.
+    corners, as official); with ``"stages"`` the levels are several stages of one pass; with ``"joined"`` the stages of
+    one pass are one level: see `joining.joined`. A stage is a layer of the network or the mean of several: see
+    `joining.stages_of`.
+
+    A transformer takes images of any size where timm lets it (the position embedding is resampled): they are resized to
+    the nearest multiples of its patch, at least one (bilinear, aligned corners, as the pyramid).
 
     Attributes:
         mean, std: the channel statistics that the weights expect, (3, 1, 1), from timm's configuration of the model;
             saved with the weights.
         feature_dims: channels of each level.
+        stage_dims: channels of the stages that are joined in each level, in their order; one where none are joined.
+        fine_stages: how many of these, from the first, are not coarser than the level's grid.
 
     Raises:
         ValueError: the architecture is unknown, or the weights' file does not fit it.
@@ -109,16 +128,25 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneSettings) -> None:
         super().__init__()
         self.arch = config.backbone_arch
-        self.levels = config.feature_levels
         self.mode = config.feature_mode
-        self.net = _create(config)
-        stages = self.net.feature_info.channels()
-        self.feature_dims = tuple(stages * self.levels if self.mode == "image_pyramid" else stages)
+        self.pyramid_levels = config.feature_levels if self.mode == "image_pyramid" else 1
+        self.out_indices = config.out_indices
+        self.net, self.multiple = _create(config)
+        self.stage_channels = self._by_stage(self.net.feature_info.channels(), "channels")
+        self.stage_strides = self._by_stage(self.net.feature_info.reduction(), "stride")
+        self.grid = joining.grid_of(self.stage_strides, config.grid_stride)
+        if self.mode == "joined":
+            self.stage_dims: tuple[tuple[int, ...], ...] = (tuple(self.stage_channels),)
+        else:
+            self.stage_dims = tuple((channels,) for channels in self.stage_channels * self.pyramid_levels)
+        self.feature_dims = tuple(map(sum, self.stage_dims))
+        fine_stages = sum(stride <= self.stage_strides[self.grid] for stride in self.stage_strides)
+        self.fine_stages = (fine_stages,) if self.mode == "joined" else (1,) * len(self.stage_dims)
         statistics = self.net.pretrained_cfg
         for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
             values = torch.tensor(statistics.get(name, default)).view(3, 1, 1)
             self.register_buffer(name, values)
-        self._made_fast: tuple[Any, _Fast] | None = None
+        self._made_fast: tuple[_Weights, _Fast] | None = None
         self.requires_grad_(False)
         self.eval()
 
@@ -148,24 +176,28 @@ class Backbone(nn.Module):
             resized = images
             if size != images.shape[2:]:
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
-            features += self._stages(resized, net)
+            features += self._levels(self._stages(resized, net))
         return features
 
     def feature_values(self, height: int, width: int) -> int:
         """Return about how many values the features of an image have: its sides over timm's strides are rounded up."""
-        stages = list(zip(self.net.feature_info.channels(), self.strides, strict=True))
+        dims = self.feature_dims[: len(self.strides)]
         return sum(
-            channels * math.ceil((height >> level) / stride) * math.ceil((width >> level) / stride)
-            for level in range(self.levels if self.mode == "image_pyramid" else 1)
-            for channels, stride in stages
+            channels * math.ceil(h / stride) * math.ceil(w / stride)
+            for h, w in self._sizes(height, width)
+            for channels, stride in zip(dims, self.strides, strict=True)
         )
+
+    def cells(self, length: int) -> int:
+        """Return how many cells the finest level has along `length` pixels; timm's strides are rounded up."""
+        return math.ceil(self._sizes(length, length)[0][0] / self.strides[0])
 
     def feature_maps(self, image: Tensor, cut: bool = True) -> FeatureMaps:
         """Return the features of an image (3, H, W) in [0, 1], with `cut` in tiles if it is large: see `passes`."""
         if not cut or image[0].numel() <= ALWAYS_WHOLE:
             return FeatureMaps.of(self(self.normalize(image[None].to(self.mean.device)), fast=True))
         passes = self.passes(*image.shape[1:])
-        sizes = [size for image_pass in passes for size in image_pass.stages]
+        sizes = [size for image_pass in passes for size in image_pass.levels]
         return FeatureMaps(1, sizes, functools.partial(self._pieces, image, passes))
 
     def passes(self, height: int, width: int, cut: bool = True) -> list[Pass]:
@@ -188,7 +220,8 @@ class Backbone(nn.Module):
             if not footprint.is_local and max_pixels < math.inf:
                 halo = min(halo, int(math.sqrt(max_pixels) / 4 / footprint.stride) * footprint.stride)
             rows, columns = tiles.tiling(size, cells, footprint.stride, halo, max_pixels)
-            passes.append(Pass(size, stages, rows, columns))
+            joined = self.mode == "joined"
+            passes.append(Pass(size, stages, [stages[self.grid]] if joined else stages, rows, columns, joined))
         return passes
 
     @property
@@ -203,31 +236,74 @@ class Backbone(nn.Module):
 
     @property
     def strides(self) -> list[int]:
-        """The stride of each stage: pixels per cell."""
-        return self.net.feature_info.reduction()
+        """The stride of each level of a pass: pixels per cell."""
+        return [self.stage_strides[self.grid]] if self.mode == "joined" else self.stage_strides
 
     def working_set(self, height: int, width: int, cut: bool = True) -> int:
         """Return about how many bytes it takes to compute the features of an image, beyond the image.
 
-        The features of one tile are counted, not those of the whole image.
+        The features of one tile are counted, not those of the whole image, except where stages are joined: that needs
+        all of each stage, and as much as the level has for stages on its grid.
         """
         bytes_per_pixel = self.footprint.bytes_per_pixel + 36  # the tile in float32, normalised, with channels last
-        return int(max(bytes_per_pixel * image_pass.tile_pixels for image_pass in self.passes(height, width, cut)))
+        needed = 0.0
+        for image_pass in self.passes(height, width, cut):
+            tile = bytes_per_pixel * image_pass.tile_pixels
+            if image_pass.whole:
+                stages = zip(self.stage_channels, image_pass.stages, strict=True)
+                level = self.feature_dims[0] * math.prod(image_pass.levels[0])
+                tile = max(tile, 8.0 * level) + 4 * sum(channels * h * w for channels, (h, w) in stages)
+            needed = max(needed, tile)
+        return int(needed)
 
     def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the sizes of the images that the network sees, one for each pass."""
-        levels = self.levels if self.mode == "image_pyramid" else 1
-        return [(max(height >> level, 1), max(width >> level, 1)) for level in range(levels)]
+
+        def side(length: int, level: int) -> int:
+            multiples = ((length >> level) + self.multiple // 2) // self.multiple  # the nearest, of two the larger one
+            return max(multiples, 1) * self.multiple
+
+        return [(side(height, level), side(width, level)) for level in range(self.pyramid_levels)]
+
+    def _by_stage(self, values: Sequence[int], name: str) -> list[int]:
+        """Return a property of the network's layers for each stage.
+
+        Raises:
+            ValueError: the layers of a group differ in it.
+        """
+        stages = joining.by_stage(values, self.out_indices)
+        for group, entry in zip(stages, self.out_indices, strict=True):
+            if len(set(group)) > 1:
+                raise ValueError(
+                    f"out_indices: the layers {entry} of {self.arch} cannot be averaged, as their {name} differ: "
+                    f"{', '.join(map(str, group))}; group layers of one size only"
+                )
+        return [group[0] for group in stages]
+
+    def _levels(self, stages: list[Tensor]) -> list[Tensor]:
+        """Return the levels (B, C, h, w) that the stages of a pass make."""
+        return [joining.joined(stages, self.stage_strides, self.grid)] if self.mode == "joined" else stages
 
     @torch.no_grad()
     def _pieces(self, image: Tensor, passes: list[Pass]) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Yield the `FeatureMaps.pieces` of an image, tile by tile."""
+        """Yield the `FeatureMaps.pieces` of an image: tile by tile, or whole where stages are joined."""
+        if self.mode != "joined":
+            yield from self._stage_pieces(image, passes)
+            return
+        stages = FeatureMaps(1, passes[0].stages, functools.partial(self._stage_pieces, image, passes)).whole()
+        yield 0, 0, 0, joining.joined(stages, self.stage_strides, self.grid)
+
+    @torch.no_grad()
+    def _stage_pieces(self, image: Tensor, passes: list[Pass]) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Yield the pieces of the stages of all passes, tile by tile."""
         fast = self._fast()
         for i, image_pass in enumerate(passes):
             for rows, columns in itertools.product(image_pass.rows, image_pass.columns):
                 tile = self.normalize(_part(image, image_pass.size, rows, columns).to(self.mean.device))
                 features = self._stages(tile[None], fast.net)
-                for j, (x, size, stride) in enumerate(zip(features, image_pass.stages, self.strides, strict=True)):
+                for j, (x, size, stride) in enumerate(
+                    zip(features, image_pass.stages, self.stage_strides, strict=True)
+                ):
                     scale = fast.footprint.stride // stride  # cells of this stage per cell of the coarsest one
                     (top, bottom), (left, right) = (
                         (c.first * scale, n if c is cuts[-1] else c.last * scale)
@@ -240,9 +316,9 @@ class Backbone(nn.Module):
 
     def _fast(self) -> _Fast:
         """Return the network as it is run on images, made anew when its weights have changed or moved."""
-        weights = tuple((t.data_ptr(), t._version) for t in (*self.net.parameters(), *self.net.buffers()))
-        if self._made_fast is None or self._made_fast[0] != weights:
-            self._made_fast = weights, _Fast(self.net)
+        if self._made_fast is None or not self._made_fast[0].unchanged():
+            # a network with positions depends on where a tile lies, if only by very little as long as it is untrained
+            self._made_fast = _Weights(self.net), _Fast(self.net, maybe_local=self.multiple == 1)
         return self._made_fast[1]
 
     def _stages(self, images: Tensor, net: nn.Module) -> list[Tensor]:
@@ -269,7 +345,7 @@ class Backbone(nn.Module):
                 "size, such as a convolutional network, or feature_mode='stages' with center_crop=True and its size as "
                 "img_size."
             ) from error
-        return tiles.channels_first(self.net, features)
+        return joining.stages_of(tiles.channels_first(self.net, features), self.out_indices)
 
 
 def _trim() -> None:
@@ -278,11 +354,34 @@ def _trim() -> None:
         _libc.malloc_trim(0)
 
 
+class _Weights:
+    """The tensors of a network as they were when this was made, by place and version.
+
+    A module's dictionaries are looked through as they are: to walk the modules anew takes ten times as long, and each
+    image would pay it.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        modules = list(net.modules())
+        self.children = [module._modules for module in modules]
+        self.tensors = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
+        self.state = self._read()
+
+    def unchanged(self) -> bool:
+        """Return whether the network still has these tensors, and none of them was written to or moved."""
+        return self.state == self._read()
+
+    def _read(self) -> tuple[list[Any], list[Any]]:
+        children = [child for modules in self.children for child in modules.values()]
+        tensors = [t for group in self.tensors for t in group.values() if t is not None]
+        return children, [(t.data_ptr(), t._version) for t in tensors]
+
+
 class _Fast:
     """A network made for inference, with its shadow and its footprint, which are made when first asked for."""
 
-    def __init__(self, net: Any) -> None:
-        self.strides = net.feature_info.reduction()
+    def __init__(self, net: Any, maybe_local: bool) -> None:
+        self.strides, self.maybe_local = net.feature_info.reduction(), maybe_local
         self.net = streamlined(net)
 
     @functools.cached_property
@@ -291,7 +390,7 @@ class _Fast:
 
     @functools.cached_property
     def footprint(self) -> tiles.Footprint:
-        return tiles.footprint(self.net, self.strides)
+        return tiles.footprint(self.net, self.strides, self.maybe_local)
 
 
 @torch.no_grad()
@@ -309,9 +408,11 @@ def streamlined(net: Any) -> nn.Module:
         parent = fast.get_submodule(".".join(path))
         if isinstance(parent, nn.Sequential) and path and last.isdecimal():
             del parent[int(last) + 1 :]
-    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
+    stride = max(net.feature_info.reduction())
+    side = math.ceil(64 / stride) * stride
+    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
     try:
-        _fold_batch_norms(fast)
+        _fold_batch_norms(fast, side)
         exact = copy.deepcopy(net).double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
             if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
@@ -321,8 +422,8 @@ def streamlined(net: Any) -> nn.Module:
     return fast
 
 
-def _fold_batch_norms(net: nn.Module) -> None:
-    """Make batch norms part of the convolutions whose output they take, in place."""
+def _fold_batch_norms(net: nn.Module, side: int) -> None:
+    """Make batch norms part of the convolutions whose output they take, in place; tried at `side` pixels."""
     shadow_net = tiles.shadow(net)
     names = {layer: name for name, layer in shadow_net.named_modules()}
     outputs: list[tuple[Tensor, str]] = []  # kept alive: no later tensor may take the identity of an output
@@ -336,7 +437,7 @@ def _fold_batch_norms(net: nn.Module) -> None:
             layer.register_forward_hook(lambda layer, _, output: outputs.append((output, names[layer])))
         elif isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(pair)
-    shadow_net(torch.empty(1, 3, 64, 64, device="meta"))
+    shadow_net(torch.empty(1, 3, side, side, device="meta"))
     for conv_name, norm_name in pairs:
         conv, batch_norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
@@ -357,8 +458,11 @@ def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.
     return bilinear(image, *positions)
 
 
-def _create(config: BackboneSettings) -> nn.Module:
-    """Return timm's feature extractor with its weights; see `Backbone` for the errors."""
+def _create(config: BackboneSettings) -> tuple[Any, int]:
+    """Return timm's feature extractor with its weights, and the pixels that its images' sides are multiples of.
+
+    These are 1 where the network takes any size, or one of its own only; see `Backbone` for the errors.
+    """
     import timm
 
     arch, weights = config.backbone_arch, config.backbone_weights
@@ -370,11 +474,27 @@ def _create(config: BackboneSettings) -> nn.Module:
             + (f"; close to it: {similar}" if similar else "")
         )
     pretrained = weights == "pretrained"
-    state = read_state_dict(Path(weights)) if weights is not None and not pretrained else None
+    state = None
+    if weights == "packaged":
+        state = packaged_state_dict(arch)
+    elif weights is not None and not pretrained:
+        state = read_state_dict(Path(weights))
+    make: Callable[..., Any] = functools.partial(
+        timm.create_model,
+        arch,
+        pretrained=pretrained,
+        features_only=True,
+        out_indices=joining.layers_of(config.out_indices),
+    )
+    multiple = 1
     try:
         if pretrained:
             _try_hub(arch)
-        net = timm.create_model(arch, pretrained=pretrained, features_only=True, out_indices=config.out_indices)
+        try:
+            net = make(dynamic_img_size=True)  # at the size of its weights, to which they fit
+            multiple = max(net.feature_info.reduction())
+        except TypeError:  # timm has no such option for this architecture
+            net = make()
     except (RuntimeError, AttributeError, AssertionError, IndexError, TypeError) as error:
         raise ValueError(
             f"timm cannot make {type(config).__name__}.backbone_arch = {arch!r} with out_indices = "
@@ -391,7 +511,7 @@ def _create(config: BackboneSettings) -> nn.Module:
         ) from error
     if state is not None:
         _load_weights(net, state, config)
-    return net
+    return net, multiple
 
 
 def _try_hub(arch: str) -> None:

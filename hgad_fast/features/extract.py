@@ -331,6 +331,8 @@ class _Extractor:
             key["preparation"] = self.model.preparation
         if config.square:
             key["square"] = True
+        if config.feature_mode == "joined":
+            key["grid_stride"] = config.grid_stride
         return key
 
     def seen(self, path: Path) -> Tensor:

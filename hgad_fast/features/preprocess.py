@@ -183,7 +183,7 @@ def working_set(
     assert isinstance(encoder, Backbone)
     seen = seen_shape(shape, config)
     passes = encoder.passes(*seen, cut)
-    sizes = [size for image_pass in passes for size in image_pass.stages]
+    sizes = [size for image_pass in passes for size in image_pass.levels]
     until_group, densities_step = model.scoring_bytes(sizes, group_known)
     held = 2**27 + 16 * sum(h * w for h, w in sizes) + until_group
     resized = centre_crop_geometry(*shape, config.img_size)[0] if config.center_crop else seen
@@ -191,8 +191,15 @@ def working_set(
         held += 24 * math.prod(resized)
         held += 4 * (math.prod(shape) + max(shape[0] * resized[1], resized[0] * shape[1]))  # Pillow's, of a channel
     channels = max(model.feature_dims)
-    tile_features = max(image_pass.tile_pixels for image_pass in passes) / encoder.strides[0] ** 2 * 4 * channels
-    return int(held + max(encoder.working_set(*seen, cut), densities_step + tile_features, 48 * BAND_PIXELS))
+    piece_features = (
+        4
+        * channels
+        * max(
+            math.prod(image_pass.levels[0]) if image_pass.whole else image_pass.tile_pixels / encoder.strides[0] ** 2
+            for image_pass in passes
+        )
+    )
+    return int(held + max(encoder.working_set(*seen, cut), densities_step + piece_features, 48 * BAND_PIXELS))
 
 
 def may_cut(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-STUDIED = 1024  # height and width of the image on which a network's memory and reach are counted
+STUDIED = 1024  # largest height and width of the image on which a network's memory and reach are counted
 MAX_CHANGE = 1e-6  # relative change of features that pixels without influence may cause
 
 
@@ -63,18 +63,19 @@ def shadow(net: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def footprint(net: nn.Module, strides: list[int]) -> Footprint:
-    """Return the footprint of a network that returns stages of these strides.
+def footprint(net: nn.Module, strides: list[int], maybe_local: bool = True) -> Footprint:
+    """Return the footprint of a network that returns stages of these strides; without `maybe_local` it is not local.
 
     A network that takes images of one size only has no halo, is not local, and its bytes are 0.
     """
     stride = max(strides)
+    side = STUDIED // stride * stride
     reach = 0.0
 
     def add_reach(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal reach
         if inputs[0].dim() == 4:
-            reach += _reach(layer) * STUDIED / max(inputs[0].shape[2], 1)
+            reach += _reach(layer) * side / max(inputs[0].shape[2], 1)
 
     shadow_net = shadow(net)
     for layer in shadow_net.modules():
@@ -82,13 +83,14 @@ def footprint(net: nn.Module, strides: list[int]) -> Footprint:
             layer.register_forward_pre_hook(add_reach)
     try:
         with _Memory() as memory:
-            stages = channels_first(net, shadow_net(torch.empty(1, 3, STUDIED, STUDIED, device="meta")))
+            stages = channels_first(net, shadow_net(torch.empty(1, 3, side, side, device="meta")))
     except (AssertionError, RuntimeError):  # networks refuse a size by one of these
         return Footprint(stride, 0, False, 0.0)
     halo = math.ceil(reach / stride) * stride
-    if any(x.shape[2] < STUDIED // stage_stride for x, stage_stride in zip(stages, strides, strict=True)):
+    if any(x.shape[2] < side // stage_stride for x, stage_stride in zip(stages, strides, strict=True)):
         halo *= 2  # layers without padding: all that a cell depends on lies on one side of it
-    return Footprint(stride, halo, _is_local(net, stride, halo), memory.peak / STUDIED**2)
+    is_local = maybe_local and _is_local(net, stride, halo)
+    return Footprint(stride, halo, is_local, memory.peak / side**2)
 
 
 def _reach(layer: Any) -> int:
@@ -108,7 +110,7 @@ def _is_local(net: nn.Module, stride: int, halo: int) -> bool:
     """
     device = next(net.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    length, width = 2 * halo + 2 * stride, max(2 * stride, 64)
+    length, width = 2 * halo + 2 * stride, max(2, math.ceil(64 / stride)) * stride
     strip, noise = (torch.randn(1, 3, length, width, generator=generator).to(device) for _ in range(2))
     border = halo + stride
     changed_above = torch.cat([noise[:, :, :border], strip[:, :, border:]], 2)

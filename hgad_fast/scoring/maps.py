@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from ..features.preprocess import ImageSettings, seen_shape
 from ..files import replacing
 from ..protocol import Densities, Detector
 
+SMALL_MAP = 2**18  # pixels of a map up to which resizing and blurring it are two products of matrices
 BLUR_SIGMA = 4.0  # standard deviation of the blur, in pixels of a map of msk_size (official)
 
 
@@ -43,18 +45,21 @@ def _official_map(batches: list[list[Tensor]], msk_size: int) -> Tensor:
 
 
 def calibrated_maps(
-    densities: Densities, level_max: Tensor, msk_size: int, weights: Tensor | None = None, cells: int | None = None
+    densities: Densities,
+    level_max: Tensor,
+    msk_size: int,
+    weights: Tensor | None = None,
+    cells: int | None = None,
+    scope: str = "map",
 ) -> Tensor:
     """Return anomaly maps (B, h, w), of the size of `map_grid`, each of which depends on its own image alone.
 
-    Each part x of the densities gives a blurred map S - sum_l min(1, exp(x_l - m_l)) over the S levels. For the
-    log-density, m_l is the largest that normal images of the group reach at level l; for other parts it is 0, which
-    they cannot exceed. The maps are multiplied, or added with `weights` (G, parts) of the image's group. Differences
-    from 1 are computed by expm1: the entropy of a posterior that is almost certain is far below the rounding of 1.
+    Each part of the densities gives a map: the blurred sum of its anomalies at all levels (`Densities.anomalies`, of a
+    `scope`). The maps are multiplied, or added with `weights` (G, parts) of the image's group.
     """
     grid = map_grid(densities, msk_size, cells)
     maps = densities.logps[0].new_empty(len(densities.group_ids), *grid)
-    write_calibrated(maps, densities, level_max, grid, weights)
+    write_calibrated(maps, densities, level_max, grid, weights, scope=scope)
     return maps
 
 
@@ -75,7 +80,7 @@ def cells_on_map(model: Detector, img_size: int | str) -> int | None:
     own_size = model.config.img_size
     if img_size == own_size or isinstance(own_size, str) or not isinstance(model.encoder, Backbone):
         return None
-    return math.ceil(own_size / model.encoder.strides[0])
+    return model.encoder.cells(own_size)
 
 
 def image_scores(maps: Tensor, share: float = 0.0) -> Tensor:
@@ -91,12 +96,13 @@ def image_scores(maps: Tensor, share: float = 0.0) -> Tensor:
 
 
 def write_calibrated(
-    out: Tensor,
+    out: Tensor | None,
     densities: Densities,
     level_max: Tensor,
     grid: tuple[int, int],
     weights: Tensor | None = None,
     share: float = 0.0,
+    scope: str = "map",
 ) -> Tensor:
     """Fill `out` (B, H, W) with the `calibrated_maps` on a grid, resampled to its size.
 
@@ -104,26 +110,34 @@ def write_calibrated(
     into memory. A band is computed together with the neighbouring rows that the blur reaches: a pixel has the same bits
     whatever the bands are. With a `share` the whole grid is kept until its largest pixels are known.
 
+    Args:
+        out: what is filled; None: nothing, for the scores alone.
+        densities: of B images.
+        level_max, weights, share: as `Calibration` has them.
+        grid: height and width of the map that scores are computed on.
+        scope: of `Densities.anomalies`.
+
     Returns:
         the `image_scores` of the maps before resampling, (B,).
     """
     groups, device = densities.group_ids, densities.logps[0].device
-    constants = level_max.to(device)[groups, :, None, None]
-    likelihood, *others = densities.parts.values()
-    parts = [[-torch.expm1((x - constants[:, i]).clamp(max=0)) for i, x in enumerate(likelihood)]]
-    parts += [[-torch.expm1(x) for x in levels] for levels in others]
+    parts = densities.anomalies(level_max, scope)
     if grid[0] < grid[1]:
-        parts, out, grid = [[x.mT for x in levels] for levels in parts], out.mT, grid[::-1]
-    rows, columns = _positions_on_grid((out.shape[1], out.shape[2]), grid, device)
-    band_rows, out_rows = max(1, BAND_PIXELS // grid[1]), max(1, BAND_PIXELS // out.shape[2])
-    maxima = out.new_full((len(out),), -math.inf)
+        parts, grid = [[x.mT for x in levels] for levels in parts], grid[::-1]
+        out = None if out is None else out.mT
+    height, width = grid if out is None else (out.shape[1], out.shape[2])
+    rows, columns = _positions_on_grid((height, width), grid, device)
+    band_rows, out_rows = max(1, BAND_PIXELS // grid[1]), max(1, BAND_PIXELS // width)
+    maxima = (densities.logps[0] if out is None else out).new_full((len(groups),), -math.inf)
     done = 0  # rows of `out` that are written
-    last_row = out.new_empty(len(out), 0, grid[1], device=device)  # of the band before, for rows between two bands
+    last_row = maxima.new_empty(
+        len(groups), 0, grid[1], device=device
+    )  # of the band before, for rows between two bands
     kept: list[Tensor] = []
     for top in range(0, grid[0], band_rows):
         bottom = min(top + band_rows, grid[0])
         bands = [_band(levels, grid, top, bottom) for levels in parts]
-        if weights is not None and len(bands) > 1:
+        if weights is not None:
             weighted = zip(weights.to(device)[groups].T[..., None, None], bands, strict=True)
             bands = [weight * band for weight, band in weighted]
             band = sum(bands[1:], start=bands[0])
@@ -133,6 +147,8 @@ def write_calibrated(
             kept.append(band)
         else:
             maxima = torch.maximum(maxima, band.amax((1, 2)).to(maxima))
+        if out is None:
+            continue
         if out.shape[1:] == grid:
             out[:, top:bottom] = band
             continue
@@ -157,6 +173,10 @@ def _positions_on_grid(size: tuple[int, int], grid: tuple[int, int], device: tor
 def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) -> Tensor:
     """Return rows `top` to `bottom` of the blurred sum of the levels (B, h, w), each resized to the grid."""
     device = levels[0].device
+    if math.prod(grid) <= SMALL_MAP:
+        # image by image: of several, a product may be added up in another order
+        images = [sum(_resized_and_blurred(level[i], grid) for level in levels) for i in range(len(levels[0]))]
+        return torch.stack(images)[:, top:bottom]  # type: ignore[arg-type]
     rows, columns = _mirrored(top, bottom, grid[0]).to(device), _mirrored(0, grid[1], grid[1]).to(device)
     total = sum(
         bilinear(
@@ -168,6 +188,30 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     )
     assert isinstance(total, Tensor)
     return _smooth(total, BLUR_SIGMA)
+
+
+def _resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return a level (h, w) resized to the grid and blurred, which along each axis is one linear map."""
+    rows, columns = (_axis(n, m, level.dtype, level.device) for n, m in zip(level.shape, grid, strict=True))
+    return rows @ level @ columns.T
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever asks first: others may train with it
+def _axis(n: int, resized: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the matrix (resized, n) that resizes an axis of n positions (bilinear, corners aligned) and blurs it."""
+    positions = between(_mirrored(0, resized, resized), n, resized, align_corners=True)
+    bilinear_weights = torch.zeros(len(positions.first), n, dtype=torch.float64)
+    every, share = torch.arange(len(bilinear_weights)), positions.share.double()
+    bilinear_weights[every, positions.first] = 1 - share
+    bilinear_weights[every, positions.second] += share  # at the end it is the first once more
+    radius, (centre, *sides) = _radius(BLUR_SIGMA), _gaussian(BLUR_SIGMA)
+    weights = [*reversed(sides), centre, *sides]
+    matrix = sum(
+        weight * bilinear_weights[offset : offset + resized]
+        for offset, weight in zip(range(2 * radius + 1), weights, strict=True)
+    )
+    return matrix.to(device, dtype)  # type: ignore[union-attr]
 
 
 def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -200,9 +244,7 @@ def _smooth(maps: Tensor, sigma: float) -> Tensor:
 
     Every sum is taken in the same order, so that a pixel has the same bits whatever the part of a map.
     """
-    radius = _radius(sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(radius + 1, dtype=torch.float64) / sigma) ** 2)
-    centre, *sides = (kernel / (2 * kernel.sum() - 1)).tolist()
+    radius, (centre, *sides) = _radius(sigma), _gaussian(sigma)
     for axis in (1, 2):
         n = maps.shape[axis] - 2 * radius
         smooth = centre * maps.narrow(axis, radius, n)
@@ -211,6 +253,12 @@ def _smooth(maps: Tensor, sigma: float) -> Tensor:
             smooth.add_(pair, alpha=weight)
         maps = smooth
     return maps
+
+
+def _gaussian(sigma: float) -> list[float]:
+    """Return the weights of the blur at distances from 0 on; all of them, of both sides, add up to 1."""
+    kernel = torch.exp(-0.5 * (torch.arange(_radius(sigma) + 1, dtype=torch.float64) / sigma) ** 2)
+    return (kernel / (2 * kernel.sum() - 1)).tolist()
 
 
 def _radius(sigma: float) -> int:
@@ -236,18 +284,6 @@ class Fill:
     def __call__(self, out: Tensor) -> None:
         """Fill `out` and set `score`."""
         self.score = self.write(out)
-
-
-def calibrated_fill(
-    densities: Densities, level_max: Tensor, msk_size: int, weights: Tensor | None, cells: int | None, share: float
-) -> Fill:
-    """Return the `Fill` of the `calibrated_maps` of one image."""
-    grid = map_grid(densities, msk_size, cells)
-
-    def write(out: Tensor) -> Tensor:
-        return write_calibrated(out[None], densities, level_max, grid, weights, share)[0]
-
-    return Fill(write, grid)
 
 
 def resampled_fill(anomaly_map: Tensor, score: Tensor | None = None) -> Fill:

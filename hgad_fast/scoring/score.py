@@ -32,7 +32,7 @@ from ..protocol import Densities, Detector, OfficialMaps, Settings
 from .calibration import required_calibration
 from .densities import densities
 from .inputs import as_images, check_normalization, checked_features, checked_group_ids, checked_map_size
-from .maps import calibrated_fill, cells_on_map, lay, resample, resampled_fill
+from .maps import cells_on_map, lay, resample, resampled_fill
 from .result import ScoreResult, judged
 
 
@@ -72,8 +72,8 @@ def score_features(
         maps, scores, _ = first_official(model, batches)
     else:
         calibration = required_calibration(model)
-        maps = torch.cat([calibration.maps(batch, model.config.msk_size) for batch in batches])
-        scores = calibration.image_scores(maps)
+        scored = [calibration.maps(batch, model.config.msk_size) for batch in batches]
+        maps, scores = (torch.cat(tensors) for tensors in zip(*scored, strict=True))
     group_ids = torch.cat([batch.group_ids for batch in batches])
     result = judged(model, scores, group_ids, normalization)
     result.anomaly_map = resample(maps, size)
@@ -163,12 +163,7 @@ def score_images(
         fills = [resampled_fill(*image) for image in zip(maps, official_scores, strict=True)]
     else:
         calibration = required_calibration(model)
-        fills = [
-            calibrated_fill(
-                image, calibration.level_max, config.msk_size, calibration.weights, cells, calibration.share
-            )
-            for image in image_densities
-        ]
+        fills = [calibration.fill(image, config.msk_size, cells) for image in image_densities]
     laid_maps = [lay(fill, shape, config, size, map_path) for fill, shape in zip(fills, sizes, strict=True)]
     scores = torch.stack([fill.score for fill in fills])
     group_ids = torch.cat([image.group_ids for image in image_densities])

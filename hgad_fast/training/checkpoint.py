@@ -88,7 +88,7 @@ def read_checkpoint(
     if (method := saved_identity.get("method", "hgad")) != identity["method"]:
         raise ValueError(f"{path} is of a training of {method}, and this model is one of {identity['method']}")
     if saved_identity["config"] != identity["config"]:
-        old, new = json.loads(saved_identity["config"]), json.loads(identity["config"])
+        old, new = (model.config.added | json.loads(each["config"]) for each in (saved_identity, identity))
         fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
         changed = [f"{field} {old.get(field)!r} -> {new.get(field)!r}" for field in fields]
         raise ValueError(f"{path} was trained with another configuration: {', '.join(changed)}")

@@ -1,13 +1,14 @@
 """Feeding a training: how feature maps of images on the host become batches on the model's device.
 
-On a CPU the maps of a part are gathered when its turn comes (`HostFeed`). A GPU is fed in three ways at once
-(`DeviceFeed`), so that neither it nor the host waits for the other:
+On a CPU the maps of a part are gathered when its turn comes (`HostFeed`): of the pixels, those alone that are drawn for
+the step. A GPU is fed in three ways at once (`DeviceFeed`), so that neither it nor the host waits for the other:
 
 - Maps are copied as they lie into one persistent buffer of pinned memory, and from there to one of the same size on the
   device; the device transposes and widens them.
 - The next batch is copied on a stream of its own while the current step runs.
 - Where the features of all training images fit into `RESIDENT_SHARE` of the free memory, they stay on the device after
-  their first upload, and later passes copy nothing from the host.
+  their first upload, and later passes copy nothing from the host. So maps are uploaded whole, and the pixels that are
+  drawn for a step are gathered on the device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..features.extract import kept
+from .drawing import EVERY_PIXEL, Draw, Drawn
 
 RESIDENT_SHARE = 1 / 3  # of the device's free memory, measured once, after the first step has taken what it needs
 ALIGNMENT = 256  # bytes: where the maps of a group begin in a buffer
@@ -28,14 +30,17 @@ ALIGNMENT = 256  # bytes: where the maps of a group begin in a buffer
 class Group(NamedTuple):
     """The images of one size at one level."""
 
-    x: Tensor  # (n h w, C)
+    x: Tensor  # (n h w, C), or of the pixels that were drawn (n r c, C)
     labels: Tensor  # (n,)
     height: int
     width: int
+    drawn: Drawn | None = None  # rows (r,) and columns (c,) of each map; None: all
 
     def to(self, device: torch.device) -> Group:
         """Return the group with its tensors on a device; the host does not wait for the copy."""
-        return self._replace(x=self.x.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True))
+        x, labels = (tensor.to(device, non_blocking=True) for tensor in (self.x, self.labels))
+        drawn = self.drawn and Drawn(*(tensor.to(device, non_blocking=True) for tensor in self.drawn))
+        return self._replace(x=x, labels=labels, drawn=drawn)
 
 
 Batch = list[list[Group]]  # the groups of each level
@@ -49,37 +54,62 @@ class Members(NamedTuple):
     channels: int
     height: int
     width: int
+    drawn: Drawn | None  # the pixels of each map that take part, on the CPU; None: all
 
     @property
     def pixels(self) -> int:
-        """Pixels of all these images."""
-        return len(self.numbers) * self.height * self.width
+        """Pixels of all these images that take part."""
+        rows, columns = map(len, self.drawn) if self.drawn else (self.height, self.width)
+        return len(self.numbers) * rows * columns
 
 
-def members(sizes: Sequence[Size]) -> list[Members]:
-    """Return the groups that maps (C, h, w) of one level form, one for each size, in the order of their appearance."""
-    by_size: dict[tuple[int, int], Members] = {}
-    for number, (channels, height, width) in enumerate(sizes):
-        by_size.setdefault((height, width), Members([], channels, height, width)).numbers.append(number)
-    return list(by_size.values())
+def members(images: Sequence[Sequence[Size]], draw: Draw) -> list[list[Members]]:
+    """Return the groups that images form at each level, one for each size of map, in the order of their appearance.
+
+    Args:
+        images: the sizes of the maps of each image, one per level.
+        draw: the pixels that take part.
+    """
+    levels = []
+    for level, sizes in enumerate(zip(*images, strict=True)):
+        by_size: dict[tuple[int, int], Members] = {}
+        for number, (channels, height, width) in enumerate(sizes):
+            if (height, width) not in by_size:
+                by_size[height, width] = Members([], channels, height, width, draw.at(level, height, width))
+            by_size[height, width].numbers.append(number)
+        levels.append(list(by_size.values()))
+    return levels
 
 
-def gather(images: Sequence[list[Tensor]], labels: Tensor, *, pinned: bool = False) -> Batch:
+def gather(
+    images: Sequence[list[Tensor]],
+    labels: Tensor,
+    *,
+    pinned: bool = False,
+    groups: Sequence[Sequence[Members]] | None = None,
+) -> Batch:
     """Return the feature maps of images as a batch on the host; those of one level and size form one group.
 
     Args:
         images: one (C, h, w) tensor per level of each image.
         labels: their classes (n,).
         pinned: put the batch in pinned memory.
+        groups: those of each level; None: `members` of all pixels.
     """
-    levels: Batch = []
-    for maps in zip(*images, strict=True):
-        groups = []
-        for numbers, _, h, w in members([_size(features) for features in maps]):
-            x, y = torch.cat([maps[i].permute(1, 2, 0).flatten(0, 1) for i in numbers]), labels[numbers]
-            groups.append(Group(x.pin_memory(), y.pin_memory(), h, w) if pinned else Group(x, y, h, w))
-        levels.append(groups)
-    return levels
+    batch: Batch = []
+    for maps, level_groups in zip(zip(*images, strict=True), groups or _members_of(images, EVERY_PIXEL), strict=True):
+        batch.append([])
+        for numbers, _, h, w, drawn in level_groups:
+            pixels = [maps[i].permute(1, 2, 0) for i in numbers]
+            x = torch.cat([drawn.of(image) if drawn else image.flatten(0, 1) for image in pixels])
+            group = Group(x, labels[numbers], h, w, drawn)
+            batch[-1].append(group._replace(x=x.pin_memory(), labels=group.labels.pin_memory()) if pinned else group)
+    return batch
+
+
+def _members_of(images: Sequence[list[Tensor]], draw: Draw) -> list[list[Members]]:
+    """Return the groups that images on the host form at each level; see `members`."""
+    return members([[_size(features) for features in maps] for maps in images], draw)
 
 
 def _size(features: Tensor) -> Size:
@@ -124,10 +154,12 @@ class Part(Protocol):
 class Feed(Protocol):
     """The way from images on the host to parts of a batch."""
 
-    def parts(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> Sequence[Part]:
+    def parts(
+        self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL
+    ) -> Sequence[Part]:
         """Return images with their labels (n,), both on the CPU, as `count` parts, to be used in this order."""
 
-    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> None:
+    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL) -> None:
         """Begin to bring to the device what the next call of `parts` is given, the same objects."""
 
     def clear(self) -> None:
@@ -150,12 +182,14 @@ class HostFeed:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def parts(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> list[HostPart]:
+    def parts(
+        self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL
+    ) -> list[HostPart]:
         """Return images with their labels (n,) as `count` parts."""
         images = list(images)  # each is taken from the cache, or computed, once
-        return [HostPart(images[part], labels[part], self.device) for part in bounds(len(images), count)]
+        return [HostPart(images[part], labels[part], self.device, draw) for part in bounds(len(images), count)]
 
-    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> None:
+    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL) -> None:
         """Do nothing: the processor that would do it is at work on the step."""
 
     def clear(self) -> None:
@@ -165,13 +199,16 @@ class HostFeed:
 class HostPart:
     """A part that `HostFeed` gathers."""
 
-    def __init__(self, images: Sequence[list[Tensor]], labels: Tensor, device: torch.device) -> None:
+    def __init__(
+        self, images: Sequence[list[Tensor]], labels: Tensor, device: torch.device, draw: Draw = EVERY_PIXEL
+    ) -> None:
         self.images, self.labels, self.device = images, labels, device
-        self.members = [members([_size(x) for x in maps]) for maps in zip(*images, strict=True)]
+        self.members = _members_of(images, draw)
 
     def batch(self) -> Batch:
         """Return it as a new batch."""
-        return [[group.to(self.device) for group in groups] for groups in gather(self.images, self.labels)]
+        batch = gather(self.images, self.labels, groups=self.members)
+        return [[group.to(self.device) for group in groups] for groups in batch]
 
     def fill(self, batch: Batch) -> None:
         """Overwrite a batch of the same shapes with it."""
@@ -179,6 +216,8 @@ class HostPart:
             for target, group in zip(targets, groups, strict=True):
                 target.x.copy_(group.x)
                 target.labels.copy_(group.labels)
+                for drawn, own_drawn in zip(target.drawn or (), group.drawn or (), strict=True):
+                    drawn.copy_(own_drawn)
 
 
 class DeviceQueue:
@@ -201,6 +240,10 @@ class DeviceQueue:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return memory of the device for the consumer's stream."""
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def upload(self, values: Tensor) -> Tensor:
+        """Return a few values of the host on the device, for the consumer's stream; the host does not wait."""
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
         """Queue the copy of pinned memory to the device's, after an event if one is given; return the event of its end.
@@ -290,24 +333,28 @@ class DeviceFeed:
         self._copied: Any = None  # the event of the last copy out of the pinned buffer
         self._read: Any = None  # the event at which the device has read its own
         self._staged: _Staged | None = None
-        self._ahead: tuple[Any, Tensor, list[DevicePart]] | None = None  # images and labels of the next batch
+        self._ahead: tuple[Any, Tensor, Draw, list[DevicePart]] | None = None  # images, ... of the next batch
         self._source: Any = None
         self._resident: dict[int, _Resident] = {}
         self._resident_bytes = 0
         self._budget: float | None = None  # bytes that may stay on the device; None: not decided yet
 
-    def parts(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> list[DevicePart]:
+    def parts(
+        self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL
+    ) -> list[DevicePart]:
         """Return images with their labels (n,), both on the CPU, as `count` parts, to be used in this order."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is images and ahead[1] is labels and len(ahead[2]) == count:
-            return ahead[2]
-        return self._new_parts(images, labels, count)
+        if ahead is not None and ahead[0] is images and ahead[1] is labels:
+            _, _, drawn_ahead, parts = ahead
+            if (drawn_ahead, len(parts)) == (draw, count):
+                return parts
+        return self._new_parts(images, labels, count, draw)
 
-    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> None:
+    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL) -> None:
         """Bring the first part of the next batch on its way to the device; the next call of `parts` gets it."""
-        parts = self._new_parts(images, labels, count)
+        parts = self._new_parts(images, labels, count, draw)
         self._stage(parts[0])
-        self._ahead = images, labels, parts
+        self._ahead = images, labels, draw, parts
 
     def clear(self) -> None:
         """Give all memory back."""
@@ -315,7 +362,7 @@ class DeviceFeed:
             self.queue.finish(self._copied)
         self._forget()
 
-    def _new_parts(self, images: Sequence[list[Tensor]], labels: Tensor, count: int) -> list[DevicePart]:
+    def _new_parts(self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw) -> list[DevicePart]:
         numbers: Sequence[int | None] = [None] * len(images)
         taken: list[_Resident | list[Tensor]] = []
         if isinstance(images, Selection):
@@ -324,7 +371,7 @@ class DeviceFeed:
             taken += [self._resident.get(number) or images.kept(i) for i, number in enumerate(images.numbers)]
         else:
             taken += images
-        return [DevicePart(self, taken[part], numbers[part], labels[part]) for part in bounds(len(images), count)]
+        return [DevicePart(self, taken[part], numbers[part], labels[part], draw) for part in bounds(len(images), count)]
 
     def _decide(self, source: Sequence[list[Tensor]]) -> None:
         """Decide how much may stay on the device, once for a training set: when its first images have been used."""
@@ -426,12 +473,13 @@ class DevicePart:
         images: Sequence[_Resident | list[Tensor]],
         numbers: Sequence[int | None],
         labels: Tensor,
+        draw: Draw,
     ) -> None:
         self.feed, self.images, self.numbers, self.labels = feed, images, numbers, labels
         sizes = [
             image.sizes if isinstance(image, _Resident) else [_size(features) for features in image] for image in images
         ]
-        self.members = [members(level_sizes) for level_sizes in zip(*sizes, strict=True)]
+        self.members = members(sizes, draw)
 
     def batch(self) -> Batch:
         """Return it as a new batch, in float32 unless the maps are wider."""
@@ -439,13 +487,14 @@ class DevicePart:
         batch: Batch = []
         for level, groups in enumerate(self.members):
             batch.append([])
-            for numbers, channels, height, width in groups:
+            for group in groups:
                 dtype = torch.float32
-                for i in numbers:
+                for i in group.numbers:
                     dtype = torch.promote_types(dtype, images[i].levels[level].dtype)
-                x = self.feed.queue.empty((len(numbers) * height * width, channels), dtype)
-                labels = self.feed.queue.empty((len(numbers),), torch.int64)
-                batch[-1].append(Group(x, labels, height, width))
+                x = self.feed.queue.empty((group.pixels, group.channels), dtype)
+                labels = self.feed.queue.empty((len(group.numbers),), torch.int64)
+                drawn = group.drawn and Drawn(*(self.feed.queue.empty((len(i),), torch.int64) for i in group.drawn))
+                batch[-1].append(Group(x, labels, group.height, group.width, drawn))
         self._write(images, batch)
         return batch
 
@@ -456,6 +505,11 @@ class DevicePart:
     def _write(self, images: list[_Resident], batch: Batch) -> None:
         for level, (groups, targets) in enumerate(zip(self.members, batch, strict=True)):
             for group, target in zip(groups, targets, strict=True):
-                torch.cat([images[i].levels[level] for i in group.numbers], out=target.x)
+                pixels = [images[i].levels[level] for i in group.numbers]
+                if group.drawn and target.drawn:
+                    for indices, own_indices in zip(target.drawn, group.drawn, strict=True):
+                        indices.copy_(self.feed.queue.upload(own_indices))
+                    pixels = [target.drawn.of(rows.view(group.height, group.width, -1)) for rows in pixels]
+                torch.cat(pixels, out=target.x)
                 torch.cat([images[i].label for i in group.numbers], out=target.labels)
         self.feed.release(self)

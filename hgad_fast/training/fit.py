@@ -71,6 +71,9 @@ def fit(
 ) -> History:
     """Train a model on normal images, then calibrate it on held-out ones.
 
+    A method that has a closed form (`Detector.closed_form`) takes no steps: there is no checkpoint to resume from, and
+    the history is empty.
+
     Gradients are computed whatever the caller's mode is (`torch.no_grad`, `torch.inference_mode`).
 
     Batches of `batch_size` (or of all images, where there are fewer) depend on the configuration's seed alone: the
@@ -149,12 +152,21 @@ def fit(
         rows, held_out_rows = split(features.class_ids, fraction, model.config.seed)
         held_out = features.subset(held_out_rows) if calibration is None else features_of(calibration, "float32")
         _require_every_class(model, features, held_out)
-        run = _Run(model, features.subset(rows), folder, callbacks, display, Step(model, processes, cuda_graphs))
-        run.resume(resume)
-        run.train()
+        training = features.subset(rows)
+        history = History()
+        if model.closed_form:
+            display.say("fitting")
+            model.begin(training)
+            processes.share(trained_tensors(model).values())
+            model.finish(training)
+        else:
+            run = _Run(model, training, folder, callbacks, display, Step(model, processes, cuda_graphs))
+            run.resume(resume)
+            run.train()
+            history = run.history
         if processes.is_first:
             display.say("calibrating")
-            calibrate_on(model, held_out, false_alarm_rate, stand_in=run.features)
+            calibrate_on(model, held_out, false_alarm_rate, stand_in=training)
         model.calibration = processes.from_first(model.calibration)
         if folder is not None:
             with writing(folder / RUN), replacing(folder / RUN) as file:
@@ -163,7 +175,7 @@ def fit(
                 file.write_text(json.dumps({"data": os.path.abspath(root) if is_path else None}) + "\n")
             with writing(folder / MODEL):
                 model.save(folder / MODEL)
-    return run.history
+    return history
 
 
 def _require_every_class(model: Detector, *sets: FeatureSet) -> None:
@@ -248,6 +260,7 @@ class _Run:
         fetched: list[Tensor] = []
         fetch_every = FETCH_EVERY if self.model.device.type == "cuda" else 1
         stage, rate = 1, 0.0
+        self.step.number = passes * self.batches
         shares = [indices[self.processes.rank :: self.processes.count] for indices in self._batches(passes)]
         inputs = [(Selection(self.features.images, share), self.features.class_ids[share]) for share in shares]
         for batch, (images, labels) in enumerate(inputs):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..protocol import Detector
+from .drawing import Draw
 from .feeding import Batch, DeviceFeed, DeviceQueue, Feed, HostFeed, Part
 from .feeding import Group as Group  # for callers that make a batch themselves
 from .feeding import gather as gather
@@ -56,11 +57,19 @@ class Step:
     Each process takes its share of the images; the gradient is that of the mean over the pixels of all of them. With
     `accumulate` that share is processed in that many parts, which gives the same gradient in less memory. With
     `clip_grad_norm` the gradient of each of the method's clip groups is scaled down to that norm where it is longer.
+    With `pixels_per_step` the pixels are those that are drawn for the step, and nothing is computed of the others.
 
     Args:
         model: trained in place.
         processes: those that share the batches.
         graphs: record steps as CUDA graphs.
+
+    Attributes:
+        number: that of the next step in the training, from 0, on which its draw of pixels depends.
+        terms: the names of what the objective of the last step reports.
+
+    Raises:
+        ValueError: the model's device or the number of processes does not allow graphs, or the method no draw.
     """
 
     def __init__(self, model: Detector, processes: Processes, graphs: bool = False) -> None:
@@ -68,6 +77,11 @@ class Step:
             raise ValueError(f"cuda_graphs=True needs the model on a CUDA device; it is on {model.device}")
         if graphs and processes.count > 1:
             raise ValueError("cuda_graphs=True works in one process; leave it out where several train together")
+        if model.pixels_per_step is not None and not model.pointwise:
+            raise ValueError(
+                f"pixels_per_step is {model.pixels_per_step}: the method {model.config.method!r} looks at a map as a "
+                "whole, so no pixels can be left out; leave it None"
+            )
         self.model, self.config, self.processes, self.graphs = model, model.config, processes, graphs
         self.feed: Feed = HostFeed(model.device)
         if model.device.type == "cuda":
@@ -77,7 +91,8 @@ class Step:
             for group in self.optimizer.param_groups:
                 group |= {"capturable": True, "lr": torch.tensor(group["lr"], device=model.device)}
         self.clip_groups = model.clip_groups()
-        self.terms: tuple[str, ...] = ()  # the names of what the objective of the last step reports
+        self.terms: tuple[str, ...] = ()
+        self.number = 0
         self._stage = 0
         self._seen: Counter[Any] = Counter()
         self._recorded: dict[Any, _Recorded] = {}
@@ -101,7 +116,9 @@ class Step:
         """
         check_labels(labels, self.model)
         with on_device(self.model.device):
-            return self._step(images, labels, stage, rate)
+            terms = self._step(images, labels, stage, rate)
+        self.number += 1
+        return terms
 
     def _step(self, images: Sequence[list[Tensor]], labels: Tensor, stage: int, rate: float) -> Tensor:
         """Make one step, as `__call__` does, while the model's device is the current one."""
@@ -113,7 +130,7 @@ class Step:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        parts = self.feed.parts(images, labels, self._parts(images))
+        parts = self.feed.parts(images, labels, self._parts(images), self._draw())
         levels = range(len(parts[0].members))
         pixels = [sum(group.pixels for part in parts for group in part.members[level]) for level in levels]
         if self.graphs:
@@ -128,11 +145,15 @@ class Step:
             labels: likewise.
         """
         with on_device(self.model.device):
-            self.feed.prefetch(images, labels, self._parts(images))
+            self.feed.prefetch(images, labels, self._parts(images), self._draw())
 
     def _parts(self, images: Sequence[list[Tensor]]) -> int:
         """Return in how many parts these images are processed."""
         return min(self.config.accumulate, len(images))
+
+    def _draw(self) -> Draw:
+        """Return the draw of pixels of the next step."""
+        return Draw(self.model.pixels_per_step, self.config.seed, self.number)
 
     def _stage_loss(self, stage: int) -> nn.Module:
         """Return the objective of a stage, and note the terms that it reports."""
@@ -182,7 +203,7 @@ class Step:
 
         The first `EAGER_STEPS` of its shapes are made without, and so are all once `MAX_GRAPHS` others are recorded.
         """
-        shapes = [[(len(group.numbers), *group[1:]) for group in groups] for part in parts for groups in part.members]
+        shapes = [[(len(group.numbers), *group[1:4]) for group in groups] for part in parts for groups in part.members]
         key = str((len(parts), shapes))
         self._seen[key] += 1
         if key in self._recorded:

@@ -116,7 +116,7 @@ def test_each_map_is_the_one_that_score_makes(ablation, root):
     for fusion in ("product", "standardised"):
         model.calibration = ablate._calibration(model, normal, fusion)
         expected[fusion] = rounding.exact_and_tolerance(lambda model: model.score_features(levels).anomaly_map, model)
-    maps = ablate._calibrated_maps([part], model)
+    maps = {kind: of_kind for kind, (of_kind, _) in ablate._calibrated([part], model).items()}
     for fusion, (exact, tolerance) in expected.items():
         rounding.assert_within(maps[fusion][0], exact[0], tolerance[0])
 

@@ -122,8 +122,8 @@ def test_an_architecture_that_keeps_channels_last_gives_channels_first():
 
 
 def test_an_architecture_of_fixed_size_says_so():
-    backbone = Backbone(config("test_vit3", feature_levels=2))
-    with pytest.raises(ValueError, match=r"test_vit3 cannot take images of 80 x 80 pixels: .*backbone_arch"):
+    backbone = Backbone(config("test_vit_relpos", feature_levels=2))
+    with pytest.raises(ValueError, match=r"test_vit_relpos cannot take images of 80 x 80 pixels: .*backbone_arch"):
         backbone(torch.randn(1, 3, 160, 160))
 
 

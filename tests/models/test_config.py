@@ -23,9 +23,10 @@ COUNTS = (
     "sub_epochs",
     "batch_size",
     "pos_embed_dim",
+    "grid_stride",
 )
 NUMBERS = ("clamp_alpha", "lambda1", "lambda2", "label_smoothing", "lr", "calibration_fraction")
-CHOICES = ("flow_arch", "fusion", "feature_mode", "precision", "memory")
+CHOICES = ("flow_arch", "fusion", "feature_scaling", "feature_mode", "precision", "memory")
 NEITHER_NUMBER_NOR_NAME = (
     b"3",
     {},
@@ -46,6 +47,7 @@ BAD = {
     "seed": (None, "0", -1, 2**63, 0.0, (0,)),
     "accumulate": (None, "2", 0, -1, 2.0, 9, (2,)),
     "clip_grad_norm": ("1", 0, -1, 10**400, (1.0,), 1j),
+    "pixels_per_step": ("64", 0, -1, 64.0, (64,)),
     "checkpoint_every": (None, "0", -1, 4.0, (4,)),
     "center_crop": (None, "False", 0, 1, 1.0),
     "class_names": (3, "abc", (), ("a", "b"), ("a", "b", "b"), ("a", "b", 3), ("a", "b", ["c"]), ("a", "b", "")),
@@ -137,6 +139,37 @@ def test_json_round_trip():
     assert HGADConfig.from_json(HGADConfig().to_json()) == HGADConfig()
     assert HGADConfig(lambda1=1).to_json() == HGADConfig(lambda1=1.0).to_json()
     assert json.loads(config.to_json())["class_names"] == ["Schraube ä", 'a "b"']
+
+
+def test_fields_that_were_added_are_in_json_where_they_differ():
+    """So that files of before them are the files of today: they compare and hash alike."""
+    added = {"grid_stride": 8, "feature_scaling": "std", "pixels_per_step": 64}
+    assert HGADConfig.added.keys() == added.keys()
+    assert not json.loads(HGADConfig().to_json()).keys() & added.keys()
+    config = HGADConfig(**added)
+    assert {name: json.loads(config.to_json())[name] for name in added} == added
+    assert HGADConfig.from_json(config.to_json()) == config
+    assert config.identity() != HGADConfig().identity()
+
+
+def test_presets():
+    official = HGADConfig.preset("official", n_classes=5)
+    assert official == HGADConfig(n_classes=5, fusion="product", center_crop=True)
+    fast = HGADConfig.preset("fast", seed=3)
+    assert (fast.seed, fast.pixels_per_step, fast.feature_scaling, fast.coupling_layers) == (3, 64, "std", 8)
+    assert fast.replace(lr=2e-3).lr == 2e-3
+    with pytest.raises(ValueError, match="HGADConfig has no preset 'slow'; there are: official, fast"):
+        HGADConfig.preset("slow")
+
+
+def test_one_class_has_no_entropy_map():
+    for fusion in ("product", "standardised", "likelihood"):
+        HGADConfig(n_classes=1, fusion=fusion)
+    HGADConfig(n_classes=2, fusion="entropy")
+    with pytest.raises(
+        ValueError, match="fusion is 'entropy'; allowed: another one with n_classes=1: the posterior of one"
+    ):
+        HGADConfig(n_classes=1, fusion="entropy")
 
 
 def test_an_unknown_field_is_named():

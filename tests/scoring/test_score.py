@@ -336,6 +336,7 @@ def test_an_inferred_class_has_the_bits_of_a_given_one(calibrated, monkeypatch):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("size", [(24, 35), (7, 90), (61, 24), (24, 24)])
 def test_bands_of_a_map_fit_together(calibrated, monkeypatch, size):
+    monkeypatch.setattr(maps, "SMALL_MAP", 0)
     (actual,) = densities.densities(calibrated, random_features(1), None)
     level_max = calibrated.calibration.level_max
     for grid in [(24, 35), (35, 24), (24, 24)]:
@@ -350,6 +351,18 @@ def test_bands_of_a_map_fit_together(calibrated, monkeypatch, size):
         maps.write_calibrated(on_grid, actual, level_max, grid)
         assert torch.equal(maxima, on_grid.amax((1, 2)))
         assert frobenius(whole, maps.resample(on_grid, size)) < SAME_IN_FLOAT64
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("grid", [(24, 24), (24, 35), (41, 24), (3, 5)])
+def test_small_maps_are_the_same_by_products_of_matrices(calibrated, monkeypatch, grid):
+    (actual,) = densities.densities(calibrated, random_features(1), None)
+    level_max = calibrated.calibration.level_max
+    by_products, step_by_step = torch.empty(2, 1, *grid)
+    maps.write_calibrated(by_products, actual, level_max, grid)
+    monkeypatch.setattr(maps, "SMALL_MAP", 0)
+    maps.write_calibrated(step_by_step, actual, level_max, grid)
+    assert frobenius(by_products, step_by_step) < SAME_IN_FLOAT64
 
 
 # ------------------------------------------------------------------------------------------------ images

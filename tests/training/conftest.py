@@ -134,6 +134,9 @@ class LateQueue:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
+    def upload(self, values: Tensor) -> Tensor:
+        return values.clone()
+
     def copy(self, target: Tensor, source: Tensor, after: int | None) -> int:
         assert after == self.read, "a copy may overwrite what the device has not read yet"
         event = self.event()

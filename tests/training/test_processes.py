@@ -43,7 +43,8 @@ SCRIPT = """
     model = HGADModel(HGADConfig(
         n_classes=2, n_intra_centers=3, backbone_arch=None, feature_levels=2, feature_dims=(8, 7), coupling_layers=2,
         pos_embed_dim=8, msk_size=16, meta_epochs=5, sub_epochs=2, batch_size=6, lr=1e-3,
-        accumulate=2 if rank and case == 'train' else 1,
+        accumulate=2 if rank and case in ('train', 'drawn') else 1,
+        **{"pixels_per_step": 6, "feature_scaling": "whiten"} if case == "drawn" else {},
     )).double()
     if case == "killed" and rank:
         steps, call = [], step.Step.__call__
@@ -99,14 +100,18 @@ def outcomes(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
             process.kill()
 
 
-def test_two_processes_train_what_one_does(tmp_path):
-    """20 steps, maps of several sizes, three images for either process, which one takes in two parts."""
+@pytest.mark.parametrize("case", ["train", "drawn"])
+def test_two_processes_train_what_one_does(tmp_path, case):
+    """20 steps, maps of several sizes, three images for either process, which one takes in two parts.
+
+    Also where a part of the pixels is drawn in each step.
+    """
     single, pair = tmp_path / "single", tmp_path / "pair"
     single.mkdir()
     pair.mkdir()
-    assert outcomes([*start(single, "train", 1), *start(pair, "train", 2)]) == [(0, "")] * 3
-    expected = torch.load(single / "train 0.pt")
-    actual = [torch.load(pair / f"train {rank}.pt") for rank in (0, 1)]
+    assert outcomes([*start(single, case, 1), *start(pair, case, 2)]) == [(0, "")] * 3
+    expected = torch.load(single / f"{case} 0.pt")
+    actual = [torch.load(pair / f"{case} {rank}.pt") for rank in (0, 1)]
     for rank in (0, 1):
         for name, tensor in expected["model"].items():
             torch.testing.assert_close(

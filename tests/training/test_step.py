@@ -171,6 +171,7 @@ def test_the_check_sees_what_waits():
         {},
         {"clip_grad_norm": 1.0, "accumulate": 2},
         {"memory": "reversible"},
+        {"pixels_per_step": 4, "feature_scaling": "whiten"},
         {"precision": "bf16", "memory": "reversible"},
     ],
 )

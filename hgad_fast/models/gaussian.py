@@ -1,0 +1,517 @@
+"""GaussianModel: a Gaussian of each class and each place of the feature map, in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..features.backbone import Backbone, FeatureMaps
+from ..features.extract import FeatureSet, feature_set
+from ..features.joining import joined
+from ..methods import register
+from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
+from ..protocol import Densities, OfficialMaps
+from ..scoring.maps import BLUR_SIGMA, blur, upsample
+from .config import GaussianConfig
+from .detector import Detector
+
+MOMENT_PIXELS = 2**17  # pixels, of all images together, that the whitening is made from
+PIXELS_TOGETHER = 2**14  # pixels of images that are added to the sums together
+PARTS = 8  # of the places of a single image, of which all classes are compared in the first one
+LOG_2_PI = math.log(2 * math.pi)
+
+
+@dataclass
+class GaussianDensities(Densities):
+    """Densities with the distances that maps and scores are made of.
+
+    Attributes:
+        distances: by the names of the parts (B, h, w), the Mahalanobis distance to the Gaussian of the place by the
+            stages that the map is made of.
+        all_distances: the same by all stages.
+    """
+
+    distances: dict[str, Tensor] = field(default_factory=dict)
+    all_distances: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, list[Tensor]]:
+        """The log-densities by the names of the parts: one for each backbone."""
+        return {name: [logps] for name, logps in zip(self.distances, self.logps, strict=True)}
+
+    def anomalies(self, level_max: Tensor, scope: str = "map") -> list[list[Tensor]]:
+        """Return the distances (B, h, w) of each part: those of the map, or with ``scope="all"`` those by all stages.
+
+        A distance needs no constant of normal images: it is in units of their spread at its place.
+        """
+        return [[distance] for distance in (self.all_distances if scope == "all" else self.distances).values()]
+
+    def images(self) -> Iterator[Densities]:
+        """Yield the densities of one image after the other, with B = 1."""
+        for i in range(len(self.group_ids)):
+            yield GaussianDensities(
+                [logps[i : i + 1] for logps in self.logps],
+                [],
+                self.group_ids[i : i + 1],
+                {name: distance[i : i + 1] for name, distance in self.distances.items()},
+                {name: distance[i : i + 1] for name, distance in self.all_distances.items()},
+            )
+
+
+@register
+class GaussianModel(Detector):
+    """One anomaly detector for all classes that is not trained: Gaussians of each class and place, in closed form.
+
+    The stages of a backbone are joined on one grid and whitened. For each class and place of the grid a Gaussian is
+    fitted: the mean of the place, and its covariance, shrunk towards the mean of those of the class (see
+    `modules.place_gaussian`). The anomaly map is the Mahalanobis distance of each pixel by the stages that are not
+    coarser than the grid, which say best where a defect is; the image score is the maximum of the map by all stages,
+    which say best whether there is one. It is HGAD without coupling blocks, with one centre a class, a full covariance
+    instead of the identity, and parameters that depend on the place. Of published methods PaDiM (arXiv 2011.08785) is
+    next to it: that has one Gaussian a place, of channels drawn at random, and one model a class.
+
+    Objects have to lie where those of the training images lie, as they do under a fixed camera; a texture may lie
+    anyhow. An image of other proportions than the training images of every class is refused.
+
+    Args:
+        config: a `GaussianConfig`.
+
+    Attributes:
+        whitenings: of each level (a level for each backbone; what the user brings is one level).
+        gaussians: `PlaceGaussians` of each level; empty before `fit`.
+    """
+
+    config_class = GaussianConfig
+    config: GaussianConfig
+    encoder: Backbone | None
+    closed_form = True
+
+    def build(self) -> None:
+        """Make the whitenings, and the Gaussians of a configuration that knows its grids."""
+        config = self.config
+        self.whitenings = nn.ModuleList(
+            Whitening(sum(dims), min(config.dim, sum(dims[:fine])), min(config.coarse_dim, sum(dims[fine:])))
+            for dims, fine in zip(self._stage_dims, self._fine_stages, strict=True)
+        )
+        self.gaussians = nn.ModuleList()
+        if config.grids is not None:
+            self._make_gaussians()
+
+    def _make_gaussians(self) -> None:
+        """Make Gaussians without images on the grids of the configuration."""
+        config, assert_grids = self.config, self.config.grids
+        assert assert_grids is not None
+        self.gaussians = nn.ModuleList(
+            PlaceGaussians(grids, whitening.dim, whitening.coarse_dim, config.shrinkage, config.floor)
+            for grids, whitening in zip(zip(*assert_grids, strict=True), self._whitenings, strict=True)
+        )
+
+    # ---- levels and groups
+
+    @property
+    def _stage_dims(self) -> list[tuple[int, ...]]:
+        """The channels of the stages of each level."""
+        if isinstance(self.encoder, Backbone):
+            return list(self.encoder.stage_dims)
+        return [tuple(self.feature_dims)]
+
+    @property
+    def _fine_stages(self) -> list[int]:
+        """The number of stages, from the first, that the map of each level is made of."""
+        wanted, dims = self.config.map_stages, self._stage_dims
+        if wanted is None:
+            return list(self.encoder.fine_stages) if isinstance(self.encoder, Backbone) else [len(dims[0])]
+        if wanted > min(map(len, dims)):
+            raise ValueError(
+                f"GaussianConfig.map_stages is {wanted}, and there are {min(map(len, dims))} stages (out_indices, or "
+                "feature_dims without a backbone)"
+            )
+        return [wanted] * len(dims)
+
+    @property
+    def _whitenings(self) -> list[Whitening]:
+        return list(cast(Any, self.whitenings))
+
+    @property
+    def _gaussians(self) -> list[PlaceGaussians]:
+        return list(cast(Any, self.gaussians))
+
+    @property
+    def density_levels(self) -> int:
+        """The levels that have Gaussians: one for each backbone."""
+        return len(self.whitenings)
+
+    @property
+    def groups_are_classes(self) -> bool:  # type: ignore[override]
+        """Whether each class has Gaussians of its own."""
+        return self.config.grouping == "class"
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The classes, or "all", or "cluster 0", "cluster 1", ..."""
+        if self.config.grouping == "one":
+            return ("all",)
+        if self.config.grouping == "clusters":
+            return tuple(f"cluster {k}" for k in range(self.config.n_clusters))
+        return self.config.names
+
+    def adopt_classes(self, names: tuple[str, ...], source: str) -> None:
+        """Take over the class names of a dataset; without groups of classes they are for people alone."""
+        if self.groups_are_classes:
+            super().adopt_classes(names, source)
+        elif not len(self.gaussians):
+            self.config = self.config.replace(n_classes=len(names), class_names=names)
+
+    @property
+    def fusion(self) -> str:
+        """The maps of several backbones are added in units of the peaks of normal images."""
+        return "standardised"
+
+    @property
+    def scored_on(self) -> str:
+        """``"all"``: the image score is that of the map by all stages, where there are coarse ones; else ``"map"``."""
+        return "all" if any(whitening.coarse_dim for whitening in self._whitenings) else "map"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the sizes of the Gaussians, and how many images they know."""
+        facts: dict[str, Any] = {}
+        for level, (whitening, gaussians) in enumerate(zip(self._whitenings, self.gaussians, strict=False)):
+            title = f"level {level}, " if len(self.gaussians) > 1 else ""
+            facts[f"{title}dimensions"] = f"{whitening.dim}" + (
+                f", {whitening.dim + whitening.coarse_dim} for the image score" if whitening.coarse_dim else ""
+            )
+            grids = " ".join(f"{h} x {w}" for h, w in cast(PlaceGaussians, gaussians).distinct)
+            facts[f"{title}places"] = grids
+        if len(self.gaussians):
+            counts = self._gaussians[0].images.tolist()
+            facts["images a group"] = ", ".join(f"{n} {k}" for n, k in zip(self.groups, counts, strict=True))
+        return facts
+
+    # ---- fitting
+
+    @torch.no_grad()
+    def begin(self, feature_set: FeatureSet) -> None:
+        """Fit the model to features of normal images, in closed form.
+
+        The result has the same bits in whatever order the images come.
+
+        Raises:
+            ValueError: a class has fewer than 2 images, images of a group differ in their proportions, or features are
+                not finite.
+        """
+        if self.groups_are_classes:
+            counts = torch.bincount(feature_set.class_ids, minlength=self.config.n_classes).tolist()
+            if few := [name for name, count in zip(self.groups, counts, strict=True) if count < 2]:
+                raise ValueError(f"class {few[0]!r} has fewer than 2 training images, and a covariance takes 2")
+        sizes = self._fit_whitenings(feature_set)
+        members = self._members(feature_set)
+        self.config = self.config.replace(grids=self._grids(sizes, members))
+        self._make_gaussians()
+        self.gaussians.to(self._whitenings[0].mean)
+        self._add(feature_set, members)
+
+    def finish(self, feature_set: FeatureSet) -> None:
+        """Solve for the Gaussians; of several processes, all have the sums of the first by now."""
+        self._solve()
+
+    @torch.no_grad()
+    def add(self, data: Any) -> None:
+        """Add normal images to those that the Gaussians know. The whitening stays, and so do the thresholds.
+
+        The result has the same bits in whatever order, and in whatever parts, images are added. Afterwards `calibrate`
+        on images that are in none of them.
+
+        Args:
+            data: as for `fit`.
+
+        Raises:
+            ValueError: the model is not fitted; or as `begin`.
+        """
+        self._require_fitted()
+        images = feature_set(cast(Any, self), data)
+        self._add(images, self._members(images))
+        self._solve()
+
+    def _fit_whitenings(self, feature_set: FeatureSet) -> list[tuple[tuple[int, int], ...]]:
+        """Fit the whitenings to a part of the pixels of each image; return the (h, w) of each image's levels."""
+        quota = MOMENT_PIXELS / max(len(feature_set), 1)
+        moments = [Moments() for _ in self.whitenings]
+        sizes = []
+        for i in range(len(feature_set)):
+            maps = self._joined([level[None] for level in feature_set.images[i]])
+            sizes.append(tuple((x.shape[2], x.shape[3]) for x in maps))
+            for x, level_moments in zip(maps, moments, strict=True):
+                if not x.isfinite().all():
+                    raise ValueError(f"image {i} of those fitted has a NaN or an infinity in its features")
+                step = max(1, int(math.sqrt(x[0, 0].numel() / quota)))
+                level_moments.add(x[0, :, step // 2 :: step, step // 2 :: step].flatten(1).T)
+        for whitening, level_moments, dims, fine in zip(
+            self._whitenings, moments, self._stage_dims, self._fine_stages, strict=True
+        ):
+            whitening.fit(level_moments, dims, fine)
+        return sizes
+
+    def _members(self, feature_set: FeatureSet) -> list[list[int]]:
+        """Return the numbers of the images of each group."""
+        if self.config.grouping == "one":
+            return [list(range(len(feature_set)))]
+        if self.groups_are_classes:
+            ids = feature_set.class_ids
+        elif len(self.gaussians):  # images that are added go where they are most likely
+            ids = torch.cat(
+                [
+                    self.densities(FeatureMaps.of([x[None] for x in feature_set.images[i]]), None).group_ids
+                    for i in range(len(feature_set))
+                ]
+            )
+        else:
+            ids = self._clusters(feature_set)
+        return [(ids == k).nonzero().flatten().tolist() for k in range(len(self.groups))]
+
+    def _clusters(self, feature_set: FeatureSet) -> Tensor:
+        """Return the cluster (n,) of each image, by k-means of the means of its whitened features."""
+        from sklearn.cluster import KMeans
+
+        count = self.config.n_clusters
+        if len(feature_set) < count:
+            raise ValueError(
+                f"GaussianConfig.n_clusters is {count}, and there are {len(feature_set)} training images; take fewer"
+            )
+        vectors = np.stack(
+            [
+                np.concatenate([y.mean(0).double().cpu().numpy() for y, _ in self._whitened_image(feature_set, i)])
+                for i in range(len(feature_set))
+            ]
+        )
+        order = np.lexsort(vectors.T)  # the seeding of k-means goes by the order of the images
+        kmeans = KMeans(count, n_init=10, random_state=self.config.seed % 2**32)
+        ids = np.empty(len(vectors), np.int64)
+        ids[order] = kmeans.fit_predict(vectors[order])
+        return torch.from_numpy(ids)
+
+    def _grids(self, sizes: Sequence[tuple[tuple[int, int], ...]], members: list[list[int]]) -> tuple[Any, ...]:
+        """Return the grid of each level of each group: the most frequent size of its images, and of equals the least.
+
+        Raises:
+            ValueError: another image of the group has other proportions.
+        """
+        everywhere = Counter(sizes)
+        grids = []
+        for name, rows in zip(self.groups, members, strict=True):
+            counts = Counter(sizes[i] for i in rows) or everywhere  # a cluster may be empty
+            grid = min(counts, key=lambda size: (-counts[size], size))
+            for size in counts:
+                if not all(grid_fits(h_w, level_grid) for h_w, level_grid in zip(size, grid, strict=True)):
+                    raise ValueError(
+                        f"training images of {name!r} have feature maps of {_times(size[0])} and of {_times(grid[0])} "
+                        "cells: their proportions differ by more than 5%, so that their places do not correspond. Give "
+                        "each class images of one shape, or set center_crop=True"
+                    )
+            grids.append(grid)
+        return tuple(grids)
+
+    def _add(self, feature_set: FeatureSet, members: list[list[int]]) -> None:
+        """Add images to the sums of their groups."""
+        for k, rows in enumerate(members):
+            for level, gaussians in enumerate(self._gaussians):
+                grid = gaussians.grids[k]
+                together = max(1, PIXELS_TOGETHER // math.prod(grid))
+                for start in range(0, len(rows), together):
+                    images = [self._on_grid(feature_set, i, level, k) for i in rows[start : start + together]]
+                    gaussians.add(k, torch.stack(images))
+
+    def _solve(self) -> None:
+        for gaussians in self._gaussians:
+            gaussians.solve()
+
+    def _on_grid(self, feature_set: FeatureSet, i: int, level: int, group: int) -> Tensor:
+        """Return the whitened features (P, D) of image i on the grid of its group."""
+        y, size = list(self._whitened_image(feature_set, i))[level]
+        grid = self._gaussians[level].grids[group]
+        if not grid_fits(size, grid):
+            raise ValueError(self._misfit(size, [group], level))
+        return y if size == grid else y[places(grid, size, y.device)]
+
+    def _whitened_image(self, feature_set: FeatureSet, i: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Yield the whitened features (h w, D) of each level of image i, and their (h, w)."""
+        return self._whitened([level[None].to(self.device) for level in feature_set.images[i]])
+
+    def _whitened(self, levels: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Yield the whitened features (B h w, D) of each level, image after image, and their (h, w)."""
+        for x, whitening in zip(self._joined(levels), self._whitenings, strict=True):
+            pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+            yield whitening(pixels), (x.shape[2], x.shape[3])
+
+    def _joined(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Return the levels (B, C, h, w): the encoder's, or one of what the user brings, joined on one grid."""
+        if isinstance(self.encoder, Backbone) or len(levels) == 1:
+            return list(levels)
+        strides = [1 / math.sqrt(x[0, 0].numel()) for x in levels]
+        return [joined(levels, strides, self._fine_stages[0] - 1)]  # type: ignore[arg-type]
+
+    def _require_fitted(self) -> None:
+        """Raise a ValueError where there are no Gaussians yet."""
+        if not len(self.gaussians):
+            raise ValueError("the model is not fitted: call fit on normal images first")
+
+    def _misfit(self, size: tuple[int, int], groups: Sequence[int], level: int = 0) -> str:
+        """Return the error for a feature map whose places are not those of any of the groups."""
+        gaussians = self._gaussians[level]
+        grids = ", ".join(sorted({_times(gaussians.grids[k]) for k in groups}))
+        return (
+            f"a feature map of {_times(size)} cells (height x width) has other proportions, by more than 5%, than the "
+            f"{grids} that the model was fitted to, so that its places do not correspond: crop or pad the image to the "
+            "shape of the training images, or train with center_crop=True"
+        )
+
+    # ---- scoring
+
+    @torch.no_grad()
+    def densities(self, maps: FeatureMaps, group_ids: Tensor | None) -> Densities:
+        """Return the log-density of each pixel under its image's class, over D, and its Mahalanobis distances.
+
+        Without `group_ids` an image takes the class with the largest sum over the levels of the mean log-density over
+        the pixels, divided by D.
+
+        Raises:
+            ValueError: the maps have other proportions than the training images.
+        """
+        self._require_fitted()
+        levels = list(self._whitened([x.to(self.device) for x in maps.whole()]))
+        fitting = [
+            k
+            for k in range(len(self.groups))
+            if int(self._gaussians[0].images[k])
+            and all(grid_fits(size, gaussians.grids[k]) for (_, size), gaussians in self._by_level(levels))
+        ]
+        wanted = fitting if group_ids is None else sorted(set(group_ids.tolist()))
+        if group_ids is None and not fitting or not set(wanted) <= set(fitting):
+            raise ValueError(self._misfit(levels[0][1], range(len(self.groups)) if group_ids is None else wanted))
+        by_group: dict[int, list[Distances]] = {}
+        if group_ids is None:
+            infer = self._infer_one if maps.batch == 1 and self.device.type == "cpu" else self._infer
+            group_ids, by_group = infer(levels, maps.batch, fitting)
+        else:
+            by_group = {k: [g.distances(y, size, k) for (y, size), g in self._by_level(levels)] for k in wanted}
+        logps, distances, all_distances = [], {}, {}
+        for level, ((_, size), gaussians) in enumerate(self._by_level(levels)):
+            width = gaussians.width
+            shape = maps.batch, *size
+            of_image = [by_group[k][level] for k in group_ids.tolist()]
+            fine, total = (
+                torch.stack([x.view(shape)[i] for i, x in enumerate(squares)])
+                for squares in zip(*of_image, strict=True)
+            )
+            log_dets = torch.stack([gaussians.log_dets(size, k).view(size) for k in group_ids.tolist()])
+            name = self._part_names[level]
+            distances[name], all_distances[name] = fine.sqrt(), total.sqrt()
+            logps.append(-(total + log_dets + width * LOG_2_PI) / (2 * width))
+        return GaussianDensities(logps, [], group_ids, distances, all_distances)
+
+    def _by_level(self, levels: Sequence[Any]) -> Iterator[tuple[Any, PlaceGaussians]]:
+        return zip(levels, self._gaussians, strict=True)
+
+    @property
+    def _part_names(self) -> list[str]:
+        """The names of the parts of the densities: the backbones, where there are several."""
+        count = len(self.whitenings)
+        return ["likelihood"] if count == 1 else str(self.config.backbone_arch).split("+")
+
+    def _infer(
+        self, levels: Sequence[tuple[Tensor, tuple[int, int]]], batch: int, fitting: list[int]
+    ) -> tuple[Tensor, dict[int, list[Distances]]]:
+        """Return the class of each image, (B,) on the CPU, and all distances to each class."""
+        by_group: dict[int, list[Distances]] = {k: [] for k in fitting}
+        evidence = torch.zeros(batch, len(fitting), dtype=torch.float64, device=self.device)
+        for (y, size), gaussians in self._by_level(levels):
+            for j, members in enumerate(gaussians.members):
+                if not set(members) & set(fitting):
+                    continue
+                fine, total = gaussians.all_distances(j, y, size)
+                for row, k in enumerate(members):
+                    if k in by_group:
+                        by_group[k].append(Distances(fine[:, row], total[:, row]))
+            for column, k in enumerate(fitting):
+                squares = by_group[k][-1].total.view(batch, -1)
+                evidence[:, column] += self._evidence(squares.mean(1, dtype=torch.float64), gaussians, size, k)
+        return torch.tensor(fitting)[evidence.argmax(1).cpu()], by_group
+
+    def _evidence(self, mean_square: Any, gaussians: PlaceGaussians, size: tuple[int, int], k: int) -> Any:
+        """Return the mean log-density over D, but for what all classes have in common, of the mean squared distance."""
+        return -(mean_square + gaussians.mean_log_det(size, k)) / (2 * gaussians.width)
+
+    def _infer_one(
+        self, levels: Sequence[tuple[Tensor, tuple[int, int]]], batch: int, fitting: list[int]
+    ) -> tuple[Tensor, dict[int, list[Distances]]]:
+        """Return what `_infer` does, but the distances to the winner alone, of a single image on a CPU.
+
+        There, reading the Gaussians is what takes time. Every class is looked at in one of the `PARTS` of the places
+        first, and in all of them the class that is likeliest by these. What another class has in the parts that were
+        looked at is the most that it can reach, as distances are not negative: further parts are looked at while that
+        is more than the best class has. As a rule none are.
+        """
+        if any(size != gaussians.grids[k] for (_, size), gaussians in self._by_level(levels) for k in fitting):
+            return self._infer(levels, batch, fitting)
+        parts = [slice(first, None, PARTS) for first in range(PARTS)]
+        sums: dict[int, list[float]] = {k: [] for k in fitting}  # of squared distances, at each level
+        for (y, size), gaussians in self._by_level(levels):
+            for j, members in enumerate(gaussians.members):
+                totals = gaussians.all_distances(j, y, size, parts[0]).total.sum(0, dtype=torch.float64)
+                for k, total in zip(members, totals.tolist(), strict=True):
+                    if k in sums:
+                        sums[k].append(total)
+
+        def evidence(k: int, share: float = 1.0) -> float:
+            """Return the evidence for a class whose squared distances in a share of the places have these sums."""
+            terms = zip(sums[k], self._by_level(levels), strict=True)
+            return sum(self._evidence(total / (share * len(y)), g, size, k) for total, ((y, size), g) in terms)
+
+        def look_everywhere(k: int) -> None:
+            by_group[k] = [g.distances(y, size, k) for (y, size), g in self._by_level(levels)]
+            sums[k] = [float(squares.total.sum(dtype=torch.float64)) for squares in by_group[k]]
+
+        by_group: dict[int, list[Distances]] = {}
+        look_everywhere(max(fitting, key=lambda k: evidence(k, 1 / PARTS)))
+        looked_at = dict.fromkeys(fitting, 1)
+        while (best := max(fitting, key=evidence)) not in by_group:
+            if looked_at[best] == PARTS:
+                look_everywhere(best)
+                continue
+            part = parts[looked_at[best]]
+            for level, ((y, size), gaussians) in enumerate(self._by_level(levels)):
+                squares = gaussians.distances(y, size, best, part).total
+                sums[best][level] += float(squares.sum(dtype=torch.float64))
+            looked_at[best] += 1
+        return torch.tensor([best]), by_group
+
+    def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
+        """Return the maps of the distances and their scores with the class given and without calibration.
+
+        Nothing was published: it is what the honest protocol does, but for the class and the weights of the maps.
+        """
+        size = (self.config.msk_size, self.config.msk_size)
+        sums = {"map": [], "all": []}  # type: dict[str, list[Tensor]]
+        for batch in batches:
+            for scope, maps in sums.items():
+                levels = [levels[0] for levels in batch.anomalies(torch.empty(0), scope)]
+                maps.append(blur(torch.stack([upsample(x, size) for x in levels]).sum(0), BLUR_SIGMA))
+        scores = torch.cat(sums[self.scored_on]).amax((1, 2))
+        return {"": OfficialMaps(torch.cat(sums["map"]), scores, "Mahalanobis distances, not calibrated")}
+
+    def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
+        """Return the bytes of the distances to each class, and those of the joined and the whitened features."""
+        channels = max(sum(dims) for dims in self._stage_dims)
+        width = max(whitening.dim + whitening.coarse_dim for whitening in self._whitenings)
+        pixels = sum(h * w for h, w in sizes)
+        return 8 * pixels * (1 if group_known else len(self.groups)), 4 * pixels * (2 * channels + 3 * width)
+
+
+def _times(size: Sequence[int]) -> str:
+    return " x ".join(map(str, size))

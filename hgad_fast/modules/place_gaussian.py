@@ -1,0 +1,336 @@
+"""Gaussians of each group of images and each place of the feature map, in closed form from running sums.
+
+The sums are of whole numbers: features are whitened and rounded to multiples of `STEP`, and additions of whole numbers
+are exact. So a model depends on the images that it has seen, and on neither their order nor how they came in parts.
+
+Symbols: G groups; P = h w places of a grid; d values that the anomaly map is made of; D >= d all values, of which the
+others count for the image score alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import place_distances
+
+STEP = 2.0**-8  # of a standard deviation, to which whitened features are rounded: its variance is 1e-6 of theirs
+MAX_ASPECT = 1.05  # ratio of the aspect ratios of two grids whose places correspond
+MIN_EIGENVALUE = 1e-6  # of the largest: directions of less variance are not stretched further
+CHUNK_BYTES = 2**27  # of products in float64 that exist at a time
+
+
+class ExactSum:
+    """A sum of tensors of one shape that is the same in any order: each is split into whole multiples of fixed steps.
+
+    Values must be below 2^59 in magnitude; what is below 2^-61 is rounded.
+    """
+
+    STEPS = (2.0**20, 2.0**-20, 2.0**-60)  # each takes 40 bits, which leaves room for 2^23 summands
+
+    def __init__(self) -> None:
+        self._totals: list[Any] = [0] * len(self.STEPS)
+
+    def add(self, x: Tensor) -> None:
+        """Add a tensor of float64."""
+        for i, step in enumerate(self.STEPS):
+            multiples = (x / step).round()
+            self._totals[i] = self._totals[i] + multiples.to(torch.int64)
+            x = x - multiples * step
+
+    def value(self) -> Tensor:
+        """Return the sum in float64."""
+        return sum(total.double() * step for total, step in zip(self._totals, self.STEPS, strict=True))
+
+
+class Moments:
+    """Exact running sums of features x (C,): how many there are, their sum, and that of their products x x^T."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._total, self._products = ExactSum(), ExactSum()
+
+    def add(self, x: Tensor) -> None:
+        """Add the features (N, C) of an image."""
+        x = x.double().cpu()
+        self.count += len(x)
+        self._total.add(x.sum(0))
+        self._products.add(x.T @ x)
+
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """Return the mean (C,) and the covariance (C, C) of what was added, in float64."""
+        mean = self._total.value() / self.count
+        return mean, self._products.value() / self.count - mean[:, None] * mean
+
+
+class Whitening(nn.Module):
+    """The linear map that makes joined stages of features uncorrelated, with a variance of 1.
+
+    Each stage is divided by its standard deviation. Of the fine stages the `dim` principal components are taken, and of
+    what the coarse stages have beyond that, which no linear function of those components tells, `coarse_dim`.
+
+    Args:
+        channels: of all stages.
+        dim: principal components of the fine stages.
+        coarse_dim: of the others.
+
+    Attributes:
+        mean: (C,), subtracted first.
+        matrix: (C, D), then multiplied by.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, channels: int, dim: int, coarse_dim: int) -> None:
+        super().__init__()
+        self.dim, self.coarse_dim = dim, coarse_dim
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("matrix", torch.zeros(channels, dim + coarse_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the whitened values (N, D) of features (N, C)."""
+        return (x.to(self.mean.dtype) - self.mean) @ self.matrix
+
+    def fit(self, moments: Moments, stage_dims: Sequence[int], fine_stages: int) -> None:
+        """Take the moments of features; `stage_dims` are the channels of each stage, `fine_stages` come first."""
+        mean, covariance = moments.mean_and_covariance()
+        ends = [sum(stage_dims[: i + 1]) for i in range(len(stage_dims))]
+        scale = torch.ones_like(mean)
+        for channels, end in zip(stage_dims, ends, strict=True):
+            stage = slice(end - channels, end)
+            # the variance of all values of the stage: within and between its channels
+            variance = covariance.diagonal()[stage].mean() + mean[stage].var(unbiased=False)
+            scale[stage] = variance.clamp(min=0).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        covariance = covariance / (scale[:, None] * scale)
+        fine = ends[fine_stages - 1]
+        matrix = torch.zeros(len(mean), self.dim + self.coarse_dim, dtype=torch.float64)
+        components = _whitening_components(covariance[:fine, :fine], self.dim)
+        matrix[:fine, : self.dim] = components
+        if self.coarse_dim:
+            told = components.T @ covariance[:fine, fine:]  # (dim, coarse channels): what the fine stages tell of them
+            rest = _whitening_components(covariance[fine:, fine:] - told.T @ told, self.coarse_dim)
+            matrix[fine:, self.dim :] = rest
+            matrix[:fine, self.dim :] = -components @ told @ rest
+        self.mean.copy_(mean)
+        self.matrix.copy_(matrix / scale[:, None])
+
+
+def _whitening_components(covariance: Tensor, dim: int) -> Tensor:
+    """Return the `dim` largest principal components (C, dim) of a covariance (C, C), scaled to a variance of 1."""
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0)[:dim], vectors.flip(1)[:, :dim]
+    return vectors / values.clamp(min=max(MIN_EIGENVALUE * float(values[0]), 1e-12)).sqrt()
+
+
+class Distances(NamedTuple):
+    """Squared Mahalanobis distances (N, groups) of pixels to the Gaussians of their places."""
+
+    fine: Tensor  # by the first d values
+    total: Tensor  # by all
+
+
+class PlaceGaussians(nn.Module):
+    """A Gaussian N(mu_kp, Sigma_kp) of the whitened features of each group k at each place p of its grid.
+
+    .. math:: \\Sigma_{kp} = (1 - s) S_{kp} + s \\frac{1}{P} \\sum_q S_{kq} + f I
+
+    with the sample covariance S, `shrinkage` s and `floor` f. A group of a single image has no S: it takes the mean of
+    those of the other groups.
+
+    Args:
+        grids: (h, w) of each group.
+        dim, coarse_dim: d and D - d.
+        shrinkage, floor: s and f.
+
+    Attributes:
+        images: (G,) int64, how many each group has seen.
+    """
+
+    images: Tensor
+
+    def __init__(
+        self, grids: Sequence[tuple[int, int]], dim: int, coarse_dim: int, shrinkage: float, floor: float
+    ) -> None:
+        super().__init__()
+        self.dim, self.width, self.shrinkage, self.floor = dim, dim + coarse_dim, shrinkage, floor
+        self.grids = tuple(grids)
+        self.distinct = tuple(dict.fromkeys(self.grids))
+        self.members = [[k for k, grid in enumerate(self.grids) if grid == distinct] for distinct in self.distinct]
+        self.register_buffer("images", torch.zeros(len(self.grids), dtype=torch.int64))
+        for j, (h, w) in enumerate(self.distinct):
+            shape = len(self.members[j]), h * w
+            triangle = self.width * (self.width + 1) // 2
+            self.register_buffer(f"totals_{j}", torch.zeros(*shape, self.width, dtype=torch.int64))
+            self.register_buffer(f"products_{j}", torch.zeros(*shape, triangle, dtype=torch.int32))
+            # rows of the inverse Cholesky factors: products with a single pixel are fastest by rows
+            for name, rows in (("mean", (self.width,)), ("fine", (dim, dim)), ("rest", (coarse_dim, self.width))):
+                self.register_buffer(f"{name}_{j}", torch.empty(*shape, *rows), persistent=False)
+            self.register_buffer(f"log_det_{j}", torch.empty(*shape), persistent=False)
+            self.register_buffer(f"mean_log_det_{j}", torch.empty(shape[0]), persistent=False)
+
+    # ---- the sums
+
+    def add(self, group: int, y: Tensor) -> None:
+        """Add whitened features (n, P, D) of images of a group, on the group's grid; `solve` makes use of them.
+
+        Raises:
+            ValueError: they are not finite, or so large that the sums would not be exact.
+        """
+        j, row = self._position(group)
+        totals, products = self._sums(j)
+        values = (y.double().cpu() / STEP).round()
+        squares = values.square().sum(0) + products[row][:, self._diagonal()].double()
+        if not float(squares.max()) < 2**52:  # NaN is not
+            raise ValueError(
+                "features are not finite, or beyond 2^22 standard deviations of those trained on: the sums of the "
+                "Gaussians would not be exact"
+            )
+        lower = torch.tril_indices(self.width, self.width)
+        step = max(1, CHUNK_BYTES // (8 * self.width**2))
+        sums = torch.empty(values.shape[1], products.shape[2], dtype=torch.int64)
+        for start in range(0, values.shape[1], step):
+            places = values[:, start : start + step].transpose(0, 1)  # (p, n, D)
+            # Whole numbers below 2^53, in any order of additions: no product and no sum is rounded.
+            sums[start : start + step] = (places.mT @ places)[:, lower[0], lower[1]].to(torch.int64)
+        sums += products[row]
+        if products.dtype == torch.int32 and int(sums.abs().max()) >= 2**31:
+            products = products.long()
+            setattr(self, f"products_{j}", products)
+        products[row] = sums.to(products)
+        totals[row] += values.sum(0).to(totals)
+        self.images[group] += len(y)
+
+    def solve(self) -> None:
+        """Compute the Gaussians from the sums."""
+        own: dict[int, Tensor] = {}  # mean over the places of the sample covariance, of each group that has one
+        for k, count in enumerate(self.images.tolist()):
+            if count > 1:
+                own[k] = self._sample_covariance(k).mean(0)
+        for k in range(len(self.grids)):
+            if k in own:
+                self._solve(k, own[k])
+        if own:
+            others = torch.stack(list(own.values())).mean(0)
+            for k in set(range(len(self.grids))) - set(own):
+                self._solve(k, others)
+
+    def _solve(self, group: int, shared: Tensor) -> None:
+        """Compute the Gaussians of a group, whose covariances are shrunk towards `shared` (D, D)."""
+        j, row = self._position(group)
+        totals, _ = self._sums(j)
+        count = int(self.images[group])
+        mean, fine, rest, log_det = (getattr(self, f"{name}_{j}")[row] for name in ("mean", "fine", "rest", "log_det"))
+        mean.copy_(totals[row].double() * (STEP / max(count, 1)))
+        identity = torch.eye(self.width, dtype=torch.float64, device=shared.device)
+        step = max(1, CHUNK_BYTES // (24 * self.width**2))
+        for start in range(0, len(mean), step):
+            part = slice(start, start + step)
+            covariance = self._sample_covariance(group, part) if count > 1 else shared
+            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * shared + self.floor * identity
+            lower = torch.linalg.cholesky(covariance.expand(len(mean[part]), -1, -1))
+            inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+            fine[part] = inverse[:, : self.dim, : self.dim]
+            rest[part] = inverse[:, self.dim :]
+            log_det[part] = 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
+        getattr(self, f"mean_log_det_{j}")[row] = log_det.mean()
+
+    def _sample_covariance(self, group: int, places: slice = slice(None)) -> Tensor:
+        """Return the sample covariances (p, D, D) of a group at some places, in float64."""
+        j, row = self._position(group)
+        totals, products = self._sums(j)
+        count = int(self.images[group])
+        total = totals[row, places].double() * STEP
+        covariance = total.new_empty(len(total), self.width, self.width)
+        lower = torch.tril_indices(self.width, self.width, device=total.device)
+        values = products[row, places].double() * STEP**2
+        covariance[:, lower[0], lower[1]] = values
+        covariance[:, lower[1], lower[0]] = values
+        return (covariance - total[:, :, None] * total[:, None] / count) / (count - 1)
+
+    def _sums(self, j: int) -> tuple[Tensor, Tensor]:
+        return getattr(self, f"totals_{j}"), getattr(self, f"products_{j}")
+
+    def _position(self, group: int) -> tuple[int, int]:
+        """Return the number of a group's grid, and its row in the tables of that grid."""
+        j = self.distinct.index(self.grids[group])
+        return j, self.members[j].index(group)
+
+    def _diagonal(self) -> Tensor:
+        """Return the positions of squares among the products."""
+        i = torch.arange(self.width)
+        return i * (i + 3) // 2
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the sums in the type that they are saved in, and solve for the Gaussians."""
+        for j in range(len(self.distinct)):
+            saved = state_dict.get(f"{prefix}products_{j}")
+            if saved is not None and saved.dtype == torch.int64:
+                setattr(self, f"products_{j}", getattr(self, f"products_{j}").long())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.solve()
+
+    # ---- distances
+
+    def distances(self, y: Tensor, size: tuple[int, int], group: int, part: slice | None = None) -> Distances:
+        """Return the squared distances (N, 1) of whitened features (N, D) of one image or several to a group's places.
+
+        Args:
+            y: of maps of `size`, image after image, row after row.
+            size: (h, w); another grid than the group's takes the nearest places.
+            group: of which `grid_fits` is true.
+            part: the pixels and places of this slice only, of a single image of the group's own grid.
+        """
+        j, row = self._position(group)
+        return self._distances(j, slice(row, row + 1), y, size, part)
+
+    def all_distances(self, j: int, y: Tensor, size: tuple[int, int], part: slice | None = None) -> Distances:
+        """Return what `distances` does for all groups of a grid, (N, groups), the `members` of j."""
+        return self._distances(j, slice(None), y, size, part)
+
+    def _distances(self, j: int, groups: slice, y: Tensor, size: tuple[int, int], part: slice | None) -> Distances:
+        mean, fine, rest = (getattr(self, f"{name}_{j}")[groups] for name in ("mean", "fine", "rest"))
+        place = places(size, self.distinct[j], y.device)
+        if part is not None:
+            y, mean, fine, rest = y[part], mean[:, part], fine[:, part], rest[:, part]
+            place = place[: len(y)]
+        place = place.repeat(len(y) // len(place))
+        d = self.dim
+        squared = place_distances(y[:, :d], place, mean[..., :d], fine.mT)
+        if d == self.width:
+            return Distances(squared, squared)
+        return Distances(squared, squared + place_distances(y, place, mean, rest.mT))
+
+    def log_dets(self, size: tuple[int, int], group: int) -> Tensor:
+        """Return the log-determinants of the covariances of a group at the pixels (h w,) of a map."""
+        j, row = self._position(group)
+        log_det = getattr(self, f"log_det_{j}")[row]
+        return log_det[places(size, self.distinct[j], log_det.device)]
+
+    def mean_log_det(self, size: tuple[int, int], group: int) -> float:
+        """Return the mean of `log_dets` over the pixels."""
+        if size == self.grids[group]:
+            j, row = self._position(group)
+            return float(getattr(self, f"mean_log_det_{j}")[row])
+        return float(self.log_dets(size, group).mean(dtype=torch.float64))
+
+
+def grid_fits(size: tuple[int, int], grid: tuple[int, int]) -> bool:
+    """Return whether places of a map and of a grid, (h, w) each, correspond: aspect ratios differ by 5% at most."""
+    ratio = (size[1] * grid[0]) / (size[0] * grid[1])
+    return 1 / MAX_ASPECT <= ratio <= MAX_ASPECT
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever asks first: others may train with it
+def places(size: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Return the place (h w,) on a grid at the same relative position as each pixel of a map, int64."""
+    rows, columns = (
+        (2 * torch.arange(n, device=device) + 1) * cells // (2 * n) for n, cells in zip(size, grid, strict=True)
+    )
+    return (rows[:, None] * grid[1] + columns).flatten()
