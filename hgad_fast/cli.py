@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .methods import METHODS, config_class, preset_names
+from .methods import METHODS, config_class, describe_presets, preset_names
 
 app = typer.Typer(
     name="hgad-fast",
@@ -511,6 +511,17 @@ def info(
 
 @app.command()
 @_plain_errors
+def presets(as_json: AsJson = False) -> None:
+    """List the presets of train and ablate: what each needs, and what it reaches."""
+    rows = describe_presets()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    print("\n\n".join("\n".join(f"{key:<10} {value or '-'}" for key, value in row.items()) for row in rows))
+
+
+@app.command()
+@_plain_errors
 def weights(
     arch: Annotated[str, typer.Argument(help="tf_efficientnet_lite0 or vit_small_patch14_dinov2.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file, NAME.safetensors, for --weights.")],
@@ -519,19 +530,6 @@ def weights(
     from .features.packaged import write_weights
 
     print(write_weights(arch, output))
-
-
-@app.command()
-@_plain_errors
-def presets(as_json: AsJson = False) -> None:
-    """List the presets of train and ablate: what each needs, and what it reaches."""
-    from .methods import describe_presets
-
-    rows = describe_presets()
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    print("\n\n".join("\n".join(f"{key:<10} {value or '-'}" for key, value in row.items()) for row in rows))
 
 
 @app.command()
