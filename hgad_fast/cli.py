@@ -411,7 +411,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[CASES]...",
-            help="coupling, flow, mixture, scores, codes, scoring, training, official-loop, latency; default: all.",
+            help="coupling, flow, mixture, scores, codes, distances, scoring, training, official-loop, latency; "
+            "default: all.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes, to try the machinery; its figures mean nothing.")] = False,

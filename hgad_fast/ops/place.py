@@ -157,4 +157,4 @@ def _place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> 
 
 @_place_distances.register_fake
 def _(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    return x.new_empty((len(x), mean.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty((mean.shape[0], len(x)), dtype=torch.promote_types(x.dtype, torch.float32)).T

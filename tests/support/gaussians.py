@@ -1,4 +1,4 @@
-"""What the tests of the definition and of the kernels share about Gaussians of places: sizes, inputs and what is right."""
+"""What the tests of the definition and of the kernels share about Gaussians of places: inputs, and what is right."""
 
 from __future__ import annotations
 
