@@ -421,9 +421,9 @@ class _Measurement:
 def extrapolated(points: Sequence[tuple[float, float]], size: float) -> float:
     """Return the seconds of a work of this size, given sizes, increasing, and seconds of smaller ones.
 
-    They lie on the line through the last two points. Constant costs are taken to be at most half of the last one, as two
-    works that take about as long, by chance or for being small, say nothing of larger ones. Of a smaller work than the
-    last one, and of a single point, they are proportional to the size.
+    They lie on the line through the last two points. Constant costs are taken to be at most half of the last one, as
+    two works that take about as long, by chance or for being small, say nothing of larger ones. Of a smaller work than
+    the last one, and of a single point, they are proportional to the size.
     """
     last_size, last_seconds = points[-1]
     proportional = last_seconds / last_size
