@@ -124,11 +124,11 @@ def figures(model: Any, dataset: Any, held_out: Any, tests: Sequence[Any]) -> di
                 for sample, anomaly_map in zip(samples, maps, strict=True)
                 if sample.mask or not sample.is_anomalous
             ]
-            pixels = metrics.pixel_metrics(*zip(*with_masks, strict=True))
+            pixels = metrics.pixel_metrics(*zip(*with_masks, strict=True), limits=(0.3,))
             by_class[name] = [
                 metrics.auroc(torch.cat(scores).tolist(), labels),
-                pixels["pixel_auroc"],
-                pixels["pixel_aupro_30"],
+                pixels["auroc"],
+                pixels["aupro_0.3"],
             ]
         by_fusion[fusion] = by_class | {"mean": [mean(column) for column in zip(*by_class.values(), strict=True)]}
     return {
