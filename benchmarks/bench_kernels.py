@@ -23,3 +23,7 @@ def test_scores(measured: Callable) -> None:
 
 def test_codes(measured: Callable) -> None:
     measured("codes")
+
+
+def test_distances(measured: Callable) -> None:
+    measured("distances")

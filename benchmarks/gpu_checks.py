@@ -159,6 +159,22 @@ def check_codes(size: Size, device: torch.device) -> list[Check]:
     return checks
 
 
+def check_distances(size: Size, device: torch.device) -> list[Check]:
+    """Check the distances to Gaussians of places: one pixel of each, several, and any number of any."""
+    draw, places, classes = Draw(device), size.height * size.width, min(size.classes, 3)
+    mean = draw.normal(classes, places, size.channels)
+    factor = draw.normal(classes, places, size.channels, size.channels).mT  # stored by rows, as those of a model are
+    checks = [kernels_run(mean)]
+    for images in (1, 2, 20):
+        x = draw.normal(images * places, size.channels)
+        in_order = torch.arange(places, device=device).repeat(images)
+        for name, place in (("in order", in_order), ("at random", draw.labels(len(x), places))):
+            computed = ops.place_distances(x, place, mean, factor)
+            expected = ops.place_distances.reference(*double(x, place, mean, factor))
+            checks.append(worst(f"distances, {images} pixels a place, {name}", FORWARD, [computed], [expected]))
+    return checks
+
+
 def check_far_centres(size: Size, device: torch.device, distance: float = 100) -> Iterator[Check]:
     """Check terms and scores of pixels near one of many centres far apart, where one piece of tf32 would not do.
 

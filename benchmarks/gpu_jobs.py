@@ -76,7 +76,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         ]
 
     every_check = (gpu_checks.check_coupling, gpu_checks.check_mixture, gpu_checks.check_scores)
-    every_check += (gpu_checks.check_codes, gpu_checks.check_flow, gpu_checks.check_blocks)
+    every_check += (gpu_checks.check_codes, gpu_checks.check_distances, gpu_checks.check_flow, gpu_checks.check_blocks)
     stages = [
         *against_float64(gpu_checks.check_blocks, sizes=sizes[:2]),
         job("whole blocks, time", gpu_figures.block_times, million, device, few),
@@ -88,6 +88,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "check-scores": [
             *against_float64(gpu_checks.check_scores),
             *against_float64(gpu_checks.check_codes),
+            *against_float64(gpu_checks.check_distances),
             job("operands of a tf32 product", gpu_checks.check_tf32, device),
         ],
         "check-coupling": [

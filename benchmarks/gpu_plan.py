@@ -45,7 +45,7 @@ def _alone(*groups: Group) -> tuple[tuple[Group, ...], ...]:
     return tuple((group,) for group in groups)
 
 
-CASES = ("training", "flow", "mixture", "scores", "codes", "scoring", "official-loop", "coupling")
+CASES = ("training", "flow", "mixture", "scores", "codes", "distances", "scoring", "official-loop", "coupling")
 
 RUNS = {
     # Correctness, compiling side by side; then the two figures that are wanted most.

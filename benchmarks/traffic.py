@@ -231,6 +231,12 @@ def _kernel_products(name: str, a: dict[str, Any]) -> tuple[float, str]:
     if name == "_nearest_kernel":
         products = 2 if a["ONE_PIECE"] else 3
         return products * 2.0 * a["N"] * a["D"] * a["PADDED_K"], "tf32"
+    if name in ("_pixel_kernel", "_place_kernel"):  # as many pixels at one place as at another
+        (K, P, D, M), N = a["factor_ptr"].shape, a["N"]
+        if name == "_pixel_kernel":
+            return 2.0 * N * K * D * M, "fp32"
+        a_place = -(-N // P // a["BLOCK_N"]) * a["BLOCK_N"]
+        return 2.0 * P * a_place * K * D * M, "tf32x3"
     if "z_ptr" in a and a["z_ptr"] is not None and "K" in a:  # the mixture
         n, channels = a["z_ptr"].shape
         columns = a["PADDED_K"] * a["SLOTS"] if name == "_scores_kernel" else a["J"]
@@ -327,6 +333,18 @@ def codes(rows: int = 16 * 3168, channels: int = 576, codes: int = 512, dtype: t
     return traffic
 
 
+def distances(images: int, places: int = 256, classes: int = 5, dim: int = 128, columns: int = 128) -> Traffic:
+    """Count the distances of maps of 16 x 16 pixels to the Gaussians of all places and classes."""
+    with counted() as (traffic, counter):
+        x = torch.empty(images * places, dim, device="cuda")
+        place = torch.empty(images * places, dtype=torch.int64, device="cuda")
+        mean = torch.empty(classes, places, dim, device="cuda")
+        factor = torch.empty(classes, places, columns, dim, device="cuda").mT
+        with counter:
+            ops.place_distances(x, place, mean, factor)
+    return traffic
+
+
 def scoring(precision: str = "bf16", images: int = 1, side: int = 1000, known: bool = True) -> Traffic:
     """Count the densities of one level of images, of the class that is known, the parameters packed before."""
     model = paper_model(precision).eval()
@@ -357,4 +375,6 @@ def scoring(precision: str = "bf16", images: int = 1, side: int = 1000, known: b
 if __name__ == "__main__":
     print("A training step, level of 8 x 64 x 64 pixels, bf16, reversible:", training_step())
     print("Nearest codes and their statistics, 16 images of 384 x 384 pixels, D = 576, K = 512:", codes())
+    for images in (1, 8, 64):
+        print(f"Distances of {images} maps of 256 places, D = M = 128, K = 5:", distances(images))
     print("Densities of a map of 1000 x 1000 pixels, bf16, class known:", scoring())

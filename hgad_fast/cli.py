@@ -19,11 +19,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .methods import METHODS, config_class, describe_presets, preset_names
+from .methods import METHODS, config_class, describe_file, describe_presets, preset_names
 
 app = typer.Typer(
     name="hgad-fast",
-    help="Unified visual anomaly detection: one model for many products, by HGAD or VQ-Flow.",
+    help="Unified visual anomaly detection: one model for many products, by HGAD, VQ-Flow or Gaussians.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -376,9 +376,10 @@ def ablate(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of hgad: single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1. Of vqflow: "
-            "vqflow, random-codes, no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be repeated; "
-            "default: all of the method."
+            help="Of hgad: place-gaussian (closed form, same features; images of a class have one shape), "
+            "single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1. Of vqflow: vqflow, "
+            "random-codes, no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be "
+            "repeated; default: all of the method."
         ),
     ] = None,
     centres: Annotated[
@@ -430,7 +431,8 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="[CASES]...",
-            help="coupling, flow, mixture, scores, codes, scoring, training, official-loop, latency; default: all.",
+            help="coupling, flow, mixture, scores, codes, distances, scoring, training, official-loop, latency; "
+            "default: all.",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes, to try the machinery; its figures mean nothing.")] = False,
@@ -498,24 +500,13 @@ def info(
         "backend": ops.path(torch.empty(0, device=device)),
     }
     if model is not None:
-        facts["model"] = _describe(_load(model, "cpu", None), model)
+        facts["model"] = describe_file(_load(model, "cpu", None), model)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     facts |= facts.pop("model", {})
     for key, value in facts.items():
         print(f"{key:<20} {value if value is not None else '-'}")
-
-
-@app.command()
-@_plain_errors
-def presets(as_json: AsJson = False) -> None:
-    """List the presets of train and ablate: what each needs, and what it reaches."""
-    rows = describe_presets()
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    print("\n\n".join("\n".join(f"{key:<10} {value or '-'}" for key, value in row.items()) for row in rows))
 
 
 @app.command()
@@ -532,16 +523,32 @@ def weights(
 
 @app.command()
 @_plain_errors
+def presets(as_json: AsJson = False) -> None:
+    """List the presets of train and ablate: what each needs, and what it reaches."""
+    rows = describe_presets()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    print("\n\n".join("\n".join(f"{key:<10} {value or '-'}" for key, value in row.items()) for row in rows))
+
+
+@app.command()
+@_plain_errors
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, model and images.")] = Path("demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Train on images that come with the packages of the extra "demo", and show what the model finds."""
+    """Train HGAD and fit the place Gaussian on images that come with the extra "demo", and show what they find."""
+    import torch
+
     from .demo import run
+    from .environment import environment
 
     outcome = run(output, say=_to_stderr if as_json else print)
     if as_json:
-        print(json.dumps({**outcome.evaluation.to_dict(details=False), "seconds": outcome.seconds}, indent=2))
+        figures = environment(torch.device("cpu")) | outcome.evaluation.to_dict(details=False)
+        figures |= {"gaussian": outcome.gaussian.evaluation.to_dict(details=False), "seconds": outcome.seconds}
+        print(json.dumps(figures, indent=2))
 
 
 def _to_stderr(text: str) -> None:
@@ -668,33 +675,3 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",") if number.strip()]
     except ValueError as error:
         raise ValueError(f"{option} is {text!r}; write whole numbers with commas between them, such as 1,5") from error
-
-
-def _groups(model: Any) -> dict[str, str]:
-    """Return the names of a model's classes, or of the groups that it forms, of which there may be many."""
-    names = model.groups
-    if model.groups_are_classes:
-        return {"classes": ", ".join(names)}
-    shown = names if len(names) <= 8 else (*names[:2], "...", names[-1])
-    return {"groups": f"{len(names)} of its own: {', '.join(shown)}"}
-
-
-def _describe(model: Any, path: Path) -> dict[str, Any]:
-    """Return what a model file holds, for people."""
-    config, calibration = model.config, model.calibration
-    side = "square, side" if config.square else "short side"
-    size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
-    rate = "none"
-    if calibration is not None:
-        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
-    return {
-        "model file": str(path),
-        "size": f"{path.stat().st_size / 1e6:.1f} MB",
-        "method": config.method,
-        **_groups(model),
-        "backbone": config.backbone_arch,
-        "feature channels": ", ".join(map(str, model.feature_dims)),
-        **model.describe(),
-        "image size": size + (", centre crop" if config.center_crop else ""),
-        "calibration": rate,
-    }

@@ -54,8 +54,8 @@ def config_class(name: str | None = None, preset: str | None = None) -> Any:
     chosen = METHODS[name].config_class
     if chosen not in owners:
         raise ValueError(
-            f"--preset is {preset!r}, which is one of {' and '.join(owner.method for owner in owners)}, and --method is "
-            f"{name!r}: leave --method out, or take one of {name} ({', '.join(chosen.presets) or 'it has none'})"
+            f"--preset is {preset!r}, which is one of {' and '.join(owner.method for owner in owners)}, and --method "
+            f"is {name!r}: leave --method out, or take one of {name} ({', '.join(chosen.presets) or 'it has none'})"
         )
     return chosen
 
@@ -135,3 +135,33 @@ def read_model_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             "of an official code is read by load_official_checkpoint of the model's class"
         )
     return metadata, state
+
+
+def describe_file(model: Any, path: Path) -> dict[str, Any]:
+    """Return what a model file holds, for people."""
+    config, calibration = model.config, model.calibration
+    side = "square, side" if config.square else "short side"
+    size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
+    rate = "none"
+    if calibration is not None:
+        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
+    return {
+        "model file": str(path),
+        "size": f"{path.stat().st_size / 1e6:.1f} MB",
+        "method": config.method,
+        **_groups(model),
+        "backbone": config.backbone_arch,
+        "feature channels": ", ".join(map(str, model.feature_dims)),
+        **model.describe(),
+        "image size": size + (", centre crop" if config.center_crop else ""),
+        "calibration": rate,
+    }
+
+
+def _groups(model: Any) -> dict[str, str]:
+    """Return the names of a model's classes, or of the groups that it forms, of which there may be many."""
+    names = model.groups
+    if model.groups_are_classes:
+        return {"classes": ", ".join(names)}
+    shown = names if len(names) <= 8 else (*names[:2], "...", names[-1])
+    return {"groups": f"{len(names)} of its own: {', '.join(shown)}"}

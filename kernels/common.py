@@ -110,7 +110,8 @@ def stages(device: torch.device, *, tiles: bool = False) -> int:
 
     Args:
         device: where the loop runs.
-        tiles: the loop reads the operands of its products by `tile` only.
+        tiles: the loop reads the operands of its products by `tile` only, or they have too few rows for the matrix
+            instructions that read shared memory themselves, and pass through registers.
     """
     return _stages(device, STAGES.get(architecture(device), 2), tiles)
 

@@ -63,6 +63,7 @@ MANY_CLASSES = Size(classes=40)
 QUICK = Size(images=2, height=8, width=8, channels=24, classes=5, centres=3, blocks=2, position_dim=16)
 LARGE = Size(height=64, width=64)
 MILLION_PIXELS = Size(images=16, height=250, width=250)
+PLACES = Size(images=1, channels=128, classes=5)
 CUDA_SIZES = (
     HEADLINE,
     Size(height=32, width=32),
@@ -77,12 +78,15 @@ def sizes(case: str, device: torch.device, quick: bool = False) -> tuple[Size, .
 
     A GPU gets 2 048 to 32 768 pixels (8 images of 16 x 16 to 64 x 64), and all that keeps no activations a million too.
     A CPU gets the 2 048 only: a step of the official formulation takes it about a second there, and time grows with the
-    pixels. What loops over the classes, scoring, has 40 of them there. `quick` tries the machinery; its figures mean
-    nothing.
+    pixels. What loops over the classes, scoring, has 40 of them there. What has a matrix for each place and class takes
+    256 places and 5 classes, of one image and of several. `quick` tries the machinery; its figures mean nothing.
     """
     over_classes = case in ("scores", "scoring")
     if quick:
         return (QUICK,)
+    if case == "distances":
+        counts = (1, 8) if device.type == "cpu" else (1, 8, 64)
+        return tuple(replace(PLACES, images=images) for images in counts)
     if device.type == "cpu":
         return (MANY_CLASSES,) if over_classes else (HEADLINE,)
     if case in ("training", "official-loop"):
@@ -381,6 +385,37 @@ def codes_case(problem: Problem) -> list[Contender]:
     ]
 
 
+def distances_case(problem: Problem) -> list[Contender]:
+    """Time the distances of pixels to each class's Gaussian of their place, of which a map has one a pixel.
+
+    What it is compared with gathers a matrix for each pixel, class after class.
+    """
+    size = problem.size
+    generator, places = problem.generator(), size.height * size.width
+    normal = functools.partial(torch.randn, generator=generator, device=problem.device)
+    mean = normal(size.classes, places, size.channels)
+    factor = normal(size.classes, places, size.channels, size.channels).mul_(size.channels**-0.5).mT  # stored by rows
+    place = torch.arange(places, device=problem.device).repeat(size.images)
+    moved = problem.x.nbytes + place.nbytes + mean.nbytes + factor.nbytes + 4 * size.pixels * size.classes
+
+    def ours() -> Results:
+        return {"distances": ops.place_distances(problem.x, place, mean, factor)}
+
+    def gathered() -> Results:
+        offsets = (problem.x - means[place] for means in mean)
+        lengths = [
+            torch.einsum("nd,ndm->nm", offset, factors[place]).square().sum(1)
+            for offset, factors in zip(offsets, factor, strict=True)
+        ]
+        return {"distances": torch.stack(lengths, 1)}
+
+    flop = mixture_flop(size, size.classes * size.channels)
+    return [
+        Contender("hgad_fast", problem.path(), ours, flop, moved),
+        *_peers(problem, gathered, flop, moved, name="official", path="torch"),
+    ]
+
+
 def scoring_case(problem: Problem) -> list[Contender]:
     """Time the way from features of images of one known class to maps by the official procedure.
 
@@ -552,6 +587,7 @@ CASES: dict[str, Callable[[Problem], list[Contender]]] = {
     "mixture": mixture_case,
     "scores": scores_case,
     "codes": codes_case,
+    "distances": distances_case,
     "scoring": scoring_case,
     "training": training_case,
     "official-loop": official_loop_case,

@@ -144,7 +144,9 @@ def _quicker(model: Detector, data: Dataset, plan: Plan, estimated: Estimate, cl
     ]
     candidates.sort(key=lambda candidate: not methods.METHODS[candidate[1].method].closed_form)
     for name, owner in candidates:
-        choice = f"--preset {name}" + (f" --method {owner.method}" if owner is not methods.config_class(None, name) else "")
+        choice = f"--preset {name}" + (
+            f" --method {owner.method}" if owner is not methods.config_class(None, name) else ""
+        )
         classes = {"n_classes": len(data.class_names), "class_names": data.class_names}
         try:  # the weights change nothing of the time, and may not be at hand
             quick = methods.create(owner.preset(name, backbone_weights=None, **classes))
@@ -419,9 +421,9 @@ class _Measurement:
 def extrapolated(points: Sequence[tuple[float, float]], size: float) -> float:
     """Return the seconds of a work of this size, given sizes, increasing, and seconds of smaller ones.
 
-    They lie on the line through the last two points. Constant costs are taken to be at most half of the last one, as two
-    works that take about as long, by chance or for being small, say nothing of larger ones. Of a smaller work than the
-    last one, and of a single point, they are proportional to the size.
+    They lie on the line through the last two points. Constant costs are taken to be at most half of the last one, as
+    two works that take about as long, by chance or for being small, say nothing of larger ones. Of a smaller work than
+    the last one, and of a single point, they are proportional to the size.
     """
     last_size, last_seconds = points[-1]
     proportional = last_seconds / last_size

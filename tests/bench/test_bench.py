@@ -120,8 +120,9 @@ def test_flop_are_those_of_the_matrix_products() -> None:
     assert counted(lambda: distances(z, centres)) == cases.mixture_flop(TINY, 5)
     assert counted(lambda: distances(z, centres).sum().backward()) == cases.mixture_flop(TINY, 5, backward=True)
 
-    ours, peer = cases.codes_case(cases.Problem(TINY, CPU))
-    assert counted(ours) == ours.flop and counted(peer) == peer.flop
+    for case in (cases.codes_case, cases.distances_case):
+        ours, peer = case(cases.Problem(TINY, CPU))
+        assert counted(ours) == ours.flop and counted(peer) == peer.flop
 
 
 def test_peak_memory_is_what_is_alive_at_once() -> None:

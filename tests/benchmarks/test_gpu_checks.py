@@ -123,6 +123,20 @@ def test_a_code_that_is_not_the_nearest_is_found(monkeypatch: pytest.MonkeyPatch
     assert [check.passed for check in gpu_checks.check_codes(SMALL, CPU)] == [True, *[False, True, True] * 2]
 
 
+def test_a_wrong_distance_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ops.place_distances
+
+    def wrong(*args: torch.Tensor) -> torch.Tensor:
+        distances = real(*args)
+        distances[len(distances) // 2] *= 1 + 1e-3
+        return distances
+
+    wrong.reference = real.reference  # type: ignore[attr-defined]
+    assert all(check.passed for check in gpu_checks.check_distances(SMALL, CPU))
+    monkeypatch.setattr(ops, "place_distances", wrong)
+    assert [check.passed for check in gpu_checks.check_distances(SMALL, CPU)] == [True, *[False] * 6]
+
+
 def test_runs_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = ops.mixture_losses, []
 

@@ -111,6 +111,24 @@ def test_bytes_of_the_statistics(dtype):
     within(counted.bytes, 1.1 * (2 * dtype.itemsize * N * D), counted)
 
 
+@pytest.mark.parametrize("images", [1, 8, 32, 64])
+def test_bytes_of_the_distances_to_gaussians(images):
+    """Every matrix is read once for all images of a batch; sorting the pixels by their places is small beside it."""
+    P, K, D = 256, 5, 128
+    N, matrices = images * P, 4 * K * P * D * D
+    counted = traffic.distances(images)
+    (kernel,) = counted.of("_pixel_kernel", "_place_kernel")
+    of_pixels = 4 * N * D + 8 * N + 4 * N * K
+    of_edges = 0 if images == 1 else 8 * (P + 1)
+    assert kernel.bytes == matrices + 4 * K * P * D + of_pixels + of_edges
+    rows = images if images == 1 else -(-images // 16) * 16
+    assert kernel.flop == 2 * rows * P * K * D * D and kernel.operands == ("fp32" if images == 1 else "tf32x3")
+    assert kernel.seconds == kernel.bytes / traffic.BYTES_PER_SECOND or images > 32
+    within(len(counted.launches), 1 if images == 1 else 6, counted)
+    within(counted.bytes, 1.05 * kernel.bytes, counted)
+    within(counted.peak_bytes, 8 * (6 * N + P) + 4 * N * K, counted)  # places, clamped and sorted; the sort's order
+
+
 def test_the_counter_counts():
     """A product, a sum in place and a view of known sizes."""
     with traffic.counted() as (counted, counter):

@@ -657,6 +657,7 @@ def test_mixture_scores_of_nothing(interpreted):
         "mixture_scores",
         "nearest_code",
         "code_statistics",
+        "place_distances",
     ],
 )
 def test_kernel_and_definition_have_one_signature(interpreted, name):

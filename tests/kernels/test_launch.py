@@ -67,7 +67,10 @@ def test_all_public_functions_launch_on_the_device_of_their_tensors(compiled, mo
         codes, indices = torch.empty(8, 5, device="cuda:1").T, torch.empty(64, dtype=torch.int64, device="cuda:1")
         compiled.codebook.nearest_code(x2, codes)
         compiled.codebook.code_statistics(x2, indices, 5)
-    assert seen == [torch.device("cuda:1"), "run"] * 4
+        for places in (64, 8):
+            tables = torch.empty(2, places, 8, device="cuda:1"), torch.empty(2, places, 8, 8, device="cuda:1")
+            compiled.place.place_distances(x2, indices, *tables)
+    assert seen == [torch.device("cuda:1"), "run"] * 6
 
 
 def test_row_strides_are_filled_in(compiled, kernel):
