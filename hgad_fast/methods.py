@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 FORMAT = "hgad_fast 1"
-DEFAULT = "hgad"  # the method where none is named
+
+DEFAULT = "hgad"  # the method where none is named; of presets of one name, its own
 
 METHODS: dict[str, Any] = {}
 """The model classes by the names of their methods, in the order of their definition."""
@@ -29,15 +30,16 @@ def register(model_class: ModelClass) -> ModelClass:
 
 
 def presets() -> list[tuple[str, Any]]:
-    """Return the presets of all methods: the name of each with the configuration class that has it."""
-    return [(name, model.config_class) for model in METHODS.values() for name in model.config_class.presets]
+    """Return the presets of all methods, the default one first: each name with the configuration class that has it."""
+    classes = sorted((model.config_class for model in METHODS.values()), key=lambda owner: owner.method != DEFAULT)
+    return [(name, owner) for owner in classes for name in owner.presets]
 
 
 def config_class(name: str | None = None, preset: str | None = None) -> Any:
     """Return the configuration class of a method.
 
     Args:
-        name: the method; None: the first that has the preset, and without a preset `DEFAULT`.
+        name: the method; None: the first of `presets` that has the preset, and without a preset the default one.
         preset: a preset that the method must have.
 
     Raises:
@@ -63,8 +65,8 @@ def config_class(name: str | None = None, preset: str | None = None) -> Any:
 
 def preset_names() -> str:
     """Return the presets by their methods, for people: ``official, fast (hgad); official, small (vqflow)``."""
-    classes = [model.config_class for model in METHODS.values() if model.config_class.presets]
-    return "; ".join(f"{', '.join(owner.presets)} ({owner.method})" for owner in classes)
+    owners = dict.fromkeys(owner for _, owner in presets())
+    return "; ".join(f"{', '.join(owner.presets)} ({owner.method})" for owner in owners)
 
 
 def describe_presets() -> list[dict[str, Any]]:
@@ -138,8 +140,8 @@ def read_model_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, state
 
 
-def describe(model: Any, path: Path) -> dict[str, Any]:
-    """Return what a model file holds, by title, for people."""
+def describe_file(model: Any, path: Path) -> dict[str, Any]:
+    """Return what a model file holds, for people."""
     config, calibration = model.config, model.calibration
     side = "square, side" if config.square else "short side"
     size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size

@@ -81,7 +81,8 @@ class Estimate:
         needed = f"{readable(_rounded(self.memory_bytes))} of memory"
         if self.device_memory:
             needed += f", {readable(_rounded(sum(self.device_memory.values())))} of the GPU's"
-        return f"about {duration(self.total_seconds)} on {device} ({', '.join(parts)}), {needed}"
+        total = f"about {duration(self.total_seconds)}".replace("about under", "under")
+        return f"{total} on {device} ({', '.join(parts)}), {needed}"
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def estimate(model: Detector, data: Dataset, plan: Plan | None = None, clock: Cl
         clock: returns the time in seconds.
 
     Raises:
-        ValueError: there are no training images, or one cannot be read or used.
+        ValueError: there are no training images, or one cannot be read or used, or their classes are not the model's.
         RuntimeError: memory, or the method on these images.
     """
     devices = [model.device] if model.device.type == "cuda" else []
@@ -189,6 +190,8 @@ class _Measurement:
         self.model, self.data, self.plan, self.clock = model, data, plan, clock
         self.config = model.config
         self.process_bytes = process_bytes()
+        if model.groups_are_classes and self.config.class_names not in (None, data.class_names):
+            raise ValueError("the model is of other classes than the dataset")
         self.calibration = None if plan.calibration is None else discover(plan.calibration)
         step = max(1, len(data.train) // SAMPLED)
         self.sample = [sample.path for sample in data.train[::step]][:SAMPLED]
