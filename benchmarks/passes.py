@@ -1,8 +1,8 @@
 """Does the flow catch up with the place Gaussian, and when? `python -m benchmarks.passes ROOT --output FILE`.
 
-ROOT is a dataset in the MVTec AD layout. HGAD (preset "fast") is trained on some normal images of each class, the others
-calibrate, and every so many passes over the images it is calibrated and its maps are compared with the masks: class
-inferred, each image alone, all pixels of the maps, by fusion, class and mean. The place Gaussian on the same images
+ROOT is a dataset in the MVTec AD layout. HGAD (preset "fast") is trained on some normal images of each class, the
+others calibrate, and every so many passes over the images it is calibrated and its maps are compared with the masks:
+class inferred, each image alone, all pixels of the maps, by fusion, class and mean. The place Gaussian on the same images
 stands beside it. The rate falls over all the passes (as a cosine), so that a row in the middle is no training of that
 length. Features are computed once.
 """
@@ -66,31 +66,36 @@ def run(arguments: argparse.Namespace, weights: str) -> None:
     if arguments.gaussian:
         contenders["place Gaussian"] = GaussianModel(GaussianConfig.preset("gaussian", **common))
     for name, model in contenders.items():
-        normals = feature_set(model, dataset)
-        tests = [image_features(model, read_image(sample.path)) for sample in dataset.test]
-        train, others = drawn(normals.class_ids, arguments.training_images, arguments.seed)
-        held_out = normals.subset(others)
-        rows: list[dict[str, Any]] = []
-        started = time.perf_counter()
+        follow(name, model, dataset, arguments)
 
-        def compare(passes: int, spent: float) -> None:
-            row = {"passes": passes, "training_seconds": round(spent, 1), **figures(model, dataset, held_out, tests)}
-            rows.append(row)
-            print(name, passes, f"{spent:.0f} s", json.dumps(row["mean"]), flush=True)
-            save(arguments, name, model, rows)
 
-        def after_pass(record: dict[str, Any]) -> None:
-            nonlocal started
-            if record["sub_epoch"] == model.config.sub_epochs - 1:
-                spent = time.perf_counter() - started
-                model.eval()
-                compare((record["meta_epoch"] + 1) * model.config.sub_epochs, spent)
-                model.train()
-                started = time.perf_counter() - spent  # comparing does not count
+def follow(name: str, model: Any, dataset: datasets.Dataset, arguments: argparse.Namespace) -> None:
+    """Train a model, compare it every so many passes, and save the rows."""
+    normals = feature_set(model, dataset)
+    tests = [image_features(model, read_image(sample.path)) for sample in dataset.test]
+    train, others = drawn(normals.class_ids, arguments.training_images, arguments.seed)
+    held_out = normals.subset(others)
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
 
-        model.fit(normals.subset(train), calibration=held_out, callbacks=[after_pass])
-        if not rows:
-            compare(0, time.perf_counter() - started)
+    def compare(passes: int, spent: float) -> None:
+        row = {"passes": passes, "training_seconds": round(spent, 1), **figures(model, dataset, held_out, tests)}
+        rows.append(row)
+        print(name, passes, f"{spent:.0f} s", json.dumps(row["mean"]), flush=True)
+        save(arguments, name, model, rows)
+
+    def after_pass(record: dict[str, Any]) -> None:
+        nonlocal started
+        if record["sub_epoch"] == model.config.sub_epochs - 1:
+            spent = time.perf_counter() - started
+            model.eval()
+            compare((record["meta_epoch"] + 1) * model.config.sub_epochs, spent)
+            model.train()
+            started = time.perf_counter() - spent  # comparing does not count
+
+    model.fit(normals.subset(train), calibration=held_out, callbacks=[after_pass])
+    if not rows:
+        compare(0, time.perf_counter() - started)
 
 
 def drawn(class_ids: torch.Tensor, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
