@@ -2,9 +2,9 @@
 
 ROOT is a dataset in the MVTec AD layout. HGAD (preset "fast") is trained on some normal images of each class, the
 others calibrate, and every so many passes over the images it is calibrated and its maps are compared with the masks:
-class inferred, each image alone, all pixels of the maps, by fusion, class and mean. The place Gaussian on the same images
-stands beside it. The rate falls over all the passes (as a cosine), so that a row in the middle is no training of that
-length. Features are computed once.
+class inferred, each image alone, all pixels of the maps, by fusion, class and mean. The place Gaussian on the same
+images stands beside it. The rate falls over all the passes (as a cosine), so that a row in the middle is no training of
+that length. Features are computed once.
 """
 
 from __future__ import annotations
