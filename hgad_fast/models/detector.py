@@ -58,6 +58,7 @@ class Detector(nn.Module):
             weights from the calibration, or one of them alone, by its name.
         loss_terms: title and explanation of each term that the objective reports, for reports.
         stages: what a stage of the training does, by its number from 2 on, for reports.
+        variant_options: names of what `variants` takes beyond the names of some of them.
 
     Weights are initialised from ``config.seed`` alone; the global random state is left as it was.
     """
@@ -71,6 +72,7 @@ class Detector(nn.Module):
     preparation: str = ""
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}
+    variant_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any) -> None:
         super().__init__()

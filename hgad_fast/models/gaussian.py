@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +17,9 @@ from ..features.extract import FeatureSet, feature_set
 from ..features.joining import joined
 from ..methods import register
 from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
+from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps
-from ..scoring.maps import BLUR_SIGMA, blur, upsample
+from ..scoring.maps import resized_and_blurred
 from .config import GaussianConfig
 from .detector import Detector
 
@@ -34,8 +35,9 @@ class GaussianDensities(Densities):
 
     Attributes:
         distances: by the names of the parts (B, h, w), the Mahalanobis distance to the Gaussian of the place by the
-            stages that the map is made of.
-        all_distances: the same by all stages.
+            d values that the map is made of, less sqrt(d), which is what it is for normal features on average: so maps
+            of all classes have about the same level where nothing is wrong.
+        all_distances: the same by all D values.
     """
 
     distances: dict[str, Tensor] = field(default_factory=dict)
@@ -45,6 +47,11 @@ class GaussianDensities(Densities):
     def parts(self) -> dict[str, list[Tensor]]:
         """The log-densities by the names of the parts: one for each backbone."""
         return {name: [logps] for name, logps in zip(self.distances, self.logps, strict=True)}
+
+    def alone(self, part: str) -> Densities:
+        """Return densities whose map is that of a single one of the `parts`."""
+        distances, all_distances = ({part: each[part]} for each in (self.distances, self.all_distances))
+        return replace(self, logps=self.parts[part], distances=distances, all_distances=all_distances)
 
     def anomalies(self, level_max: Tensor, scope: str = "map") -> list[list[Tensor]]:
         """Return the distances (B, h, w) of each part: those of the map, or with ``scope="all"`` those by all stages.
@@ -347,7 +354,9 @@ class GaussianModel(Detector):
         """Yield the whitened features (B h w, D) of each level, image after image, and their (h, w)."""
         for x, whitening in zip(self._joined(levels), self._whitenings, strict=True):
             pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-            yield whitening(pixels), (x.shape[2], x.shape[3])
+            with float32_products(self.device):
+                y = whitening(pixels)
+            yield y, (x.shape[2], x.shape[3])
 
     def _joined(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Return the levels (B, C, h, w): the encoder's, or one of what the user brings, joined on one grid."""
@@ -411,7 +420,8 @@ class GaussianModel(Detector):
             )
             log_dets = torch.stack([gaussians.log_dets(size, k).view(size) for k in group_ids.tolist()])
             name = self._part_names[level]
-            distances[name], all_distances[name] = fine.sqrt(), total.sqrt()
+            distances[name] = fine.sqrt() - math.sqrt(gaussians.dim)
+            all_distances[name] = total.sqrt() - math.sqrt(width)
             logps.append(-(total + log_dets + width * LOG_2_PI) / (2 * width))
         return GaussianDensities(logps, [], group_ids, distances, all_distances)
 
@@ -497,13 +507,18 @@ class GaussianModel(Detector):
         Nothing was published: it is what the honest protocol does, but for the class and the weights of the maps.
         """
         size = (self.config.msk_size, self.config.msk_size)
-        sums = {"map": [], "all": []}  # type: dict[str, list[Tensor]]
-        for batch in batches:
-            for scope, maps in sums.items():
-                levels = [levels[0] for levels in batch.anomalies(torch.empty(0), scope)]
-                maps.append(blur(torch.stack([upsample(x, size) for x in levels]).sum(0), BLUR_SIGMA))
-        scores = torch.cat(sums[self.scored_on]).amax((1, 2))
-        return {"": OfficialMaps(torch.cat(sums["map"]), scores, "Mahalanobis distances, not calibrated")}
+
+        def maps_of(scope: str) -> Tensor:
+            maps = []
+            for batch in batches:
+                levels = [level for (level,) in batch.anomalies(torch.empty(0), scope)]  # (B, h, w) of each backbone
+                for image in zip(*levels, strict=True):
+                    maps.append(torch.stack([resized_and_blurred(level, size) for level in image]).sum(0))
+            return torch.stack(maps)
+
+        shown = maps_of("map")
+        scores = (shown if self.scored_on == "map" else maps_of(self.scored_on)).amax((1, 2))
+        return {"": OfficialMaps(shown, scores, "Mahalanobis distances, not calibrated")}
 
     def scoring_bytes(self, sizes: Sequence[tuple[int, int]], group_known: bool) -> tuple[int, int]:
         """Return the bytes of the distances to each class, and those of the joined and the whitened features."""

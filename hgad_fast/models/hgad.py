@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..features.backbone import Backbone, FeatureMaps
+from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
 from ..methods import register
 from ..modules.flow import OFFICIAL_NAMES, ConditionalFlow
@@ -25,7 +26,7 @@ from ..scoring.densities import chunk_pixels
 from ..scoring.result import ScoreResult
 from ..training.schedule import warmed_up_cosine
 from ..training.step import Batch
-from .config import LOSS_TERMS, HGADConfig
+from .config import LOSS_TERMS, Config, GaussianConfig, HGADConfig
 from .detector import Detector, varied
 from .official import OfficialSurface, config_from_args
 
@@ -38,7 +39,11 @@ MAX_KEPT = 2**28  # bytes of densities that are kept until the class is known; b
 # classes can tell: mutual information teaches it. Where a single Gaussian maps all classes to one place (the
 # "homogeneous mapping" of the paper), anomalous pixels land among the normal ones.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "single-gaussian": {"n_classes": 1, "class_names": ("all",), "n_intra_centers": 1, "loss_terms": ("L_g",)},
+    "place-gaussian": {},  # see `place_gaussian_on`
+    "single-gaussian": {
+        **{"n_classes": 1, "class_names": ("all",), "n_intra_centers": 1, "loss_terms": ("L_g",)},
+        "fusion": "likelihood",  # there is no other map
+    },
     "inter-class": {"n_intra_centers": 1, "loss_terms": ("L_g",)},
     "mutual-information": {"n_intra_centers": 1, "loss_terms": ("L_g", "L_mi", "L_e")},
     "hgad": {},
@@ -83,6 +88,7 @@ class HGADModel(OfficialSurface, Detector):
         "L_z": ("Log-density, own class", "The same on the scale of the anomaly map; it should fall."),
     }
     stages = {2: "which also learns the centres within each class"}
+    variant_options = ("centres",)
 
     def __init__(self, config: HGADConfig | argparse.Namespace | None = None) -> None:
         device = None
@@ -250,19 +256,23 @@ class HGADModel(OfficialSurface, Detector):
     @classmethod
     def variants(
         cls, config: HGADConfig, names: Sequence[str] | None = None, centres: Sequence[int] = (1,)
-    ) -> dict[str, HGADConfig]:
+    ) -> dict[str, Config]:
         """Return the configurations that an ablation compares.
 
         Args:
             config: what they have in common.
-            names: some of `VARIANTS`; None: all.
+            names: some of `VARIANTS`; None: all, but for "place-gaussian" where images are seen at their native sizes.
             centres: numbers of centres of a class for further variants of HGAD, which are called ``hgad-1-centre``,
                 ``hgad-5-centres``, ...
 
         Raises:
             ValueError: an unknown name, or a number below 1.
         """
-        chosen = varied(config, VARIANTS, names)
+        if names is None:
+            names = [name for name in VARIANTS if name != "place-gaussian" or config.img_size != "native"]
+        chosen: dict[str, Config] = {**varied(config, VARIANTS, names)}
+        if "place-gaussian" in chosen:
+            chosen["place-gaussian"] = place_gaussian_on(config)
         return chosen | {f"hgad-{n}-centre{'s' * (n != 1)}": config.replace(n_intra_centers=n) for n in centres}
 
     # ---- scoring
@@ -439,3 +449,26 @@ class StageLoss(nn.Module):
         if self._weight is None or self._weight.device != like.device or self._weight.dtype != like.dtype:
             self._weight = torch.tensor(weights, dtype=like.dtype, device=like.device)
         return self._weight
+
+
+def place_gaussian_on(config: HGADConfig) -> GaussianConfig:
+    """Return the settings of Gaussians of each class and place on the very features that a flow of `config` models.
+
+    Stages that are joined stay what they are. Other levels are joined on the grid on which `Backbone` would join them,
+    as features that the user brings, so that such a model has no backbone: it scores features. All else is the default
+    of `GaussianConfig`, no field of which was chosen for the features at hand.
+
+    Raises:
+        ValueError: images are seen at their native sizes, so that their places do not correspond.
+    """
+    shared = ("n_classes", "class_names", "img_size", "msk_size", "center_crop", "calibration_fraction", "seed")
+    fields: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    if config.backbone_arch is None:
+        return GaussianConfig(**fields, backbone_arch=None, feature_dims=config.feature_dims)
+    if config.feature_mode == "joined":
+        of_features = ("backbone_arch", "backbone_weights", "out_indices", "grid_stride", "feature_levels")
+        return GaussianConfig(**fields, **{name: getattr(config, name) for name in of_features})
+    with torch.random.fork_rng(devices=[]):
+        backbone = make_backbone(config.replace(backbone_weights=None))  # for its channels and strides
+    fine_stages = sum(stride <= backbone.stage_strides[backbone.grid] for stride in backbone.stage_strides)
+    return GaussianConfig(**fields, backbone_arch=None, feature_dims=backbone.feature_dims, map_stages=fine_stages)

@@ -27,6 +27,8 @@ Args = argparse.Namespace
 def config_from_args(args: Args) -> HGADConfig:
     """Return the settings in the official arguments; fields that the library does not know are ignored.
 
+    Where they do not say otherwise, maps are joined as published, by their product.
+
     Class names come from ``args.class_to_idx`` (name to index) where the script has set it.
     """
     known_names = {field.name for field in dataclasses.fields(HGADConfig)}
@@ -35,7 +37,7 @@ def config_from_args(args: Args) -> HGADConfig:
     if class_to_idx and settings.get("class_names") is None:
         names = sorted(class_to_idx, key=class_to_idx.__getitem__)
         settings["class_names"] = names if len(names) == settings.get("n_classes", len(names)) else None
-    return HGADConfig(**settings)
+    return HGADConfig(**{"fusion": "product"} | settings)
 
 
 class OfficialSurface:

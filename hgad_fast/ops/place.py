@@ -1,37 +1,33 @@
-"""Squared Mahalanobis distances of pixels to the Gaussians of their places: what a place Gaussian scores with.
+"""Squared Mahalanobis distances of pixels to the Gaussian of their place, for each class.
 
-Each class has a Gaussian at each place of a grid (PaDiM, arXiv 2011.08785, has one at each place). Its inverse
-covariance is given by a factor, F F^T, so that a distance is the squared length of a vector times a matrix.
+A pixel meets the Gaussians of its own place alone (PaDiM, arXiv 2011.08785, has one a place; here each class has one):
+the products are those of many small matrices, one for each class and place, with the few pixels of that place. Of a
+single image each place has one pixel, and all that takes time is to read the matrices once.
 
-Symbols: N pixels; D channels; P places; K classes; M columns of a factor, D as a rule.
+Symbols: N pixels; d features; P places; K classes; m columns of a factor, d where it is square.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dispatch import fused
 
-CHUNK_BYTES = 4 << 20  # of pixels, less their means and times their factors, that the definition holds at a time
+CHUNK_BYTES = 4 << 20  # of pixels, and of factors that are not read in place, that the definition holds at a time
+CHEAP_PIXELS = 4  # a place's matrix is read in the time that it takes to multiply it with so many
 
 
-def _check_place(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> None:
+def _check(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> None:
     """Raise a ValueError where a shape, a dtype, or a place on the CPU does not fit."""
     if x.dim() != 2 or place.shape != x.shape[:1]:
-        raise ValueError(f"x {tuple(x.shape)} must be (N, D), and place {tuple(place.shape)} then (N,)")
-    if mean.dim() != 3 or mean.shape[2] != x.shape[1] or not mean.numel():
+        raise ValueError(f"x {tuple(x.shape)} must be (N, d), and place {tuple(place.shape)} then (N,)")
+    if factor.dim() != 4 or mean.shape != factor.shape[:3] or factor.shape[2] != x.shape[1] or 0 in factor.shape:
         raise ValueError(
-            f"mean {tuple(mean.shape)} must be (K, P, D) with D = {x.shape[1]} as in x {tuple(x.shape)}, and at least "
-            "one of each"
-        )
-    if factor.dim() != 4 or factor.shape[:3] != mean.shape or not 1 <= factor.shape[3]:
-        raise ValueError(
-            f"factor {tuple(factor.shape)} must be (K, P, D, M) with K, P, D of mean {tuple(mean.shape)}, and at least "
-            "one column"
+            f"factor {tuple(factor.shape)} must be (K, P, d, m), with at least one of each, mean {tuple(mean.shape)} "
+            f"then (K, P, d), and x {tuple(x.shape)} (N, d)"
         )
     for name, tensor in (("x", x), ("mean", mean), ("factor", factor)):
         if not tensor.is_floating_point():
@@ -39,122 +35,115 @@ def _check_place(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> None
     if place.dtype != torch.int64:
         raise ValueError(f"place is {place.dtype}; it must be torch.int64")
     if place.device.type == "cpu" and place.numel() and not torch.compiler.is_compiling():
-        low, high = (int(edge) for edge in place.aminmax())
-        if low < 0 or high >= mean.shape[1]:
-            raise ValueError(f"place names a place {low if low < 0 else high}; allowed are 0 to {mean.shape[1] - 1}")
+        low, high, places = int(place.min()), int(place.max()), factor.shape[1]
+        if low < 0 or high >= places:
+            raise ValueError(f"place has a {low if low < 0 else high}; allowed are 0 to {places - 1}")
 
 
-@fused("place", check=_check_place)
+@fused("place", check=_check)
 def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    r"""Return the squared Mahalanobis distance of each pixel to its place's Gaussian, for each class.
+    r"""Return the squared Mahalanobis distances of pixels to the Gaussians of their place, one for each class.
 
-    .. math:: D_{nk} = \left| (x_n - \mu_{k p_n})^T F_{k p_n} \right|^2, \quad \Sigma_{kp}^{-1} = F_{kp} F_{kp}^T
+    .. math:: D_{nk} = \left| (x_n - \mu_{k p_n}) F_{k p_n} \right|^2, \quad \Sigma_{kp}^{-1} = F_{kp} F_{kp}^T
 
-    Classes are taken one after the other and places in chunks; nothing of N D K elements exists, and no factor is
-    copied for a pixel. Reading the factors is what few pixels a place take their time for. Where the channels of a
-    column follow each other in memory (``factor.stride(2) == 1``: a table stored as (K, P, M, D), transposed), a CPU
-    reads them several times as fast for one pixel a place, and as fast for many.
+    A factor may have fewer columns than rows: with F the transposed inverse of the Cholesky factor of a covariance, its
+    first columns give the distance by the first variables alone, and the others what the rest of them adds.
 
-    A difference is rounded once, a product of D terms and a sum of M squares as float32 rounds them: a distance is
-    exact to some (D + M) 6e-8 of :math:`\sum_m (\sum_d |x_d - \mu_d| |F_{dm}|)^2`, at worst.
+    Pixels are put together by place, and classes follow one another: neither N x d x K values nor a matrix for each
+    pixel are ever in memory. Factors are read where they lie if one of their last two strides is 1. On a CPU it should
+    be that of the rows: ``table.mT`` of a table (K, P, m, d), whose rows of d values are the columns of the factors.
+    For one pixel a place that is read several times as fast as a table (K, P, d, m); for many it makes no difference.
 
-    On a CPU, a pixel that is the only one of its place, where all places have at most one, has the same bits in any
-    company and in any order; so have pixels of a batch whose images are given one by one. With several pixels a place,
-    how they are multiplied depends on how many there are. Classes never depend on each other.
+    Arithmetic is float64 for float64 x, and float32 for all else: errors are within some (d + m) 1e-7 of
+    :math:`\sum_m (\sum_d |x_d - \mu_d| |F_{dm}|)^2`. The order in which a library
+    of matrix products adds up d terms depends on how many pixels and places there are: other pixels change last digits.
 
     Args:
-        x: pixels of any strides, shape (N, D), in any floating-point type.
-        place: the place of each pixel, shape (N,), int64. Pixels in any order and any number of a place; images one
-            after the other, each with all P places in order, need no sorting.
-        mean: of each class and place, of any strides, shape (K, P, D).
-        factor: of the inverse covariances, of any strides, shape (K, P, D, M).
+        x: pixels of any strides, shape (N, d), in any floating-point type.
+        place: the place of each pixel, from 0 to P - 1, shape (N,), int64. They may come in any order.
+        mean: of any strides, shape (K, P, d).
+        factor: of any strides, shape (K, P, d, m).
 
     Returns:
-        Distances (N, K) in float32 (float64 for float64 x), without a gradient. A pixel with NaN has distances of NaN.
+        Distances (N, K) without a gradient, in float32 (float64 for float64 x). Not finite where x is not finite.
 
     Raises:
-        ValueError: the shapes do not fit each other, a type is a wrong one, K, P, D or M is 0, or, on the CPU, a place
-            is not from 0 to P - 1. A look at those on another device would wait for it: there, they count as the
-            nearest one that is.
+        ValueError: the shapes do not fit each other, a type is a wrong one, or, on the CPU, a place is not from 0 to
+            P - 1. A look at those on another device would wait for it: there, they count as the nearest one that is.
     """
     x, mean, factor = x.detach(), mean.detach(), factor.detach()
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # how pixels are put together depends on values: a graph calls an operator
         return _place_distances(x, place, mean, factor)
     return _distances(x, place, mean, factor)
 
 
-class _Block(NamedTuple):
-    """Consecutive places, and as many pixels of each."""
-
-    first: int  # of the places
-    stop: int
-    x: Tensor  # (places, pixels, D); where a place has fewer, other pixels fill up
-    rows: Tensor | slice  # of the results: the pixels in `x` that count
-    counted: Tensor | slice  # where these are in `x`, place by place
-
-
 def _distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    K, P, D, M = factor.shape
-    distances = torch.empty((K, len(x)), dtype=dtype, device=x.device)
-    most = max(CHUNK_BYTES // ((D + M) * dtype.itemsize), 1)
-    for block in _blocks(x, place.clamp(0, P - 1), P, most):
-        pixels = block.x.to(dtype)
+    (K, P, d, m), N = factor.shape, len(x)
+    distances = torch.empty(N, K, dtype=dtype, device=x.device)
+    in_place = factor.dtype == dtype and 1 in factor.stride()[2:]
+    most_places = P if in_place else max(1, CHUNK_BYTES // (d * m * dtype.itemsize))
+    most_pixels = max(1, CHUNK_BYTES // ((d + m) * dtype.itemsize))
+    images = N // P
+    if N == images * P and torch.equal(place, torch.arange(P, device=place.device).repeat(images)):
+        by_place, results = x.unflatten(0, (images, P)).transpose(0, 1), distances.unflatten(0, (images, P))
+        step = min(most_places, max(1, most_pixels // max(images, 1)))
+        for places in (slice(at, at + step) for at in range(0, P, step)):
+            for k in range(K):
+                squares = _squares(by_place[places].to(dtype), mean[k, places], factor[k, places])
+                results[:, places, k] = squares.T
+        return distances
+    place = place.clamp(0, P - 1)
+    order, counts = place.argsort(stable=True), torch.bincount(place, minlength=P)
+    first = counts.cumsum(0) - counts  # where in `order` the pixels of each place are
+    in_order = torch.empty(K, N, dtype=dtype, device=x.device)
+    for places, ranks in _blocks(counts, most_places, most_pixels):
+        at = first[places, None] + torch.arange(ranks.start, ranks.stop, device=x.device)  # (places, ranks)
+        exists = at < (first + counts)[places, None]
+        start = int(at[0, 0])
+        stop = start + int(exists.sum())  # a block is of all pixels of some places, or of one: these are neighbours
+        pixels = x.index_select(0, order[at.where(exists, 0).flatten()]).to(dtype).unflatten(0, at.shape)
         for k in range(K):
-            means, factors = (table[k, block.first : block.stop].to(dtype) for table in (mean, factor))
-            offsets = torch.empty(pixels.shape, dtype=dtype, device=x.device)
-            torch.sub(pixels, means[:, None], out=offsets)
-            # Strides decide how a product of one pixel is computed: these make it dot products with rows of memory.
-            if factors.stride(1) == 1:
-                lengths = torch.bmm(factors.mT, offsets.mT).square_().sum(1)
-            else:
-                lengths = torch.bmm(offsets, factors).square_().sum(2)
-            distances[k, block.rows] = lengths.flatten()[block.counted]
-    return distances.T
+            in_order[k, start:stop] = _squares(pixels, mean[k, places], factor[k, places])[exists]
+    distances[order] = in_order.T
+    return distances
 
 
-def _blocks(x: Tensor, place: Tensor, P: int, most: int) -> Iterator[_Block]:
-    """Yield all pixels, by place, in blocks of about `most`."""
-    everything, N = slice(None), len(x)
-    if N and N % P == 0 and torch.equal(place.view(-1, P), torch.arange(P, device=place.device).expand(N // P, P)):
-        images = x.unflatten(0, (-1, P)).transpose(0, 1)
-        if N <= most:
-            yield (
-                _Block(0, P, images, everything, everything)
-                if N == P
-                else _Block(0, P, images, torch.arange(N, device=x.device).view(-1, P).T.flatten(), everything)
-            )
-            return
-    order = place.argsort(stable=True)
-    counts = torch.bincount(place, minlength=P)
-    starts = counts.cumsum(0) - counts
-    # Up to 4 pixels a place cost what one costs, for the factor has to be read. More are rounded up to powers of two,
-    # so that neighbours go together; the waste is less than half.
-    widths = 2 ** counts.clamp(min=4).sub(1).log2().floor().add(1).long()
-    widths = torch.where(counts > 0, widths, 0)
-    same, lengths = torch.unique_consecutive(widths, return_counts=True)
-    first = 0
-    for width, length in zip(same.tolist(), lengths.tolist(), strict=True):
-        stop = first + length
-        if width:
-            together = max(most // width, 1)
-            for begin in range(first, stop, together):
-                end = min(begin + together, stop)
-                width_here = int(counts[begin:end].max())
-                for rank in range(0, width_here, most):
-                    ranks = torch.arange(rank, min(rank + most, width_here), device=x.device)
-                    at = starts[begin:end, None] + ranks
-                    counted = (ranks < counts[begin:end, None]).flatten().nonzero().squeeze(1)
-                    rows = order[at.clamp(max=N - 1)]
-                    yield _Block(begin, end, x[rows], rows.flatten()[counted], counted)
-        first = stop
+def _squares(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+    """Return the squared lengths (p, n) of (x - mean) factor, of x (p, n, d), mean (p, d) and factor (p, d, m)."""
+    offsets = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    torch.sub(x, mean[:, None], out=offsets)
+    factor = factor.to(x.dtype)
+    if factor.stride(1) == 1:  # strides decide how single pixels are multiplied: so, with rows of d values in memory
+        return torch.bmm(factor.mT, offsets.mT).square_().sum(1)
+    return torch.bmm(offsets, factor).square_().sum(2)
+
+
+def _blocks(counts: Tensor, most_places: int, most_pixels: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of places, and of the pixels of each of them by their rank, that hold all pixels of `counts` (P,).
+
+    Places that follow one another are taken together if their counts are the same when rounded up to a power of two:
+    at most half of the products are of pixels that do not exist, beyond `CHEAP_PIXELS`.
+    """
+    powers = torch.where(counts > 0, counts.clamp(min=CHEAP_PIXELS).sub(1).double().log2().floor().long(), -1)
+    stop = 0
+    for power, length in zip(*(t.tolist() for t in torch.unique_consecutive(powers, return_counts=True)), strict=True):
+        start, stop = stop, stop + length
+        if power < 0:
+            continue
+        step = min(most_places, max(1, most_pixels >> (power + 1)))
+        for at in range(start, stop, step):
+            places = slice(at, min(at + step, stop))
+            count = int(counts[places].max())
+            for rank in range(0, count, most_pixels):
+                yield places, slice(rank, min(rank + most_pixels, count))
 
 
 @torch.library.custom_op("hgad_fast::place_distances", mutates_args=())
 def _place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    return _distances(x, place, mean, factor)
+    return place_distances(x, place, mean, factor)
 
 
 @_place_distances.register_fake
-def _(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    return x.new_empty((mean.shape[0], len(x)), dtype=torch.promote_types(x.dtype, torch.float32)).T
+def _(x, place, mean, factor):  # type: ignore[no-untyped-def]
+    return x.new_empty(len(x), mean.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))

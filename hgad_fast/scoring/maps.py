@@ -17,6 +17,7 @@ from ..features.backbone import Backbone
 from ..features.interpolate import BAND_PIXELS, Between, between, bilinear
 from ..features.preprocess import ImageSettings, seen_shape
 from ..files import replacing
+from ..ops.dispatch import in_float32
 from ..protocol import Densities, Detector
 
 SMALL_MAP = 2**18  # pixels of a map up to which resizing and blurring it are two products of matrices
@@ -175,8 +176,8 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     device = levels[0].device
     if math.prod(grid) <= SMALL_MAP:
         # image by image: of several, a product may be added up in another order
-        images = [sum(_resized_and_blurred(level[i], grid) for level in levels) for i in range(len(levels[0]))]
-        return torch.stack(images)[:, top:bottom]  # type: ignore[arg-type]
+        images = [sum(resized_and_blurred(level[i], grid) for level in levels) for i in range(len(levels[0]))]
+        return torch.stack(images)[:, top:bottom]
     rows, columns = _mirrored(top, bottom, grid[0]).to(device), _mirrored(0, grid[1], grid[1]).to(device)
     total = sum(
         bilinear(
@@ -190,7 +191,8 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
     return _smooth(total, BLUR_SIGMA)
 
 
-def _resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
+@in_float32
+def resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return a level (h, w) resized to the grid and blurred, which along each axis is one linear map."""
     rows, columns = (_axis(n, m, level.dtype, level.device) for n, m in zip(level.shape, grid, strict=True))
     return rows @ level @ columns.T

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -150,42 +150,77 @@ def overlay(
     return page.save(path)
 
 
-def contact_sheet(cases: Sequence[Case], path: str | os.PathLike[str], *, title: str = "", columns: int = 1) -> Path:
+def contact_sheet(
+    cases: Sequence[Case] | Mapping[str, Sequence[Case]],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "",
+    columns: int = 1,
+) -> Path:
     """Write one PNG of many cases, each with label, verdict, image, true defect, heat map and what the model found.
 
-    The cases run downwards, in `columns` blocks side by side. Returns the path.
+    The cases run downwards, in `columns` blocks side by side. Those of several models on the same images, in the same
+    order, are given by the models' names: each image is shown once, and beside it the verdict, the heat map and the
+    outlines of each model, which are those of the true defect too. Returns the path.
 
     Raises:
-        ValueError: there are no cases.
+        ValueError: there are no cases, or models have different numbers of them.
     """
-    if not cases:
+    by_model = cases if isinstance(cases, Mapping) else {"": cases}
+    counts = {len(of_model) for of_model in by_model.values()}
+    if not counts - {0}:
         raise ValueError("contact_sheet: there are no cases to draw")
-    panels: dict[str, PanelFunction] = {
-        "image": _image_panel,
-        "true defect": _truth_panel,
-        "score": _score_panel,
-        "found": _found_panel,
-    }
-    side, gap, line, block_gap, margin = 162, 6, 36, 48, 36
-    block_width = len(panels) * (side + gap) - gap
-    rows = -(-len(cases) // columns)
-    top = 108 if title else 48
+    if len(counts) > 1:
+        raise ValueError(
+            f"contact_sheet: the models have {' and '.join(map(str, sorted(counts)))} cases; give each those of the "
+            "same images"
+        )
+    (count,) = counts
+    images: dict[str, PanelFunction] = {"image": _image_panel}
+    if len(by_model) == 1:
+        images["true defect"] = _truth_panel
+    results: dict[str, PanelFunction] = {"score": _score_panel, "found": _found_panel}
+    side, gap, line, model_gap, block_gap, margin = 162, 6, 36, 18, 48, 36
+    pair_width = len(results) * (side + gap) - gap
+    first_x = len(images) * (side + gap)
+    models_x = [first_x + number * (pair_width + model_gap) for number in range(len(by_model))]
+    if len(by_model) > 1:
+        models_x = [x + model_gap - gap for x in models_x]
+    block_width = models_x[-1] + pair_width
+    rows = -(-count // columns)
+    top = (108 if title else 48) + (24 if len(by_model) > 1 else 0)
     bottom = top + rows * (line + side)
     page = _Page(2 * margin + columns * (block_width + block_gap) - block_gap, bottom + 90)
     page.text(margin, 54, title, size=16, bold=True)
-    for index, case in enumerate(cases):
+    for index in range(count):
         column, row = divmod(index, rows)
-        x, y = margin + column * (block_width + block_gap), top + row * (line + side) + line
-        colour = _WRONG if case.is_wrong else _RIGHT
-        verdict_width = page.text(x + block_width, y - 8, case.verdict, size=11, align="r", colour=colour)
-        page.text(x, y - 8, case.label, size=11, bold=True, width=block_width - verdict_width - gap)
-        for name, draw in panels.items():
-            if row == 0:
-                page.text(x + side // 2, top - 6, name, size=10, align="m", colour=_QUIET)
-            page.panel(x, y, side, side, case, draw)
-            x += side + gap
-    page.legend(margin, bottom + 24, cases)
+        left, y = margin + column * (block_width + block_gap), top + row * (line + side) + line
+        label_width = models_x[0] + (pair_width if len(by_model) == 1 else -gap)
+        for (name, of_model), model_x in zip(by_model.items(), models_x, strict=True):
+            case, x = of_model[index], left + model_x
+            colour = _WRONG if case.is_wrong else _RIGHT
+            verdict_width = page.text(x + pair_width, y - 8, case.verdict, size=11, align="r", colour=colour)
+            if len(by_model) == 1:
+                label_width -= verdict_width + gap
+            if row == 0 and name:
+                page.text(x + pair_width // 2, top - 30, name, size=12, align="m", bold=True)
+            _panels(page, case, results, x, y, side, gap, top if row == 0 else None)
+        case = next(iter(by_model.values()))[index]
+        page.text(left, y - 8, case.label, size=11, bold=True, width=label_width)
+        _panels(page, case, images, left, y, side, gap, top if row == 0 else None)
+    page.legend(margin, bottom + 24, [case for of_model in by_model.values() for case in of_model])
     return page.save(path)
+
+
+def _panels(
+    page: _Page, case: Case, panels: Mapping[str, PanelFunction], x: int, y: int, side: int, gap: int, top: int | None
+) -> None:
+    """Draw views of a case side by side, `gap` apart, and with a `top` the name of each above that."""
+    for name, draw in panels.items():
+        if top is not None:
+            page.text(x + side // 2, top - 6, name, size=10, align="m", colour=_QUIET)
+        page.panel(x, y, side, side, case, draw)
+        x += side + gap
 
 
 def _sheet_of_crops(case: Case, regions: Sequence[Region], title: str) -> _Page:

@@ -87,8 +87,12 @@ def read_checkpoint(
     saved_identity = state["identity"]
     if (method := saved_identity.get("method", "hgad")) != identity["method"]:
         raise ValueError(f"{path} is of a training of {method}, and this model is one of {identity['method']}")
-    if saved_identity["config"] != identity["config"]:
-        old, new = (model.config.added | json.loads(each["config"]) for each in (saved_identity, identity))
+    # What has no effect today may have had its own value in a file of before, or none.
+    old, new = (
+        model.config.added | json.loads(each["config"]) | model.config.without_effect
+        for each in (saved_identity, identity)
+    )
+    if old != new:
         fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
         changed = [f"{field} {old.get(field)!r} -> {new.get(field)!r}" for field in fields]
         raise ValueError(f"{path} was trained with another configuration: {', '.join(changed)}")

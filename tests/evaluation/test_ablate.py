@@ -1,4 +1,4 @@
-"""The ablation: its product map is what `evaluate` measures, its constants come from held-out normal images alone."""
+"""The ablation: its maps are what `evaluate` measures, its constants come from held-out normal images alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import rounding
 import torch
 from PIL import Image
 
-from hgad_fast import HGADConfig, HGADModel
+import hgad_fast
+from hgad_fast import GaussianConfig, GaussianModel, HGADConfig, HGADModel
 from hgad_fast.data import datasets, images
 from hgad_fast.evaluation import ablate
 from hgad_fast.evaluation.evaluate import evaluate, seen_mask
@@ -71,13 +72,13 @@ def ablation(root, tmp_path_factory):
     output, patch = tmp_path_factory.mktemp("out"), pytest.MonkeyPatch()
     patch.setattr(ablate, "STRIDE", 1)
     said: list[str] = []
-    variants = HGADModel.variants(CONFIG, ["single-gaussian", "hgad"], centres=())
+    variants = HGADModel.variants(CONFIG, ["place-gaussian", "single-gaussian", "hgad"], centres=())
     actual = ablate.run(root, CONFIG, output, variants=variants, training_images=6, say=said.append)
     patch.undo()
     return output, actual, said
 
 
-def test_the_product_is_what_evaluate_measures(ablation, root):
+def test_the_fusions_are_what_evaluate_measures(ablation, root):
     output, actual, said = ablation
     model = HGADModel.load(output / "hgad" / MODEL)
     normals = feature_set(model, datasets.discover(root))
@@ -87,13 +88,16 @@ def test_the_product_is_what_evaluate_measures(ablation, root):
         model.calibrate(normals.subset(others))
     expected = evaluate(model, root, details=False)
     figures = actual["variants"]["hgad"]["figures"]
-    for setting, protocol in (("official", "official"), ("class inferred", "honest")):
+    for setting, protocol, fusion in (
+        ("official", "official", "product"),
+        ("class inferred", "honest", "standardised"),
+    ):
         for name in ("coarse", "fine"):
             row = expected.figures[protocol][name]
-            ours = figures[setting]["product"][name]
+            ours = figures[setting][fusion][name]
             assert ours == pytest.approx((row.image_auroc, row.pixel_auroc), abs=SWAPPED)
         mean = expected.mean(protocol)
-        assert figures[setting]["product"]["mean"] == pytest.approx([mean.image_auroc, mean.pixel_auroc], abs=SWAPPED)
+        assert figures[setting][fusion]["mean"] == pytest.approx([mean.image_auroc, mean.pixel_auroc], abs=SWAPPED)
     confusion = actual["variants"]["hgad"]["confusion"]
     assert {k: {o: n for o, n in row.items() if n} for k, row in confusion.items()} == expected.confusion
     assert f"{100 * mean.image_auroc:.1f} / {100 * mean.pixel_auroc:.1f}" in said[-1]
@@ -104,6 +108,79 @@ def test_one_gaussian_has_the_likelihood_alone_and_knows_no_class(ablation):
     assert all(list(maps) == ["likelihood"] for maps in variant["figures"].values())
     assert variant["figures"]["class given"] == variant["figures"]["class inferred"]
     assert variant["confusion"] == {"coarse": {"all": 6}, "fine": {"all": 6}}
+
+
+def test_the_place_gaussian_models_the_features_of_the_flows(ablation, root):
+    output, actual, _ = ablation
+    hgad, gaussian = (hgad_fast.load(output / name / MODEL) for name in ("hgad", "place-gaussian"))
+    assert isinstance(gaussian, GaussianModel) and gaussian.feature_dims == hgad.feature_dims
+    normals = feature_set(hgad, datasets.discover(root))
+    rows, others = ablate._drawn(normals.class_ids, hgad.class_names, 6, CONFIG.seed)
+    again = GaussianModel(gaussian.config.replace(grids=None))
+    with pytest.warns(UserWarning, match="too few"):
+        again.fit(normals.subset(rows), calibration=normals.subset(others))
+    assert all(torch.equal(x, gaussian.state_dict()[name]) for name, x in again.state_dict().items())
+
+    def features_of(sample):
+        return preprocess.image_features(hgad, images.read_image(sample.path))
+
+    expected = evaluate(again, root, details=False, features_of=features_of)
+    figures = actual["variants"]["place-gaussian"]["figures"]
+    assert [list(maps) for maps in figures.values()] == [["likelihood"], *[["likelihood", "standardised"]] * 2]
+    for setting, protocol, kind in (
+        ("official", "official", "likelihood"),
+        ("class inferred", "honest", "standardised"),
+    ):
+        for name in ("coarse", "fine"):
+            row = expected.figures[protocol][name]
+            assert figures[setting][kind][name] == pytest.approx((row.image_auroc, row.pixel_auroc), abs=SWAPPED)
+    assert "place-gaussian, class inferred" in ablate.table(actual)
+
+
+def test_features_of_the_place_gaussian():
+    of_stages = {"feature_mode": "stages", "feature_levels": 3, "out_indices": (2, 3, 4)}
+
+    def place_gaussian(**settings):
+        before = torch.get_rng_state()
+        variant = HGADModel.variants(CONFIG.replace(**settings), ["place-gaussian"], [])["place-gaussian"]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert isinstance(variant, GaussianConfig) and variant.names == ("coarse", "fine")
+        assert (variant.img_size, variant.msk_size) == (CONFIG.img_size, CONFIG.msk_size)
+        return GaussianModel(variant)
+
+    pyramid, stages = place_gaussian(), place_gaussian(**of_stages)
+    assert pyramid.encoder is None and pyramid.config.map_stages == 1
+    assert pyramid.feature_dims == HGADModel(CONFIG).feature_dims
+    assert stages.encoder is None and stages.feature_dims == HGADModel(CONFIG.replace(**of_stages)).feature_dims
+    assert stages.config.map_stages == 2  # strides 8 and 16, and not 32
+    joined = place_gaussian(**of_stages | {"feature_mode": "joined", "feature_levels": 1})
+    assert joined.encoder.stage_dims == (tuple(stages.feature_dims),) and joined.encoder.fine_stages == (2,)
+    own = place_gaussian(backbone_arch=None, feature_levels=2, feature_dims=(8, 16))
+    assert own.feature_dims == [8, 16] and own.config.map_stages is None
+
+
+def test_variants_that_a_base_configuration_rules_out_are_left_out_or_made_possible():
+    native = HGADModel.variants(CONFIG.replace(img_size="native"))
+    assert "place-gaussian" in HGADModel.variants(CONFIG) and "place-gaussian" not in native
+    with pytest.raises(ValueError, match=r"GaussianConfig\.img_size is 'native'"):
+        HGADModel.variants(CONFIG.replace(img_size="native"), ["place-gaussian"])
+    entropy = HGADModel.variants(CONFIG.replace(fusion="entropy"))
+    assert entropy["hgad"].fusion == "entropy" and entropy["single-gaussian"].fusion == "likelihood"
+
+
+def test_the_parts_of_several_backbones_are_compared_and_their_sum(root, tmp_path):
+    config = CONFIG.replace(
+        backbone_arch="test_efficientnet+test_resnet", feature_mode="joined", out_indices=((1, 2), (1, 2))
+    )
+    variants = HGADModel.variants(config, ["place-gaussian"], [])
+    actual = ablate.run(root, config, tmp_path, variants=variants, training_images=6, say=lambda text: None)
+    results = actual["variants"]["place-gaussian"]
+    parts = ["test_efficientnet", "test_resnet"]
+    assert list(results["figures"]["official"]) == [*parts, "sum"]
+    assert list(results["figures"]["class inferred"]) == [*parts, "product", "standardised"]
+    figures = results["figures"]["official"]
+    assert figures["test_efficientnet"] != figures["test_resnet"]
+    assert results["false_alarms"]["splits"][0]["normal_images"] == 6
 
 
 def test_each_map_is_the_one_that_score_makes(ablation, root):
@@ -185,7 +262,7 @@ def test_without_masks_there_are_no_pixel_figures(root, tmp_path):
 
 
 def test_what_cannot_be(root, tmp_path):
-    with pytest.raises(ValueError, match="there is no variant 'hgda'; there are single-gaussian, "):
+    with pytest.raises(ValueError, match="there is no variant 'hgda'; there are place-gaussian, single-gaussian, "):
         HGADModel.variants(CONFIG, ["hgda"])
     for count in (10, 0, -5):
         with pytest.raises(ValueError, match=f"class 'coarse' has 10 training images, of which {count} cannot be"):

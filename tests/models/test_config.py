@@ -155,6 +155,7 @@ def test_fields_that_were_added_are_in_json_where_they_differ():
 def test_presets():
     official = HGADConfig.preset("official", n_classes=5)
     assert official == HGADConfig(n_classes=5, fusion="product", center_crop=True)
+    assert HGADConfig().fusion == "standardised"
     fast = HGADConfig.preset("fast", seed=3)
     assert (fast.seed, fast.pixels_per_step, fast.feature_scaling, fast.coupling_layers) == (3, 64, "std", 8)
     assert fast.replace(lr=2e-3).lr == 2e-3

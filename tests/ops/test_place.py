@@ -1,187 +1,192 @@
-"""Distances to the Gaussians of places by definition, against the formula in float64."""
+"""Distances of pixels to the Gaussians of their places by definition: against one product a pixel in float64."""
 
 from __future__ import annotations
 
+import importlib
+import itertools
+
 import pytest
+import rounding
 import torch
-from gaussians import SIZES, assert_distances, draw, strided
 from hypothesis import given
 from hypothesis import strategies as st
+from places import PLACES, SIZES, draw, right, strided
 
 from hgad_fast import ops
 from hgad_fast.bench.timing import peak_memory
-from hgad_fast.ops import place as places
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-SMALL = 40, 6, 3, 12, 9
 CPU = torch.device("cpu")
+DEFINITION = importlib.import_module("hgad_fast.ops.place")
+
+
+def assert_right(distances: torch.Tensor, place: torch.Tensor, *tensors: torch.Tensor) -> None:
+    x, mean, factor = tensors
+    precision = torch.promote_types(x.dtype, torch.float32)
+    assert distances.dtype == precision and not distances.requires_grad
+    rounding.assert_close(distances, lambda *t: right(place, *t), x, mean, factor, precision=precision)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_distances(sizes, dtype):
-    inputs = draw(*sizes, dtype)
-    assert_distances(ops.place_distances(*inputs), *inputs)
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES.keys())
+def test_distances(places, sizes, dtype):
+    place = places(sizes[1])
+    x, mean, factor = draw(*sizes, place, dtype)
+    for table in (factor, factor.mT.contiguous().mT):
+        assert_right(ops.place_distances(x, place, mean, table), place, x, mean, table)
+
+
+@pytest.mark.parametrize("which", ["x", "mean", "factor", "places"])
+def test_an_error_of_a_ten_thousandth_is_found(which):
+    """The tolerance is not what lets the tests pass."""
+    place = PLACES["any"](7)
+    tensors = dict(zip(("x", "mean", "factor"), draw(2, 7, 37, 5, place), strict=True))
+    wrong, elsewhere = dict(tensors), place.clone()
+    if which == "places":
+        elsewhere[3] = (elsewhere[3] + 1) % 7
+    else:
+        wrong[which] = 1.0001 * tensors[which]
+    with pytest.raises(AssertionError, match="rounding explains"):
+        assert_right(ops.place_distances(wrong["x"], elsewhere, wrong["mean"], wrong["factor"]), place, *tensors.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("places", ["one image", "images", "any"])
+def test_other_strides(places, dtype):
+    place = PLACES[places](7)
+    x, mean, factor = draw(2, 7, 20, 6, place, dtype)
+    stretched = torch.full((2 * len(x), 20), torch.nan, dtype=dtype)
+    stretched[::2] = x
+    of_x = [x, x.T.contiguous().T, stretched[::2]]
+    for rows, means, table in itertools.product(of_x, strided(mean).values(), strided(factor).values()):
+        assert_right(ops.place_distances(rows, place, means, table), place, x, mean, factor)
+
+
+def test_first_variables_of_wider_tables():
+    """As a place Gaussian reads them: views of mean and factor, whose matrices are not contiguous."""
+    place = torch.arange(9).repeat(2)
+    x, mean, factor = draw(3, 9, 24, 24, place)
+    for table in (factor, factor.mT.contiguous().mT):
+        views = x[:, :16], mean[..., :16], table[..., :16, :16]
+        assert_right(ops.place_distances(views[0], place, *views[1:]), place, *(view.clone() for view in views))
+
+
+@pytest.mark.parametrize("size", [1, 700, 5000])
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES.keys())
+def test_chunks(monkeypatch, places, size):
+    monkeypatch.setattr(DEFINITION, "CHUNK_BYTES", size)
+    place = places(6)
+    x, mean, factor = draw(2, 6, 11, 4, place)
+    for table in strided(factor).values():
+        assert_right(ops.place_distances(x, place, mean, table), place, x, mean, factor)
 
 
 @given(
-    st.tuples(*(st.integers(low, high) for low, high in ((0, 40), (1, 9), (1, 3), (1, 20), (1, 20)))),
+    st.lists(st.integers(0, 8), max_size=70),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 6),
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
 )
-def test_distances_of_any_sizes(sizes, dtype, seed):
+def test_distances_of_any_places(places, K, d, m, dtype, seed):
     torch.manual_seed(seed)
-    inputs = draw(*sizes, dtype)
-    assert_distances(ops.place_distances(*inputs), *inputs)
+    place = torch.tensor(places, dtype=torch.int64)
+    tensors = draw(K, 9, d, m, place, dtype)
+    assert_right(ops.place_distances(tensors[0], place, *tensors[1:]), place, *tensors)
 
 
-@pytest.mark.parametrize("images", [1, 2, 9])
-@pytest.mark.parametrize("chunk", [1, 2000, 4 << 20])
-@pytest.mark.parametrize("by_rows", [False, True])
-def test_distances_of_images(monkeypatch, images, chunk, by_rows):
-    """All places in order, image after image, with matrices stored either way, and chunks of any size."""
-    monkeypatch.setattr(places, "CHUNK_BYTES", chunk)
-    x, _, mean, factor = draw(images * 6, 6, 2, 12, 9)
-    factor = factor.mT.contiguous().mT if by_rows else factor
-    place = torch.arange(6).repeat(images)
-    assert_distances(ops.place_distances(x, place, mean, factor), x, place, mean, factor)
+def test_they_are_mahalanobis_distances():
+    """Against a solution with the covariance itself."""
+    place = torch.arange(5).repeat(2)
+    x, mean, root = (t.double() for t in draw(3, 5, 6, 6, place))
+    covariance = root @ root.mT + torch.eye(6)
+    factor = torch.linalg.inv(torch.linalg.cholesky(covariance)).mT
+    offsets = x - mean[:, place]
+    expected = (offsets * torch.linalg.solve(covariance[:, place], offsets)).sum(2).T
+    torch.testing.assert_close(
+        ops.place_distances(x, place, mean, factor), expected, rtol=rounding.SAME_IN_FLOAT64, atol=0
+    )
 
 
-@pytest.mark.parametrize("chunk", [1, 2000, 4 << 20])
-def test_distances_of_uneven_places(monkeypatch, chunk):
-    """From none to 90 pixels a place, in any order; chunks split places, and join them."""
-    monkeypatch.setattr(places, "CHUNK_BYTES", chunk)
-    counts = [0, 90, 1, 1, 0, 4, 5, 17, 2, 0]
-    place = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    place = place[torch.randperm(len(place))]
-    x, _, mean, factor = draw(len(place), len(counts), 2, 12, 9)
-    assert_distances(ops.place_distances(x, place, mean, factor), x, place, mean, factor)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_parts_of_an_image(transposed):
+    """Any pixels of it, in any order, for any classes, and with the tables of their places alone."""
+    place = torch.arange(64)
+    x, mean, factor = draw(3, 64, 48, 48, place)
+    factor = factor.mT.contiguous().mT if transposed else factor
+    for some in (place[:1], place[5:20], place[::3], torch.randperm(64), place[[63, 0]]):
+        for classes in (slice(None), slice(1, 2)):
+            part = x[some], mean[classes], factor[classes]
+            assert_right(ops.place_distances(part[0], place[some], *part[1:]), place[some], *part)
+    tile = slice(16, 40)
+    part = x[tile], mean[:, tile], factor[:, tile]
+    assert_right(ops.place_distances(part[0], place[:24], *part[1:]), place[:24], *part)
 
 
-def test_less_than_float32_would_show():
-    x, place, mean, factor = draw(*SMALL)
-    with pytest.raises(AssertionError):
-        assert_distances(ops.place_distances(x, place, mean, factor.bfloat16()), x, place, mean, factor)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tables", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_pixels_say_in_what_precision(dtype, tables):
-    x, place, mean, factor = draw(*SMALL, dtype, tables)
-    actual = ops.place_distances(x, place, mean, factor)
-    assert_distances(actual, x, place, mean.to(dtype), factor.to(dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_distances_of_other_strides(dtype):
-    x, place, mean, factor = inputs = draw(*SMALL, dtype)
-    for i in (0, 2, 3):
-        for view in strided(inputs[i]).values():
-            changed = *inputs[:i], view, *inputs[i + 1 :]
-            assert_distances(ops.place_distances(*changed), *inputs)
-    expanded = factor[:1, :1].expand_as(factor)
-    assert_distances(ops.place_distances(x, place, mean, expanded), x, place, mean, expanded)
-    every_second = place.repeat_interleave(2)[::2]
-    assert_distances(ops.place_distances(x, every_second, mean, factor), *inputs)
-
-
-def test_distances_of_some_of_the_channels():
-    """A Gaussian of the first channels takes views of what is there of all."""
-    x, place, mean, factor = draw(*SMALL)
-    x, mean, factor = x[:, :7], mean[..., :7], factor[:, :, :7, :5]
-    assert_distances(ops.place_distances(x, place, mean, factor), x, place, mean, factor)
-
-
-def test_a_pixel_alone_at_its_place_has_the_same_bits_in_any_company():
-    x, _, mean, factor = draw(12, 12, 3, 20, 20)
-    place = torch.randperm(12)
-    expected, some = ops.place_distances(x, place, mean, factor), torch.randperm(12)[:7]
-    assert torch.equal(ops.place_distances(x[some], place[some], mean, factor), expected[some])
-    assert torch.equal(ops.place_distances(x, place, mean[1:], factor[1:]), expected[:, 1:])
-
-
-def test_what_is_not_finite_stays_with_its_pixel_and_its_class():
-    x, place, mean, factor = draw(*SMALL)
+def test_pixels_that_are_not_finite():
+    place = torch.arange(6).repeat(3)
+    x, mean, factor = draw(2, 6, 5, 5, place)
     expected = ops.place_distances(x, place, mean, factor)
-    x[2, 3], x[5, 1] = torch.nan, torch.inf
-    actual = ops.place_distances(x, place, mean, factor)
-    assert actual[2].isnan().all() and not actual[5].isfinite().any()
-    others = torch.ones(len(x), dtype=torch.bool)
-    others[[2, 5]] = False
-    assert torch.equal(actual[others], expected[others])
-    mean[1, 0, 4], factor[1, 2, 1, 0] = torch.nan, torch.nan
-    actual, hit = ops.place_distances(x, place, mean, factor), (place == 0) | (place == 2)
-    assert hit.any() and actual[hit, 1].isnan().all()
-    assert torch.equal(actual[others, 0], expected[others, 0])
-    assert torch.equal(actual[others & ~hit, 1], expected[others & ~hit, 1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_distances_of_nothing(dtype):
-    x, place, mean, factor = draw(0, 6, 3, 12, 9, dtype)
-    assert_distances(ops.place_distances(x, place, mean, factor), x, place, mean, factor)
+    x[3, 2], x[7, 1], x[11, 4] = torch.nan, torch.inf, -torch.inf
+    distances = ops.place_distances(x, place, mean, factor)
+    bad = torch.zeros(18, dtype=torch.bool)
+    bad[[3, 7, 11]] = True
+    assert not distances[bad].isfinite().any() and torch.equal(distances[~bad], expected[~bad])
 
 
 def test_no_gradient():
-    x, place, mean, factor = draw(*SMALL)
-    assert not ops.place_distances(x.requires_grad_(), place, mean.requires_grad_(), factor).requires_grad
+    place = torch.arange(4)
+    tensors = [t.requires_grad_() for t in draw(2, 4, 5, 3, place)]
+    assert not ops.place_distances(tensors[0], place, *tensors[1:]).requires_grad
 
 
-def test_autocast_rounds_no_distance():
-    inputs = draw(*SMALL)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = ops.place_distances(*inputs)
-    assert_distances(actual, *inputs)
-
-
-@pytest.mark.parametrize("images", [1, 64])
-def test_no_pixel_has_a_matrix_of_its_own(images):
-    """For 64 images these would take 134 MB, and the matrices of a single class in float64 4 MB."""
-    x, _, mean, factor = draw(images * 32, 32, 4, 128, 128)
-    place = torch.arange(32).repeat(images)
-    assert peak_memory(lambda: ops.place_distances(x, place, mean, factor), CPU) < 1.5 * places.CHUNK_BYTES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("places", ["one image", "images", "any order"])
+def test_memory(places, dtype):
+    """A matrix for each pixel would take 134 MB, differences for each class 17 MB; a copy of the table takes 84 MB."""
+    place = torch.arange(256).repeat(1 if places == "one image" else 8)
+    place = place[torch.randperm(len(place))] if places == "any order" else place
+    x, mean, factor = torch.randn(len(place), 128).to(dtype), torch.randn(8, 256, 128), torch.randn(8, 256, 128, 64)
+    assert peak_memory(lambda: ops.place_distances(x, place, mean, factor), CPU) < 20e6
 
 
 def test_it_compiles_without_graph_breaks():
-    inputs = draw(*SMALL)
+    place = PLACES["any"](7)
+    x, mean, factor = draw(2, 7, 5, 3, place)
 
-    def twice(*inputs: torch.Tensor) -> torch.Tensor:
-        return 2 * ops.place_distances(*inputs)
+    def scores(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        return ops.place_distances(x, place, mean, factor).amin(1)
 
-    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*inputs), twice(*inputs))
-
-
-def test_the_compiler_is_told_the_right_sizes_and_strides():
-    torch.library.opcheck(torch.ops.hgad_fast.place_distances.default, draw(*SMALL))
+    compiled = torch.compile(scores, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, place), scores(x, place))
+    torch.library.opcheck(torch.ops.hgad_fast.place_distances, (x, place, mean, factor))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_does_not_fit_is_refused(interpreted, backend):
-    x, place, mean, factor = draw(6, 3, 2, 4, 5)
+    x, place, mean, factor = torch.randn(4, 3), torch.arange(4), torch.randn(2, 4, 3), torch.randn(2, 4, 3, 2)
     for arguments, message in (
-        ((x[0], place, mean, factor), r"x \(4,\) must be \(N, D\), and place \(6,\) then \(N,\)"),
-        ((x, place[:5], mean, factor), r"x \(6, 4\) must be \(N, D\), and place \(5,\) then"),
-        ((x, place, mean[0], factor), r"mean \(3, 4\) must be \(K, P, D\)"),
-        ((x[:, :3], place, mean, factor), r"mean \(2, 3, 4\) must be \(K, P, D\) with D = 3 as in x \(6, 3\)"),
-        ((x, place, mean[:0], factor[:0]), "at least one of each"),
-        ((x, place, mean[:, :0], factor[:, :0]), "at least one of each"),
-        ((x, place, mean, factor[0]), r"factor \(3, 4, 5\) must be \(K, P, D, M\)"),
-        ((x, place, mean, factor[:, :2]), r"factor \(2, 2, 4, 5\) must be \(K, P, D, M\) with K, P, D of mean"),
-        ((x, place, mean, factor[..., :0]), "at least one column"),
+        ((x[0], place, mean, factor), r"x \(3,\) must be \(N, d\)"),
+        ((x, place[:3], mean, factor), r"x \(4, 3\) must be \(N, d\), and place \(3,\) then \(N,\)"),
+        ((x[:, :2], place, mean, factor), r"factor \(2, 4, 3, 2\) must be .* and x \(4, 2\)"),
+        ((x, place, mean[:1], factor), r"mean \(1, 4, 3\)"),
+        ((x, place, mean, factor[0]), r"factor \(4, 3, 2\) must be \(K, P, d, m\)"),
+        ((x, place, mean, factor[..., :0]), "with at least one of each"),
         ((x.long(), place, mean, factor), "x is torch.int64; it must be of a floating-point type"),
-        ((x, place, mean.long(), factor), "mean is torch.int64"),
-        ((x, place, mean, factor.long()), "factor is torch.int64"),
+        ((x, place, mean.int(), factor), "mean is torch.int32"),
+        ((x, place, mean, factor.int()), "factor is torch.int32"),
         ((x, place.int(), mean, factor), "place is torch.int32; it must be torch.int64"),
-        ((x, place + 3, mean, factor), "place names a place [3-5]; allowed are 0 to 2"),
-        ((x, place - 3, mean, factor), "place names a place -[1-3]; allowed are 0 to 2"),
+        ((x, place + 1, mean, factor), "place has a 4; allowed are 0 to 3"),
+        ((x, place - 1, mean, factor), "place has a -1; allowed are 0 to 3"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.place_distances(*arguments, backend=backend)
 
 
-def test_where_nobody_looks_places_beyond_the_last_count_as_the_nearest():
-    x, place, mean, factor = draw(*SMALL)
-    place[:4] = torch.tensor([-1, -(2**40), mean.shape[1], 2**40])
+def test_where_nobody_looks_places_beyond_the_grid_count_as_the_nearest():
+    place = torch.randint(-2, 6, (30,))
+    x, mean, factor = draw(2, 4, 5, 3, place)
     actual = ops.place_distances.reference(x, place, mean, factor)
-    assert_distances(actual, x, place.clamp(0, mean.shape[1] - 1), mean, factor)
+    assert torch.equal(actual, ops.place_distances(x, place.clamp(0, 3), mean, factor))

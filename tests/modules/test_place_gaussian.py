@@ -1,0 +1,202 @@
+"""Sums, whitening and Gaussians of places against definitions in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hgad_fast.modules.place_gaussian import (
+    STEP,
+    ExactSum,
+    Moments,
+    PlaceGaussians,
+    Whitening,
+    grid_fits,
+    places,
+)
+
+GRIDS = ((2, 3), (4, 2), (2, 3))
+
+
+def drawn(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def filled(images=9, dim=4, coarse_dim=2, shrinkage=0.5, floor=0.02):
+    """Return Gaussians that have seen images of each group, and what they have seen, in whole steps."""
+    gaussians = PlaceGaussians(GRIDS, dim, coarse_dim, shrinkage, floor).double()
+    seen = []
+    for k, (h, w) in enumerate(GRIDS):
+        mixing = drawn(h * w, dim + coarse_dim, dim + coarse_dim, seed=10 + k)
+        y = torch.einsum("npi,pij->npj", drawn(images, h * w, dim + coarse_dim, seed=k), mixing)
+        gaussians.add(k, y)
+        seen.append((y / STEP).round() * STEP)
+    gaussians.solve()
+    return gaussians, seen
+
+
+def test_an_exact_sum_is_the_same_in_any_order_and_right():
+    summands = [drawn(7, seed=i, scale=10.0 ** (i % 9 - 3)) for i in range(40)]
+    sums = []
+    for order in (range(40), reversed(range(40)), np.random.default_rng(0).permutation(40)):
+        total = ExactSum()
+        for i in order:
+            total.add(summands[i])
+        sums.append(total.value())
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+    exact = torch.tensor([math.fsum(column) for column in torch.stack(summands).T.tolist()], dtype=torch.float64)
+    assert (sums[0] - exact).abs().max() <= 1e-15 * exact.abs().max() + 40 * 2.0**-61
+
+
+def test_moments_are_those_of_all_rows():
+    parts = [drawn(n, 3, seed=n, scale=4.0) + 5 for n in (3, 8, 5)]
+    moments = Moments()
+    for part in parts:
+        moments.add(part)
+    mean, covariance = moments.mean_and_covariance()
+    rows = torch.cat(parts)
+    torch.testing.assert_close(mean, rows.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(covariance, torch.cov(rows.T, correction=0), rtol=1e-10, atol=1e-12)
+
+
+def test_whitened_features_are_uncorrelated_and_coarse_ones_add_what_fine_ones_lack():
+    mixing = drawn(9, 9, seed=3)
+    x = drawn(500, 9, seed=4) @ mixing + 2
+    moments = Moments()
+    moments.add(x)
+    whitening = Whitening(9, 4, 3).double()
+    whitening.fit(moments, (3, 2, 4), 2)
+    y = whitening(x)
+    torch.testing.assert_close(y.mean(0), torch.zeros(7).double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cov(y.T, correction=0), torch.eye(7).double(), rtol=0, atol=1e-8)
+    assert not whitening.matrix[5:, :4].any()  # the fine columns do not read the coarse channels
+    changed = x.clone()
+    changed[:, 5:] += 1
+    assert torch.equal(whitening(changed)[:, :4], y[:, :4]) and not torch.equal(whitening(changed)[:, 4:], y[:, 4:])
+
+
+def test_each_stage_counts_by_its_own_scale():
+    """What a stage is multiplied by changes nothing: its principal components are those of the scaled stage."""
+    x = drawn(400, 6, seed=5) @ drawn(6, 6, seed=6)
+    larger = x * torch.tensor([1.0, 1, 1, 50, 50, 50]).double()
+    distances = []
+    for features in (x, larger):
+        moments, whitening = Moments(), Whitening(6, 3, 0).double()
+        moments.add(features)
+        whitening.fit(moments, (3, 3), 2)
+        distances.append(whitening(features).square().sum(1))
+    torch.testing.assert_close(distances[0], distances[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_constant_channel_makes_no_infinity():
+    x = drawn(50, 4, seed=1)
+    x[:, 2:] = 7
+    moments, whitening = Moments(), Whitening(4, 4, 0).double()
+    moments.add(x)
+    whitening.fit(moments, (2, 2), 2)
+    assert whitening(x).isfinite().all()
+
+
+@pytest.mark.parametrize("shrinkage, floor", [(0.5, 0.02), (0.0, 0.1), (1.0, 0.02)])
+def test_distances_are_those_of_the_shrunk_covariances(shrinkage, floor):
+    gaussians, seen = filled(shrinkage=shrinkage, floor=floor)
+    for k, (y, (h, w)) in enumerate(zip(seen, GRIDS, strict=True)):
+        mean = y.mean(0).numpy()
+        own = np.stack([np.cov(y[:, p].numpy().T) for p in range(h * w)])
+        covariance = (1 - shrinkage) * own + shrinkage * own.mean(0) + floor * np.eye(6)
+        x = drawn(h * w, 6, seed=20, scale=3.0)
+        distances = gaussians.distances(x, (h, w), k)
+        for p in range(h * w):
+            e = x[p].numpy() - mean[p]
+            assert float(distances.total[p]) == pytest.approx(e @ np.linalg.solve(covariance[p], e), rel=1e-9)
+            fine = covariance[p][:4, :4]
+            assert float(distances.fine[p]) == pytest.approx(e[:4] @ np.linalg.solve(fine, e[:4]), rel=1e-9)
+            log_det = np.linalg.slogdet(covariance[p])[1]
+            assert float(gaussians.log_dets((h, w), k)[p]) == pytest.approx(log_det, rel=1e-9, abs=1e-9)
+        assert gaussians.mean_log_det((h, w), k) == pytest.approx(np.linalg.slogdet(covariance)[1].mean(), abs=1e-9)
+
+
+def test_all_groups_of_a_grid_and_parts_of_the_places_are_the_same_distances():
+    gaussians, _ = filled()
+    x = drawn(6, 6, seed=21)
+    together = gaussians.all_distances(0, x, (2, 3))
+    assert gaussians.members[0] == [0, 2]
+    for column, k in enumerate(gaussians.members[0]):
+        torch.testing.assert_close(together.total[:, [column]], gaussians.distances(x, (2, 3), k).total)
+    part = gaussians.distances(x, (2, 3), 2, slice(1, None, 2))
+    torch.testing.assert_close(part.total, gaussians.distances(x, (2, 3), 2).total[1::2])
+
+
+def test_images_add_up_in_any_order_and_in_any_parts():
+    y = drawn(12, 6, 6, seed=30, scale=5.0)
+    states = []
+    for parts in ([y], [y.flip(0)], [y[5:], y[:2], y[2:5]]):
+        gaussians = PlaceGaussians(GRIDS[:1], 4, 2, 0.5, 0.02)
+        for part in parts:
+            gaussians.add(0, part)
+        gaussians.solve()
+        states.append(gaussians)
+    for other in states[1:]:
+        for name, buffer in states[0].named_buffers():
+            assert torch.equal(buffer, other.get_buffer(name)), name
+
+
+def test_sums_that_outgrow_32_bits_go_on_in_64_and_come_back_from_a_state():
+    y = drawn(40, 6, 6, seed=31, scale=60.0)
+    gaussians = PlaceGaussians(GRIDS[:1], 4, 2, 0.5, 0.02).double()
+    assert gaussians.products_0.dtype == torch.int32
+    gaussians.add(0, y)
+    assert gaussians.products_0.dtype == torch.int64
+    gaussians.solve()
+    steps = (y / STEP).round()
+    lower = torch.tril_indices(6, 6)
+    expected = torch.einsum("npi,npj->pij", steps, steps)[:, lower[0], lower[1]]
+    assert torch.equal(gaussians.products_0[0].double(), expected)
+    loaded = PlaceGaussians(GRIDS[:1], 4, 2, 0.5, 0.02).double()
+    loaded.load_state_dict(gaussians.state_dict())
+    for name, buffer in gaussians.named_buffers():
+        assert torch.equal(buffer, loaded.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+def test_features_that_would_spoil_the_sums_are_refused(value):
+    gaussians = PlaceGaussians(GRIDS[:1], 4, 2, 0.5, 0.02)
+    y = drawn(3, 6, 6)
+    y[1, 2, 3] = value
+    with pytest.raises(ValueError, match="not finite, or beyond"):
+        gaussians.add(0, y)
+    assert not gaussians.images.any() and not gaussians.totals_0.any()
+
+
+def test_a_group_of_one_image_takes_the_covariance_of_the_others():
+    gaussians = PlaceGaussians(((2, 3), (2, 3)), 4, 2, 0.5, 0.02).double()
+    many, one = drawn(9, 6, 6, seed=40), drawn(1, 6, 6, seed=41)
+    gaussians.add(0, many)
+    gaussians.add(1, one)
+    gaussians.solve()
+    steps = (many / STEP).round() * STEP
+    shared = np.mean([np.cov(steps[:, p].numpy().T) for p in range(6)], 0) + 0.02 * np.eye(6)
+    x = drawn(6, 6, seed=42)
+    e = (x - (one[0] / STEP).round() * STEP).numpy()
+    expected = [row @ np.linalg.solve(shared, row) for row in e]
+    np.testing.assert_allclose(gaussians.distances(x, (2, 3), 1).total[:, 0].numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size, grid", [((4, 4), (4, 4)), ((8, 8), (4, 4)), ((3, 3), (4, 4)), ((10, 5), (8, 4))])
+def test_a_pixel_takes_the_place_at_its_relative_position(size, grid):
+    cpu = torch.device("cpu")
+    expected = [
+        int((i + 0.5) * grid[0] / size[0]) * grid[1] + int((j + 0.5) * grid[1] / size[1])
+        for i in range(size[0])
+        for j in range(size[1])
+    ]
+    assert places(size, grid, cpu).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "size, fits",
+    [((16, 16), True), ((32, 32), True), ((20, 21), True), ((21, 20), True), ((16, 17), False), ((8, 16), False)],
+)
+def test_grids_fit_where_aspect_ratios_agree_within_5_percent(size, fits):
+    assert grid_fits(size, (16, 16)) is fits
