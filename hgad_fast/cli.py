@@ -1,4 +1,4 @@
-"""The command line: `hgad-fast train | presets | score | eval | calibrate | report | ablate | data | bench | info ...`.
+"""The command line: `hgad-fast train | score | eval | calibrate | report | ablate | data | bench | info | demo`.
 
 Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
 end in one line on stderr and exit code 1.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -19,26 +20,19 @@ from typing import Annotated, Any
 
 import typer
 
-from .methods import METHODS, config_class, preset_names
-
 app = typer.Typer(
     name="hgad-fast",
-    help="Unified visual anomaly detection: one model for many products, by HGAD, VQ-Flow or Gaussians.",
+    help="Unified visual anomaly detection: one model for many products, by HGAD or VQ-Flow.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-Method = Annotated[
-    str | None,
-    typer.Option(help=f"The method of detection: {', '.join(METHODS)}; default: that of --preset, or hgad."),
-]
+Method = Annotated[str, typer.Option(help="The method of detection: hgad, vqflow.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
 Preset = Annotated[
     str | None,
-    typer.Option(
-        help=f"A named set of fields to start from: {preset_names()}. What each needs and reaches: hgad-fast presets."
-    ),
+    typer.Option(help="A named set of fields to start from. Of vqflow: small (for two cores), official (faults too)."),
 ]
 ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
 Assignments = Annotated[
@@ -94,7 +88,7 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model, checkpoint and metrics.")] = Path(
         "run"
     ),
-    method: Method = None,
+    method: Method = "hgad",
     preset: Preset = None,
     config: ConfigFile = None,
     set_: Assignments = None,
@@ -129,41 +123,27 @@ def train(
     from .data.datasets import discover
     from .evaluation.evaluate import BestCheckpoint
     from .methods import create
-    from .training.checkpoint import BEST, CHECKPOINT, FEATURES, MODEL
-    from .training.estimate import Plan, announce, meta_epochs_done
+    from .training.checkpoint import BEST, MODEL
 
     _require_rate(false_alarm_rate)
     dataset = discover(data)
     settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
     model = create(settings).to(_device(device))
     callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []
-    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's first process, which writes for all
-    options: dict[str, Any] = {
-        "calibration": calibration,
-        "cache": None if cache == "none" else cache,
-        "cache_dir": cache_dir,
-        "cache_dtype": cache_dtype,
-        "cache_limit": cache_limit,
-    }
-    if is_first:
-        plan = Plan(
-            **options | {"cache_dir": cache_dir or output / FEATURES},
-            meta_epochs_done=meta_epochs_done(output / CHECKPOINT) if resume else 0,
-            tested_images=len(dataset.test) if keep_best else 0,
-            processes=int(os.environ.get("WORLD_SIZE", "1")),
-        )
-        for line in announce(model, dataset, plan):
-            _to_stderr(line)
     model.fit(
         dataset,
         output_dir=output,
         callbacks=callbacks,
+        calibration=calibration,
         resume=resume,
         skip_bad=skip_bad,
         false_alarm_rate=false_alarm_rate,
-        **options,
+        cache=None if cache == "none" else cache,
+        cache_dir=cache_dir,
+        cache_dtype=cache_dtype,
+        cache_limit=cache_limit,
     )
-    if is_first:
+    if os.environ.get("RANK", "0") == "0":  # torchrun's first process, which writes for all
         print(f"model: {output / MODEL}")
 
 
@@ -376,17 +356,16 @@ def ablate(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of hgad: place-gaussian (closed form, same features; images of a class have one shape), "
-            "single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1. Of vqflow: vqflow, "
-            "random-codes, no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be "
-            "repeated; default: all of the method."
+            help="Of hgad: single-gaussian, inter-class, mutual-information, hgad or hgad-lambda2-1. Of vqflow: "
+            "vqflow, random-codes, no-prior-logdet, summed-likelihood, latents-alone or image-maxima. May be repeated; "
+            "default: all of the method."
         ),
     ] = None,
     centres: Annotated[
         str | None,
         typer.Option(help="Of hgad: also other numbers of centres a class, e.g. 1,5; '' for none.", show_default="1"),
     ] = None,
-    method: Method = None,
+    method: Method = "hgad",
     preset: Preset = None,
     training_images: Annotated[
         int | None, typer.Option(help="How many normal images of a class are trained on; default: nine in ten.")
@@ -401,20 +380,21 @@ def ablate(
     """Train variants of a method on the same features, and compare their maps: what each part contributes."""
     from .data.datasets import discover
     from .evaluation import ablate as ablation
+    from .methods import METHODS
 
     dataset = discover(data)
     settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
-    model_class = METHODS[settings.method]
+    variants = METHODS[method].variants
     options: dict[str, Any] = {} if variant is None else {"names": variant}
     if centres is not None:
-        if "centres" not in model_class.variant_options:
-            raise ValueError(f"--centres is {centres!r}, and models of the method {settings.method!r} have no centres")
+        if "centres" not in inspect.signature(variants).parameters:
+            raise ValueError(f"--centres is {centres!r}, and models of the method {method!r} have no centres")
         options["centres"] = _numbers("--centres", centres)
     comparison = ablation.run(
         dataset,
         settings,
         output,
-        variants=model_class.variants(settings, **options),
+        variants=variants(settings, **options),
         training_images=training_images,
         device=_device(device),
         say=_to_stderr if as_json else print,
@@ -489,7 +469,6 @@ def info(
 
     from . import ops
     from .environment import VERSION, package_versions
-    from .methods import describe
 
     device = torch.device(_device(None))
     facts: dict[str, Any] = {
@@ -501,7 +480,7 @@ def info(
         "backend": ops.path(torch.empty(0, device=device)),
     }
     if model is not None:
-        facts["model"] = describe(_load(model, "cpu", None), model)
+        facts["model"] = _describe(_load(model, "cpu", None), model)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -524,34 +503,16 @@ def weights(
 
 @app.command()
 @_plain_errors
-def presets(as_json: AsJson = False) -> None:
-    """List the presets of train and ablate: what each needs, and what it reaches."""
-    from .methods import describe_presets
-
-    rows = describe_presets()
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    print("\n\n".join("\n".join(f"{key:<10} {value or '-'}" for key, value in row.items()) for row in rows))
-
-
-@app.command()
-@_plain_errors
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, model and images.")] = Path("demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Train HGAD and fit the place Gaussian on images that come with the extra "demo", and show what they find."""
-    import torch
-
+    """Train on images that come with the packages of the extra "demo", and show what the model finds."""
     from .demo import run
-    from .environment import environment
 
     outcome = run(output, say=_to_stderr if as_json else print)
     if as_json:
-        figures = environment(torch.device("cpu")) | outcome.evaluation.to_dict(details=False)
-        figures |= {"gaussian": outcome.gaussian.evaluation.to_dict(details=False), "seconds": outcome.seconds}
-        print(json.dumps(figures, indent=2))
+        print(json.dumps({**outcome.evaluation.to_dict(details=False), "seconds": outcome.seconds}, indent=2))
 
 
 def _to_stderr(text: str) -> None:
@@ -559,7 +520,7 @@ def _to_stderr(text: str) -> None:
 
 
 def _config(
-    method: str | None,
+    method: str,
     preset: str | None,
     class_names: tuple[str, ...],
     file: Path | None,
@@ -568,7 +529,10 @@ def _config(
     weights: str | None,
 ) -> Any:
     """Return the configuration that the options of `train` and `ablate` ask for."""
-    settings_class = config_class(method, preset)
+    from .methods import METHODS
+
+    if method not in METHODS:
+        raise ValueError(f"--method is {method!r}; allowed are {', '.join(METHODS)}")
     fields: dict[str, Any] = {"n_classes": len(class_names), "class_names": class_names}
     if file is not None:
         fields |= _json_object(file)
@@ -577,7 +541,8 @@ def _config(
         fields["backbone_arch"] = backbone
     if weights is not None:
         fields["backbone_weights"] = None if weights == "random" else weights
-    return settings_class.from_fields(fields) if preset is None else settings_class.preset(preset, **fields)
+    config_class = METHODS[method].config_class
+    return config_class.from_fields(fields) if preset is None else config_class.preset(preset, **fields)
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -678,3 +643,33 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",") if number.strip()]
     except ValueError as error:
         raise ValueError(f"{option} is {text!r}; write whole numbers with commas between them, such as 1,5") from error
+
+
+def _groups(model: Any) -> dict[str, str]:
+    """Return the names of a model's classes, or of the groups that it forms, of which there may be many."""
+    names = model.groups
+    if model.groups_are_classes:
+        return {"classes": ", ".join(names)}
+    shown = names if len(names) <= 8 else (*names[:2], "...", names[-1])
+    return {"groups": f"{len(names)} of its own: {', '.join(shown)}"}
+
+
+def _describe(model: Any, path: Path) -> dict[str, Any]:
+    """Return what a model file holds, for people."""
+    config, calibration = model.config, model.calibration
+    side = "square, side" if config.square else "short side"
+    size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
+    rate = "none"
+    if calibration is not None:
+        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
+    return {
+        "model file": str(path),
+        "size": f"{path.stat().st_size / 1e6:.1f} MB",
+        "method": config.method,
+        **_groups(model),
+        "backbone": config.backbone_arch,
+        "feature channels": ", ".join(map(str, model.feature_dims)),
+        **model.describe(),
+        "image size": size + (", centre crop" if config.center_crop else ""),
+        "calibration": rate,
+    }

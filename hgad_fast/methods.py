@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 FORMAT = "hgad_fast 1"
+DEFAULT = "hgad"  # the method where none is named
 
 METHODS: dict[str, Any] = {}
 """The model classes by the names of their methods, in the order of their definition."""
@@ -36,7 +37,7 @@ def config_class(name: str | None = None, preset: str | None = None) -> Any:
     """Return the configuration class of a method.
 
     Args:
-        name: the method; None: the first that has the preset, and without a preset the first of all.
+        name: the method; None: the first that has the preset, and without a preset `DEFAULT`.
         preset: a preset that the method must have.
 
     Raises:
@@ -45,7 +46,7 @@ def config_class(name: str | None = None, preset: str | None = None) -> Any:
     if name is not None and name not in METHODS:
         raise ValueError(f"--method is {name!r}; allowed are {', '.join(METHODS)}")
     if preset is None:
-        return METHODS[name or next(iter(METHODS))].config_class
+        return METHODS[name or DEFAULT].config_class
     owners = [owner for known, owner in presets() if known == preset]
     if not owners:
         raise ValueError(f"--preset is {preset!r}; allowed are {preset_names()}")

@@ -9,6 +9,8 @@ columns of a matrix are squared and added up in registers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -126,7 +128,7 @@ def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> T
     if N == 0:
         return distances.T
     farthest = max((D - 1) * mean.stride(2), (D - 1) * factor.stride(2) + (M - 1) * factor.stride(3))
-    tables = {
+    tables: dict[str, Any] = {
         "mean_ptr": mean, "mean_strides": mean.stride(), "factor_ptr": factor, "factor_strides": factor.stride(),
         "distances_ptr": distances, "N": N, "D": D, "M": M, "WIDE": farthest >= 2**31,
     }  # fmt: skip

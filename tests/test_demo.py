@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from hgad_fast import demo
+import hgad_fast
+from hgad_fast import GaussianModel, HGADModel, demo
 from hgad_fast.data import datasets, images
 from hgad_fast.features.backbone import Backbone
 
@@ -147,3 +148,26 @@ def test_weights_file_gives_the_backbone_those_weights_and_their_normalisation(t
         return x
 
     rounding.assert_close(backbone(image)[0], features, whole, image)
+
+
+def test_both_methods_are_fitted_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In little: few crops at half their size, and a single pass."""
+    monkeypatch.setattr(demo, "COUNTS", {"test": 2, "calibration": 19, "train": 4})
+    monkeypatch.setattr(demo, "DEFECTS_EACH", 1)
+    said: list[str] = []
+    settings = {"img_size": 64, "msk_size": 32, "coupling_layers": 1, "meta_epochs": 1, "sub_epochs": 1}
+    outcome = demo.run(tmp_path, say=said.append, **settings)
+    assert outcome.model == tmp_path / "model.safetensors"
+    assert outcome.gaussian.model == tmp_path / "gaussian.safetensors"
+    hgad, gaussian = (hgad_fast.load(result.model) for result in (outcome, outcome.gaussian))
+    assert isinstance(hgad, HGADModel) and isinstance(gaussian, GaussianModel)
+    assert gaussian.config.img_size == 64 and gaussian.config.msk_size == 32 and gaussian.calibration is not None
+    names = {f"{name}_{kind}.png" for name in demo.PHOTOGRAPHS for kind in ("good", *demo.DEFECTS)}
+    text = "\n".join(said)
+    for result in (outcome, outcome.gaussian):
+        assert {path.name for path in result.overlays.iterdir()} == names
+        assert str(result.model) in text and str(result.overlays) in text and result.evaluation.table() in text
+        assert result.evaluation.n_normal == 6 and result.evaluation.n_anomalous == 12
+    assert outcome.evaluation.table() != outcome.gaussian.evaluation.table()
+    with Image.open(outcome.sheet) as image:
+        assert image.width > 2000 and np.asarray(image.convert("L")).std() > 10

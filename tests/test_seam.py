@@ -292,7 +292,7 @@ def test_it_is_trained_and_described_by_its_name(root: Path, tmp_path: Path) -> 
     shown = CliRunner().invoke(app, ["info", str(tmp_path / "run" / "model.safetensors")]).stdout
     assert "toy" in shown and "groups" in shown and "low, high" in shown
     done = CliRunner().invoke(app, ["train", str(root), "--method", "none"])
-    assert done.exit_code == 1 and "--method is 'none'; allowed are hgad, vqflow, toy" in done.stderr
+    assert done.exit_code == 1 and "--method is 'none'; allowed are gaussian, hgad, vqflow, toy" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_the_commands_take_it(grid_run: Path, root: Path, tmp_path: Path) -> Non
     assert re.search(r"(normal|ANOMALOUS) +prototype \d+ +.*0\.png", run("score", model, image).stdout)
     assert "official add protocol" in run("eval", model, str(root)).stdout
     assert run("calibrate", model, str(root), "-o", str(tmp_path / "model.safetensors")).exit_code == 0
-    assert "hgad, vqflow" in run("train", "--help").output
+    assert "gaussian, hgad, vqflow" in run("train", "--help").output
     done = run("ablate", str(root), "--method", "grid", "--centres", "5")
     assert done.exit_code == 1 and "--centres is '5', and models of the method 'grid' have no centres" in done.stderr
     done = run("ablate", str(root), "--method", "grid", "--variant", "none")

@@ -141,7 +141,7 @@ def _blocks(counts: Tensor, most_places: int, most_pixels: int) -> Iterator[tupl
 
 @torch.library.custom_op("hgad_fast::place_distances", mutates_args=())
 def _place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
-    return place_distances(x, place, mean, factor)
+    return place_distances(x, place, mean, factor).contiguous()  # a kernel's results lie class by class
 
 
 @_place_distances.register_fake

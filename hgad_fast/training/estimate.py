@@ -32,12 +32,14 @@ from ..features.preprocess import preprocess, seen_features, seen_shape
 from ..files import byte_count, readable
 from ..protocol import Detector, Progress
 from ..scoring.calibration import calibration_of, held_out_densities, largest_densities, split
+from .checkpoint import trained_tensors
 from .processes import Processes
 from .step import Step
 
 BUDGET = 0.7  # seconds that one measurement may take, about; the first and smallest of each part may take longer
 SMALLEST_SIDE = 128  # pixels of the short side of the smallest image that a backbone is timed on
 SAMPLED = 16  # images whose sizes are looked at, and which are looked for in a cache on disk
+FITTING = 5  # times the size of what a closed form leaves, held while it is solved for in float64: 4 to 6 were measured
 LONG = 3600  # seconds from which a quicker preset is named where there is no GPU
 
 Clock = Callable[[], float]
@@ -186,6 +188,7 @@ class _Measurement:
     def __init__(self, model: Detector, data: Dataset, plan: Plan, clock: Clock) -> None:
         self.model, self.data, self.plan, self.clock = model, data, plan, clock
         self.config = model.config
+        self.process_bytes = process_bytes()
         self.calibration = None if plan.calibration is None else discover(plan.calibration)
         step = max(1, len(data.train) // SAMPLED)
         self.sample = [sample.path for sample in data.train[::step]][:SAMPLED]
@@ -211,19 +214,19 @@ class _Measurement:
         anew = decoding + backbone
         seconds = {"features": images * (1 - known) * (decoding + stored * backbone)}
         stand_in = self._stand_in()
-        kept, seconds_of_step = 0.0, 0.0
-        if steps:
-            seconds_of_step, kept = self._step(stand_in, probes, values)
-        fitting = self._fit_at_once(stand_in, probes) if self.model.closed_form else 0.0
-        seconds["steps"] = steps * seconds_of_step + fitting + passes * self.trained * (1 - stored) * anew
+        kept = 0.0
+        if self.model.closed_form:
+            probes = probes[:1]  # what is fitted to one size of map scores no other
+            seconds["fitting"] = self._fit(stand_in, probes[0], values) + 2 * self.trained * (1 - stored) * anew
+        elif steps:
+            seconds_of_step, kept = self._step(stand_in, probes)
+            seconds["steps"] = steps * seconds_of_step + passes * self.trained * (1 - stored) * anew
         density = self._density(stand_in, probes, values)
         rounded = self.calibration is None and self.plan.cache_dtype != "float32"  # calibration takes exact features
         seconds["calibration"] = self.calibrated * (density + (anew if rounded else (1 - stored) * anew))
         if self.plan.tested_images:
             seconds["testing"] = meta_epochs * self.plan.tested_images * (anew + density)
-        if self.model.closed_form:
-            seconds = {"fitting" if name == "steps" else name: value for name, value in seconds.items()}
-        return Estimate(seconds, steps, *self._memory(values * stored, kept))
+        return Estimate(seconds, steps, *self._memory(stand_in, probes[0], values, stored, kept))
 
     # ---- features
 
@@ -231,7 +234,7 @@ class _Measurement:
         """Return the seconds of reading an image and of its features, and the features of images of growing size."""
         path = self.sample[len(self.sample) // 2]
         image = read_image(path)
-        reading = self._timed(lambda: (content_hash(path), preprocess(read_image(path), self.config)))
+        reading = self._timed(lambda: (content_hash(path), preprocess(read_image(path), self.config)), warm=True)
         seen = preprocess(image, self.config)
         probes: list[_Probe] = []
         rungs = []
@@ -244,6 +247,7 @@ class _Measurement:
                     probes.append(_Probe(reduced[0].numel(), maps))
 
             rungs.append(_Rung(reduced[0].numel(), work))
+        rungs[0].work()  # makes the network that images go through (`features.backbone.streamlined`)
         backbone = self._climb(rungs, self.pixels)
         workers = min(4, os.cpu_count() or 1)  # as many threads read ahead (`features.extract`)
         return reading / workers, backbone, probes
@@ -266,16 +270,15 @@ class _Measurement:
     # ---- steps
 
     def _stand_in(self) -> Any:
-        """Return a copy of the model to be trained and scored with: without the encoder, which features do not need."""
-        stand_in: Any = copy.deepcopy(self.model, {id(self.model.encoder): self.model.encoder})
-        stand_in.encoder = None
-        return stand_in
+        """Return a copy of the model to be trained and scored with; it has the encoder in common with the model."""
+        return copy.deepcopy(self.model, {id(self.model.encoder): self.model.encoder})
 
-    def _step(self, stand_in: Any, probes: Sequence[_Probe], values: float) -> tuple[float, float]:
+    def _step(self, stand_in: Any, probes: Sequence[_Probe]) -> tuple[float, float]:
         """Return the seconds of a training step, and the bytes that one keeps for its backward pass."""
         share = math.ceil(self.batch_size / self.plan.processes)
-        drawn = getattr(self.model, "pixels_per_step", None) or math.inf
-        step = Step(stand_in.train(), Processes())
+        drawn = self.model.pixels_per_step or math.inf
+        _set_mode(stand_in, training=True)
+        step = Step(stand_in, Processes())
         stage = self._usual_stage(stand_in)
         weights = {tensor.untyped_storage().data_ptr() for tensor in stand_in.state_dict().values()}
         few = min(2, share)
@@ -306,27 +309,6 @@ class _Measurement:
         size, saved_bytes = kept[-1]
         return seconds, saved_bytes * full / size / self.config.accumulate
 
-    def _fit_at_once(self, stand_in: Any, probes: Sequence[_Probe]) -> float:
-        """Return the seconds of fitting a method that has a closed form: of few images, and what each further one adds.
-
-        Afterwards the stand-in is fitted, so that densities can be timed.
-        """
-        groups = len(self.data.class_names)
-
-        def fit(count: int) -> float:
-            """Return the seconds of fitting `count` images of each class."""
-            images = [_varied(probes[-1].maps, seed) for seed in range(count * groups)]
-            features = FeatureSet(images, torch.arange(count * groups) % groups, "estimate")
-            start = self.clock()
-            stand_in.begin(features)
-            stand_in.finish(features)
-            return self.clock() - start
-
-        few = fit(2)
-        each = max(0.0, fit(4) - few) / (2 * groups)
-        larger = self.pixels / probes[-1].pixels
-        return larger * (few + each * max(0, self.trained - 2 * groups))
-
     def _usual_stage(self, model: Any) -> int:
         """Return the stage of most passes that are left."""
         batches = self.trained // self.batch_size
@@ -334,11 +316,29 @@ class _Measurement:
         stages = Counter(model.schedule(Progress(meta_epoch, 0, 0, batches))[0] for meta_epoch in left)
         return int(stages.most_common(1)[0][0])
 
+    def _fit(self, stand_in: Any, probe: _Probe, values: float) -> float:
+        """Fit the stand-in in closed form to images like that of the probe; return the seconds for all images.
+
+        They are taken to grow with the places of a map, a part of them with the images too.
+        """
+        classes = max(len(self.data.class_names), len(stand_in.groups))
+        few, more = 2 * classes, 8 * classes  # a covariance takes 2 images
+        seconds = []
+        for count in (few, more):
+            images = [_varied(probe.maps, seed) for seed in range(count)]
+            features = FeatureSet(images, torch.arange(count) % len(self.data.class_names), "estimate")
+            start = self.clock()
+            stand_in.begin(features)
+            stand_in.finish(features)
+            seconds.append(self.clock() - start)
+        of_an_image = max(seconds[1] - seconds[0], 0.0) / (more - few)
+        return (seconds[0] + of_an_image * max(self.trained - few, 0)) * values / _values(probe)
+
     # ---- calibration
 
     def _density(self, stand_in: Any, probes: Sequence[_Probe], values: float) -> float:
         """Return the seconds of an image's densities and maps; 0 where an untrained model has none."""
-        stand_in.eval()
+        _set_mode(stand_in, training=False)
         rungs = []
         for probe in probes:
             features = FeatureSet([[level[0] for level in probe.maps]], torch.tensor([0]), "estimate")
@@ -356,42 +356,57 @@ class _Measurement:
 
     # ---- memory
 
-    def _memory(self, values: float, kept: float) -> tuple[dict[str, int], dict[str, int]]:
+    def _memory(
+        self, stand_in: Any, probe: _Probe, values: float, stored: float, kept: float
+    ) -> tuple[dict[str, int], dict[str, int]]:
         """Return the bytes by part, of main memory and of the GPU's.
 
         Args:
-            values: of an image's features, those that are cached.
+            stand_in: the model after training; one in closed form has grown, by so much for each place of a map.
+            probe: what such a one was fitted to.
+            values: of an image's features.
+            stored: share of the features that are cached.
             kept: bytes for the backward pass of a step.
         """
         images = self.trained + self.calibrated
-        in_memory = values * images * DTYPES[self.plan.cache_dtype].itemsize if self.plan.cache == "ram" else 0
-        memory = {"process": process_bytes(), "features": int(in_memory)}
-        parameters = sum(p.nbytes for _, p in self.model.named_parameters() if p.requires_grad)
-        training = int(kept) + (0 if self.model.closed_form else 3 * parameters)  # gradients and Adam's two moments
+        size = values * stored * images * DTYPES[self.plan.cache_dtype].itemsize
+        in_memory = size if self.plan.cache == "ram" else 0
+        parameters = sum(p.nbytes for p in stand_in.parameters() if p.requires_grad)
+        training = int(kept) + 3 * parameters  # gradients and Adam's two moments
         encoder = self.model.encoder
         backbone = encoder.working_set(*self.shape) if isinstance(encoder, Backbone) else 0
+        memory = {"process": self.process_bytes, "features": int(in_memory)}
+        trained, untrained = (
+            sum(tensor.nbytes for tensor in trained_tensors(model).values()) for model in (stand_in, self.model)
+        )
+        grown = int((trained - untrained) * values / _values(probe))
+        if self.model.closed_form:
+            training = FITTING * grown
         work = {"work": max(training, backbone)}  # the backbone is done when the steps begin
         if self.model.device.type != "cuda":
-            return memory | work, {}
-        tensors = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        return memory, {"model": tensors} | work
+            return memory | {"model": grown} | work, {}
+        frozen = sum(tensor.nbytes for tensor in encoder.state_dict().values())
+        return memory, {"model": untrained + frozen + grown} | work
 
     # ---- time
 
-    def _timed(self, work: Work, warm: bool = False) -> float:
-        """Return the seconds of a work: of the second time where the first was short, or is to warm up."""
-        seconds = math.inf
-        for attempt in range(3):
+    def _timed(self, work: Work, warm: bool) -> float:
+        """Return the seconds of a work, the mean of a few attempts, of fewer where they are long.
+
+        With `warm` the first attempt counts only if it was so long that a second one would be too much.
+        """
+        attempts: list[float] = []
+        for attempt in range(4):
             start = self.clock()
             work()
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize(self.model.device)
             taken = self.clock() - start
-            if attempt or not warm:
-                seconds = min(seconds, taken)
-            if taken > BUDGET / 4 and (attempt or not warm):
-                break
-        return seconds
+            if attempt or not warm or taken > 4 * BUDGET:
+                attempts.append(taken)
+                if sum(attempts) > BUDGET / 4:
+                    break
+        return sum(attempts) / len(attempts)
 
     def _climb(self, rungs: Sequence[_Rung], full: float) -> float:
         """Return the seconds of a work of the size `full`, given works of growing size, which are timed one by one."""
@@ -407,8 +422,8 @@ def extrapolated(points: Sequence[tuple[float, float]], size: float) -> float:
     """Return the seconds of a work of this size, given sizes, increasing, and seconds of smaller ones.
 
     They lie on the line through the last two points. Constant costs are taken to be at most half of the last one, as
-    two works that take about as long, by chance or for being small, say nothing of larger ones. Of a smaller work than the
-    last one, and of a single point, they are proportional to the size.
+    two works that take about as long, by chance or for being small, say nothing of larger ones. Of a smaller work than
+    the last one, and of a single point, they are proportional to the size.
     """
     last_size, last_seconds = points[-1]
     proportional = last_seconds / last_size
@@ -448,6 +463,13 @@ def meta_epochs_done(checkpoint: Path) -> int:
         return int(state["meta_epoch"])
     except Exception:  # resuming names what is wrong with it
         return 0
+
+
+def _set_mode(stand_in: Any, training: bool) -> None:
+    """Put all of a stand-in in training mode, or out of it, except for the encoder, which is the model's own."""
+    for name, part in stand_in.named_children():
+        if name != "encoder":
+            part.train(training)
 
 
 def _growing(shape: tuple[int, int]) -> list[tuple[int, int]]:

@@ -48,7 +48,9 @@ def test_an_error_of_a_ten_thousandth_is_found(which):
     else:
         wrong[which] = 1.0001 * tensors[which]
     with pytest.raises(AssertionError, match="rounding explains"):
-        assert_right(ops.place_distances(wrong["x"], elsewhere, wrong["mean"], wrong["factor"]), place, *tensors.values())
+        assert_right(
+            ops.place_distances(wrong["x"], elsewhere, wrong["mean"], wrong["factor"]), place, *tensors.values()
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -167,3 +167,20 @@ assert dict.__eq__(before, matplotlib.rcParams)  # reading "backend" would choos
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_contact_sheet_of_several_models_has_the_maps_of_each(tmp_path: Path) -> None:
+    image, low, high = np.full((40, 40), 0.5), np.zeros((40, 40)), np.zeros((40, 40))
+    high[10:30, 10:30] = 2.0
+    quiet, loud = (Case(image, scores, 1.0, label="a", image_score=scores.max()) for scores in (low, high))
+
+    def sheet(*models: Case) -> np.ndarray:
+        cases = {name: [case] for name, case in zip(("first", "second"), models, strict=False)}
+        return np.asarray(Image.open(contact_sheet(cases, tmp_path / "sheet.png")).convert("RGB")).astype(int)
+
+    neither, of_second, both = sheet(quiet, quiet), sheet(quiet, loud), sheet(loud, loud)
+    changed = (neither != of_second).any(2).nonzero()[1]
+    assert len(changed) and changed.min() > (of_second != both).any(2).nonzero()[1].max()
+    assert sheet(quiet).shape[1] < neither.shape[1]
+    with pytest.raises(ValueError, match="the models have 1 and 2 cases; give each those of the same images"):
+        contact_sheet({"first": [quiet], "second": [quiet, loud]}, tmp_path / "no.png")

@@ -34,7 +34,8 @@ def one_thread():
 
 def detector(dims=(10, 7), n_classes=3, **settings) -> HGADModel:
     """A model on features, its parameters far from their initial values."""
-    settings = {"n_intra_centers": 3, "coupling_layers": 2, "pos_embed_dim": 8, "msk_size": 24} | settings
+    small = {"n_intra_centers": 3, "coupling_layers": 2, "pos_embed_dim": 8, "msk_size": 24}
+    settings = small | {"fusion": "product"} | settings  # which the references here compute
     config = HGADConfig(
         n_classes=n_classes, backbone_arch=None, feature_dims=dims, feature_levels=len(dims), **settings
     )
