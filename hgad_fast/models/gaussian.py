@@ -23,8 +23,8 @@ from ..scoring.maps import resized_and_blurred
 from .config import GaussianConfig
 from .detector import Detector
 
-MOMENT_PIXELS = 2**17  # pixels, of all images together, that the whitening is made from
-PIXELS_TOGETHER = 2**14  # pixels of images that are added to the sums together
+MOMENT_PIXELS = 2**16  # pixels, of all images together, that the whitening is made from
+PIXELS_TOGETHER = 2**16  # pixels of images that are added to the sums together
 PARTS = 8  # of the places of a single image, of which all classes are compared in the first one
 LOG_2_PI = math.log(2 * math.pi)
 

@@ -211,7 +211,7 @@ class PlaceGaussians(nn.Module):
         own: dict[int, Tensor] = {}  # mean over the places of the sample covariance, of each group that has one
         for k, count in enumerate(self.images.tolist()):
             if count > 1:
-                own[k] = self._sample_covariance(k).mean(0)
+                own[k] = self._mean_sample_covariance(k)
         for k in range(len(self.grids)):
             if k in own:
                 self._solve(k, own[k])
@@ -252,6 +252,17 @@ class PlaceGaussians(nn.Module):
         covariance[:, lower[0], lower[1]] = values
         covariance[:, lower[1], lower[0]] = values
         return (covariance - total[:, :, None] * total[:, None] / count) / (count - 1)
+
+    def _mean_sample_covariance(self, group: int) -> Tensor:
+        """Return the mean (D, D) over the places of `_sample_covariance`, without making those."""
+        j, row = self._position(group)
+        totals, products = self._sums(j)
+        count, total = int(self.images[group]), totals[row].double() * STEP
+        lower = torch.tril_indices(self.width, self.width, device=total.device)
+        mean = total.new_empty(self.width, self.width)
+        values = products[row].double().mean(0) * STEP**2
+        mean[lower[0], lower[1]] = mean[lower[1], lower[0]] = values
+        return (mean - total.T @ total / (count * len(total))) / (count - 1)
 
     def _sums(self, j: int) -> tuple[Tensor, Tensor]:
         return getattr(self, f"totals_{j}"), getattr(self, f"products_{j}")
