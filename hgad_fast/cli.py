@@ -136,6 +136,8 @@ def train(
     dataset = discover(data)
     settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
     model = create(settings).to(_device(device))
+    if keep_best and model.closed_form:
+        raise ValueError(f"--keep-best chooses among meta-epochs, and the method {settings.method!r} is fitted at once")
     callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun's first process, which writes for all
     options: dict[str, Any] = {

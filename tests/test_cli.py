@@ -133,6 +133,26 @@ def test_train_writes_a_calibrated_model_and_says_where(training):
     assert len(trained.calibration.scores) == 10
 
 
+def test_a_place_gaussian_from_its_preset(data, tmp_path):
+    output = tmp_path / "run"
+    small = ["--backbone", "test_efficientnet", "--weights", "random", "--device", "cpu"]
+    for setting in ("img_size=48", "msk_size=48", "dim=8", "coarse_dim=4", "grid_stride=8", "out_indices=[1,2,3]"):
+        small += ["--set", setting]
+    arguments = ["train", str(data), "--output", str(output), "--preset", "gaussian", *small]
+    message = fails(*arguments, "--keep-best")
+    assert "--keep-best chooses among meta-epochs, and the method 'gaussian' is fitted at once" in message
+    trained = succeeds(*arguments, "--false-alarm-rate", "0.2", "--resume")
+    assert trained.stdout == f"model: {output / 'model.safetensors'}\n"
+    facts = json.loads(succeeds("info", str(output / "model.safetensors"), "--json").stdout)["model"]
+    assert facts["method"] == "gaussian" and facts["places"] == "6 x 8" and facts["images a group"] == "leaning 5, upright 5"
+    assert "leaning" in succeeds("eval", str(output / "model.safetensors"), str(data)).stdout
+    scored = succeeds("score", str(output / "model.safetensors"), str(data / "upright/test/patch"), "--json")
+    assert len(json.loads(scored.stdout)) == 3
+    recalibrated = tmp_path / "recalibrated.safetensors"
+    succeeds("calibrate", str(output / "model.safetensors"), str(data), "-o", str(recalibrated))
+    assert recalibrated.is_file()
+
+
 def test_train_resumes_where_it_stood(training, data, tmp_path):
     output, _ = training
     shutil.copytree(output, tmp_path / "run")

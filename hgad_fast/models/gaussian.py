@@ -113,11 +113,11 @@ class GaussianModel(Detector):
 
     def _make_gaussians(self) -> None:
         """Make Gaussians without images on the grids of the configuration."""
-        config, assert_grids = self.config, self.config.grids
-        assert assert_grids is not None
+        config, grids_of_groups = self.config, self.config.grids
+        assert grids_of_groups is not None
         self.gaussians = nn.ModuleList(
             PlaceGaussians(grids, whitening.dim, whitening.coarse_dim, config.shrinkage, config.floor)
-            for grids, whitening in zip(zip(*assert_grids, strict=True), self._whitenings, strict=True)
+            for grids, whitening in zip(zip(*grids_of_groups, strict=True), self._whitenings, strict=True)
         )
 
     # ---- levels and groups
