@@ -31,8 +31,9 @@ def register(model_class: ModelClass) -> ModelClass:
 
 def presets() -> list[tuple[str, Any]]:
     """Return the presets of all methods, the default one first: each name with the configuration class that has it."""
-    classes = sorted((model.config_class for model in METHODS.values()), key=lambda owner: owner.method != DEFAULT)
-    return [(name, owner) for owner in classes for name in owner.presets]
+    names = sorted(METHODS, key=lambda name: name != DEFAULT)
+    classes = [METHODS[name].config_class for name in names]
+    return [(preset, owner) for owner in classes for preset in owner.presets]
 
 
 def config_class(name: str | None = None, preset: str | None = None) -> Any:

@@ -144,7 +144,11 @@ def test_a_place_gaussian_from_its_preset(data, tmp_path):
     trained = succeeds(*arguments, "--false-alarm-rate", "0.2", "--resume")
     assert trained.stdout == f"model: {output / 'model.safetensors'}\n"
     facts = json.loads(succeeds("info", str(output / "model.safetensors"), "--json").stdout)["model"]
-    assert facts["method"] == "gaussian" and facts["places"] == "6 x 8" and facts["images a group"] == "leaning 5, upright 5"
+    assert (
+        facts["method"] == "gaussian"
+        and facts["places"] == "6 x 8"
+        and facts["images a group"] == "leaning 5, upright 5"
+    )
     assert "leaning" in succeeds("eval", str(output / "model.safetensors"), str(data)).stdout
     scored = succeeds("score", str(output / "model.safetensors"), str(data / "upright/test/patch"), "--json")
     assert len(json.loads(scored.stdout)) == 3

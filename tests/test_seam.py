@@ -178,7 +178,7 @@ def test_its_file_opens_by_any_name_but_another_method_s(model: ToyModel, run: P
     with pytest.raises(ValueError, match=r"holds a model of the method 'toy', and HGADModel is of another"):
         HGADModel.load(run / "model.safetensors")
     methods.METHODS.pop("toy")
-    with pytest.raises(ValueError, match="holds a model of the method 'toy'; this version knows hgad"):
+    with pytest.raises(ValueError, match="holds a model of the method 'toy'; this version knows gaussian, hgad"):
         hgad_fast.load(run / "model.safetensors")
 
 
