@@ -18,6 +18,7 @@ from compilation import ROCM, Compiler
 from kernel_modules import kernel_modules
 from order import shuffled
 from process_state import changes, process_state
+from torch._dynamo import trace_rules
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 from hgad_fast.ops import dispatch
@@ -79,6 +80,7 @@ def float64() -> Iterator[None]:
 @pytest.fixture
 def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` returns NaN (in integer types the least value): an element that no kernel wrote shows."""
+    trace_rules.get_torch_obj_rule_map()  # made once for all compilations: it must know the real function
     empty = torch.empty
 
     def filled(*args, **kwargs) -> torch.Tensor:
