@@ -249,8 +249,9 @@ class Config:
 class HGADConfig(Config):
     """Settings of an `HGADModel`. Names and defaults are the official ones where the official code has one.
 
-    Of its presets, "official" is the official procedure, and "fast" one that trains in minutes on two cores: one level
-    of a small backbone, many passes over a part of the pixels.
+    Of its presets, "official" is the official procedure, and "fast" one that trains in minutes on two cores: many
+    passes over a part of the pixels of two stages of a small backbone, of which the finer one alone says where a defect
+    is, and both whether there is one.
 
     Raises:
         ValueError: as `Config`.
@@ -261,27 +262,30 @@ class HGADConfig(Config):
         "official": {"fusion": "product", "center_crop": True},
         "fast": {
             "backbone_arch": "tf_efficientnet_lite0",
-            "feature_mode": "joined",
-            "feature_levels": 1,
-            "out_indices": (2, 3),
+            "feature_mode": "stages",
+            "feature_levels": 2,
+            "out_indices": (3, 4),
             "feature_scaling": "std",
             "img_size": 256,
             "msk_size": 256,
             "coupling_layers": 8,
             "pos_embed_dim": 64,
             "lambda2": 1.0,
-            "fusion": "standardised",
-            "pixels_per_step": 64,
-            "lr": 1e-3,
+            "fusion": "likelihood",
+            "map_levels": 1,
+            "pixels_per_step": 0.25,
+            "lr": 5e-3,
             "meta_epochs": 11,
-            "sub_epochs": 4,
+            "sub_epochs": 2,
         },
     }
     without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
         **{"memory": "auto", "checkpoint_every": 0},
-        "fusion": "product",  # calibrated scoring alone reads it
+        **{"fusion": "product", "map_levels": None},  # calibrated scoring alone reads these
     }
-    added: ClassVar[dict[str, Any]] = Config.added | {"feature_scaling": "none", "pixels_per_step": None}
+    added: ClassVar[dict[str, Any]] = Config.added | {
+        **{"feature_scaling": "none", "pixels_per_step": None, "map_levels": None},
+    }
     preset_notes: ClassVar[dict[str, PresetNote]] = {
         "official": PresetNote(
             weights=_HUB,
@@ -308,7 +312,8 @@ class HGADConfig(Config):
     loss_terms: tuple[str, ...] = LOSS_TERMS  # those minimised; an ablation leaves some out
     fusion: str = "standardised"  # of likelihood and entropy map (see `Calibration`), "product" (official), or one map
     feature_scaling: str = "none"  # "std": divided by each stage's standard deviation; "whiten": PCA of each level
-    pixels_per_step: int | None = None  # of each image and level, drawn anew for each training step; None: all
+    map_levels: int | None = None  # levels, from the first, that the map is made of; image scores take all; None: all
+    pixels_per_step: int | float | None = None  # of each image and level, or a share, drawn for each step; None: all
     precision: str = "fp32"  # fp32 | tf32 | bf16
     memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
     checkpoint_every: int = 0  # blocks from one kept input to the next when memory is reversible; 0: none
@@ -342,11 +347,18 @@ class HGADConfig(Config):
         several = self.fusion != "entropy" or self.n_classes > 1
         self._require("fusion", several, "another one with n_classes=1: the posterior of one class has no entropy")
         self._require_choice("feature_scaling", "none", "std", "whiten")
-        if self.pixels_per_step is not None:
+        if self.map_levels is not None:
+            self._require(
+                "map_levels",
+                _is_int(self.map_levels) and 1 <= self.map_levels <= self.feature_levels,
+                f"a whole number from 1 to {self.feature_levels} (feature_levels), or None (all)",
+            )
+        pixels: Any = self.pixels_per_step
+        if pixels is not None:
             self._require(
                 "pixels_per_step",
-                _is_int(self.pixels_per_step) and self.pixels_per_step >= 1,
-                "a whole number from 1, or None (all)",
+                pixels >= 1 if _is_int(pixels) else _is_number(pixels) and 0 < pixels < 1,
+                "a whole number from 1, a share above 0 and below 1 of the pixels of each level, or None (all)",
             )
         self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
         self._require_choice("precision", "fp32", "tf32", "bf16")

@@ -222,8 +222,8 @@ class Detector(nn.Module):
         return {config.method: config}
 
     @property
-    def pixels_per_step(self) -> int | None:
-        """How many pixels of each image, at each level, a training step draws; None, as by default: all.
+    def pixels_per_step(self) -> int | float | None:
+        """How many pixels of each image, at each level, a step draws, or what share; None, as by default: all.
 
         Only a pointwise method may leave some out.
         """

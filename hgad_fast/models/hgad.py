@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hgad": {},
     "hgad-lambda2-1": {"lambda2": 1.0},
 }
+
+
+@dataclass
+class HGADDensities(Densities):
+    """Densities of which some levels alone make the anomaly map.
+
+    Attributes:
+        map_levels: how many of the levels, from the first, do; None: all.
+    """
+
+    map_levels: int | None = None
+
+    def anomalies(self, level_max: Tensor, scope: str = "map") -> list[list[Tensor]]:
+        """Return what `Densities.anomalies` does: of the levels of the map, or with ``scope="all"`` of all."""
+        parts = super().anomalies(level_max)
+        return parts if scope == "all" else [levels[: self.map_levels] for levels in parts]
+
+    def images(self) -> Iterator[Densities]:
+        """Yield the densities of one image after the other, with B = 1."""
+        for image in super().images():
+            yield HGADDensities(image.logps, image.neg_entropy, image.group_ids, self.map_levels)
 
 
 @register
@@ -156,6 +178,11 @@ class HGADModel(OfficialSurface, Detector):
         """The rule of the configuration that makes one map of likelihood and entropy map."""
         return self.config.fusion
 
+    @property
+    def scored_on(self) -> str:
+        """``"all"`` levels, where some alone make the map (``config.map_levels``); else ``"map"``."""
+        return "map" if self.config.map_levels in (None, len(self.nfs)) else "all"
+
     def describe(self) -> dict[str, Any]:
         """Return the sizes of the flows and of the mixture."""
         return {"coupling layers": self.config.coupling_layers, "centres per class": self.config.n_intra_centers}
@@ -163,7 +190,7 @@ class HGADModel(OfficialSurface, Detector):
     # ---- training
 
     @property
-    def pixels_per_step(self) -> int | None:
+    def pixels_per_step(self) -> int | float | None:
         """That of the configuration."""
         return self.config.pixels_per_step
 
@@ -319,7 +346,8 @@ class HGADModel(OfficialSurface, Detector):
             for level, region, density, entropy in self._chunks(maps, group_ids):
                 logps[level][region] = density / self.feature_dims[level]
                 neg_entropy[level][region] = -entropy
-        return Densities(logps, neg_entropy if classes > 1 else [], group_ids)
+        neg_entropy = neg_entropy if classes > 1 else []
+        return HGADDensities(logps, neg_entropy, group_ids, self.config.map_levels)
 
     def _chunks(
         self, maps: FeatureMaps, class_ids: Tensor | None

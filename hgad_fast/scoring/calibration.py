@@ -48,8 +48,9 @@ class Calibration:
         weights: (G, parts) of the maps of the parts of the densities. With ``fusion="standardised"`` it is one over the
             height of the map's peaks, which is the mean over the group's normal images of the map's maximum, less its
             mean over all their pixels. In their sum all maps count alike where normal images stand out most, whatever
-            their tails. Where one part makes the map alone, it has 1 and the others 0. None: the maps are multiplied,
-            as published; so too with "standardised" where no image was held out.
+            their tails. Where one part makes the map alone, the others have 0, and it has 1, or where scores are of
+            another map its weight in the sum. None: the maps are multiplied, as published; so too with all but one part
+            alone where no image was held out.
         img_size: the size at which the images were seen; None where it is not known.
         borrowing: whether groups with fewer than `MIN_POOLED` images borrow from the others.
         share: share of a map's pixels, the largest ones, whose mean is the image score; 0: their maximum.
@@ -317,12 +318,15 @@ def calibration_of(
         scored_on=model.scored_on,
     )
     parts = list(image_densities[0].parts) if image_densities else []
-    if fusion in parts:
-        calibration.weights = torch.eye(len(parts))[[parts.index(fusion)]].expand(len(level_max), -1).contiguous()
-    elif fusion == "standardised" and (len(parts) > 1 or parts and model.scored_on != "map"):
-        calibration.weights = _weights(model, image_densities, level_max, cells)
+    if parts and fusion != "product":
+        alone = torch.eye(len(parts))[parts.index(fusion)] if fusion in parts else torch.ones(len(parts))
         if model.scored_on != "map":
-            calibration.score_weights = _weights(model, image_densities, level_max, cells, model.scored_on)
+            calibration.weights = alone * _weights(model, image_densities, level_max, cells)
+            calibration.score_weights = alone * _weights(model, image_densities, level_max, cells, model.scored_on)
+        elif fusion in parts:
+            calibration.weights = alone.expand(len(level_max), -1).contiguous()
+        elif len(parts) > 1:
+            calibration.weights = _weights(model, image_densities, level_max, cells)
     scores = [calibration.scores_alone(image, model.config.msk_size, cells) for image in image_densities]
     calibration.scores = torch.cat(scores).float().cpu() if scores else torch.empty(0)
     return calibration

@@ -24,7 +24,7 @@ class Drawn(NamedTuple):
 class Draw(NamedTuple):
     """The draw of one step, the same for all its images of one size, in all processes and parts of its batch."""
 
-    pixels: int | None = None  # of each image, at each level, as many as these at most; None: all
+    pixels: int | float | None = None  # of each image, at each level: this number at most, or share; None: all
     seed: int = 0
     step: int = 0  # its number in the training
 
@@ -33,9 +33,10 @@ class Draw(NamedTuple):
 
         They depend on seed, step, level and size alone, and each pixel is as likely as any other.
         """
-        if self.pixels is None or self.pixels >= height * width:
+        pixels = pixel_count(self.pixels, height * width)
+        if pixels == height * width:
             return None
-        rows, columns = drawn_shape(self.pixels, height, width)
+        rows, columns = drawn_shape(pixels, height, width)
         # torch keeps 32 bits of a seed, and the generators of seeds that differ in few bits begin alike.
         digest = hashlib.sha256(f"{self.seed} {self.step} {level}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
@@ -47,6 +48,13 @@ class Draw(NamedTuple):
 
 
 EVERY_PIXEL = Draw()
+
+
+def pixel_count(pixels: int | float | None, of: int) -> int:
+    """Return how many of the pixels of a map are asked for: a number (int), a share (float) or all (None)."""
+    if pixels is None:
+        return of
+    return min(of, pixels) if isinstance(pixels, int) else max(1, round(pixels * of))
 
 
 def drawn_shape(pixels: int, height: int, width: int) -> tuple[int, int]:

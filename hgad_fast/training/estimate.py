@@ -33,6 +33,7 @@ from ..files import byte_count, readable
 from ..protocol import Detector, Progress
 from ..scoring.calibration import calibration_of, held_out_densities, largest_densities, split
 from .checkpoint import trained_tensors
+from .drawing import pixel_count
 from .processes import Processes
 from .step import Step
 
@@ -279,7 +280,7 @@ class _Measurement:
     def _step(self, stand_in: Any, probes: Sequence[_Probe]) -> tuple[float, float]:
         """Return the seconds of a training step, and the bytes that one keeps for its backward pass."""
         share = math.ceil(self.batch_size / self.plan.processes)
-        drawn = self.model.pixels_per_step or math.inf
+        drawn = self.model.pixels_per_step
         _set_mode(stand_in, training=True)
         step = Step(stand_in, Processes())
         stage = self._usual_stage(stand_in)
@@ -491,15 +492,15 @@ def _values(probe: _Probe) -> float:
     return sum(level.numel() for level in probe.maps)
 
 
-def _drawn_values(maps: Sequence[Tensor], drawn: float, scale: float) -> float:
-    """Return the values of an image that a step looks at, `drawn` pixels of a level at most.
+def _drawn_values(maps: Sequence[Tensor], drawn: int | float | None, scale: float) -> float:
+    """Return the values of an image that a step looks at.
 
     Args:
         maps: features (1, C, h, w) of each level.
-        drawn: pixels of a level.
+        drawn: pixels of a level, as `pixels_per_step` has them.
         scale: how many times the pixels of these maps the image has.
     """
-    return sum(level.shape[1] * min(drawn, level[0, 0].numel() * scale) for level in maps)
+    return sum(level.shape[1] * pixel_count(drawn, round(level[0, 0].numel() * scale)) for level in maps)
 
 
 def _varied(maps: Sequence[Tensor], seed: int) -> list[Tensor]:

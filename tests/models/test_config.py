@@ -47,7 +47,8 @@ BAD = {
     "seed": (None, "0", -1, 2**63, 0.0, (0,)),
     "accumulate": (None, "2", 0, -1, 2.0, 9, (2,)),
     "clip_grad_norm": ("1", 0, -1, 10**400, (1.0,), 1j),
-    "pixels_per_step": ("64", 0, -1, 64.0, (64,)),
+    "pixels_per_step": ("64", 0, -1, 64.0, (64,), 0.0, 1.0, -0.5),
+    "map_levels": ("1", 0, -1, 4, 1.0, (1,)),
     "checkpoint_every": (None, "0", -1, 4.0, (4,)),
     "center_crop": (None, "False", 0, 1, 1.0),
     "class_names": (3, "abc", (), ("a", "b"), ("a", "b", "b"), ("a", "b", 3), ("a", "b", ["c"]), ("a", "b", "")),
@@ -143,13 +144,14 @@ def test_json_round_trip():
 
 def test_fields_that_were_added_are_in_json_where_they_differ():
     """So that files of before them are the files of today: they compare and hash alike."""
-    added = {"grid_stride": 8, "feature_scaling": "std", "pixels_per_step": 64}
+    added = {"grid_stride": 8, "feature_scaling": "std", "pixels_per_step": 0.5, "map_levels": 2}
     assert HGADConfig.added.keys() == added.keys()
     assert not json.loads(HGADConfig().to_json()).keys() & added.keys()
     config = HGADConfig(**added)
     assert {name: json.loads(config.to_json())[name] for name in added} == added
     assert HGADConfig.from_json(config.to_json()) == config
     assert config.identity() != HGADConfig().identity()
+    assert HGADConfig(map_levels=2).identity() == HGADConfig().identity()  # scoring alone reads it
 
 
 def test_presets():
@@ -157,7 +159,7 @@ def test_presets():
     assert official == HGADConfig(n_classes=5, fusion="product", center_crop=True)
     assert HGADConfig().fusion == "standardised"
     fast = HGADConfig.preset("fast", seed=3)
-    assert (fast.seed, fast.pixels_per_step, fast.feature_scaling, fast.coupling_layers) == (3, 64, "std", 8)
+    assert (fast.seed, fast.pixels_per_step, fast.feature_scaling, fast.coupling_layers) == (3, 0.25, "std", 8)
     assert fast.replace(lr=2e-3).lr == 2e-3
     with pytest.raises(ValueError, match="HGADConfig has no preset 'slow'; there are: official, fast"):
         HGADConfig.preset("slow")

@@ -302,6 +302,54 @@ def test_standardised_fusion_is_the_sum_in_units_of_the_normal_peaks(tmp_path):
     assert torch.equal(one.anomaly_map[0], actual.anomaly_map[3]) and torch.equal(one.p_value, actual.p_value[3:4])
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("fusion", ["likelihood", "entropy", "standardised", "product"])
+def test_the_map_is_of_some_levels_and_the_score_of_all(tmp_path, fusion):
+    """Map and score by hand from models that have these levels alone, or all; and alike after loading."""
+    model, normal = detector(fusion=fusion, map_levels=1), normal_features([0, 1, 0, 1, 1])
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate(normal)
+    calibration, parts = model.calibration, densities.densities(model, batches(normal), normal.class_ids)
+    level_max, ids = calibration.level_max, normal.class_ids
+
+    def by_hand(levels: int) -> torch.Tensor:
+        factors = []
+        for part, constants in (("logps", level_max), ("neg_entropy", level_max * 0)):
+            alone = [protocol.Densities(getattr(image, part)[:levels], [], image.group_ids) for image in parts]
+            factors.append(
+                torch.cat([maps.calibrated_maps(image, constants, model.config.msk_size) for image in alone])
+            )
+        if fusion == "product":
+            return factors[0] * factors[1]
+        for factor in factors:
+            for k in (0, 1):
+                own = factor[ids == k].clone()
+                factor[ids == k] /= own.amax((1, 2)).mean() - own.mean()
+        return {"likelihood": factors[0], "entropy": factors[1], "standardised": sum(factors)}[fusion]
+
+    actual = model.score_features(batches(normal), ids)
+    close = {"rtol": SAME_IN_FLOAT64, "atol": SAME_IN_FLOAT64}
+    torch.testing.assert_close(actual.anomaly_map, by_hand(1), **close)
+    torch.testing.assert_close(actual.image_score, by_hand(2).amax((1, 2)), **close)
+    assert (actual.image_score != actual.anomaly_map.amax((1, 2))).any()
+    model.save(tmp_path / "m.safetensors")
+    again = HGADModel.load(tmp_path / "m.safetensors").score_features(batches(normal), ids)
+    assert torch.equal(again.anomaly_map, actual.anomaly_map) and torch.equal(again.image_score, actual.image_score)
+
+
+def test_all_levels_by_name_are_all_levels():
+    normal = normal_features([0, 1, 0, 1, 1])
+    results = []
+    for map_levels in (None, 2):
+        model = detector(map_levels=map_levels)
+        with pytest.warns(UserWarning, match="too few"):
+            model.calibrate(normal)
+        assert model.scored_on == "map"
+        results.append(model.score_features(batches(normal)))
+    assert torch.equal(results[0].anomaly_map, results[1].anomaly_map)
+    assert torch.equal(results[0].image_score, results[1].image_score)
+
+
 def test_standardised_fusion_without_held_out_images_is_the_product():
     normal = normal_features([0, 1, 0, 1, 1])
     maps = []

@@ -15,7 +15,7 @@ from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.modules.flow import ConditionalFlow, dense_position
 from hgad_fast.training import step
-from hgad_fast.training.drawing import EVERY_PIXEL, Draw, drawn_shape
+from hgad_fast.training.drawing import EVERY_PIXEL, Draw, drawn_shape, pixel_count
 from hgad_fast.training.feeding import DeviceFeed, Selection
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import Step
@@ -68,6 +68,22 @@ def test_the_shape_of_what_is_drawn(pixels, height, width):
 
 def test_a_quarter_of_a_square_is_half_of_its_rows_and_columns():
     assert drawn_shape(64, 16, 16) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("share", "height", "width", "pixels"), [(0.25, 16, 16, 64), (0.25, 8, 8, 16), (0.5, 3, 5, 8), (1e-9, 9, 9, 1)]
+)
+def test_a_share_is_that_of_each_level(share, height, width, pixels):
+    assert pixel_count(share, height * width) == pixels
+    assert_same_draw(Draw(share, 3, 5).at(1, height, width), Draw(pixels, 3, 5).at(1, height, width))
+
+
+def assert_same_draw(actual, expected):
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_a_share_that_rounds_to_all_is_all():
+    assert Draw(0.9).at(0, 2, 2) is None and Draw(1 - 1e-9).at(0, 100, 100) is None
 
 
 def test_small_maps_are_used_as_a_whole():
