@@ -28,6 +28,7 @@ from hgad_fast.evaluation.evaluate import evaluate
 from hgad_fast.features.extract import feature_set
 from hgad_fast.features.preprocess import image_features
 from hgad_fast.files import replacing
+from hgad_fast.models.config import assignment
 from hgad_fast.scoring.densities import densities
 
 RATES = (0.05, 0.01)
@@ -39,11 +40,11 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=list(GaussianConfig.presets))
     parser.add_argument("--splits", type=int, default=5, help="calibrations whose false alarms are counted")
     parser.add_argument("--cache-dir", type=Path, help="keep features here, for another run")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="other fields of the configuration")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of the configuration")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here, after every preset")
     arguments = parser.parse_args()
     dataset = datasets.discover(arguments.root)
-    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in arguments.set)}
+    changes = dict(assignment(text) for text in arguments.set)
     record: dict[str, Any] = {"dataset": arguments.root.name, "changes": changes, "presets": {}}
     record |= measure.about_run(torch.device("cpu"))
     for preset in arguments.presets:

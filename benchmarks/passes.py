@@ -3,14 +3,16 @@
 ROOT is a dataset in the MVTec AD layout. HGAD (preset "fast") is trained on some normal images of each class, the
 others calibrate, and every so many passes over the images it is calibrated and its maps are compared with the masks:
 class inferred, each image alone, all pixels of the maps, by fusion, class and mean. The place Gaussian on the same
-images stands beside it. The rate falls over all the passes (as a cosine), so that a row in the middle is no training of
-that length. Features are computed once.
+images stands beside it. Meta-epochs are as long as those of the preset, as are the warm-up and stage 1, which they
+measure. The rate falls over all the passes (as a cosine), so that a row in the middle is no training of that length.
+Features are computed once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,6 +30,7 @@ from hgad_fast.evaluation.evaluate import mean, seen_mask
 from hgad_fast.features.extract import feature_set
 from hgad_fast.features.preprocess import image_features
 from hgad_fast.files import replacing
+from hgad_fast.models.config import assignment
 from hgad_fast.scoring.calibration import calibration_of, held_out_densities, largest_densities
 from hgad_fast.scoring.densities import densities
 
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("--training-images", type=int, default=80, help="of each class; the others calibrate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="fast", help="what this training is called in the file")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="other fields of HGADConfig")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of HGADConfig")
     parser.add_argument("--gaussian", action="store_true", help="the place Gaussian too, on its own features")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file; trainings in it already stay")
     arguments = parser.parse_args()
@@ -52,7 +55,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, weights: str) -> None:
     dataset = datasets.discover(arguments.root)
-    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in arguments.set)}
+    changes = dict(assignment(text) for text in arguments.set)
     common: dict[str, Any] = {
         "n_classes": len(dataset.class_names),
         "class_names": dataset.class_names,
@@ -61,8 +64,9 @@ def run(arguments: argparse.Namespace, weights: str) -> None:
         "calibration_fraction": 0.0,
         "seed": arguments.seed,
     }
-    lengths = {"meta_epochs": arguments.passes // arguments.every, "sub_epochs": arguments.every}
-    contenders: dict[str, Any] = {arguments.name: HGADModel(HGADConfig.preset("fast", **common | lengths | changes))}
+    config = HGADConfig.preset("fast", **common | changes)
+    config = config.replace(meta_epochs=math.ceil(arguments.passes / config.sub_epochs))
+    contenders: dict[str, Any] = {arguments.name: HGADModel(config)}
     if arguments.gaussian:
         contenders["place Gaussian"] = GaussianModel(GaussianConfig.preset("gaussian", **common))
     for name, model in contenders.items():
@@ -86,10 +90,11 @@ def follow(name: str, model: Any, dataset: datasets.Dataset, arguments: argparse
 
     def after_pass(record: dict[str, Any]) -> None:
         nonlocal started
-        if record["sub_epoch"] == model.config.sub_epochs - 1:
+        passes = record["meta_epoch"] * model.config.sub_epochs + record["sub_epoch"] + 1
+        if passes % arguments.every == 0:
             spent = time.perf_counter() - started
             model.eval()
-            compare((record["meta_epoch"] + 1) * model.config.sub_epochs, spent)
+            compare(passes, spent)
             model.train()
             started = time.perf_counter() - spent  # comparing does not count
 

@@ -60,7 +60,7 @@ from hgad_fast.evaluation.evaluate import evaluate, seen_mask
 from hgad_fast.features.backbone import Backbone, read_state_dict
 from hgad_fast.features.preprocess import preprocess
 from hgad_fast.files import replacing
-from hgad_fast.models.config import HGADConfig
+from hgad_fast.models.config import HGADConfig, assignment
 from hgad_fast.scoring.scorer import Scorer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--coreset", type=float, default=0.02, help="share of the patches that PatchCore keeps")
     parser.add_argument("--limit", type=int, help="test images of each class, normal and anomalous ones each")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the timing of scoring, warm-up left out")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="fields of our configurations")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of our configurations")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)  # phase, contender, folder
     options = parser.parse_args(words)
@@ -358,7 +358,7 @@ def configuration(name: str, class_names: tuple[str, ...], options: argparse.Nam
     }
     if "dinov2" not in preset:  # its patches fit another size, which its preset has
         settings["img_size"] = SIDE
-    changes = {field: json.loads(value) for field, _, value in (text.partition("=") for text in options.set)}
+    changes = dict(assignment(text) for text in options.set)
     return methods.METHODS[method].config_class.preset(preset, **settings | changes)
 
 

@@ -27,6 +27,7 @@ from hgad_fast.evaluation.evaluate import evaluate
 from hgad_fast.features.extract import feature_set
 from hgad_fast.features.preprocess import image_features
 from hgad_fast.files import replacing
+from hgad_fast.models.config import assignment
 from hgad_fast.scoring.calibration import split
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="the dataset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--official", action="store_true", help="also train by the official procedure, with seed 0")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="other fields of the configuration")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of the configuration")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here, after every training")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +45,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
     dataset = datasets.discover(arguments.root)
-    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in arguments.set)}
+    changes = dict(assignment(text) for text in arguments.set)
     common = {
         "n_classes": len(dataset.class_names),
         "class_names": dataset.class_names,

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from .methods import DEFAULT, METHODS, config_class, describe_file, describe_presets, preset_names
+from .models.config import assignment
 
 app = typer.Typer(
     name="hgad-fast",
@@ -571,7 +572,7 @@ def _config(
     fields: dict[str, Any] = {"n_classes": len(class_names), "class_names": class_names}
     if file is not None:
         fields |= _json_object(file)
-    fields |= dict(_assignment(text) for text in assignments or [])
+    fields |= dict(assignment(text) for text in assignments or [])
     if backbone is not None:
         fields["backbone_arch"] = backbone
     if weights is not None:
@@ -587,16 +588,6 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a {type(fields).__name__}; it must hold the fields of a configuration")
     return fields
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set {text!r} is no assignment; write --set FIELD=VALUE")
-    try:
-        return name.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return name.strip(), value  # a bare word is a string
 
 
 def _device(name: str | None) -> str:

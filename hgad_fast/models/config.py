@@ -620,6 +620,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def assignment(text: str) -> tuple[str, Any]:
+    """Return a field and its value from FIELD=VALUE, as a command line has it: the value is JSON, or a bare word.
+
+    Raises:
+        ValueError: there is no equals sign.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text!r} is no assignment; write --set FIELD=VALUE")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value
+
+
 def _is_indices(value: Any) -> bool:
     """Return whether `value` tells the stages of a backbone: layers and groups of layers, all in increasing order."""
     if not isinstance(value, tuple) or () in (value, *value):

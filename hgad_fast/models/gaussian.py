@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -218,7 +219,13 @@ class GaussianModel(Detector):
             if few := [name for name, count in zip(self.groups, counts, strict=True) if count < 2]:
                 raise ValueError(f"class {few[0]!r} has fewer than 2 training images, and a covariance takes 2")
         sizes = self._fit_whitenings(feature_set)
+        self.gaussians = nn.ModuleList()  # clusters are formed anew
         members = self._members(feature_set)
+        if max(map(len, members)) < 2:
+            raise ValueError(
+                f"none of the groups of the {len(feature_set)} training images has 2 of them, and a covariance takes 2: "
+                "give more images, or fewer clusters"
+            )
         self.config = self.config.replace(grids=self._grids(sizes, members))
         self._make_gaussians()
         self.gaussians.to(self._whitenings[0].mean)
@@ -232,8 +239,9 @@ class GaussianModel(Detector):
     def add(self, data: Any) -> None:
         """Add normal images to those that the Gaussians know. The whitening stays, and so do the thresholds.
 
-        The result has the same bits in whatever order, and in whatever parts, images are added. Afterwards `calibrate`
-        on images that are in none of them.
+        The result has the same bits in whatever order, and in whatever parts, images are added; of clusters it has as
+        long as each image goes to the same one, which is the likeliest at the time. Afterwards `calibrate` on images
+        that are in none of them. After an error the model is what it was.
 
         Args:
             data: as for `fit`.
@@ -243,7 +251,12 @@ class GaussianModel(Detector):
         """
         self._require_fitted()
         images = feature_set(cast(Any, self), data)
-        self._add(images, self._members(images))
+        before = copy.deepcopy(self.gaussians)
+        try:
+            self._add(images, self._members(images))
+        except BaseException:
+            self.gaussians = before
+            raise
         self._solve()
 
     def _fit_whitenings(self, feature_set: FeatureSet) -> list[tuple[tuple[int, int], ...]]:
@@ -258,7 +271,8 @@ class GaussianModel(Detector):
                 if not x.isfinite().all():
                     raise ValueError(f"image {i} of those fitted has a NaN or an infinity in its features")
                 step = max(1, int(math.sqrt(x[0, 0].numel() / quota)))
-                level_moments.add(x[0, :, step // 2 :: step, step // 2 :: step].flatten(1).T)
+                first = [min(step, n) // 2 for n in x.shape[2:]]
+                level_moments.add(x[0, :, first[0] :: step, first[1] :: step].flatten(1).T)
         for whitening, level_moments, dims, fine in zip(
             self._whitenings, moments, self._stage_dims, self._fine_stages, strict=True
         ):
@@ -327,24 +341,25 @@ class GaussianModel(Detector):
     def _add(self, feature_set: FeatureSet, members: list[list[int]]) -> None:
         """Add images to the sums of their groups."""
         for k, rows in enumerate(members):
-            for level, gaussians in enumerate(self._gaussians):
-                grid = gaussians.grids[k]
-                together = max(1, PIXELS_TOGETHER // math.prod(grid))
-                for start in range(0, len(rows), together):
-                    images = [self._on_grid(feature_set, i, level, k) for i in rows[start : start + together]]
-                    gaussians.add(k, torch.stack(images))
+            together = max(1, PIXELS_TOGETHER // max(math.prod(gaussians.grids[k]) for gaussians in self._gaussians))
+            for start in range(0, len(rows), together):
+                images = [self._on_grid(feature_set, i, k) for i in rows[start : start + together]]
+                for gaussians, level_images in zip(self._gaussians, zip(*images, strict=True), strict=True):
+                    gaussians.add(k, torch.stack(level_images))
 
     def _solve(self) -> None:
         for gaussians in self._gaussians:
             gaussians.solve()
 
-    def _on_grid(self, feature_set: FeatureSet, i: int, level: int, group: int) -> Tensor:
-        """Return the whitened features (P, D) of image i on the grid of its group."""
-        y, size = list(self._whitened_image(feature_set, i))[level]
-        grid = self._gaussians[level].grids[group]
-        if not grid_fits(size, grid):
-            raise ValueError(self._misfit(size, [group], level))
-        return y if size == grid else y[places(grid, size, y.device)]
+    def _on_grid(self, feature_set: FeatureSet, i: int, group: int) -> list[Tensor]:
+        """Return the whitened features (P, D) of each level of image i, on the grids of its group."""
+        on_grids = []
+        for level, (y, size) in enumerate(self._whitened_image(feature_set, i)):
+            grid = self._gaussians[level].grids[group]
+            if not grid_fits(size, grid):
+                raise ValueError(self._misfit(size, [group], level))
+            on_grids.append(y if size == grid else y[places(grid, size, y.device)])
+        return on_grids
 
     def _whitened_image(self, feature_set: FeatureSet, i: int) -> Iterator[tuple[Tensor, tuple[int, int]]]:
         """Yield the whitened features (h w, D) of each level of image i, and their (h, w)."""
@@ -430,9 +445,11 @@ class GaussianModel(Detector):
 
     @property
     def _part_names(self) -> list[str]:
-        """The names of the parts of the densities: the backbones, where there are several."""
-        count = len(self.whitenings)
-        return ["likelihood"] if count == 1 else str(self.config.backbone_arch).split("+")
+        """The names of the parts of the densities: where there are several, the backbones, numbered if two are one."""
+        if len(self.whitenings) == 1:
+            return ["likelihood"]
+        names = str(self.config.backbone_arch).split("+")
+        return names if len(set(names)) == len(names) else [f"{name} ({i})" for i, name in enumerate(names)]
 
     def _infer(
         self, levels: Sequence[tuple[Tensor, tuple[int, int]]], batch: int, fitting: list[int]
@@ -467,7 +484,8 @@ class GaussianModel(Detector):
         looked at is the most that it can reach, as distances are not negative: further parts are looked at while that
         is more than the best class has. As a rule none are.
         """
-        if any(size != gaussians.grids[k] for (_, size), gaussians in self._by_level(levels) for k in fitting):
+        by_level = list(self._by_level(levels))
+        if any(len(y) < PARTS or size != g.grids[k] for (y, size), g in by_level for k in fitting):
             return self._infer(levels, batch, fitting)
         parts = [slice(first, None, PARTS) for first in range(PARTS)]
         sums: dict[int, list[float]] = {k: [] for k in fitting}  # of squared distances, at each level

@@ -170,9 +170,9 @@ class PlaceGaussians(nn.Module):
             self.register_buffer(f"products_{j}", torch.zeros(*shape, triangle, dtype=torch.int32))
             # rows of the inverse Cholesky factors: products with a single pixel are fastest by rows
             for name, rows in (("mean", (self.width,)), ("fine", (dim, dim)), ("rest", (coarse_dim, self.width))):
-                self.register_buffer(f"{name}_{j}", torch.empty(*shape, *rows), persistent=False)
-            self.register_buffer(f"log_det_{j}", torch.empty(*shape), persistent=False)
-            self.register_buffer(f"mean_log_det_{j}", torch.empty(shape[0]), persistent=False)
+                self.register_buffer(f"{name}_{j}", torch.full((*shape, *rows), torch.nan), persistent=False)
+            self.register_buffer(f"log_det_{j}", torch.full(shape, torch.nan), persistent=False)
+            self.register_buffer(f"mean_log_det_{j}", torch.full(shape[:1], torch.nan), persistent=False)
 
     # ---- the sums
 
@@ -185,11 +185,12 @@ class PlaceGaussians(nn.Module):
         j, row = self._position(group)
         totals, products = self._sums(j)
         values = (y.double().cpu() / STEP).round()
-        squares = values.square().sum(0) + products[row][:, self._diagonal()].double()
+        known = products[row].cpu().long()
+        squares = values.square().sum(0) + known[:, self._diagonal()].double()
         if not float(squares.max()) < 2**52:  # NaN is not
             raise ValueError(
-                "features are not finite, or beyond 2^22 standard deviations of those trained on: the sums of the "
-                "Gaussians would not be exact"
+                f"features are not finite, or beyond {2**26 * STEP:.0f} standard deviations of those trained on: the "
+                "sums of the Gaussians would not be exact"
             )
         lower = torch.tril_indices(self.width, self.width)
         step = max(1, CHUNK_BYTES // (8 * self.width**2))
@@ -198,7 +199,7 @@ class PlaceGaussians(nn.Module):
             places = values[:, start : start + step].transpose(0, 1)  # (p, n, D)
             # Whole numbers below 2^53, in any order of additions: no product and no sum is rounded.
             sums[start : start + step] = (places.mT @ places)[:, lower[0], lower[1]].to(torch.int64)
-        sums += products[row]
+        sums += known
         if products.dtype == torch.int32 and int(sums.abs().max()) >= 2**31:
             products = products.long()
             setattr(self, f"products_{j}", products)
@@ -207,7 +208,7 @@ class PlaceGaussians(nn.Module):
         self.images[group] += len(y)
 
     def solve(self) -> None:
-        """Compute the Gaussians from the sums."""
+        """Compute the Gaussians from the sums; they stay NaN where no group has the two images of a covariance."""
         own: dict[int, Tensor] = {}  # mean over the places of the sample covariance, of each group that has one
         for k, count in enumerate(self.images.tolist()):
             if count > 1:
