@@ -47,6 +47,10 @@ class Progress(NamedTuple):
     batches: int  # their number in a sub-epoch
 
 
+class ProportionsError(ValueError):
+    """An image has other proportions than those that a model of places was fitted to."""
+
+
 @dataclass
 class Densities:
     """The log-densities of the pixels of B images, and the entropies of the groups' posterior.

@@ -69,8 +69,8 @@ class CompositeBackbone(Backbone):
         return sum(member.feature_values(height, width) for member in self._backbones)
 
     def cells(self, length: int) -> int:
-        """Return how many cells the finest level has along `length` pixels."""
-        return min(self._backbones, key=lambda member: member.strides[0]).cells(length)
+        """Return how many cells the first level has along `length` pixels: that on which the map's size depends."""
+        return self._backbones[0].cells(length)
 
     def feature_maps(self, image: Tensor, cut: bool = True) -> FeatureMaps:
         """Return the features of an image (3, H, W) in [0, 1], with `cut` in tiles if it is large."""

@@ -276,7 +276,7 @@ class HGADConfig(Config):
             "pixels_per_step": 0.25,
             "lr": 5e-3,
             "meta_epochs": 11,
-            "sub_epochs": 2,
+            "sub_epochs": 4,
         },
     }
     without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
@@ -312,7 +312,9 @@ class HGADConfig(Config):
     loss_terms: tuple[str, ...] = LOSS_TERMS  # those minimised; an ablation leaves some out
     fusion: str = "standardised"  # of likelihood and entropy map (see `Calibration`), "product" (official), or one map
     feature_scaling: str = "none"  # "std": divided by each stage's standard deviation; "whiten": PCA of each level
-    map_levels: int | None = None  # levels, from the first, that the map is made of; image scores take all; None: all
+    map_levels: int | None = (
+        None  # levels, from the first, of the map and the inferred class; scores take all. None: all
+    )
     pixels_per_step: int | float | None = None  # of each image and level, or a share, drawn for each step; None: all
     precision: str = "fp32"  # fp32 | tf32 | bf16
     memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU

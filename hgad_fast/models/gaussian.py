@@ -19,7 +19,7 @@ from ..features.joining import joined
 from ..methods import register
 from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
 from ..ops.dispatch import float32_products
-from ..protocol import Densities, OfficialMaps
+from ..protocol import Densities, OfficialMaps, ProportionsError
 from ..scoring.maps import resized_and_blurred
 from .config import GaussianConfig
 from .detector import Detector
@@ -223,8 +223,8 @@ class GaussianModel(Detector):
         members = self._members(feature_set)
         if max(map(len, members)) < 2:
             raise ValueError(
-                f"none of the groups of the {len(feature_set)} training images has 2 of them, and a covariance takes 2: "
-                "give more images, or fewer clusters"
+                f"no group has 2 of the {len(feature_set)} training images, and a covariance takes 2: give more "
+                "images, or fewer clusters"
             )
         self.config = self.config.replace(grids=self._grids(sizes, members))
         self._make_gaussians()
@@ -357,7 +357,7 @@ class GaussianModel(Detector):
         for level, (y, size) in enumerate(self._whitened_image(feature_set, i)):
             grid = self._gaussians[level].grids[group]
             if not grid_fits(size, grid):
-                raise ValueError(self._misfit(size, [group], level))
+                raise ProportionsError(self._misfit(size, [group], level))
             on_grids.append(y if size == grid else y[places(grid, size, y.device)])
         return on_grids
 
@@ -417,7 +417,7 @@ class GaussianModel(Detector):
         ]
         wanted = fitting if group_ids is None else sorted(set(group_ids.tolist()))
         if group_ids is None and not fitting or not set(wanted) <= set(fitting):
-            raise ValueError(self._misfit(levels[0][1], range(len(self.groups)) if group_ids is None else wanted))
+            raise ProportionsError(self._misfit(levels[0][1], range(len(self.groups)) if group_ids is None else wanted))
         by_group: dict[int, list[Distances]] = {}
         if group_ids is None:
             infer = self._infer_one if maps.batch == 1 and self.device.type == "cpu" else self._infer

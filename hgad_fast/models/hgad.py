@@ -322,8 +322,9 @@ class HGADModel(OfficialSurface, Detector):
         """Return the log-density of each pixel under its image's class, over C, and the classes' negative entropy.
 
         Without `group_ids` an image takes the class with the largest sum over the levels of the mean log-density over
-        the pixels, divided by C. At any time z exists of one chunk only. A model of one class has no entropy: the
-        likelihood alone makes its map.
+        the pixels, divided by C; over the levels of the map alone, where `config.map_levels` tells them: coarse ones
+        know less well what a broken object is. At any time z exists of one chunk only. A model of one class has no
+        entropy: the likelihood alone makes its map.
         """
         batch, classes, sizes = maps.batch, self.config.n_classes, maps.sizes
         logps, neg_entropy = ([torch.empty(batch, *size, device=self.device) for size in sizes] for _ in range(2))
@@ -334,7 +335,8 @@ class HGADModel(OfficialSurface, Detector):
             evidence = torch.zeros(batch, classes, dtype=torch.float64, device=self.device)
             for level, region, density, entropy in self._chunks(maps, None):
                 density = density / self.feature_dims[level]
-                evidence += density.sum((1, 2), dtype=torch.float64) / math.prod(sizes[level])
+                if level < (self.config.map_levels or len(sizes)):
+                    evidence += density.sum((1, 2), dtype=torch.float64) / math.prod(sizes[level])
                 neg_entropy[level][region] = -entropy
                 if per_class:
                     per_class[level][region] = density

@@ -208,7 +208,10 @@ class PlaceGaussians(nn.Module):
         self.images[group] += len(y)
 
     def solve(self) -> None:
-        """Compute the Gaussians from the sums; they stay NaN where no group has the two images of a covariance."""
+        """Compute the Gaussians from the sums, on the CPU, so that they have the same bits wherever the model is.
+
+        They stay NaN where no group has the two images of a covariance.
+        """
         own: dict[int, Tensor] = {}  # mean over the places of the sample covariance, of each group that has one
         for k, count in enumerate(self.images.tolist()):
             if count > 1:
@@ -228,7 +231,7 @@ class PlaceGaussians(nn.Module):
         count = int(self.images[group])
         mean, fine, rest, log_det = (getattr(self, f"{name}_{j}")[row] for name in ("mean", "fine", "rest", "log_det"))
         mean.copy_(totals[row].double() * (STEP / max(count, 1)))
-        identity = torch.eye(self.width, dtype=torch.float64, device=shared.device)
+        identity = torch.eye(self.width, dtype=torch.float64)
         step = max(1, CHUNK_BYTES // (24 * self.width**2))
         for start in range(0, len(mean), step):
             part = slice(start, start + step)
@@ -246,10 +249,10 @@ class PlaceGaussians(nn.Module):
         j, row = self._position(group)
         totals, products = self._sums(j)
         count = int(self.images[group])
-        total = totals[row, places].double() * STEP
+        total = totals[row, places].cpu().double() * STEP
         covariance = total.new_empty(len(total), self.width, self.width)
-        lower = torch.tril_indices(self.width, self.width, device=total.device)
-        values = products[row, places].double() * STEP**2
+        lower = torch.tril_indices(self.width, self.width)
+        values = products[row, places].cpu().double() * STEP**2
         covariance[:, lower[0], lower[1]] = values
         covariance[:, lower[1], lower[0]] = values
         return (covariance - total[:, :, None] * total[:, None] / count) / (count - 1)
@@ -258,10 +261,10 @@ class PlaceGaussians(nn.Module):
         """Return the mean (D, D) over the places of `_sample_covariance`, without making those."""
         j, row = self._position(group)
         totals, products = self._sums(j)
-        count, total = int(self.images[group]), totals[row].double() * STEP
-        lower = torch.tril_indices(self.width, self.width, device=total.device)
+        count, total = int(self.images[group]), totals[row].cpu().double() * STEP
+        lower = torch.tril_indices(self.width, self.width)
         mean = total.new_empty(self.width, self.width)
-        values = products[row].double().mean(0) * STEP**2
+        values = products[row].cpu().double().mean(0) * STEP**2
         mean[lower[0], lower[1]] = mean[lower[1], lower[0]] = values
         return (mean - total.T @ total / (count * len(total))) / (count - 1)
 

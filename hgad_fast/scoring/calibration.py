@@ -49,8 +49,8 @@ class Calibration:
             height of the map's peaks, which is the mean over the group's normal images of the map's maximum, less its
             mean over all their pixels. In their sum all maps count alike where normal images stand out most, whatever
             their tails. Where one part makes the map alone, the others have 0, and it has 1, or where scores are of
-            another map its weight in the sum. None: the maps are multiplied, as published; so too with all but one part
-            alone where no image was held out.
+            another map its weight in the sum. Without held-out images those trained on take their place. None: there is
+            one map, or they are multiplied, as published.
         img_size: the size at which the images were seen; None where it is not known.
         borrowing: whether groups with fewer than `MIN_POOLED` images borrow from the others.
         share: share of a map's pixels, the largest ones, whose mean is the image score; 0: their maximum.
@@ -238,9 +238,9 @@ def calibrate_on(
     """Set `model.calibration` from features of held-out normal images.
 
     `stand_in` (training images) gives the normalisation constants of a class of which no image was held out; such a
-    class has no p-values. Where a method forms the groups by itself, `stand_in` is used only if no image at all was
-    held out, and a group with few images borrows from the others, see `Calibration`. `img_size` is the size at which
-    the images were seen, default the model's.
+    class has no p-values. It gives the weights of the maps, too, if no image at all was held out. Where a method forms
+    the groups by itself, `stand_in` is used only in that case, and a group with few images borrows from the others, see
+    `Calibration`. `img_size` is the size at which the images were seen, default the model's.
 
     Raises:
         ValueError: a class has no normal images, or one has no finite density.
@@ -248,9 +248,11 @@ def calibrate_on(
     img_size = model.config.img_size if img_size is None else img_size
     check_false_alarm_rate(false_alarm_rate)
     image_densities = held_out_densities(model, held_out)
+    stand_ins = [] if image_densities or stand_in is None else held_out_densities(model, stand_in)
+    sample = image_densities or stand_ins
     if model.groups_are_classes:
-        level_max = largest_densities(model, image_densities)
-        missing = set(range(len(model.groups))).difference(held_out.class_ids.tolist())
+        level_max = largest_densities(model, sample)
+        missing = set(range(len(model.groups))).difference(int(image.group_ids) for image in sample)
         for k in sorted(missing):
             rows = [] if stand_in is None else (stand_in.class_ids == k).nonzero().flatten().tolist()
             if not rows:
@@ -261,14 +263,13 @@ def calibrate_on(
             for i in rows:
                 level_max[k] = torch.maximum(level_max[k], _level_max(_image_densities(model, stand_in, i)))
     else:
-        sample = image_densities or ([] if stand_in is None else held_out_densities(model, stand_in))
         if not sample:
             raise ValueError("calibration needs normal images; there are none")
         level_max = largest_densities(model, sample)
     if not level_max.isfinite().all():
         k = int((~level_max.isfinite()).nonzero()[0, 0])
         raise ValueError(f"normal images of {model.groups[k]!r} have no finite density: the training diverged")
-    calibration = calibration_of(model, image_densities, level_max, img_size)
+    calibration = calibration_of(model, image_densities, level_max, img_size, stand_ins=stand_ins)
     calibration.false_alarm_rate = false_alarm_rate
     _warn_of_unattainable_rates(model, calibration)
     model.calibration = calibration
@@ -304,8 +305,12 @@ def calibration_of(
     level_max: Tensor,
     img_size: int | str,
     fusion: str | None = None,
+    stand_ins: Sequence[Densities] = (),
 ) -> Calibration:
-    """Return the calibration that the densities of single held-out images give; `fusion`: default the model's."""
+    """Return the calibration that the densities of single held-out images give; `fusion`: default the model's.
+
+    Where there are none, the weights of the maps come from `stand_ins`, images that were trained on.
+    """
     cells, fusion = cells_on_map(model, img_size), fusion or model.fusion
     groups = torch.tensor([int(image.group_ids) for image in image_densities], dtype=torch.int64)
     calibration = Calibration(
@@ -317,16 +322,17 @@ def calibration_of(
         share=model.score_share,
         scored_on=model.scored_on,
     )
-    parts = list(image_densities[0].parts) if image_densities else []
+    sample = image_densities or stand_ins
+    parts = list(sample[0].parts) if sample else []
     if parts and fusion != "product":
         alone = torch.eye(len(parts))[parts.index(fusion)] if fusion in parts else torch.ones(len(parts))
         if model.scored_on != "map":
-            calibration.weights = alone * _weights(model, image_densities, level_max, cells)
-            calibration.score_weights = alone * _weights(model, image_densities, level_max, cells, model.scored_on)
+            calibration.weights = alone * _weights(model, sample, level_max, cells)
+            calibration.score_weights = alone * _weights(model, sample, level_max, cells, model.scored_on)
         elif fusion in parts:
             calibration.weights = alone.expand(len(level_max), -1).contiguous()
         elif len(parts) > 1:
-            calibration.weights = _weights(model, image_densities, level_max, cells)
+            calibration.weights = _weights(model, sample, level_max, cells)
     scores = [calibration.scores_alone(image, model.config.msk_size, cells) for image in image_densities]
     calibration.scores = torch.cat(scores).float().cpu() if scores else torch.empty(0)
     return calibration

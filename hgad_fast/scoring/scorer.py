@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..features.preprocess import ImageSettings, memory_bytes, seeing
 from ..methods import load
-from ..protocol import Detector
+from ..protocol import Detector, ProportionsError
 from .calibration import check_false_alarm_rate
 from .inputs import checked_map_size
 from .maps import laid
@@ -107,7 +107,11 @@ class Scorer:
         self._config = seeing(self.model, img_size).config
         self._options: dict[str, Any] = {"img_size": img_size, "max_memory": memory_bytes(max_memory)}
         self._turn = threading.Lock()
-        self(torch.full((3, *(frame_size or (64, 64))), 0.5))
+        try:
+            self(torch.full((3, *(frame_size or (64, 64))), 0.5))
+        except ProportionsError:
+            if frame_size is not None:
+                raise
 
     def __call__(self, frame: Any) -> FrameScore:
         """Return the score of a frame.

@@ -337,6 +337,16 @@ def test_the_map_is_of_some_levels_and_the_score_of_all(tmp_path, fusion):
     assert torch.equal(again.anomaly_map, actual.anomaly_map) and torch.equal(again.image_score, actual.image_score)
 
 
+def test_the_levels_of_the_map_infer_the_class():
+    """A second level, which is surer of another one, is not asked."""
+    model = detector(n_classes=3, map_levels=1)
+    levels = [torch.randn(40, 6, 4, 5), 5 * torch.randn(40, 6, 2, 2)]
+    per_class = [model.score_features(levels, torch.full((40,), k), "official").logps for k in range(3)]
+    first, second = (torch.stack([logps[level].mean((1, 2)) for logps in per_class]).argmax(0) for level in (0, 1))
+    assert (first != second).any()
+    assert torch.equal(model.score_features(levels, None, "official").class_id, first)
+
+
 def test_all_levels_by_name_are_all_levels():
     normal = normal_features([0, 1, 0, 1, 1])
     results = []
@@ -350,14 +360,18 @@ def test_all_levels_by_name_are_all_levels():
     assert torch.equal(results[0].image_score, results[1].image_score)
 
 
-def test_standardised_fusion_without_held_out_images_is_the_product():
+@pytest.mark.parametrize("fusion", ["standardised", "likelihood", "entropy", "product"])
+def test_without_held_out_images_those_trained_on_give_the_weights(fusion):
+    """So that a fusion is the same sum, or the same part alone, whether or not there are thresholds."""
     normal = normal_features([0, 1, 0, 1, 1])
-    maps = []
-    for fusion in ("standardised", "product"):
-        model = detector(fusion=fusion, calibration_fraction=0)
-        model.fit(normal, progress=False)
-        maps.append(model.score_features(batches(normal)).anomaly_map)
-    assert maps[0].isfinite().all() and torch.equal(*maps)
+    model = detector(fusion=fusion, calibration_fraction=0)
+    model.fit(normal, progress=False)
+    actual = model.score_features(batches(normal), normal.class_ids)
+    assert actual.p_value.isnan().all()
+    with pytest.warns(UserWarning, match="too few"):
+        model.calibrate(normal)
+    expected = model.score_features(batches(normal), normal.class_ids)
+    assert actual.anomaly_map.isfinite().all() and torch.equal(actual.anomaly_map, expected.anomaly_map)
 
 
 def test_scores_of_new_normal_images_are_valid_although_the_constants_come_from_the_same_images():
