@@ -20,7 +20,6 @@ from .data.datasets import GOOD, Dataset, Sample, discover
 from .data.images import read_image, read_mask
 from .evaluation.evaluate import Evaluation, evaluate
 from .features import packaged
-from .features.packaged import lite0_state_dict as lite0_state_dict
 from .files import replacing
 from .models.config import GaussianConfig, HGADConfig
 from .models.detector import Detector
@@ -315,5 +314,5 @@ def _write_image(path: Path, image: Grey) -> None:
 
 
 def write_weights(path: str | os.PathLike[str]) -> Path:
-    """Write `lite0_state_dict()` as safetensors, to be given as `HGADConfig(backbone_weights=path)`."""
+    """Write `packaged.lite0_state_dict()` as safetensors, to be given as `HGADConfig(backbone_weights=path)`."""
     return packaged.write_weights("tf_efficientnet_lite0", path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,10 @@ class Densities:
         neg_entropy: per level (B, h, w), the negative entropy of the groups' posterior, in nats; empty where a method
             has no posterior, or it carries no information.
         group_ids: (B,) int64 on the CPU, the group of each image, given or inferred.
+        multipliable: whether `anomalies` are never below 0, so that the maps of several parts can be multiplied.
     """
+
+    multipliable: ClassVar[bool] = True
 
     logps: list[Tensor]
     neg_entropy: list[Tensor]

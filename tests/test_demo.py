@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 import hgad_fast
 from hgad_fast import GaussianModel, HGADModel, demo
 from hgad_fast.data import datasets, images
+from hgad_fast.features import packaged
 from hgad_fast.features.backbone import Backbone
 
 MARGIN = 8  # pixels of a photograph that no crop of two regions comes nearer than
@@ -121,7 +122,7 @@ def test_weights_classify_a_known_image() -> None:
     import timm
 
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    net.load_state_dict(demo.lite0_state_dict(), strict=True)
+    net.load_state_dict(packaged.lite0_state_dict(), strict=True)
     cat = torch.from_numpy(skimage.data.chelsea()).permute(2, 0, 1)[None, :, :, 75:375].float() / 255
     cat = torch.nn.functional.interpolate(cat, (224, 224), mode="bicubic", antialias=True, align_corners=False)
     with torch.no_grad():
@@ -137,7 +138,7 @@ def test_weights_file_gives_the_backbone_those_weights_and_their_normalisation(t
     assert backbone.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     assert backbone.std.flatten().tolist() == [0.5, 0.5, 0.5]
     whole = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    whole.load_state_dict(demo.lite0_state_dict(), strict=True)
+    whole.load_state_dict(packaged.lite0_state_dict(), strict=True)
     image = torch.rand(1, 3, 128, 128)
 
     @torch.no_grad()

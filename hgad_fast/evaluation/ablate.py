@@ -26,7 +26,7 @@ from ..environment import environment
 from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import image_features
 from ..files import replacing
-from ..protocol import Densities, Detector
+from ..protocol import Densities, Detector, ProportionsError
 from ..scoring.calibration import (
     Calibration,
     calibration_of,
@@ -78,7 +78,8 @@ def run(
         data: a dataset with test images, or its root.
         config: what the variants have in common, with the dataset's classes.
         output: the folder, made if need be.
-        variants: configurations by name; None: all those of `Detector.variants`.
+        variants: configurations by name; None: all those of `Detector.variants`. Of several, one of places is left out
+            where images of a class have several shapes.
         training_images: how many normal images of a class are trained on, drawn with ``config.seed``; the others
             calibrate. None: all but a tenth.
         features: features of all training images of the dataset, where they are at hand already.
@@ -93,8 +94,8 @@ def run(
         mean: 1 where the density cannot tell them apart, 0 where it always does) and "false_alarms". The settings are
         the official procedure (of several: the first) with the class given, and the calibrated normalisation with the
         class given and inferred. The maps are those of each part of the densities and, where there are several, their
-        product and standardised sum; "standardised" is also what a method with a single part does where it computes
-        the image score on another map than the anomaly map.
+        product, unless they may be below 0, and standardised sum; "standardised" is also what a method with a single
+        part does where it computes the image score on another map than the anomaly map.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -118,7 +119,13 @@ def run(
     report |= {"config": json.loads(config.to_json()), "training_images": len(training_rows), "variants": {}}
     for name, variant in chosen.items():
         folder = Path(output) / name
-        model = _trained(variant, shared, folder, device, say)
+        try:
+            model = _trained(variant, shared, folder, device, say)
+        except ProportionsError as error:
+            if len(chosen) == 1:
+                raise
+            say(f"{name}: left out, as {error}")
+            continue
         say(f"{name}: comparing")
         report["variants"][name] = _compare(model, shared, folder, progress)
         with replacing(Path(output) / "ablation.json") as file:
@@ -242,9 +249,10 @@ def _official(images: list[Densities], model: Detector) -> dict[str, tuple[list[
 
 
 def _calibrated(images: list[Densities], model: Detector) -> dict[str, tuple[list[Tensor], list[float]]]:
-    """Return calibrated maps and scores of images: of each part and, if there are several, their two `FUSIONS`.
+    """Return calibrated maps and scores of images: of each part and, if there are several, their `FUSIONS`.
 
-    The scores are those of the maps but for the standardised sum, which has the method's own (`Detector.scored_on`).
+    There is no product of what may be below 0. The standardised sum, and the model's own fusion if it is another one,
+    have the method's own scores (`Detector.scored_on`); the scores of the others are those of their maps.
     """
     calibration = required_calibration(model)
     parts = list(images[0].parts)
@@ -252,13 +260,14 @@ def _calibrated(images: list[Densities], model: Detector) -> dict[str, tuple[lis
     weights = {part: one_hot[[i]].expand(len(calibration.level_max), -1) for i, part in enumerate(parts)}
     fusions: dict[str, Tensor | None] = dict(weights)
     if calibration.weights is not None:
-        fusions |= {"product": None} if len(parts) > 1 else {}
+        fusions |= {"product": None} if len(parts) > 1 and images[0].multipliable else {}
         fusions["standardised"] = calibration.weights
     scored: dict[str, tuple[list[Tensor], list[float]]] = {}
     for kind, kind_weights in fusions.items():
         rule = dataclasses.replace(calibration, weights=kind_weights)
         if kind != "standardised":
-            rule.scored_on = "map"
+            rule.scored_on = model.scored_on if kind == model.fusion else "map"
+            rule.score_weights = kind_weights
         maps, scores = zip(*(rule.maps(image, model.config.msk_size) for image in images), strict=True)
         scored[kind] = [anomaly_map[0] for anomaly_map in maps], torch.cat(scores).tolist()
     return scored

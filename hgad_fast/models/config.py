@@ -605,11 +605,6 @@ class GaussianConfig(Config):
             self._require("feature_mode", self.feature_mode == "joined", "'joined': stages share the places of a grid")
         super()._check_features()
 
-    @property
-    def n_groups(self) -> int:
-        """The number of groups of images that have Gaussians of their own."""
-        return {"class": self.n_classes, "one": 1, "clusters": self.n_clusters}[self.grouping]
-
 
 def _plain(value: Any) -> Any:
     """Return `value` in plain Python types: NumPy's numbers as Python's, paths as strings, sequences as tuples."""

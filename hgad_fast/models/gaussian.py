@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ class GaussianDensities(Densities):
             of all classes have about the same level where nothing is wrong.
         all_distances: the same by all D values.
     """
+
+    multipliable: ClassVar[bool] = False
 
     distances: dict[str, Tensor] = field(default_factory=dict)
     all_distances: dict[str, Tensor] = field(default_factory=dict)
@@ -217,7 +219,9 @@ class GaussianModel(Detector):
         if self.groups_are_classes:
             counts = torch.bincount(feature_set.class_ids, minlength=self.config.n_classes).tolist()
             if few := [name for name, count in zip(self.groups, counts, strict=True) if count < 2]:
-                raise ValueError(f"class {few[0]!r} has fewer than 2 training images, and a covariance takes 2")
+                raise ValueError(
+                    f"class {few[0]!r} has fewer than 2 training images, beside those held out; a covariance takes 2"
+                )
         sizes = self._fit_whitenings(feature_set)
         self.gaussians = nn.ModuleList()  # clusters are formed anew
         members = self._members(feature_set)
@@ -326,12 +330,14 @@ class GaussianModel(Detector):
         everywhere = Counter(sizes)
         grids = []
         for name, rows in zip(self.groups, members, strict=True):
-            counts = Counter(sizes[i] for i in rows) or everywhere  # a cluster may be empty
+            own = Counter(sizes[i] for i in rows)
+            counts = own or everywhere  # a cluster may be empty
             grid = min(counts, key=lambda size: (-counts[size], size))
-            for size in counts:
-                if not all(grid_fits(h_w, level_grid) for h_w, level_grid in zip(size, grid, strict=True)):
-                    raise ValueError(
-                        f"training images of {name!r} have feature maps of {_times(size[0])} and of {_times(grid[0])} "
+            for size in own:
+                misfits = [pair for pair in zip(size, grid, strict=True) if not grid_fits(*pair)]
+                if misfits:
+                    raise ProportionsError(
+                        f"training images of {name!r} have feature maps of {' and of '.join(map(_times, misfits[0]))} "
                         "cells: their proportions differ by more than 5%, so that their places do not correspond. Give "
                         "each class images of one shape, or set center_crop=True"
                     )
