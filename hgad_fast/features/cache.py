@@ -9,7 +9,6 @@ are missing are computed again.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -94,8 +93,8 @@ class DiskCache:
 
     def __init__(self, root: Path, name: str, key: Mapping[str, Any], limit: int | None = None) -> None:
         self.root, self.limit = root, limit
-        self.key = json.dumps({"format": FORMAT, **key}, sort_keys=True)
-        self.folder = root / f"{name}-{_digest([self.key])[:12]}"
+        self.key = _text(key)
+        self.folder = cache_folder(root, name, key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -267,13 +266,22 @@ def _size(features: Mapping[str, Features]) -> int:
     return sum(level.nbytes for maps in features.values() for level in maps)
 
 
-def known_contents(root: Path, name: str) -> set[str]:
-    """Return the contents of all images of which folders of this name below `root`, of any key, hold features.
+def cache_folder(root: Path, name: str, key: Mapping[str, Any]) -> Path:
+    """Return the folder below `root` in which a `DiskCache` keeps the features of a key."""
+    return root / f"{name}-{_digest([_text(key)])[:12]}"
 
-    Their shards are not read, so that some may turn out to be damaged.
+
+def _text(key: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, **key}, sort_keys=True)
+
+
+def known_contents(folder: Path) -> set[str]:
+    """Return the contents of all images of which a `cache_folder`, which need not exist, holds features.
+
+    Its shards are not read, so that some may turn out to be damaged.
     """
     contents: set[str] = set()
-    for path in root.glob(f"{glob.escape(name)}-*/{_SHARDS}"):
+    for path in folder.glob(_SHARDS):
         with suppress(OSError, ValueError):
             contents |= _Shard(path).contents
     return contents

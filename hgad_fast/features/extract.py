@@ -19,7 +19,16 @@ from ..data.datasets import Dataset, Sample, check_images, content_hash, content
 from ..data.images import ImageError, read_header, read_image
 from ..files import byte_count, readable, state_hash
 from .backbone import Backbone
-from .cache import SHARD_BYTES, SHARD_IMAGES, CacheFull, DiskCache, Features, MemoryCache
+from .cache import (
+    SHARD_BYTES,
+    SHARD_IMAGES,
+    CacheFull,
+    DiskCache,
+    Features,
+    MemoryCache,
+    cache_folder,
+    known_contents,
+)
 from .preprocess import FeatureSource, may_cut, preprocess, seen_features, seen_shape
 
 FEATURES = (torch.float32,)  # the precision of features as models take them
@@ -182,8 +191,7 @@ def feature_set(
     if cache == "ram":
         store = MemoryCache(limit)
     elif cache_dir is not None and cache == "disk":
-        name = f"{model.config.backbone_arch}-{model.config.img_size}-{cache_dtype}"
-        store = DiskCache(Path(cache_dir).absolute(), name, extractor.key(), limit)
+        store = DiskCache(Path(cache_dir).absolute(), extractor.name, extractor.key(), limit)
 
     contents = content_hashes(dataset.train)
     files = {content: sample.path for content, sample in zip(contents, dataset.train, strict=True)}
@@ -311,12 +319,23 @@ class _Images(Sequence[list[Tensor]]):
         return [level.permute(2, 0, 1) for level in features]
 
 
+def cached_contents(model: FeatureSource, cache_dir: str | os.PathLike[str], cache_dtype: str) -> set[str]:
+    """Return the contents of all images whose features, as this model has them, are in a cache on disk."""
+    extractor = _Extractor(model, DTYPES[cache_dtype])
+    return known_contents(cache_folder(Path(cache_dir), extractor.name, extractor.key()))
+
+
 class _Extractor:
     """The way from image files to their features in one precision, each image by itself."""
 
     def __init__(self, model: FeatureSource, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
         self.encoder = model.require_encoder()
+
+    @property
+    def name(self) -> str:
+        """What people call the features."""
+        return f"{self.model.config.backbone_arch}-{self.model.config.img_size}-{str(self.dtype).partition('.')[2]}"
 
     def key(self) -> dict[str, Any]:
         """Return all that the features depend on, except the image."""

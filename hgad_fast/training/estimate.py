@@ -26,8 +26,7 @@ from .. import methods
 from ..data.datasets import Dataset, content_hash, discover
 from ..data.images import read_header, read_image
 from ..features.backbone import Backbone
-from ..features.cache import known_contents
-from ..features.extract import DTYPES, FeatureSet
+from ..features.extract import DTYPES, FeatureSet, cached_contents
 from ..features.preprocess import preprocess, seen_features, seen_shape
 from ..files import byte_count, readable
 from ..protocol import Detector, Progress
@@ -266,8 +265,9 @@ class _Measurement:
         stored = 1.0 if limit is None else min(1.0, limit / size)
         if plan.cache != "disk" or plan.cache_dir is None:
             return stored, 0.0
-        name = f"{self.config.backbone_arch}-{self.config.img_size}-{plan.cache_dtype}"
-        contents = known_contents(Path(plan.cache_dir), name)
+        if not isinstance(self.model.encoder, Backbone):
+            return stored, 0.0  # `feature_set` refuses it
+        contents = cached_contents(self.model, plan.cache_dir, plan.cache_dtype)
         known = sum(content_hash(path) in contents for path in self.sample) if contents else 0
         return stored, known / len(self.sample)
 

@@ -84,7 +84,7 @@ def test_added_images_count_like_those_of_the_fit():
 def test_a_class_needs_two_images_and_features_are_finite():
     features = feature_set(7)
     model = small_model()
-    with pytest.raises(ValueError, match="'class 1' has fewer than 2 training images"):
+    with pytest.raises(ValueError, match="'class 1' has fewer than 2 images to train on"):
         model.fit(FeatureSet([features.images[i] for i in (0, 1, 2, 3, 5, 6)], torch.tensor([0, 1, 2, 0, 2, 0])))
     features.images[4][1][0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="image 4 of those fitted has a NaN"):
