@@ -26,7 +26,7 @@ from .detector import Detector
 
 MOMENT_PIXELS = 2**16  # pixels, of all images together, that the whitening is made from
 PIXELS_TOGETHER = 2**16  # pixels of images that are added to the sums together
-PARTS = 8  # of the places of a single image, of which all classes are compared in the first one
+LOOKS = (32, 64)  # first of the d values, by which a single image is compared with classes before it is by all
 LOG_2_PI = math.log(2 * math.pi)
 
 
@@ -485,44 +485,32 @@ class GaussianModel(Detector):
     ) -> tuple[Tensor, dict[int, list[Distances]]]:
         """Return what `_infer` does, but the distances to the winner alone, of a single image on a CPU.
 
-        There, reading the Gaussians is what takes time. Every class is looked at in one of the `PARTS` of the places
-        first, and in all of them the class that is likeliest by these. What another class has in the parts that were
-        looked at is the most that it can reach, as distances are not negative: further parts are looked at while that
-        is more than the best class has. As a rule none are.
+        There, reading the Gaussians is what takes time. The distances by the first of the values alone take little of
+        it, and are no larger than those by all: by them a class seems likelier than it is. So the class that seems
+        likeliest is looked at by more and more of them, `LOOKS`, until it is one that was looked at by all. As a rule
+        that is the first: classes differ most in the first principal components.
         """
-        by_level = list(self._by_level(levels))
-        if any(len(y) < PARTS or size != g.grids[k] for (y, size), g in by_level for k in fitting):
-            return self._infer(levels, batch, fitting)
-        parts = [slice(first, None, PARTS) for first in range(PARTS)]
         sums: dict[int, list[float]] = {k: [] for k in fitting}  # of squared distances, at each level
         for (y, size), gaussians in self._by_level(levels):
             for j, members in enumerate(gaussians.members):
-                totals = gaussians.all_distances(j, y, size, parts[0]).total.sum(0, dtype=torch.float64)
-                for k, total in zip(members, totals.tolist(), strict=True):
-                    if k in sums:
-                        sums[k].append(total)
+                if set(members) & set(fitting):
+                    totals = gaussians.all_distances(j, y, size, LOOKS[0]).total.sum(0, dtype=torch.float64)
+                    for k, total in zip(members, totals.tolist(), strict=True):
+                        if k in sums:
+                            sums[k].append(total)
 
-        def evidence(k: int, share: float = 1.0) -> float:
-            """Return the evidence for a class whose squared distances in a share of the places have these sums."""
+        def evidence(k: int) -> float:
             terms = zip(sums[k], self._by_level(levels), strict=True)
-            return sum(self._evidence(total / (share * len(y)), g, size, k) for total, ((y, size), g) in terms)
-
-        def look_everywhere(k: int) -> None:
-            by_group[k] = [g.distances(y, size, k) for (y, size), g in self._by_level(levels)]
-            sums[k] = [float(squares.total.sum(dtype=torch.float64)) for squares in by_group[k]]
+            return sum(self._evidence(total / len(y), gaussians, size, k) for total, ((y, size), gaussians) in terms)
 
         by_group: dict[int, list[Distances]] = {}
-        look_everywhere(max(fitting, key=lambda k: evidence(k, 1 / PARTS)))
-        looked_at = dict.fromkeys(fitting, 1)
+        left = {k: [*LOOKS[1:], None] for k in fitting}
         while (best := max(fitting, key=evidence)) not in by_group:
-            if looked_at[best] == PARTS:
-                look_everywhere(best)
-                continue
-            part = parts[looked_at[best]]
-            for level, ((y, size), gaussians) in enumerate(self._by_level(levels)):
-                squares = gaussians.distances(y, size, best, part).total
-                sums[best][level] += float(squares.sum(dtype=torch.float64))
-            looked_at[best] += 1
+            first = left[best].pop(0) if by_group else None  # the likeliest of all is looked at by all values at once
+            squares = [gaussians.distances(y, size, best, first) for (y, size), gaussians in self._by_level(levels)]
+            sums[best] = [float(level_squares.total.sum(dtype=torch.float64)) for level_squares in squares]
+            if first is None:
+                by_group[best] = squares
         return torch.tensor([best]), by_group
 
     def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:

@@ -292,34 +292,35 @@ class PlaceGaussians(nn.Module):
 
     # ---- distances
 
-    def distances(self, y: Tensor, size: tuple[int, int], group: int, part: slice | None = None) -> Distances:
+    def distances(self, y: Tensor, size: tuple[int, int], group: int, first: int | None = None) -> Distances:
         """Return the squared distances (N, 1) of whitened features (N, D) of one image or several to a group's places.
 
         Args:
             y: of maps of `size`, image after image, row after row.
             size: (h, w); another grid than the group's takes the nearest places.
             group: of which `grid_fits` is true.
-            part: the pixels and places of this slice only, of a single image of the group's own grid.
+            first: by so many of the d values alone, if there are more: these distances are no larger.
         """
         j, row = self._position(group)
-        return self._distances(j, slice(row, row + 1), y, size, part)
+        return self._distances(j, slice(row, row + 1), y, size, first)
 
-    def all_distances(self, j: int, y: Tensor, size: tuple[int, int], part: slice | None = None) -> Distances:
+    def all_distances(self, j: int, y: Tensor, size: tuple[int, int], first: int | None = None) -> Distances:
         """Return what `distances` does for all groups of a grid, (N, groups), the `members` of j."""
-        return self._distances(j, slice(None), y, size, part)
+        return self._distances(j, slice(None), y, size, first)
 
-    def _distances(self, j: int, groups: slice, y: Tensor, size: tuple[int, int], part: slice | None) -> Distances:
+    def _distances(self, j: int, groups: slice, y: Tensor, size: tuple[int, int], first: int | None) -> Distances:
         mean, fine, rest = (getattr(self, f"{name}_{j}")[groups] for name in ("mean", "fine", "rest"))
-        place = places(size, self.distinct[j], y.device)
-        if part is not None:
-            y, mean, fine, rest = y[part], mean[:, part], fine[:, part], rest[:, part]
-            place = place[: len(y)]
-        place = place.repeat(len(y) // len(place))
-        d = self.dim
-        squared = place_distances(y[:, :d], place, mean[..., :d], fine.mT)
-        if d == self.width:
+        place = self._places(j, y, size)
+        d = min(first or self.dim, self.dim)
+        squared = place_distances(y[:, :d], place, mean[..., :d], fine[..., :d, :d].mT)
+        if first is not None or d == self.width:
             return Distances(squared, squared)
         return Distances(squared, squared + place_distances(y, place, mean, rest.mT))
+
+    def _places(self, j: int, y: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the place (N,) of each pixel of images of this size."""
+        place = places(size, self.distinct[j], y.device)
+        return place.repeat(len(y) // len(place))
 
     def log_dets(self, size: tuple[int, int], group: int) -> Tensor:
         """Return the log-determinants of the covariances of a group at the pixels (h w,) of a map."""

@@ -176,6 +176,8 @@ def test_features_on_disk_from_an_earlier_run_cost_nothing(data: Dataset, tmp_pa
     model.fit(data, cache="disk", cache_dir=tmp_path, progress=False)
     again = estimate(model, data, plan)
     assert again.seconds["features"] == 0 and again.memory["features"] == 0
+    other = made("hgad", meta_epochs=1, sub_epochs=1, center_crop=not model.config.center_crop)
+    assert estimate(other, data, plan).seconds["features"] > 0  # those of whole images are no use to it
 
 
 def test_testing_and_processes_count(data: Dataset) -> None:
