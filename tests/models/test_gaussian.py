@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from PIL import Image
 from small_gaussian import SIDES, class_features, feature_set, fitted, labels, small_model
@@ -152,21 +153,45 @@ def test_class_map_and_score_are_those_of_the_definition():
         torch.testing.assert_close(scores, calibration.score_weights[k].double() * scored.max(), rtol=1e-6, atol=1e-8)
 
 
-def test_the_class_found_by_parts_is_the_class_of_all_places(monkeypatch):
-    """Among classes of different spread, near to each other, and for any number of parts."""
-    model = fitted(feature_set(noise=1.5))
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("sides", [SIDES, (4, 2, 1)], ids=["16 places", "4 places"])
+def test_the_class_found_by_parts_is_the_class_of_all_places(monkeypatch, sides):
+    """Among classes of different spread, near to each other, for any number of parts, and with its distances."""
+    model = small_model()
+    model.begin(features := feature_set(noise=1.5, sides=sides))
+    model.finish(features)
+    model.double()
     chosen = set()
     for seed in range(30):
-        levels = [level[:1] for level in class_features(3, seed=seed, noise=0.2 + seed / 10)]
+        drawn = class_features(3, seed=seed, noise=0.2 + seed / 10, sides=sides)
+        levels = [level[seed % 3 : seed % 3 + 1].double() for level in drawn]
         whitened = list(model._whitened(levels))
-        expected, _ = model._infer(whitened, 1, [0, 1, 2])
-        for parts in (1, 2, 5, 16):
+        expected, of_all = model._infer(whitened, 1, [0, 1, 2])
+        k = int(expected)
+        for parts in (1, 2, 4, 5, 8, 16, 64):  # up to more than there are places
             monkeypatch.setattr(gaussian, "PARTS", parts)
             actual, by_group = model._infer_one(whitened, 1, [0, 1, 2])
-            assert actual.tolist() == expected.tolist() and list(by_group)[-1] is not None
-            assert int(actual) in by_group
-        chosen.add(int(expected))
+            assert actual.tolist() == [k]
+            for distances, right in zip(by_group[k], of_all[k], strict=True):
+                for squares, right_squares in zip(distances, right, strict=True):
+                    torch.testing.assert_close(
+                        squares.flatten(), right_squares.flatten(), rtol=rounding.SAME_IN_FLOAT64, atol=0
+                    )
+        chosen.add(k)
     assert len(chosen) > 1  # the images are not all alike
+
+
+def test_images_of_fewer_places_than_parts_are_scored_one_by_one():
+    sides = (4, 2, 1)
+    model = small_model()
+    held_out = feature_set(30, seed=1, noise=1.5, sides=sides)
+    model.fit(feature_set(noise=1.5, sides=sides), calibration=held_out, false_alarm_rate=0.2)
+    assert model.config.grids == (((2, 2),),) * 3 and 2 * 2 < gaussian.PARTS
+    levels = class_features(30, seed=3, noise=1.5, sides=sides)
+    together = model.score_features(levels, throughput=True)
+    for i in range(30):
+        assert int(model.score_features([level[i : i + 1] for level in levels]).class_id) == int(together.class_id[i])
+    assert len(set(together.class_id.tolist())) == 3
 
 
 def test_an_inferred_class_has_the_bits_of_a_given_one_and_an_image_those_of_no_other():
