@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import rounding
 import torch
 from PIL import Image
 from small_gaussian import SIDES, class_features, feature_set, fitted, labels, small_model
@@ -14,6 +15,7 @@ from hgad_fast import GaussianConfig, GaussianModel, Scorer, load
 from hgad_fast.evaluation.evaluate import evaluate
 from hgad_fast.evaluation.report import write_report
 from hgad_fast.features.backbone import FeatureMaps
+from hgad_fast.features.composite import CompositeBackbone, make_backbone
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.features.joining import joined
 from hgad_fast.models import gaussian
@@ -93,6 +95,60 @@ def test_a_class_needs_two_images_and_features_are_finite():
         small_model().densities(FeatureMaps.of(class_features(1)), None)
 
 
+@pytest.mark.parametrize("sides", [SIDES, ((8, 16), (4, 8), (2, 4))], ids=["same shape", "another shape"])
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=lambda grouping: grouping["grouping"])
+def test_a_second_fit_is_that_of_a_fresh_model(grouping, sides):
+    """Nothing of the first is left: clusters are formed anew, on the grid of the new images."""
+    again, fresh = fitted(**grouping), small_model(**grouping)
+    features, held_out = (feature_set(n, seed=seed, sides=sides) for n, seed in ((33, 7), (30, 8)))
+    for model in (again, fresh):
+        model.fit(features, calibration=held_out, false_alarm_rate=0.2)
+    assert again.config == fresh.config
+    assert_same_state(again.state_dict(), fresh.state_dict())
+    levels = class_features(6, seed=2, sides=sides)
+    assert_same_scores(again.score_features(levels), fresh.score_features(levels))
+
+
+@pytest.mark.parametrize(
+    ("n", "grouping"),
+    [(1, {"grouping": "one"}), (2, {"grouping": "clusters", "n_clusters": 2})],
+    ids=["one image", "an image a cluster"],
+)
+def test_groups_of_single_images_are_refused(n, grouping):
+    model = small_model(**grouping)
+    with pytest.raises(ValueError, match=rf"no group has 2 of the {n} training images, .* give more images"):
+        model.fit(feature_set(n), calibration=feature_set(30, seed=1))
+    assert not len(model.gaussians)
+    model.fit(feature_set(12), calibration=feature_set(30, seed=1), false_alarm_rate=0.2)
+    assert model.score_features(class_features(6, seed=2)).anomaly_map.isfinite().all()
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=lambda grouping: grouping["grouping"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("NaN", "not finite"), ("another shape", "other proportions")],
+    ids=["NaN", "another shape"],
+)
+def test_an_addition_that_fails_leaves_the_model_as_it_was(grouping, wrong, message):
+    model, levels = fitted(**grouping), class_features(6, seed=2)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, scores = model.config, model.score_features(levels)
+    more = feature_set(24, seed=5)
+    if wrong == "NaN":
+        more.images[-1][1][0, 2, 3] = math.nan
+    else:
+        more.images[-1] = feature_set(3, sides=((8, 16), (4, 8), (2, 4))).images[-1]
+    with pytest.raises(ValueError, match=message):
+        model.add(more)
+    assert model.config == config
+    assert_same_state(model.state_dict(), state)
+    assert_same_scores(model.score_features(levels), scores)
+    good, other = more.subset(torch.arange(23)), fitted(**grouping)
+    for each in (model, other):  # and it goes on as if nothing had been
+        each.add(good)
+    assert_same_state(model.state_dict(), other.state_dict())
+
+
 def test_settings_that_cannot_work_are_named():
     for field, value in (("dim", 0), ("coarse_dim", -1), ("shrinkage", 1.5), ("floor", 0), ("grouping", "pairs")):
         with pytest.raises(ValueError, match=f"GaussianConfig.{field} is "):
@@ -152,21 +208,45 @@ def test_class_map_and_score_are_those_of_the_definition():
         torch.testing.assert_close(scores, calibration.score_weights[k].double() * scored.max(), rtol=1e-6, atol=1e-8)
 
 
-def test_the_class_found_by_parts_is_the_class_of_all_places(monkeypatch):
-    """Among classes of different spread, near to each other, and for any number of parts."""
-    model = fitted(feature_set(noise=1.5))
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("sides", [SIDES, (4, 2, 1)], ids=["16 places", "4 places"])
+def test_the_class_found_by_parts_is_the_class_of_all_places(monkeypatch, sides):
+    """Among classes of different spread, near to each other, for any number of parts, and with its distances."""
+    model = small_model()
+    model.begin(features := feature_set(noise=1.5, sides=sides))
+    model.finish(features)
+    model.double()
     chosen = set()
     for seed in range(30):
-        levels = [level[:1] for level in class_features(3, seed=seed, noise=0.2 + seed / 10)]
+        drawn = class_features(3, seed=seed, noise=0.2 + seed / 10, sides=sides)
+        levels = [level[seed % 3 : seed % 3 + 1].double() for level in drawn]
         whitened = list(model._whitened(levels))
-        expected, _ = model._infer(whitened, 1, [0, 1, 2])
-        for parts in (1, 2, 5, 16):
+        expected, of_all = model._infer(whitened, 1, [0, 1, 2])
+        k = int(expected)
+        for parts in (1, 2, 4, 5, 8, 16, 64):  # up to more than there are places
             monkeypatch.setattr(gaussian, "PARTS", parts)
             actual, by_group = model._infer_one(whitened, 1, [0, 1, 2])
-            assert actual.tolist() == expected.tolist() and list(by_group)[-1] is not None
-            assert int(actual) in by_group
-        chosen.add(int(expected))
+            assert actual.tolist() == [k]
+            for distances, right in zip(by_group[k], of_all[k], strict=True):
+                for squares, right_squares in zip(distances, right, strict=True):
+                    torch.testing.assert_close(
+                        squares.flatten(), right_squares.flatten(), rtol=rounding.SAME_IN_FLOAT64, atol=0
+                    )
+        chosen.add(k)
     assert len(chosen) > 1  # the images are not all alike
+
+
+def test_images_of_fewer_places_than_parts_are_scored_one_by_one():
+    sides = (4, 2, 1)
+    model = small_model()
+    held_out = feature_set(30, seed=1, noise=1.5, sides=sides)
+    model.fit(feature_set(noise=1.5, sides=sides), calibration=held_out, false_alarm_rate=0.2)
+    assert model.config.grids == (((2, 2),),) * 3 and 2 * 2 < gaussian.PARTS
+    levels = class_features(30, seed=3, noise=1.5, sides=sides)
+    together = model.score_features(levels, throughput=True)
+    for i in range(30):
+        assert int(model.score_features([level[i : i + 1] for level in levels]).class_id) == int(together.class_id[i])
+    assert len(set(together.class_id.tolist())) == 3
 
 
 def test_an_inferred_class_has_the_bits_of_a_given_one_and_an_image_those_of_no_other():
@@ -303,17 +383,16 @@ def test_a_saved_model_scores_to_the_bit_and_goes_on(grouping, tmp_path):
     assert_same_state(model.state_dict(), loaded.state_dict())
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A dataset of two products under a fixed camera, each with its own pattern, and defects."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+def made_dataset(folder, height=64, width=64):
+    """Write a dataset of two products under a fixed camera, each with its own pattern, and defects; return its root."""
+    rng = np.random.default_rng(0)
     for k, name in enumerate(("bolt", "nut")):
-        pattern = rng.integers(60, 200, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+        pattern = rng.integers(60, 200, (height // 8, width // 8, 3)).repeat(8, 0).repeat(8, 1)
         counts = {"train/good": 24, "test/good": 6, "test/spot": 6}
         for kind, count in counts.items():
             for i in range(count):
                 image = pattern + rng.normal(0, 4, pattern.shape)
-                mask = np.zeros((64, 64), np.uint8)
+                mask = np.zeros((height, width), np.uint8)
                 if kind.endswith("spot"):
                     image[20:36, 24:40] = 255 * (1 - k)
                     mask[20:36, 24:40] = 255
@@ -324,6 +403,11 @@ def root(tmp_path_factory):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(target)
     return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return made_dataset(tmp_path_factory.mktemp("data"))
 
 
 def image_config(**changes):
@@ -369,6 +453,23 @@ def test_it_works_on_images_with_everything_else_of_the_library(root, tmp_path):
     assert model.calibration.false_alarm_rate == 0.2
 
 
+def test_a_scorer_needs_no_frame_size_where_images_are_not_square(tmp_path):
+    root = made_dataset(tmp_path, 48, 64)
+    model = GaussianModel(image_config(img_size=48))
+    model.fit(root, false_alarm_rate=0.12)
+    assert model.config.grids == (((6, 8),),) * 2
+    image = root / "bolt/test/spot/000.png"
+    with Image.open(image) as opened:
+        frame = np.asarray(opened)
+    expected = model.score(image)
+    for options in ({}, {"frame_size": (48, 64)}):
+        verdict = Scorer(model, **options)(frame)
+        assert verdict.class_name == "bolt" and verdict.is_anomalous and verdict.size == (48, 64)
+        assert verdict.score == float(expected.image_score)
+    with pytest.raises(ValueError, match="other proportions"):
+        Scorer(model, frame_size=(64, 64))
+
+
 def test_two_backbones_have_gaussians_each_and_maps_in_one_unit(root, tmp_path):
     arch = "test_efficientnet+test_resnet"
     config = image_config(backbone_arch=arch, feature_levels=2, out_indices=((2, 3), (2, 3)))
@@ -382,6 +483,60 @@ def test_two_backbones_have_gaussians_each_and_maps_in_one_unit(root, tmp_path):
     assert list(part.parts) == ["test_efficientnet", "test_resnet"]
     model.save(tmp_path / "model.safetensors")
     assert torch.equal(load(tmp_path / "model.safetensors").score(image).image_score, result.image_score)
+
+
+def test_one_backbone_twice_has_two_parts(root, tmp_path):
+    arch = "test_efficientnet"
+    both = image_config(backbone_arch=f"{arch}+{arch}", feature_levels=2, out_indices=((1, 2), (3, 4)))
+    model = GaussianModel(both)
+    model.fit(root, false_alarm_rate=0.12)
+    assert model.calibration.weights.shape == (2, 2) and (model.calibration.weights > 0).all()
+    levels = model.encoder(model.encoder.normalize(torch.rand(2, 3, 64, 64)))
+    image = model.densities(FeatureMaps.of(levels), None)
+    assert list(image.parts) == [f"{arch} (0)", f"{arch} (1)"]
+    for part, logps in zip(image.parts, image.logps, strict=True):
+        assert image.parts[part] == [logps] and list(image.alone(part).parts) == [part]
+    one, other = image.distances.values()
+    assert one.shape != other.shape  # each on its own grid
+    result = model.score(root / "bolt/test/spot/000.png")
+    assert result.is_anomalous.all()
+    model.save(tmp_path / "model.safetensors")
+    assert_same_scores(load(tmp_path / "model.safetensors").score(root / "bolt/test/spot/000.png"), result)
+
+
+def test_distances_are_added_where_no_image_is_held_out(root):
+    """Both are negative where an image is normal, and a product of them would be positive."""
+    arch = "test_efficientnet+test_resnet"
+    settings = {"backbone_arch": arch, "feature_levels": 2, "out_indices": ((2, 3), (2, 3))}
+    model = GaussianModel(image_config(calibration_fraction=0.0, **settings))
+    model.fit(root)
+    assert not len(model.calibration.scores)
+    images = [root / "bolt/test/good/000.png", root / "bolt/test/spot/000.png", root / "nut/test/good/000.png"]
+    without = [model.score(image) for image in images]
+    model.calibrate(root, false_alarm_rate=0.2)  # on the images that it was fitted to
+    assert len(model.calibration.scores) == 48
+    for image, result in zip(images, without, strict=True):
+        calibrated = model.score(image)
+        assert torch.equal(result.anomaly_map, calibrated.anomaly_map)
+        assert torch.equal(result.image_score, calibrated.image_score)
+        assert (result.anomaly_map < 0).any()
+
+
+def test_cells_of_two_backbones_are_those_of_the_first_on_which_maps_depend():
+    """At another size of the images, the map grows with its cells."""
+    archs, out_indices = ("test_efficientnet", "test_resnet"), ((3,), (1,))
+    grids = []
+    for order in (1, -1):
+        encoder = make_backbone(
+            image_config(backbone_arch="+".join(archs[::order]), feature_levels=2, out_indices=out_indices[::order])
+        )
+        assert isinstance(encoder, CompositeBackbone)
+        for length in (64, 70, 128):
+            first, second = encoder(torch.rand(1, 3, length, length))
+            assert encoder.cells(length) == encoder.members[0].cells(length) == first.shape[2]
+            assert encoder.members[1].cells(length) == second.shape[2] != first.shape[2]
+        grids.append(first.shape[2])
+    assert grids[0] != grids[1]
 
 
 def test_callers_settings_change_nothing():

@@ -10,7 +10,7 @@ import rounding
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from places import PLACES, SIZES, draw, right, strided
+from places import PLACES, SIZES, assert_right, draw, right, strided
 
 from hgad_fast import ops
 from hgad_fast.bench.timing import peak_memory
@@ -20,68 +20,52 @@ CPU = torch.device("cpu")
 DEFINITION = importlib.import_module("hgad_fast.ops.place")
 
 
-def assert_right(distances: torch.Tensor, place: torch.Tensor, *tensors: torch.Tensor) -> None:
-    x, mean, factor = tensors
-    precision = torch.promote_types(x.dtype, torch.float32)
-    assert distances.dtype == precision and not distances.requires_grad
-    rounding.assert_close(distances, lambda *t: right(place, *t), x, mean, factor, precision=precision)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES.keys())
 def test_distances(places, sizes, dtype):
-    place = places(sizes[1])
-    x, mean, factor = draw(*sizes, place, dtype)
+    x, place, mean, factor = draw(places(sizes[1]), *sizes, dtype)
     for table in (factor, factor.mT.contiguous().mT):
-        assert_right(ops.place_distances(x, place, mean, table), place, x, mean, table)
+        assert_right(ops.place_distances(x, place, mean, table), x, place, mean, table)
 
 
 @pytest.mark.parametrize("which", ["x", "mean", "factor", "places"])
 def test_an_error_of_a_ten_thousandth_is_found(which):
     """The tolerance is not what lets the tests pass."""
-    place = PLACES["any"](7)
-    tensors = dict(zip(("x", "mean", "factor"), draw(2, 7, 37, 5, place), strict=True))
-    wrong, elsewhere = dict(tensors), place.clone()
+    inputs = dict(zip(("x", "places", "mean", "factor"), draw(PLACES["any"](7), 2, 7, 37, 5), strict=True))
+    wrong = {name: tensor.clone() for name, tensor in inputs.items()}
     if which == "places":
-        elsewhere[3] = (elsewhere[3] + 1) % 7
+        wrong[which][3] = (wrong[which][3] + 1) % 7
     else:
-        wrong[which] = 1.0001 * tensors[which]
+        wrong[which] *= 1.0001
     with pytest.raises(AssertionError, match="rounding explains"):
-        assert_right(
-            ops.place_distances(wrong["x"], elsewhere, wrong["mean"], wrong["factor"]), place, *tensors.values()
-        )
+        assert_right(ops.place_distances(*wrong.values()), *inputs.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("places", ["one image", "images", "any"])
 def test_other_strides(places, dtype):
-    place = PLACES[places](7)
-    x, mean, factor = draw(2, 7, 20, 6, place, dtype)
-    stretched = torch.full((2 * len(x), 20), torch.nan, dtype=dtype)
-    stretched[::2] = x
-    of_x = [x, x.T.contiguous().T, stretched[::2]]
-    for rows, means, table in itertools.product(of_x, strided(mean).values(), strided(factor).values()):
-        assert_right(ops.place_distances(rows, place, means, table), place, x, mean, factor)
+    x, place, mean, factor = inputs = draw(PLACES[places](7), 2, 7, 20, 6, dtype)
+    expected = rounding.exact_and_tolerance(right, *inputs, precision=torch.promote_types(dtype, torch.float32))
+    for rows, means, table in itertools.product(*(strided(t).values() for t in (x, mean, factor))):
+        rounding.assert_within(ops.place_distances(rows, place, means, table), *expected)
 
 
 def test_first_variables_of_wider_tables():
     """As a place Gaussian reads them: views of mean and factor, whose matrices are not contiguous."""
-    place = torch.arange(9).repeat(2)
-    x, mean, factor = draw(3, 9, 24, 24, place)
+    x, place, mean, factor = draw(torch.arange(9).repeat(2), 3, 9, 24, 24)
     for table in (factor, factor.mT.contiguous().mT):
-        views = x[:, :16], mean[..., :16], table[..., :16, :16]
-        assert_right(ops.place_distances(views[0], place, *views[1:]), place, *(view.clone() for view in views))
+        views = x[:, :16], place, mean[..., :16], table[..., :16, :16]
+        assert_right(ops.place_distances(*views), *(view.clone() for view in views))
 
 
 @pytest.mark.parametrize("size", [1, 700, 5000])
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES.keys())
 def test_chunks(monkeypatch, places, size):
     monkeypatch.setattr(DEFINITION, "CHUNK_BYTES", size)
-    place = places(6)
-    x, mean, factor = draw(2, 6, 11, 4, place)
+    x, place, mean, factor = draw(places(6), 2, 6, 11, 4)
     for table in strided(factor).values():
-        assert_right(ops.place_distances(x, place, mean, table), place, x, mean, factor)
+        assert_right(ops.place_distances(x, place, mean, table), x, place, mean, factor)
 
 
 @given(
@@ -94,16 +78,14 @@ def test_chunks(monkeypatch, places, size):
 )
 def test_distances_of_any_places(places, K, d, m, dtype, seed):
     torch.manual_seed(seed)
-    place = torch.tensor(places, dtype=torch.int64)
-    tensors = draw(K, 9, d, m, place, dtype)
-    assert_right(ops.place_distances(tensors[0], place, *tensors[1:]), place, *tensors)
+    inputs = draw(torch.tensor(places, dtype=torch.int64), K, 9, d, m, dtype)
+    assert_right(ops.place_distances(*inputs), *inputs)
 
 
 def test_they_are_mahalanobis_distances():
     """Against a solution with the covariance itself."""
-    place = torch.arange(5).repeat(2)
-    x, mean, root = (t.double() for t in draw(3, 5, 6, 6, place))
-    covariance = root @ root.mT + torch.eye(6)
+    x, place, mean, root = draw(torch.arange(5).repeat(2), 3, 5, 6, 6, torch.float64)
+    covariance = root @ root.mT + torch.eye(6, dtype=torch.float64)
     factor = torch.linalg.inv(torch.linalg.cholesky(covariance)).mT
     offsets = x - mean[:, place]
     expected = (offsets * torch.linalg.solve(covariance[:, place], offsets)).sum(2).T
@@ -115,21 +97,19 @@ def test_they_are_mahalanobis_distances():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_parts_of_an_image(transposed):
     """Any pixels of it, in any order, for any classes, and with the tables of their places alone."""
-    place = torch.arange(64)
-    x, mean, factor = draw(3, 64, 48, 48, place)
+    x, place, mean, factor = draw(torch.arange(64), 3, 64, 48, 48)
     factor = factor.mT.contiguous().mT if transposed else factor
     for some in (place[:1], place[5:20], place[::3], torch.randperm(64), place[[63, 0]]):
         for classes in (slice(None), slice(1, 2)):
-            part = x[some], mean[classes], factor[classes]
-            assert_right(ops.place_distances(part[0], place[some], *part[1:]), place[some], *part)
+            part = x[some], place[some], mean[classes], factor[classes]
+            assert_right(ops.place_distances(*part), *part)
     tile = slice(16, 40)
-    part = x[tile], mean[:, tile], factor[:, tile]
-    assert_right(ops.place_distances(part[0], place[:24], *part[1:]), place[:24], *part)
+    part = x[tile], place[:24], mean[:, tile], factor[:, tile]
+    assert_right(ops.place_distances(*part), *part)
 
 
 def test_pixels_that_are_not_finite():
-    place = torch.arange(6).repeat(3)
-    x, mean, factor = draw(2, 6, 5, 5, place)
+    x, place, mean, factor = draw(torch.arange(6).repeat(3), 2, 6, 5, 5)
     expected = ops.place_distances(x, place, mean, factor)
     x[3, 2], x[7, 1], x[11, 4] = torch.nan, torch.inf, -torch.inf
     distances = ops.place_distances(x, place, mean, factor)
@@ -139,9 +119,9 @@ def test_pixels_that_are_not_finite():
 
 
 def test_no_gradient():
-    place = torch.arange(4)
-    tensors = [t.requires_grad_() for t in draw(2, 4, 5, 3, place)]
-    assert not ops.place_distances(tensors[0], place, *tensors[1:]).requires_grad
+    x, place, mean, factor = draw(torch.arange(4), 2, 4, 5, 3)
+    tracked = x.requires_grad_(), place, mean.requires_grad_(), factor.requires_grad_()
+    assert not ops.place_distances(*tracked).requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,8 +135,7 @@ def test_memory(places, dtype):
 
 
 def test_it_compiles_without_graph_breaks():
-    place = PLACES["any"](7)
-    x, mean, factor = draw(2, 7, 5, 3, place)
+    x, place, mean, factor = draw(PLACES["any"](7), 2, 7, 5, 3)
 
     def scores(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         return ops.place_distances(x, place, mean, factor).amin(1)
@@ -188,7 +167,6 @@ def test_what_does_not_fit_is_refused(interpreted, backend):
 
 
 def test_where_nobody_looks_places_beyond_the_grid_count_as_the_nearest():
-    place = torch.randint(-2, 6, (30,))
-    x, mean, factor = draw(2, 4, 5, 3, place)
+    x, place, mean, factor = draw(torch.randint(-2, 6, (30,)), 2, 4, 5, 3)
     actual = ops.place_distances.reference(x, place, mean, factor)
     assert torch.equal(actual, ops.place_distances(x, place.clamp(0, 3), mean, factor))

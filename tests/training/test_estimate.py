@@ -180,12 +180,21 @@ def test_features_on_disk_from_an_earlier_run_cost_nothing(data: Dataset, tmp_pa
     assert estimate(other, data, plan).seconds["features"] > 0  # those of whole images are no use to it
 
 
-def test_testing_and_processes_count(data: Dataset) -> None:
+def test_testing_counts(data: Dataset) -> None:
     model = made("hgad")
     tested = estimate(model, data, Plan(tested_images=5), ticking())
     alone = estimate(model, data, Plan(), ticking())
     assert tested.seconds["testing"] > 0 and "testing" not in alone.seconds
-    assert estimate(model, data, Plan(processes=4), ticking()).memory["work"] <= alone.memory["work"]
+
+
+def test_processes_share_the_images_of_a_step(data: Dataset) -> None:
+    """What a step keeps for its backward pass is divided among them, and so is its time; parameters are not."""
+    model = made("hgad", batch_size=16)
+    alone, shared = (estimate(model, data, Plan(processes=n), ticking()) for n in (1, 4))
+    parameters = 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)  # with gradients and Adam's moments
+    kept, kept_by_each = (each.memory["work"] - parameters for each in (alone, shared))
+    assert kept == pytest.approx(4 * kept_by_each) and kept_by_each > 0
+    assert shared.steps == alone.steps and alone.seconds["steps"] == pytest.approx(4 * shared.seconds["steps"])
 
 
 def test_calibration_images_of_their_own_are_not_held_out(data: Dataset) -> None:
