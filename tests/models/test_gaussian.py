@@ -86,7 +86,7 @@ def test_added_images_count_like_those_of_the_fit():
 def test_a_class_needs_two_images_and_features_are_finite():
     features = feature_set(7)
     model = small_model()
-    with pytest.raises(ValueError, match="'class 1' has fewer than 2 images to train on"):
+    with pytest.raises(ValueError, match="'class 1' has fewer than 2 training images, beside"):
         model.fit(FeatureSet([features.images[i] for i in (0, 1, 2, 3, 5, 6)], torch.tensor([0, 1, 2, 0, 2, 0])))
     features.images[4][1][0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="image 4 of those fitted has a NaN"):
@@ -210,8 +210,8 @@ def test_class_map_and_score_are_those_of_the_definition():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sides", [SIDES, (4, 2, 1)], ids=["16 places", "4 places"])
-def test_the_class_found_by_parts_is_the_class_of_all_places(monkeypatch, sides):
-    """Among classes of different spread, near to each other, for any number of parts, and with its distances."""
+def test_the_class_found_by_first_looks_is_the_class_of_all_values(monkeypatch, sides):
+    """Among classes of different spread, near to each other, for any looks, and with its distances."""
     model = small_model()
     model.begin(features := feature_set(noise=1.5, sides=sides))
     model.finish(features)
@@ -223,8 +223,8 @@ def test_the_class_found_by_parts_is_the_class_of_all_places(monkeypatch, sides)
         whitened = list(model._whitened(levels))
         expected, of_all = model._infer(whitened, 1, [0, 1, 2])
         k = int(expected)
-        for parts in (1, 2, 4, 5, 8, 16, 64):  # up to more than there are places
-            monkeypatch.setattr(gaussian, "PARTS", parts)
+        for looks in ((1,), (6,), (1, 3), (2, 4, 5), (32, 64)):  # the map is made of 6 values
+            monkeypatch.setattr(gaussian, "LOOKS", looks)
             actual, by_group = model._infer_one(whitened, 1, [0, 1, 2])
             assert actual.tolist() == [k]
             for distances, right in zip(by_group[k], of_all[k], strict=True):
@@ -236,12 +236,12 @@ def test_the_class_found_by_parts_is_the_class_of_all_places(monkeypatch, sides)
     assert len(chosen) > 1  # the images are not all alike
 
 
-def test_images_of_fewer_places_than_parts_are_scored_one_by_one():
+def test_images_of_few_places_are_scored_one_by_one():
     sides = (4, 2, 1)
     model = small_model()
     held_out = feature_set(30, seed=1, noise=1.5, sides=sides)
     model.fit(feature_set(noise=1.5, sides=sides), calibration=held_out, false_alarm_rate=0.2)
-    assert model.config.grids == (((2, 2),),) * 3 and 2 * 2 < gaussian.PARTS
+    assert model.config.grids == (((2, 2),),) * 3
     levels = class_features(30, seed=3, noise=1.5, sides=sides)
     together = model.score_features(levels, throughput=True)
     for i in range(30):
