@@ -329,6 +329,8 @@ def import_all(name: str) -> None:
     import safetensors.torch  # noqa: F401
     import timm  # noqa: F401
 
+    if "dinov2" in name:
+        import onnx  # noqa: F401
     if name in PEERS:
         from anomalib.models.image.padim import torch_model as padim  # noqa: F401
         from anomalib.models.image.patchcore import torch_model as patchcore  # noqa: F401
