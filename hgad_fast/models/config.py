@@ -543,6 +543,7 @@ class GaussianConfig(Config):
             "backbone_arch": "tf_efficientnet_lite0+vit_small_patch14_dinov2",
             "feature_levels": 2,
             "out_indices": ((2, 3, 4), ((2, 3, 4, 5),)),
+            "coarse_dim": 128,
         },
     }
     preset_notes: ClassVar[dict[str, PresetNote]] = {
