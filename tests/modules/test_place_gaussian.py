@@ -117,15 +117,18 @@ def test_distances_are_those_of_the_shrunk_covariances(shrinkage, floor):
         assert gaussians.mean_log_det((h, w), k) == pytest.approx(np.linalg.slogdet(covariance)[1].mean(), abs=1e-9)
 
 
-def test_all_groups_of_a_grid_and_parts_of_the_places_are_the_same_distances():
+def test_all_groups_of_a_grid_have_the_same_distances_and_the_first_values_no_larger_ones():
     gaussians, _ = filled()
     x = drawn(6, 6, seed=21)
     together = gaussians.all_distances(0, x, (2, 3))
     assert gaussians.members[0] == [0, 2]
     for column, k in enumerate(gaussians.members[0]):
         torch.testing.assert_close(together.total[:, [column]], gaussians.distances(x, (2, 3), k).total)
-    part = gaussians.distances(x, (2, 3), 2, slice(1, None, 2))
-    torch.testing.assert_close(part.total, gaussians.distances(x, (2, 3), 2).total[1::2])
+        distances = gaussians.distances(x, (2, 3), k)
+        few, three, all_four, many = (gaussians.distances(x, (2, 3), k, first).total for first in (1, 3, 4, 9))
+        assert (few <= three).all() and (three <= all_four * (1 + 1e-6)).all() and (few < three).any()
+        torch.testing.assert_close(all_four, distances.fine)
+        assert torch.equal(many, all_four)  # there are no more that the map is made of
 
 
 def test_images_add_up_in_any_order_and_in_any_parts():
