@@ -21,6 +21,7 @@ from ..ops import place_distances
 STEP = 2.0**-8  # of a standard deviation, to which whitened features are rounded: its variance is 1e-6 of theirs
 MAX_ASPECT = 1.05  # ratio of the aspect ratios of two grids whose places correspond
 MIN_EIGENVALUE = 1e-6  # of the largest: directions of less variance are not stretched further
+FIRST = 32  # of the d values, by which distances are asked for most often: their factors lie together in memory
 CHUNK_BYTES = 2**27  # of products in float64 that exist at a time
 
 
@@ -169,7 +170,8 @@ class PlaceGaussians(nn.Module):
             self.register_buffer(f"totals_{j}", torch.zeros(*shape, self.width, dtype=torch.int64))
             self.register_buffer(f"products_{j}", torch.zeros(*shape, triangle, dtype=torch.int32))
             # rows of the inverse Cholesky factors: products with a single pixel are fastest by rows
-            for name, rows in (("mean", (self.width,)), ("fine", (dim, dim)), ("rest", (coarse_dim, self.width))):
+            shapes = {"mean": (self.width,), "fine": (dim, dim), "rest": (coarse_dim, self.width)}
+            for name, rows in {**shapes, "first": (min(FIRST, dim),) * 2}.items():
                 self.register_buffer(f"{name}_{j}", torch.full((*shape, *rows), torch.nan), persistent=False)
             self.register_buffer(f"log_det_{j}", torch.full(shape, torch.nan), persistent=False)
             self.register_buffer(f"mean_log_det_{j}", torch.full(shape[:1], torch.nan), persistent=False)
@@ -229,7 +231,8 @@ class PlaceGaussians(nn.Module):
         j, row = self._position(group)
         totals, _ = self._sums(j)
         count = int(self.images[group])
-        mean, fine, rest, log_det = (getattr(self, f"{name}_{j}")[row] for name in ("mean", "fine", "rest", "log_det"))
+        names = ("mean", "fine", "rest", "first", "log_det")
+        mean, fine, rest, first, log_det = (getattr(self, f"{name}_{j}")[row] for name in names)
         mean.copy_(totals[row].double() * (STEP / max(count, 1)))
         identity = torch.eye(self.width, dtype=torch.float64)
         step = max(1, CHUNK_BYTES // (24 * self.width**2))
@@ -241,6 +244,7 @@ class PlaceGaussians(nn.Module):
             inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
             fine[part] = inverse[:, : self.dim, : self.dim]
             rest[part] = inverse[:, self.dim :]
+            first[part] = inverse[:, : first.shape[2], : first.shape[2]]
             log_det[part] = 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
         getattr(self, f"mean_log_det_{j}")[row] = log_det.mean()
 
@@ -312,7 +316,9 @@ class PlaceGaussians(nn.Module):
         mean, fine, rest = (getattr(self, f"{name}_{j}")[groups] for name in ("mean", "fine", "rest"))
         place = self._places(j, y, size)
         d = min(first or self.dim, self.dim)
-        squared = place_distances(y[:, :d], place, mean[..., :d], fine[..., :d, :d].mT)
+        leading = getattr(self, f"first_{j}")[groups]
+        factor = leading if d <= leading.shape[-1] else fine
+        squared = place_distances(y[:, :d], place, mean[..., :d], factor[..., :d, :d].mT)
         if first is not None or d == self.width:
             return Distances(squared, squared)
         return Distances(squared, squared + place_distances(y, place, mean, rest.mT))
