@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hgad_fast import GaussianConfig, GaussianModel, HGADConfig, HGADModel, demo
+from hgad_fast import GaussianConfig, GaussianModel, HGADConfig, HGADModel
 from hgad_fast.bench import measure
 from hgad_fast.data import datasets
 from hgad_fast.data.images import read_image
@@ -49,17 +48,16 @@ def main() -> None:
     parser.add_argument("--gaussian", action="store_true", help="the place Gaussian too, on its own features")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file; trainings in it already stay")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run(arguments, str(demo.write_weights(Path(folder) / "lite0.safetensors")))
+    run(arguments)
 
 
-def run(arguments: argparse.Namespace, weights: str) -> None:
+def run(arguments: argparse.Namespace) -> None:
     dataset = datasets.discover(arguments.root)
     changes = dict(assignment(text) for text in arguments.set)
     common: dict[str, Any] = {
         "n_classes": len(dataset.class_names),
         "class_names": dataset.class_names,
-        "backbone_weights": weights,
+        "backbone_weights": "packaged",
         "center_crop": True,
         "calibration_fraction": 0.0,
         "seed": arguments.seed,

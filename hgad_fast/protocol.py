@@ -99,7 +99,7 @@ class Densities:
         """Yield the densities of one image after the other, with B = 1."""
         for i in range(len(self.group_ids)):
             logps, neg_entropy = ([x[i : i + 1] for x in levels] for levels in (self.logps, self.neg_entropy))
-            yield Densities(logps, neg_entropy, self.group_ids[i : i + 1])
+            yield replace(self, logps=logps, neg_entropy=neg_entropy, group_ids=self.group_ids[i : i + 1])
 
 
 class OfficialMaps(NamedTuple):

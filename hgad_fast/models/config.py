@@ -280,11 +280,15 @@ class HGADConfig(Config):
         },
     }
     without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
-        **{"memory": "auto", "checkpoint_every": 0},
-        **{"fusion": "product", "map_levels": None},  # calibrated scoring alone reads these
+        "memory": "auto",
+        "checkpoint_every": 0,
+        "fusion": "product",  # this and the next: calibrated scoring alone reads them
+        "map_levels": None,
     }
     added: ClassVar[dict[str, Any]] = Config.added | {
-        **{"feature_scaling": "none", "pixels_per_step": None, "map_levels": None},
+        "feature_scaling": "none",
+        "pixels_per_step": None,
+        "map_levels": None,
     }
     preset_notes: ClassVar[dict[str, PresetNote]] = {
         "official": PresetNote(

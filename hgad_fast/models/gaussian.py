@@ -17,7 +17,7 @@ from ..features.backbone import Backbone, FeatureMaps
 from ..features.extract import FeatureSet, feature_set
 from ..features.joining import joined
 from ..methods import register
-from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
+from ..modules.place_gaussian import FIRST, Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, ProportionsError
 from ..scoring.maps import resized_and_blurred
@@ -26,7 +26,7 @@ from .detector import Detector
 
 MOMENT_PIXELS = 2**16  # pixels, of all images together, that the whitening is made from
 PIXELS_TOGETHER = 2**16  # pixels of images that are added to the sums together
-LOOKS = (32, 64)  # first of the d values, by which a single image is compared with classes before it is by all
+LOOKS = (FIRST, 64)  # first of the d values, by which a single image is compared with classes before it is by all
 LOG_2_PI = math.log(2 * math.pi)
 
 

@@ -67,11 +67,6 @@ class HGADDensities(Densities):
         parts = super().anomalies(level_max)
         return parts if scope == "all" else [levels[: self.map_levels] for levels in parts]
 
-    def images(self) -> Iterator[Densities]:
-        """Yield the densities of one image after the other, with B = 1."""
-        for image in super().images():
-            yield HGADDensities(image.logps, image.neg_entropy, image.group_ids, self.map_levels)
-
 
 @register
 class HGADModel(OfficialSurface, Detector):
