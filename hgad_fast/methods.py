@@ -94,6 +94,7 @@ def create(config: Any) -> Any:
     return METHODS[config.method](config)
 
 
+@torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Any:
     """Return a model of any method that `save` wrote.
 

@@ -576,8 +576,8 @@ class GaussianConfig(Config):
     sub_epochs: int = 1
     map_stages: int | None = None  # stages, from the first, that the anomaly map is made of; None: those not coarser
     # than the grid, or all that the user brings
-    dim: int = 128  # d, principal components of these stages; all of them where they have fewer channels
-    coarse_dim: int = 64  # of what the other stages have beyond them, for the image score alone; 0: it is the map's
+    dim: int = 80  # d, principal components of these stages; all of them where they have fewer channels
+    coarse_dim: int = 80  # of what the other stages have beyond them, for the image score alone; 0: it is the map's
     shrinkage: float = 0.5  # of the covariance of a place towards the mean of those of its class
     floor: float = 0.02  # added to variances, in those of the whitened features
     grouping: str = "class"  # a Gaussian at each place for each class; or "one" for all images; or "clusters"

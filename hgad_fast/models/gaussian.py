@@ -17,7 +17,7 @@ from ..features.backbone import Backbone, FeatureMaps
 from ..features.extract import FeatureSet, feature_set
 from ..features.joining import joined
 from ..methods import register
-from ..modules.place_gaussian import FIRST, Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
+from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, ProportionsError
 from ..scoring.maps import resized_and_blurred
@@ -26,7 +26,6 @@ from .detector import Detector
 
 MOMENT_PIXELS = 2**16  # pixels, of all images together, that the whitening is made from
 PIXELS_TOGETHER = 2**16  # pixels of images that are added to the sums together
-LOOKS = (FIRST, 64)  # first of the d values, by which a single image is compared with classes before it is by all
 LOG_2_PI = math.log(2 * math.pi)
 
 
@@ -485,33 +484,32 @@ class GaussianModel(Detector):
     ) -> tuple[Tensor, dict[int, list[Distances]]]:
         """Return what `_infer` does, but the distances to the winner alone, of a single image on a CPU.
 
-        There, reading the Gaussians is what takes time. The distances by the first of the values alone take little of
+        There, reading the Gaussians is what takes time. The distances by the first band of the values take little of
         it, and are no larger than those by all: by them a class seems likelier than it is. So the class that seems
-        likeliest is looked at by more and more of them, `LOOKS`, until it is one that was looked at by all. As a rule
-        that is the first: classes differ most in the first principal components.
+        likeliest takes the next band, until it is one that has all. As a rule that is the first: classes differ most
+        in the first principal components.
         """
-        sums: dict[int, list[float]] = {k: [] for k in fitting}  # of squared distances, at each level
+        added: dict[int, list[list[Tensor]]] = {k: [] for k in fitting}  # to the distances, at each level by each band
+        seeming = dict.fromkeys(fitting, 0.0)  # evidence by the bands that were read
         for (y, size), gaussians in self._by_level(levels):
             for j, members in enumerate(gaussians.members):
-                if set(members) & set(fitting):
-                    totals = gaussians.all_distances(j, y, size, LOOKS[0]).total.sum(0, dtype=torch.float64)
-                    for k, total in zip(members, totals.tolist(), strict=True):
-                        if k in sums:
-                            sums[k].append(total)
-
-        def evidence(k: int) -> float:
-            terms = zip(sums[k], self._by_level(levels), strict=True)
-            return sum(self._evidence(total / len(y), gaussians, size, k) for total, ((y, size), gaussians) in terms)
-
-        by_group: dict[int, list[Distances]] = {}
-        left = {k: [*LOOKS[1:], None] for k in fitting}
-        while (best := max(fitting, key=evidence)) not in by_group:
-            first = left[best].pop(0) if by_group else None  # the likeliest of all is looked at by all values at once
-            squares = [gaussians.distances(y, size, best, first) for (y, size), gaussians in self._by_level(levels)]
-            sums[best] = [float(level_squares.total.sum(dtype=torch.float64)) for level_squares in squares]
-            if first is None:
-                by_group[best] = squares
-        return torch.tensor([best]), by_group
+                if not set(members) & set(fitting):
+                    continue
+                squares = gaussians.added_by(0, y, size, j)
+                means = squares.mean(0, dtype=torch.float64).tolist()
+                for k, of_group, mean in zip(members, squares.split(1, 1), means, strict=True):
+                    if k in added:
+                        added[k].append([of_group])
+                        seeming[k] += self._evidence(mean, gaussians, size, k)
+        while True:
+            best = max(seeming, key=seeming.__getitem__)
+            by_level = list(zip(added[best], levels, self._gaussians, strict=True))
+            unread = [level for level in by_level if len(level[0]) < len(level[2].bands)]
+            if not unread:
+                return torch.tensor([best]), {best: [gaussians.added(bands) for bands, _, gaussians in by_level]}
+            for bands, (y, size), gaussians in unread:
+                bands.append(gaussians.added_by(len(bands), y, size, *gaussians.position(best)))
+                seeming[best] -= float(bands[-1].mean(dtype=torch.float64)) / (2 * gaussians.width)
 
     def official_maps(self, batches: Sequence[Densities]) -> dict[str, OfficialMaps]:
         """Return the maps of the distances and their scores with the class given and without calibration.

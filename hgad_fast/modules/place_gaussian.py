@@ -10,7 +10,7 @@ others count for the image score alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from ..ops import place_distances
 STEP = 2.0**-8  # of a standard deviation, to which whitened features are rounded: its variance is 1e-6 of theirs
 MAX_ASPECT = 1.05  # ratio of the aspect ratios of two grids whose places correspond
 MIN_EIGENVALUE = 1e-6  # of the largest: directions of less variance are not stretched further
-FIRST = 32  # of the d values, by which distances are asked for most often: their factors lie together in memory
+FIRST, BAND = 32, 64  # values of the first band, and of any other at most
 CHUNK_BYTES = 2**27  # of products in float64 that exist at a time
 
 
@@ -144,6 +144,10 @@ class PlaceGaussians(nn.Module):
     with the sample covariance S, `shrinkage` s and `floor` f. A group of a single image has no S: it takes the mean of
     those of the other groups.
 
+    Row i of the inverse Cholesky factor of a covariance gives what value i adds to the squared distance. Rows are kept
+    in `bands`, without most of the zeros right of the diagonal: there is a third less to read, and the distance by the
+    first values, which is no larger than that by all, costs the first bands alone.
+
     Args:
         grids: (h, w) of each group.
         dim, coarse_dim: d and D - d.
@@ -151,6 +155,7 @@ class PlaceGaussians(nn.Module):
 
     Attributes:
         images: (G,) int64, how many each group has seen.
+        bands: (first, end) of the values of each band; one of them ends with the d-th.
     """
 
     images: Tensor
@@ -163,16 +168,18 @@ class PlaceGaussians(nn.Module):
         self.grids = tuple(grids)
         self.distinct = tuple(dict.fromkeys(self.grids))
         self.members = [[k for k, grid in enumerate(self.grids) if grid == distinct] for distinct in self.distinct]
+        first = min(FIRST, dim)
+        self.bands = (0, first), *_parts(first, dim), *_parts(dim, self.width)
         self.register_buffer("images", torch.zeros(len(self.grids), dtype=torch.int64))
         for j, (h, w) in enumerate(self.distinct):
             shape = len(self.members[j]), h * w
             triangle = self.width * (self.width + 1) // 2
             self.register_buffer(f"totals_{j}", torch.zeros(*shape, self.width, dtype=torch.int64))
             self.register_buffer(f"products_{j}", torch.zeros(*shape, triangle, dtype=torch.int32))
-            # rows of the inverse Cholesky factors: products with a single pixel are fastest by rows
-            shapes = {"mean": (self.width,), "fine": (dim, dim), "rest": (coarse_dim, self.width)}
-            for name, rows in {**shapes, "first": (min(FIRST, dim),) * 2}.items():
-                self.register_buffer(f"{name}_{j}", torch.full((*shape, *rows), torch.nan), persistent=False)
+            self.register_buffer(f"mean_{j}", torch.full((*shape, self.width), torch.nan), persistent=False)
+            for band, (first, end) in enumerate(self.bands):  # by rows: so products with a single pixel are fastest
+                rows = torch.full((*shape, end - first, end), torch.nan)
+                self.register_buffer(f"band_{band}_{j}", rows, persistent=False)
             self.register_buffer(f"log_det_{j}", torch.full(shape, torch.nan), persistent=False)
             self.register_buffer(f"mean_log_det_{j}", torch.full(shape[:1], torch.nan), persistent=False)
 
@@ -184,7 +191,7 @@ class PlaceGaussians(nn.Module):
         Raises:
             ValueError: they are not finite, or so large that the sums would not be exact.
         """
-        j, row = self._position(group)
+        j, row = self.position(group)
         totals, products = self._sums(j)
         values = (y.double().cpu() / STEP).round()
         known = products[row].cpu().long()
@@ -228,11 +235,10 @@ class PlaceGaussians(nn.Module):
 
     def _solve(self, group: int, shared: Tensor) -> None:
         """Compute the Gaussians of a group, whose covariances are shrunk towards `shared` (D, D)."""
-        j, row = self._position(group)
+        j, row = self.position(group)
         totals, _ = self._sums(j)
         count = int(self.images[group])
-        names = ("mean", "fine", "rest", "first", "log_det")
-        mean, fine, rest, first, log_det = (getattr(self, f"{name}_{j}")[row] for name in names)
+        mean, log_det = (getattr(self, f"{name}_{j}")[row] for name in ("mean", "log_det"))
         mean.copy_(totals[row].double() * (STEP / max(count, 1)))
         identity = torch.eye(self.width, dtype=torch.float64)
         step = max(1, CHUNK_BYTES // (24 * self.width**2))
@@ -242,15 +248,14 @@ class PlaceGaussians(nn.Module):
             covariance = (1 - self.shrinkage) * covariance + self.shrinkage * shared + self.floor * identity
             lower = torch.linalg.cholesky(covariance.expand(len(mean[part]), -1, -1))
             inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-            fine[part] = inverse[:, : self.dim, : self.dim]
-            rest[part] = inverse[:, self.dim :]
-            first[part] = inverse[:, : first.shape[2], : first.shape[2]]
+            for band, (first, end) in enumerate(self.bands):
+                getattr(self, f"band_{band}_{j}")[row, part] = inverse[:, first:end, :end]
             log_det[part] = 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
         getattr(self, f"mean_log_det_{j}")[row] = log_det.mean()
 
     def _sample_covariance(self, group: int, places: slice = slice(None)) -> Tensor:
         """Return the sample covariances (p, D, D) of a group at some places, in float64."""
-        j, row = self._position(group)
+        j, row = self.position(group)
         totals, products = self._sums(j)
         count = int(self.images[group])
         total = totals[row, places].cpu().double() * STEP
@@ -263,7 +268,7 @@ class PlaceGaussians(nn.Module):
 
     def _mean_sample_covariance(self, group: int) -> Tensor:
         """Return the mean (D, D) over the places of `_sample_covariance`, without making those."""
-        j, row = self._position(group)
+        j, row = self.position(group)
         totals, products = self._sums(j)
         count, total = int(self.images[group]), totals[row].cpu().double() * STEP
         lower = torch.tril_indices(self.width, self.width)
@@ -274,11 +279,6 @@ class PlaceGaussians(nn.Module):
 
     def _sums(self, j: int) -> tuple[Tensor, Tensor]:
         return getattr(self, f"totals_{j}"), getattr(self, f"products_{j}")
-
-    def _position(self, group: int) -> tuple[int, int]:
-        """Return the number of a group's grid, and its row in the tables of that grid."""
-        j = self.distinct.index(self.grids[group])
-        return j, self.members[j].index(group)
 
     def _diagonal(self) -> Tensor:
         """Return the positions of squares among the products."""
@@ -296,50 +296,66 @@ class PlaceGaussians(nn.Module):
 
     # ---- distances
 
-    def distances(self, y: Tensor, size: tuple[int, int], group: int, first: int | None = None) -> Distances:
+    def position(self, group: int) -> tuple[int, int]:
+        """Return the number j of a group's grid, and its row in the tables of that grid: of its `members`."""
+        j = self.distinct.index(self.grids[group])
+        return j, self.members[j].index(group)
+
+    def distances(self, y: Tensor, size: tuple[int, int], group: int) -> Distances:
         """Return the squared distances (N, 1) of whitened features (N, D) of one image or several to a group's places.
 
         Args:
             y: of maps of `size`, image after image, row after row.
             size: (h, w); another grid than the group's takes the nearest places.
             group: of which `grid_fits` is true.
-            first: by so many of the d values alone, if there are more: these distances are no larger.
         """
-        j, row = self._position(group)
-        return self._distances(j, slice(row, row + 1), y, size, first)
+        j, row = self.position(group)
+        return self.added(self.added_by(band, y, size, j, row) for band in range(len(self.bands)))
 
-    def all_distances(self, j: int, y: Tensor, size: tuple[int, int], first: int | None = None) -> Distances:
+    def all_distances(self, j: int, y: Tensor, size: tuple[int, int]) -> Distances:
         """Return what `distances` does for all groups of a grid, (N, groups), the `members` of j."""
-        return self._distances(j, slice(None), y, size, first)
+        return self.added(self.added_by(band, y, size, j) for band in range(len(self.bands)))
 
-    def _distances(self, j: int, groups: slice, y: Tensor, size: tuple[int, int], first: int | None) -> Distances:
-        mean, fine, rest = (getattr(self, f"{name}_{j}")[groups] for name in ("mean", "fine", "rest"))
-        place = self._places(j, y, size)
-        d = min(first or self.dim, self.dim)
-        leading = getattr(self, f"first_{j}")[groups]
-        factor = leading if d <= leading.shape[-1] else fine
-        squared = place_distances(y[:, :d], place, mean[..., :d], factor[..., :d, :d].mT)
-        if first is not None or d == self.width:
-            return Distances(squared, squared)
-        return Distances(squared, squared + place_distances(y, place, mean, rest.mT))
+    def added_by(self, band: int, y: Tensor, size: tuple[int, int], j: int, row: int | None = None) -> Tensor:
+        """Return what the values of a band add to the squared distances: (N, groups) of a grid, or (N, 1) of one."""
+        groups = slice(None) if row is None else slice(row, row + 1)
+        mean, factor = getattr(self, f"mean_{j}")[groups], getattr(self, f"band_{band}_{j}")[groups]
+        end = factor.shape[3]
+        return place_distances(y[:, :end], self._places(j, y, size), mean[..., :end], factor.mT)
+
+    def added(self, squares: Iterable[Tensor]) -> Distances:
+        """Return the distances that all bands together make, of what each of them adds."""
+        total: Any = 0
+        for (_, end), added in zip(self.bands, squares, strict=True):
+            total = total + added
+            if end == self.dim:
+                fine = total
+        return Distances(fine, total)
 
     def _places(self, j: int, y: Tensor, size: tuple[int, int]) -> Tensor:
         """Return the place (N,) of each pixel of images of this size."""
         place = places(size, self.distinct[j], y.device)
-        return place.repeat(len(y) // len(place))
+        return place if len(y) == len(place) else place.repeat(len(y) // len(place))
 
     def log_dets(self, size: tuple[int, int], group: int) -> Tensor:
         """Return the log-determinants of the covariances of a group at the pixels (h w,) of a map."""
-        j, row = self._position(group)
+        j, row = self.position(group)
         log_det = getattr(self, f"log_det_{j}")[row]
         return log_det[places(size, self.distinct[j], log_det.device)]
 
     def mean_log_det(self, size: tuple[int, int], group: int) -> float:
         """Return the mean of `log_dets` over the pixels."""
         if size == self.grids[group]:
-            j, row = self._position(group)
+            j, row = self.position(group)
             return float(getattr(self, f"mean_log_det_{j}")[row])
         return float(self.log_dets(size, group).mean(dtype=torch.float64))
+
+
+def _parts(first: int, end: int) -> list[tuple[int, int]]:
+    """Return the (first, end) of parts of a range of about one length, which is at most `BAND`."""
+    count = -(-(end - first) // BAND)
+    ends = [first + (end - first) * i // max(count, 1) for i in range(count + 1)]
+    return list(zip(ends, ends[1:], strict=False))
 
 
 def grid_fits(size: tuple[int, int], grid: tuple[int, int]) -> bool:

@@ -35,7 +35,7 @@ def _check(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> None:
     if place.dtype != torch.int64:
         raise ValueError(f"place is {place.dtype}; it must be torch.int64")
     if place.device.type == "cpu" and place.numel() and not torch.compiler.is_compiling():
-        low, high, places = int(place.min()), int(place.max()), factor.shape[1]
+        (low, high), places = (int(edge) for edge in place.aminmax()), factor.shape[1]
         if low < 0 or high >= places:
             raise ValueError(f"place has a {low if low < 0 else high}; allowed are 0 to {places - 1}")
 
@@ -85,8 +85,15 @@ def _distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor
     most_places = P if in_place else max(1, CHUNK_BYTES // (d * m * dtype.itemsize))
     most_pixels = max(1, CHUNK_BYTES // ((d + m) * dtype.itemsize))
     images = N // P
-    if N == images * P and torch.equal(place, torch.arange(P, device=place.device).repeat(images)):
+    if N == images * P and (place.view(images, P) == torch.arange(P, device=place.device)).all():
         by_place, results = x.unflatten(0, (images, P)).transpose(0, 1), distances.unflatten(0, (images, P))
+        if images == 1 and K > 1 and in_place and factor.stride(0) == P * factor.stride(1):
+            step = max(1, most_pixels // P)  # of classes, whose matrices are those of more places
+            for classes in (slice(at, at + step) for at in range(0, K, step)):
+                pixels = x.to(dtype).expand(len(mean[classes]), P, d).flatten(0, 1)[:, None]
+                squares = _squares(pixels, mean[classes].flatten(0, 1), factor[classes].flatten(0, 1))
+                distances[:, classes] = squares.view(-1, P).T
+            return distances
         step = min(most_places, max(1, most_pixels // max(images, 1)))
         for places in (slice(at, at + step) for at in range(0, P, step)):
             for k in range(K):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from .densities import densities
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
 
 MIN_POOLED = 3  # images a group needs for its scores to be pooled: the others standardise each, a spread takes two
+
+
+class _References(NamedTuple):
+    """Scores that images are compared with, and what they were made of."""
+
+    rules: tuple[float, bool]
+    scores: Tensor
+    class_ids: Tensor
+    by_group: dict[int, Tensor]
 
 
 @dataclass
@@ -71,6 +80,7 @@ class Calibration:
     share: float = 0.0
     scored_on: str = "map"
     score_weights: Tensor | None = None
+    _references: _References | None = field(default=None, init=False, repr=False, compare=False)
 
     def maps(self, densities: Densities, msk_size: int, cells: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the `calibrated_maps` of densities, (B, h, w), and the image scores, (B,)."""
@@ -104,7 +114,7 @@ class Calibration:
         p_value, threshold, rate = (torch.full((len(group_ids),), math.nan, dtype=torch.float64) for _ in range(3))
         scores, group_ids = image_score.detach().cpu().double(), group_ids.cpu()
         for k in group_ids.unique().tolist():
-            reference = self._reference(k)
+            reference = self._known_reference(k)
             n = len(reference)
             if n == 0:
                 continue
@@ -116,6 +126,21 @@ class Calibration:
             rate[rows] = max(self.false_alarm_rate, 1 / (n + 1))
         # A score that is not a number passes every threshold.
         return p_value, ~(scores <= threshold) & threshold.isfinite(), threshold, rate
+
+    def _known_reference(self, k: int) -> Tensor:
+        """Return `_reference`, made anew where what it is made of has changed: a camera loop asks for each frame."""
+        known = self._references
+        if (
+            known is None
+            or known.rules != (self.false_alarm_rate, self.borrowing)
+            or not torch.equal(known.scores, self.scores)  # nor is NaN, which is then computed each time
+            or not torch.equal(known.class_ids, self.class_ids)
+        ):
+            rules = self.false_alarm_rate, self.borrowing
+            known = self._references = _References(rules, self.scores.clone(), self.class_ids.clone(), {})
+        if k not in known.by_group:
+            known.by_group[k] = self._reference(k)
+        return known.by_group[k]
 
     def _reference(self, k: int) -> Tensor:
         """Return the sorted scores that images of group k are compared with, on the scale of its own scores."""

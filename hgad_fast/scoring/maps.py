@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.images import centre_crop_geometry
 from ..features.backbone import Backbone
 from ..features.interpolate import BAND_PIXELS, Between, between, bilinear
-from ..features.preprocess import ImageSettings, seen_shape
+from ..features.preprocess import AsItIs, ImageSettings, Seeing, seen_shape
 from ..files import replacing
 from ..ops.dispatch import in_float32
 from ..protocol import Densities, Detector
@@ -127,9 +127,11 @@ def write_calibrated(
         parts, grid = [[x.mT for x in levels] for levels in parts], grid[::-1]
         out = None if out is None else out.mT
     height, width = grid if out is None else (out.shape[1], out.shape[2])
-    rows, columns = _positions_on_grid((height, width), grid, device)
+    same_grid = out is None or (height, width) == grid
     band_rows, out_rows = max(1, BAND_PIXELS // grid[1]), max(1, BAND_PIXELS // width)
     maxima = (densities.logps[0] if out is None else out).new_full((len(groups),), -math.inf)
+    if not same_grid:
+        rows, columns = _positions_on_grid((height, width), grid, device)
     done = 0  # rows of `out` that are written
     last_row = maxima.new_empty(
         len(groups), 0, grid[1], device=device
@@ -150,7 +152,7 @@ def write_calibrated(
             maxima = torch.maximum(maxima, band.amax((1, 2)).to(maxima))
         if out is None:
             continue
-        if out.shape[1:] == grid:
+        if same_grid:
             out[:, top:bottom] = band
             continue
         band, top = torch.cat([last_row, band], 1), top - last_row.shape[1]
@@ -325,22 +327,23 @@ def lay(
     It has the image's shape, or `size`; with ``size="seen"`` that of the grid, over what the model sees of the image.
     The map of an image that is seen as a square is stretched back over the whole image.
     """
+    seen: Seeing = config
     if isinstance(size, str):
-        config, size = config.replace(center_crop=False), fill.grid
+        seen, size = AsItIs(), fill.grid
     out_shape = size or shape
     if path is None:
-        return _filled(torch.empty(out_shape), fill, shape, config)
+        return _filled(torch.empty(out_shape), fill, shape, seen)
     with replacing(path) as temporary:
         array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=out_shape)
         if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file would kill the process
             with open(temporary, "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        _filled(torch.from_numpy(array), fill, shape, config)
+        _filled(torch.from_numpy(array), fill, shape, seen)
         array.flush()
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def _filled(out: Tensor, fill: Callable[[Tensor], None], shape: tuple[int, int], config: ImageSettings) -> Tensor:
+def _filled(out: Tensor, fill: Callable[[Tensor], None], shape: tuple[int, int], config: Seeing) -> Tensor:
     """Fill `out`, the map of an image of `shape`, and return it; with a centre crop it is 0 outside the crop."""
     if not config.center_crop:
         fill(out)

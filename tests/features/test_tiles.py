@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -128,12 +130,42 @@ def test_a_streamlined_network_gives_the_same_features(arch):
     assert not norms and len(list(fast.modules())) <= len(list(net.modules()))
 
 
+def in_place(net):
+    net.load_state_dict({k: 2 * v if v.is_floating_point() else v for k, v in net.state_dict().items()})
+
+
+def as_data(net):
+    for parameter in net.parameters():
+        parameter.data = 2 * parameter.data
+
+
+def as_new_tensors(net):
+    for module in net.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(2 * parameter.detach()))
+
+
+def as_new_modules(net):
+    for name, child in list(net.named_children()):
+        setattr(net, name, copy.deepcopy(child))
+    as_data(net)
+
+
 @pytest.mark.usefixtures("float64")
-def test_new_weights_are_noticed(monkeypatch):
-    encoder = small_tiles(monkeypatch, "test_resnet", out_indices=(1,))
+@pytest.mark.parametrize("change", [in_place, as_data, as_new_tensors, as_new_modules])
+@pytest.mark.parametrize("inference", [False, True], ids=["", "made in inference mode"])
+def test_new_weights_are_noticed(monkeypatch, change, inference):
+    with torch.inference_mode(inference):
+        encoder = small_tiles(monkeypatch, "test_resnet", out_indices=(1,))
+    if inference and change is in_place:
+        pytest.skip("PyTorch does not say so of these tensors, and allows it in inference mode alone")
     images = torch.randn(1, 3, 64, 64)
     before = encoder(images)[0]
-    encoder.load_state_dict({k: 2 * v if v.is_floating_point() else v for k, v in encoder.state_dict().items()})
+    made = encoder._fast()
+    assert encoder._fast() is made
+    change(encoder.net)
     after = encoder(images)[0]
     assert not torch.equal(before, after)
-    assert float((after - encoder.net(images)[0]).norm() / after.norm()) < SAME_IN_FLOAT64
+    with torch.no_grad():
+        expected = encoder.net(images)[0]
+    assert float((after - expected).norm() / after.norm()) < SAME_IN_FLOAT64

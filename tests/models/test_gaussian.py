@@ -211,8 +211,11 @@ def test_class_map_and_score_are_those_of_the_definition():
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sides", [SIDES, (4, 2, 1)], ids=["16 places", "4 places"])
-def test_the_class_found_by_first_looks_is_the_class_of_all_values(monkeypatch, sides):
-    """Among classes of different spread, near to each other, for any looks, and with its distances."""
+@pytest.mark.parametrize("first, band", [(1, 1), (1, 9), (2, 3), (32, 64)])  # of 6 values of the map, and 3 others
+def test_the_class_found_band_by_band_is_the_class_of_all_values(monkeypatch, sides, first, band):
+    """Among classes of different spread, near to each other, for any bands, and with its distances."""
+    monkeypatch.setattr(place_gaussian, "FIRST", first)
+    monkeypatch.setattr(place_gaussian, "BAND", band)
     model = small_model()
     model.begin(features := feature_set(noise=1.5, sides=sides))
     model.finish(features)
@@ -224,17 +227,26 @@ def test_the_class_found_by_first_looks_is_the_class_of_all_values(monkeypatch, 
         whitened = list(model._whitened(levels))
         expected, of_all = model._infer(whitened, 1, [0, 1, 2])
         k = int(expected)
-        for looks in ((1,), (6,), (1, 3), (2, 4, 5), (32, 64)):  # the map is made of 6 values
-            monkeypatch.setattr(gaussian, "LOOKS", looks)
-            actual, by_group = model._infer_one(whitened, 1, [0, 1, 2])
-            assert actual.tolist() == [k]
-            for distances, right in zip(by_group[k], of_all[k], strict=True):
-                for squares, right_squares in zip(distances, right, strict=True):
-                    torch.testing.assert_close(
-                        squares.flatten(), right_squares.flatten(), rtol=rounding.SAME_IN_FLOAT64, atol=0
-                    )
+        actual, by_group = model._infer_one(whitened, 1, [0, 1, 2])
+        assert actual.tolist() == [k]
+        for distances, right in zip(by_group[k], of_all[k], strict=True):
+            for squares, right_squares in zip(distances, right, strict=True):
+                torch.testing.assert_close(
+                    squares.flatten(), right_squares.flatten(), rtol=rounding.SAME_IN_FLOAT64, atol=0
+                )
         chosen.add(k)
     assert len(chosen) > 1  # the images are not all alike
+
+
+def test_a_model_that_is_loaded_in_inference_mode_is_like_any_other(tmp_path):
+    model = fitted()
+    model.save(tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        loaded = load(tmp_path / "model.safetensors")
+        scores = loaded.score_features(class_features(6, seed=4))
+    assert not any(tensor.is_inference() for tensor in loaded.state_dict().values())
+    assert_same_scores(scores, model.score_features(class_features(6, seed=4)))
+    loaded.add(feature_set(seed=9))
 
 
 def test_images_of_few_places_are_scored_one_by_one():

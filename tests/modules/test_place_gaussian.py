@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hgad_fast.modules import place_gaussian
 from hgad_fast.modules.place_gaussian import (
     STEP,
     ExactSum,
@@ -117,18 +118,50 @@ def test_distances_are_those_of_the_shrunk_covariances(shrinkage, floor):
         assert gaussians.mean_log_det((h, w), k) == pytest.approx(np.linalg.slogdet(covariance)[1].mean(), abs=1e-9)
 
 
-def test_all_groups_of_a_grid_have_the_same_distances_and_the_first_values_no_larger_ones():
+def test_all_groups_of_a_grid_have_the_same_distances():
     gaussians, _ = filled()
     x = drawn(6, 6, seed=21)
     together = gaussians.all_distances(0, x, (2, 3))
     assert gaussians.members[0] == [0, 2]
     for column, k in enumerate(gaussians.members[0]):
-        torch.testing.assert_close(together.total[:, [column]], gaussians.distances(x, (2, 3), k).total)
-        distances = gaussians.distances(x, (2, 3), k)
-        few, three, all_four, many = (gaussians.distances(x, (2, 3), k, first).total for first in (1, 3, 4, 9))
-        assert (few <= three).all() and (three <= all_four * (1 + 1e-6)).all() and (few < three).any()
-        torch.testing.assert_close(all_four, distances.fine)
-        assert torch.equal(many, all_four)  # there are no more that the map is made of
+        for all_groups, group in zip(together, gaussians.distances(x, (2, 3), k), strict=True):
+            torch.testing.assert_close(all_groups[:, [column]], group)
+
+
+@pytest.mark.parametrize(
+    "first, band, dim, coarse_dim, expected",
+    [
+        (32, 64, 4, 2, [(0, 4), (4, 6)]),
+        (32, 64, 80, 80, [(0, 32), (32, 80), (80, 120), (120, 160)]),
+        (32, 64, 32, 0, [(0, 32)]),
+        (32, 64, 33, 1, [(0, 32), (32, 33), (33, 34)]),
+        (1, 2, 4, 2, [(0, 1), (1, 2), (2, 4), (4, 6)]),
+    ],
+)
+def test_bands_are_of_all_values_and_one_ends_with_those_of_the_map(
+    monkeypatch, first, band, dim, coarse_dim, expected
+):
+    monkeypatch.setattr(place_gaussian, "FIRST", first)
+    monkeypatch.setattr(place_gaussian, "BAND", band)
+    assert list(PlaceGaussians(GRIDS, dim, coarse_dim, 0.5, 0.02).bands) == expected
+
+
+@pytest.mark.parametrize("first, band", [(1, 1), (1, 2), (3, 9)])
+def test_bands_add_up_to_the_distances(monkeypatch, first, band):
+    """Whatever they are, and each of them by itself is what its values add."""
+    whole, _ = filled()
+    monkeypatch.setattr(place_gaussian, "FIRST", first)
+    monkeypatch.setattr(place_gaussian, "BAND", band)
+    gaussians, _ = filled()
+    assert len(gaussians.bands) > len(whole.bands)
+    for j, (h, w) in enumerate(gaussians.distinct):
+        x = drawn(h * w, 6, seed=21)
+        for row, k in enumerate(gaussians.members[j]):
+            added = [gaussians.added_by(i, x, (h, w), j, row) for i in range(len(gaussians.bands))]
+            assert all((squares >= 0).all() for squares in added)
+            for distances in (gaussians.distances(x, (h, w), k), gaussians.added(added)):
+                for actual, expected in zip(distances, whole.distances(x, (h, w), k), strict=True):
+                    torch.testing.assert_close(actual, expected)
 
 
 def test_images_add_up_in_any_order_and_in_any_parts():

@@ -237,6 +237,31 @@ def test_false_alarm_rate_may_be_set_at_any_time():
         assert float(attained[0]) == rate and float(threshold[0]) == 99 - 100 * rate
 
 
+@pytest.mark.parametrize("counts", [(99, 99), (9, 9)], ids=["own scores", "pooled"])
+def test_what_scores_are_compared_with_follows_what_it_is_made_of(counts):
+    """It is kept from one call to the next."""
+    kept = calibration(*(torch.randn(n).tolist() for n in counts), rate=0.02)
+
+    def change_score() -> None:
+        kept.scores[3] += 10
+
+    def change_group() -> None:
+        kept.class_ids[0] = 1
+
+    def borrow() -> None:
+        kept.class_ids[:-2], kept.borrowing = 0, True
+
+    changes = change_score, change_group, lambda: kept.scores.neg_(), borrow
+    tests, groups = torch.randn(80), torch.arange(2).repeat(40)
+    for change in changes:
+        before = kept.judge(tests, groups)
+        change()
+        after, fresh = kept.judge(tests, groups), dataclasses.replace(kept).judge(tests, groups)
+        assert not torch.equal(after[0], before[0])
+        for actual, expected in zip(after, fresh, strict=True):
+            assert torch.equal(actual, expected)
+
+
 # ------------------------------------------------------------------------------------------------ from a model
 
 
