@@ -41,7 +41,7 @@ def _indices(first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit(do_not_specialize=["N", "P"])
 def _pixel_kernel(
     x_ptr,  # (N, D) in
-    place_ptr,  # (N,) in
+    place_ptr,  # (N,) in, or anything where pixels come in the order of their places
     mean_ptr,  # (K, P, D) in
     factor_ptr,  # (K, P, D, M) in
     distances_ptr,  # (K, N) out
@@ -53,11 +53,12 @@ def _pixel_kernel(
     mean_strides: tl.constexpr,
     factor_strides: tl.constexpr,
     WIDE: tl.constexpr,  # offsets within a matrix or a mean pass 2^31
+    IN_ORDER: tl.constexpr,  # there are no places
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     n, k = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    p = tl.minimum(tl.maximum(tl.load(place_ptr + n), 0), P - 1)
+    p = n if IN_ORDER else tl.minimum(tl.maximum(tl.load(place_ptr + n), 0), P - 1)
     x_ptr += n * X_STRIDE
     mean_ptr += k * mean_strides[0] + p * mean_strides[1]
     factor_ptr += k * factor_strides[0] + p * factor_strides[1]
@@ -120,7 +121,7 @@ def _place_kernel(
         at += BLOCK_N
 
 
-def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
+def place_distances(x: Tensor, place: Tensor | None, mean: Tensor, factor: Tensor) -> Tensor:
     """Compute `place_distances` of ops/place.py: distances (N, K) in float32."""
     N = len(x)
     K, P, D, M = factor.shape
@@ -134,12 +135,17 @@ def place_distances(x: Tensor, place: Tensor, mean: Tensor, factor: Tensor) -> T
     }  # fmt: skip
     if N < 2 * P:
         launch(
-            _pixel_kernel, (N, K), x_ptr=rows(x), place_ptr=place.contiguous(), P=P, **tables,
+            _pixel_kernel, (N, K),
+            x_ptr=rows(x), place_ptr=mean if place is None else place.contiguous(), IN_ORDER=place is None, P=P, **tables,
             BLOCK_D=_block(D, READ), BLOCK_M=_block(M, READ),
         )  # fmt: skip
         return distances.T
-    in_order, order = place.clamp(0, P - 1).sort(stable=True)
-    edges = torch.searchsorted(in_order, torch.arange(P + 1, device=place.device))
+    edges = torch.arange(P + 1, device=x.device)
+    if place is None:
+        order, edges = torch.arange(N, device=x.device).view(-1, P).T.contiguous(), edges * (N // P)
+    else:
+        in_order, order = place.clamp(0, P - 1).sort(stable=True)
+        edges = torch.searchsorted(in_order, edges)
     launch(
         _place_kernel, (P, K), stages=stages(x.device, tiles=True),
         x_ptr=rows(x), order_ptr=order, edges_ptr=edges, **tables,

@@ -10,6 +10,7 @@ others count for the image score alone.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -332,10 +333,10 @@ class PlaceGaussians(nn.Module):
                 fine = total
         return Distances(fine, total)
 
-    def _places(self, j: int, y: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return the place (N,) of each pixel of images of this size."""
-        place = places(size, self.distinct[j], y.device)
-        return place if len(y) == len(place) else place.repeat(len(y) // len(place))
+    def _places(self, j: int, y: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """Return the place (N,) of each pixel of images of this size; None where they come in the places' order."""
+        grid = self.distinct[j]
+        return None if size == grid else places(size, grid, y.device).repeat(len(y) // math.prod(size))
 
     def log_dets(self, size: tuple[int, int], group: int) -> Tensor:
         """Return the log-determinants of the covariances of a group at the pixels (h w,) of a map."""

@@ -167,3 +167,13 @@ def test_operations_take_the_kernels(interpreted, launches):
         actual = ops.place_distances(next(tracked), place, *tracked)
         assert launches == {kernel: 1}
         assert_right(actual, x, place, mean, factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("images", [0, 1, 2, 17])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_pixels_in_the_order_of_their_places_need_none(interpreted, sizes, images, dtype):
+    x, place, mean, factor = draw(torch.arange(sizes[1]).repeat(images), *sizes, dtype)
+    actual = interpreted.place.place_distances(x, None, mean, factor)
+    assert torch.equal(actual, interpreted.place.place_distances(x, place, mean, factor))
+    assert_right(actual, x, place, mean, factor)

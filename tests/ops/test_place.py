@@ -170,3 +170,22 @@ def test_where_nobody_looks_places_beyond_the_grid_count_as_the_nearest():
     x, place, mean, factor = draw(torch.randint(-2, 6, (30,)), 2, 4, 5, 3)
     actual = ops.place_distances.reference(x, place, mean, factor)
     assert torch.equal(actual, ops.place_distances(x, place.clamp(0, 3), mean, factor))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("images", [0, 1, 2, 17])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_pixels_in_the_order_of_their_places_need_none(sizes, images, dtype):
+    x, place, mean, factor = draw(torch.arange(sizes[1]).repeat(images), *sizes, dtype)
+    for table in (factor, factor.mT.contiguous().mT):
+        actual = ops.place_distances(x, None, mean, table)
+        assert torch.equal(actual, ops.place_distances(x, place, mean, table))
+        assert_right(actual, x, place, mean, table)
+
+
+def test_without_places_there_are_whole_images():
+    x, place, mean, factor = draw(torch.arange(7).repeat(2), 2, 7, 5, 5)
+    with pytest.raises(ValueError, match="13 pixels; without places they must be of images of 7 each"):
+        ops.place_distances(x[:13], None, mean, factor)
+    compiled = torch.compile(lambda x: ops.place_distances(x, None, mean, factor), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), ops.place_distances(x, place, mean, factor))
