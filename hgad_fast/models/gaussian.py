@@ -338,7 +338,8 @@ class GaussianModel(Detector):
                     raise ProportionsError(
                         f"training images of {name!r} have feature maps of {' and of '.join(map(_times, misfits[0]))} "
                         "cells: their proportions differ by more than 5%, so that their places do not correspond. Give "
-                        "each class images of one shape, or set center_crop=True"
+                        f"{'each class' if self.groups_are_classes else 'all'} images of one shape, or set "
+                        "center_crop=True"
                     )
             grids.append(grid)
         return tuple(grids)

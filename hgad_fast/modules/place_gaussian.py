@@ -360,9 +360,14 @@ def _parts(first: int, end: int) -> list[tuple[int, int]]:
 
 
 def grid_fits(size: tuple[int, int], grid: tuple[int, int]) -> bool:
-    """Return whether places of a map and of a grid, (h, w) each, correspond: aspect ratios differ by 5% at most."""
-    ratio = (size[1] * grid[0]) / (size[0] * grid[1])
-    return 1 / MAX_ASPECT <= ratio <= MAX_ASPECT
+    """Return whether places of a map and of a grid, (h, w) each, correspond: aspect ratios differ by 5% at most.
+
+    The last row and column of a map may stand for a part of a cell only: it fits if any such part makes it so.
+    """
+    (h, w), (grid_h, grid_w) = size, grid
+    too_wide = (w - 1) * grid_h >= MAX_ASPECT * h * grid_w
+    too_high = (h - 1) * grid_w >= MAX_ASPECT * w * grid_h
+    return size == grid or not too_wide and not too_high
 
 
 @functools.lru_cache(maxsize=64)

@@ -326,7 +326,10 @@ class _Measurement:
         They are taken to grow with the places of a map, a part of them with the images too.
         """
         classes = max(len(self.data.class_names), len(stand_in.groups))
-        few, more = 2 * classes, 8 * classes  # a covariance takes 2 images
+        if classes > self.trained:
+            raise ValueError(f"there are {self.trained} images for {classes} groups")  # training would not start
+        few = 2 * classes  # a covariance takes 2 images
+        more = min(8 * classes, max(3 * classes, self.trained))
         seconds = []
         for count in (few, more):
             images = [_varied(probe.maps, seed) for seed in range(count)]

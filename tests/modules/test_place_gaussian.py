@@ -232,7 +232,28 @@ def test_a_pixel_takes_the_place_at_its_relative_position(size, grid):
 
 @pytest.mark.parametrize(
     "size, fits",
-    [((16, 16), True), ((32, 32), True), ((20, 21), True), ((21, 20), True), ((16, 17), False), ((8, 16), False)],
+    [((16, 16), True), ((32, 32), True), ((1, 1), True), ((8, 16), False), ((1, 3), False)]
+    + [((16, 17), True), ((16, 18), False)]  # up to 16 x 17 cells of an image may be within 5%
+    + [
+        ((32, 34), True),
+        ((32, 35), False),
+        ((64, 68), True),
+        ((64, 69), False),
+        ((640, 672), True),
+        ((640, 673), False),
+    ],
 )
 def test_grids_fit_where_aspect_ratios_agree_within_5_percent(size, fits):
     assert grid_fits(size, (16, 16)) is fits
+    assert grid_fits(size[::-1], (16, 16)) is fits
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_no_image_within_5_percent_is_refused(stride):
+    for side in (96, 256, 512):
+        grid = side // stride, side // stride
+        for other in range(math.ceil(side / 1.05), int(1.05 * side) + 1):
+            size = -(-side // stride), -(-other // stride)
+            assert grid_fits(size, grid) and grid_fits(size[::-1], grid), (side, other)
+        other = int((1.05 + 1.05 * stride / side) * side) + 1  # more by a cell than may be
+        assert not grid_fits((side // stride, -(-other // stride)), grid)
