@@ -108,10 +108,10 @@ def run(preset: str, dataset: Any, changes: dict[str, Any], arguments: argparse.
                 }
             )
             print(alarms[-1], flush=True)
-    times = {} if isinstance(model.encoder, CompositeBackbone) else {"verdict": verdict_times(model, dataset.test)}
-    print(times, flush=True)
+    times = None if isinstance(model.encoder, CompositeBackbone) else verdict_times(model, dataset.test)
+    print(f"verdict: {times}", flush=True)
     return {
-        **times,
+        "verdict": times,
         "extraction_seconds": round(extraction_seconds, 1),
         "features_were_cached": bool(cache),
         "fit_seconds": round(fit_seconds, 2),
