@@ -1,0 +1,27 @@
+"""Names of files as they can be shown."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hgad_fast.files import printable
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a/b c.png", "a/b c.png"),
+        (Path("Größe/部品.png"), str(Path("Größe/部品.png"))),
+        (os.fsdecode(b"Gr\xf6\xdfe.png"), r"Gr\xf6\xdfe.png"),
+        ("two\nlines\r\x1b[31m.png", r"two\nlines\r\x1b[31m.png"),
+        ("gpj.\u202etxt\u2028.png", r"gpj.\u202etxt\u2028.png"),
+        (r"C:\parts\new.png", r"C:\parts\new.png"),
+        ("\ud800.png", r"\ud800.png"),
+    ],
+)
+def test_a_name_is_shown_in_one_line_of_utf8(name: str | Path, shown: str) -> None:
+    assert printable(name) == shown
+    shown.encode()
