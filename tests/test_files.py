@@ -18,6 +18,7 @@ from hgad_fast.files import printable
         (os.fsdecode(b"Gr\xf6\xdfe.png"), r"Gr\xf6\xdfe.png"),
         ("two\nlines\r\x1b[31m.png", r"two\nlines\r\x1b[31m.png"),
         ("gpj.\u202etxt\u2028.png", r"gpj.\u202etxt\u2028.png"),
+        ("می\u200cروم.png", "می\u200cروم.png"),
         (r"C:\parts\new.png", r"C:\parts\new.png"),
         ("\ud800.png", r"\ud800.png"),
     ],
