@@ -147,9 +147,6 @@ def describe_file(model: Any, path: Path) -> dict[str, Any]:
     config, calibration = model.config, model.calibration
     side = "square, side" if config.square else "short side"
     size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
-    rate = "none"
-    if calibration is not None:
-        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
     return {
         "model file": str(path),
         "size": f"{path.stat().st_size / 1e6:.1f} MB",
@@ -159,7 +156,7 @@ def describe_file(model: Any, path: Path) -> dict[str, Any]:
         "feature channels": ", ".join(map(str, model.feature_dims)),
         **model.describe(),
         "image size": size + (", centre crop" if config.center_crop else ""),
-        "calibration": rate,
+        **({"calibration": "none"} if calibration is None else calibration.describe(model.groups)),
     }
 
 

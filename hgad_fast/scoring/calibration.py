@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from .densities import densities
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
 
 MIN_POOLED = 3  # images a group needs for its scores to be pooled: the others standardise each, a spread takes two
+MAX_LISTED = 20  # groups that are described one by one
 
 
 class _References(NamedTuple):
@@ -121,11 +122,76 @@ class Calibration:
             rows = group_ids == k
             as_high = n - torch.searchsorted(reference, scores[rows])  # reference scores that are at least as high
             p_value[rows] = (1 + as_high).double() / (n + 1)
-            alarms = math.floor(self.false_alarm_rate * (n + 1) + 1e-9)  # that n + 1 normal images may raise
-            threshold[rows] = reference[n - min(max(alarms, 1), n)]
-            rate[rows] = max(self.false_alarm_rate, 1 / (n + 1))
+            threshold[rows] = self.threshold(k)
+            rate[rows] = self.attained_rate(k)
         # A score that is not a number passes every threshold.
         return p_value, ~(scores <= threshold) & threshold.isfinite(), threshold, rate
+
+    def threshold(self, k: int) -> float:
+        """Return the score above which an image of group k is called anomalous; NaN if nothing is known of the group.
+
+        It is the largest one of its kind that calls no more than the target share of normal images anomalous, or where
+        the images are too few for that, the largest score of all that images are compared with.
+        """
+        reference = self._known_reference(k)
+        return float(reference[len(reference) - self._alarms(len(reference))]) if len(reference) else math.nan
+
+    def attained_rate(self, k: int) -> float:
+        """Return the false-alarm rate of group k's threshold; NaN if it has none.
+
+        It is the largest p-value of an image that is called anomalous. Of n + 1 exchangeable normal images, n of them
+        those that the threshold rests on, each is as likely as any other to be among the k highest: the rate is
+        k / (n + 1), k at least 1, the largest that is no more than the target, or else 1 / (n + 1), which is more. With
+        ties among the scores it is an upper bound.
+        """
+        n = len(self._known_reference(k))
+        return self._alarms(n) / (n + 1) if n else math.nan
+
+    def _alarms(self, n: int) -> int:
+        """Return how many of n + 1 normal images a threshold from n of them may call anomalous."""
+        return min(max(math.floor(self.false_alarm_rate * (n + 1) + 1e-9), 1), n)
+
+    def rates(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return a row for each group, of its name in `names`: what its threshold rests on, and what it stands for.
+
+        Its keys:
+            group: the name.
+            images: the number of its own calibration images.
+            reference: the number of images that the threshold rests on; more than `images` where they are pooled.
+            pooled: whether the threshold rests on scores of other groups, too: pooled, or borrowed.
+            target: the false-alarm rate asked for.
+            attained: that of the threshold, see `attained_rate`; NaN where there is none.
+            threshold: the image score above which an image is called anomalous; NaN: never.
+        """
+        counts = self.counts
+        return [
+            {
+                "group": name,
+                "images": counts[k],
+                "reference": len(self._known_reference(k)),
+                "pooled": len(self._known_reference(k)) > counts[k],
+                "target": self.false_alarm_rate,
+                "attained": self.attained_rate(k),
+                "threshold": self.threshold(k),
+            }
+            for k, name in enumerate(names)
+        ]
+
+    def describe(self, names: Sequence[str]) -> dict[str, str]:
+        """Return what `rates` says, by titles, for people: a line for each group, or one for many together."""
+        target = self.false_alarm_rate
+        facts = {"calibration": f"{len(self.scores)} images, false-alarm rate {percent(target)} asked for"}
+        rows = self.rates(names)
+        known = [row for row in rows if row["reference"]]
+        if len(rows) <= MAX_LISTED:
+            facts |= {f"threshold, {row['group']}": _rate_text(row) for row in rows}
+        elif known:
+            images, attained = ([row[name] for row in known] for name in ("reference", "attained"))
+            facts["thresholds"] = (
+                f"{len(known)} of {len(rows)} groups, from {min(images)} to {max(images)} images each; they attain "
+                f"{percent(min(attained))} to {percent(max(attained))}"
+            )
+        return facts
 
     def _known_reference(self, k: int) -> Tensor:
         """Return `_reference`, made anew where what it is made of has changed: a camera loop asks for each frame."""
@@ -171,11 +237,6 @@ class Calibration:
         """The groups that borrow from the others."""
         return few(self.counts) if self.borrowing else []
 
-    def attainable_rate(self, k: int) -> float:
-        """Return the lowest false-alarm rate, at least the target, that group k can have; NaN if it has no scores."""
-        n = sum(int((self.class_ids == j).sum()) for j in self._reference_groups(k))
-        return max(self.false_alarm_rate, 1 / (n + 1)) if n else math.nan
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors, as a model file holds them."""
         tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
@@ -209,6 +270,25 @@ class Calibration:
             share=share,
             scored_on=scored_on,
         )
+
+
+def rate_table(model: Detector) -> list[dict[str, Any]]:
+    """Return the `Calibration.rates` of a model's groups; empty where it is not calibrated."""
+    return required_calibration(model).rates(model.groups) if model.calibration is not None else []
+
+
+def percent(rate: float) -> str:
+    """Return a rate as people read it: 12.5%, 1.0%, 0.02%."""
+    return f"{rate:.1%}" if rate >= 0.001 or math.isnan(rate) else f"{100 * rate:.2g}%"
+
+
+def _rate_text(row: Mapping[str, Any]) -> str:
+    """Return a row of `Calibration.rates` in words."""
+    if not row["reference"]:
+        return "none, as there are no calibration images: no image is ever called anomalous"
+    others = f" ({row['images']} its own)" if row["pooled"] else ""
+    rates = f"it attains {percent(row['attained'])}, {percent(row['target'])} asked for"
+    return f"{row['threshold']:.4g}, from {row['reference']} images{others}; {rates}"
 
 
 def few(counts: Sequence[int]) -> list[int]:
@@ -419,7 +499,7 @@ def _warn_of_unattainable_rates(model: Detector, calibration: Calibration) -> No
     and yet borrow; groups without any are what a method leaves unused.
     """
     target = calibration.false_alarm_rate
-    rates = {name: calibration.attainable_rate(k) for k, name in enumerate(model.groups)}
+    rates = {name: calibration.attained_rate(k) for k, name in enumerate(model.groups)}
     if not model.groups_are_classes:
         texts = []
         used = [k for k, count in enumerate(calibration.counts) if count]
