@@ -29,6 +29,7 @@ from ..data.datasets import Dataset, Sample, discover
 from ..data.images import read_image, read_mask, resize_mask
 from ..features.extract import ShowProgress
 from ..features.preprocess import image_features, preprocess, seeing
+from ..files import printable
 from ..methods import load
 from ..protocol import Densities, Detector
 from ..scoring.calibration import required_calibration
@@ -73,7 +74,7 @@ class ScoredImage:
     """A test image with its score and verdict under one protocol.
 
     Attributes:
-        path: relative to the dataset's root if the image lies below it.
+        path: relative to the dataset's root if the image lies below it; what cannot be shown of it is escaped.
         class_name, inferred_class: the image's own class, and the class (or other group) that the model takes it for.
         score: the image score; each class has its own scale, so compare scores within a class only.
         p_value, threshold, is_flagged: None without a threshold, as always under the official protocol.
@@ -236,7 +237,9 @@ class Evaluation:
             lines.append(f"{'':<22}" + "".join(f"{head:>9}" for head in _HEADS))
             summary = {"mean": self.mean(protocol), "pooled": self.pooled[protocol]}
             for row_name, row in (*by_class.items(), *summary.items()):
-                lines.append(f"{row_name:<22}" + "".join(f"{_percent(getattr(row, name)):>9}" for name in FIGURES))
+                lines.append(
+                    f"{printable(row_name):<22}" + "".join(f"{_percent(getattr(row, name)):>9}" for name in FIGURES)
+                )
             lines.append("")
         if self.knows_classes:
             total = self.n_normal + self.n_anomalous
@@ -245,7 +248,7 @@ class Evaluation:
             lines.append(
                 f"groups: purity {_percent(self.purity)}% (images whose class is the most frequent one of their group)"
             )
-            sizes = [f"{name} {sum(row.values())}" for name, row in self.groups.items()]
+            sizes = [f"{printable(name)} {sum(row.values())}" for name, row in self.groups.items()]
             others = f", and {len(sizes) - _GROUPS} smaller groups" if len(sizes) > _GROUPS else ""
             lines.append(f"images a group: {', '.join(sizes[:_GROUPS])}{others}")
         if not (math.isnan(self.recall) and math.isnan(self.false_alarm_rate)):
@@ -471,10 +474,8 @@ class _Tally:
             if sample.mask or not sample.is_anomalous:
                 self.maps.append(anomaly_map.numpy())
                 self.masks.append(seen_mask(self.model, sample, anomaly_map).numpy())
-            path = sample.path
-            if path.is_relative_to(self.dataset.root):
-                path = path.relative_to(self.dataset.root)
-            images.append(ScoredImage(path.as_posix(), class_name, group, sample.defect, sample.is_anomalous, score))
+            path = shown_path(sample, self.dataset)
+            images.append(ScoredImage(path, class_name, group, sample.defect, sample.is_anomalous, score))
         if self.judged:
             self._judge(images, scores)
         self.images += images
@@ -558,6 +559,12 @@ class _Shelf(Sequence[np.ndarray]):
         self.file.flush()
         offset, shape = self.places[i]
         return np.memmap(self.file, self.dtype, "r", offset, shape)
+
+
+def shown_path(sample: Sample, dataset: Dataset) -> str:
+    """Return the path of an image as `ScoredImage` has it."""
+    path = sample.path
+    return printable((path.relative_to(dataset.root) if path.is_relative_to(dataset.root) else path).as_posix())
 
 
 def seen_mask(model: Detector, sample: Sample, anomaly_map: Tensor) -> Tensor:

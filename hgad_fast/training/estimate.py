@@ -31,6 +31,7 @@ from ..features.preprocess import preprocess, seen_features, seen_shape
 from ..files import byte_count, readable
 from ..protocol import Detector, Progress
 from ..scoring.calibration import calibration_of, held_out_densities, largest_densities, split
+from ..terminal import duration
 from .checkpoint import trained_tensors
 from .drawing import pixel_count
 from .processes import Processes
@@ -439,19 +440,6 @@ def extrapolated(points: Sequence[tuple[float, float]], size: float) -> float:
     first_size, first_seconds = points[-2]
     slope = (last_seconds - first_seconds) / (last_size - first_size) if last_size > first_size else proportional
     return last_seconds + max(slope, proportional / 2) * (size - last_size)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: ``under 1 s``, ``40 s``, ``12 min``, ``3.5 h``, ``6 days``."""
-    if seconds < 0.95:
-        return "under 1 s"
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    if seconds < 59.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 47.5 * 3600:
-        return f"{float(f'{seconds / 3600:.2g}'):g} h"
-    return f"{seconds / 86400:.0f} days"
 
 
 def process_bytes() -> int:
