@@ -128,6 +128,7 @@ def train(
     On several GPUs: torchrun --nproc-per-node=GPUS -m hgad_fast train ...
     """
     from .data.datasets import discover
+    from .data.listing import passed_over
     from .evaluation.evaluate import BestCheckpoint
     from .methods import create
     from .training.checkpoint import BEST, CHECKPOINT, FEATURES, MODEL
@@ -149,6 +150,8 @@ def train(
         "cache_limit": cache_limit,
     }
     if is_first:
+        if dataset.passed_over:
+            _to_stderr(passed_over(dataset.passed_over))
         plan = Plan(
             **options | {"cache_dir": cache_dir or output / FEATURES},
             meta_epochs_done=meta_epochs_done(output / CHECKPOINT) if resume else 0,
@@ -221,7 +224,8 @@ def score(
     With --output: scores.csv, regions.csv (what is above the threshold, where and how large), scores.jsonl (both, and
     what --resume needs) and overlays. Started by torchrun, the processes share the images.
     """
-    from .data.images import ImageError, list_images
+    from .data.images import ImageError
+    from .data.listing import images_to_score
     from .features.backbone import TILES
     from .features.preprocess import memory_bytes
     from .scoring import pipeline
@@ -238,7 +242,9 @@ def score(
     if output is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--output draws overlays, which need matplotlib: pip install 'hgad-fast[plot]'")
     detector = _load(model, device, false_alarm_rate)
-    files = [file for path in images for file in (list_images(path) if path.is_dir() else [path])]
+    files, notes = images_to_score(images)
+    for note in notes:
+        _to_stderr(note)
     if not files:
         raise ValueError(f"there are no images in {', '.join(map(str, images))}")
     class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.groups else class_

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from ..data.datasets import GOOD, Dataset, discover, fingerprint
-from ..data.images import read_image, read_mask, resize_image, resize_mask
+from ..data.images import read_image, resize_image, resize_mask
+from ..data.masks import read_mask
 from ..environment import VERSION, package_versions
 from ..features.extract import ShowProgress
 from ..files import replacing
@@ -428,7 +429,7 @@ def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, 
     """Return an image and its anomaly map as small JPEGs, and what the page says about them."""
     path = dataset.root / scored.path
     sample = next(sample for sample in dataset.test if sample.path == path)
-    image = read_image(path)
+    image = read_image(path, model.config.white_level)
     scale = min(1.0, THUMBNAIL / max(image.shape[1:]))
     height, width = (max(1, round(side * scale)) for side in image.shape[1:])
     case = plot.Case(
