@@ -139,6 +139,7 @@ def train(
     require_rate(false_alarm_rate)
     with _begin(f"reading {data}"):
         from .data.datasets import discover
+        from .data.listing import passed_over
         from .evaluation.evaluate import BestCheckpoint
         from .methods import create
         from .training import runs
@@ -161,6 +162,8 @@ def train(
         "cache_limit": cache_limit,
     }
     if is_first():
+        if dataset.passed_over:
+            say(passed_over(dataset.passed_over))
         plan = Plan(
             **options | {"cache_dir": cache_dir or output / FEATURES},
             meta_epochs_done=meta_epochs_done(output / CHECKPOINT) if resume else 0,
@@ -263,7 +266,7 @@ def score(
         require_package("matplotlib", "--overlays", "plot")
     with_overlays = importlib.util.find_spec("matplotlib") is not None if overlays is None else overlays
     with _begin(f"loading {model}"):
-        from .data.images import list_images
+        from .data.listing import images_to_score
         from .features.backbone import TILES
         from .features.preprocess import memory_bytes
         from .scoring import outputs, pipeline
@@ -277,7 +280,9 @@ def score(
         if output is not None and is_first():
             outputs.check_output(output, resume, overwrite)
         detector = load_model(model, device, false_alarm_rate)
-        found = [file for path in images for file in (list_images(path) if path.is_dir() else [path])]
+        found, notes = images_to_score(images)
+    for note in notes if is_first() else ():
+        say(note)
     files = list({os.path.abspath(file): file for file in reversed(found)}.values())[::-1]  # each once
     if not files:
         raise ValueError(f"there are no images in {', '.join(map(str, images))}")

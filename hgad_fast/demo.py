@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .data.datasets import GOOD, Dataset, Sample, discover
-from .data.images import read_image, read_mask
+from .data.images import read_image
+from .data.masks import read_mask
 from .evaluation.evaluate import Evaluation, evaluate
 from .features import packaged
 from .features.extract import ShowProgress

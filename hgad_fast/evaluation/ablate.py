@@ -115,7 +115,7 @@ def run(
     normals = features or feature_set(base, dataset, progress=progress)
     training_rows, held_out_rows = _drawn(normals.class_ids, dataset.class_names, training_images, config.seed)
     say("features of the test images")
-    features_of = features_of or (lambda sample: image_features(base, read_image(sample.path)))
+    features_of = features_of or (lambda sample: image_features(base, read_image(sample.path, config.white_level)))
     test = [list(features_of(sample)) for sample in progress(dataset.test, "test images")]
     shared = _Data(dataset, normals.subset(training_rows), normals.subset(held_out_rows), test)
     report: dict[str, Any] = environment(torch.device(device))

@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -26,7 +27,9 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import Dataset, Sample, discover
-from ..data.images import read_image, read_mask, resize_mask
+from ..data.images import read_image, resize_mask
+from ..data.masks import read_mask
+from ..data.survey import mask_warnings
 from ..features.extract import ShowProgress
 from ..features.preprocess import image_features, preprocess, seeing
 from ..files import printable
@@ -284,7 +287,7 @@ def evaluate(
     Maps and masks are compared at the size that scores are computed on (`msk_size`), after the model's own
     preprocessing. With another `img_size` the maps of the honest protocol grow with it, as in `score`; those of the
     official one do not. Without calibration only the official protocol is reported. An anomalous image without a mask
-    counts for the image figures alone.
+    counts for the image figures alone. Masks that look like a mistake (see `hgad_fast.data.survey`) are warned of.
 
     Args:
         model: the detector.
@@ -299,6 +302,8 @@ def evaluate(
         ValueError: the dataset's classes are not the model's, or it has no test images.
     """
     dataset = test_set(model, data)
+    for text in mask_warnings(dataset):
+        warnings.warn(text, stacklevel=3)
     _, cells = seen_at(model, img_size)
     model = seeing(model, img_size)
     official = model if official is None else seeing(official, img_size)
@@ -435,7 +440,7 @@ def _classes(model: Detector, dataset: Dataset) -> Iterator[tuple[str, Tensor | 
 
 def _features(model: Detector, sample: Sample) -> list[Tensor]:
     """Return the features of a test image, computed anew."""
-    return image_features(model, read_image(sample.path))
+    return image_features(model, read_image(sample.path, model.config.white_level))
 
 
 def test_set(model: Detector, data: Dataset | str | os.PathLike[str]) -> Dataset:

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from ..data.datasets import GOOD, Dataset, discover, fingerprint
-from ..data.images import read_image, read_mask, resize_image, resize_mask
+from ..data.images import read_image, resize_image, resize_mask
+from ..data.masks import read_mask
 from ..environment import VERSION, package_versions
 from ..features.extract import ShowProgress
 from ..files import printable, replacing
@@ -436,7 +437,7 @@ def _mistakes(model: Detector, dataset: Dataset, evaluation: Evaluation) -> dict
 def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, Any]:
     """Return an image and its anomaly map as small JPEGs, and what the page says about them."""
     sample = next(sample for sample in dataset.test if shown_path(sample, dataset) == scored.path)
-    image = read_image(sample.path)
+    image = read_image(sample.path, model.config.white_level)
     scale = min(1.0, THUMBNAIL / max(image.shape[1:]))
     height, width = (max(1, round(side * scale)) for side in image.shape[1:])
     case = plot.Case(

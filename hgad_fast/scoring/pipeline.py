@@ -179,7 +179,7 @@ def _scored(model: Detector, tasks: Sequence[Task], job: Job) -> Generator[Recor
                 if full and (decoding or writing):
                     break
                 task = waiting.popleft()
-                decoding.append(_Decoding(task, size, pool.submit(read_image, task.file)))
+                decoding.append(_Decoding(task, size, pool.submit(read_image, task.file, model.config.white_level)))
                 pixels_in_flight += pixels
             if decoding:
                 batch = [decoding.popleft()]

@@ -237,8 +237,13 @@ class _Measurement:
     def _features(self) -> tuple[float, float, list[_Probe]]:
         """Return the seconds of reading an image and of its features, and the features of images of growing size."""
         path = self.sample[len(self.sample) // 2]
-        image = read_image(path)
-        reading = self._timed(lambda: (content_hash(path), preprocess(read_image(path), self.config)), warm=True)
+        image = read_image(path, self.config.white_level)
+
+        def read() -> None:
+            content_hash(path)
+            preprocess(read_image(path, self.config.white_level), self.config)
+
+        reading = self._timed(read, warm=True)
         seen = preprocess(image, self.config)
         probes: list[_Probe] = []
         rungs = []
