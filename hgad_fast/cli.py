@@ -603,7 +603,7 @@ def info(
         return
     facts |= facts.pop("model", {})
     for key, value in facts.items():
-        say(f"{key:<20} {value if value is not None else '-'}", sys.stdout)
+        say(printable(f"{key:<20} {value if value is not None else '-'}"), sys.stdout)
 
 
 @app.command()

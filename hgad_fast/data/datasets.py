@@ -97,7 +97,8 @@ Root = str | os.PathLike[str] | Dataset
 def discover(root: Root | Sequence[Root]) -> Dataset:
     """Return the dataset at `root`, in one of the layouts of this module; for several roots, their `union`.
 
-    Classes are sorted by name, images by class and path. Below the folders that a layout names, files may lie in
+    Classes are sorted by name, images by class and path. What cannot be shown of a folder's name is escaped in that of
+    its class (`files.printable`). Below the folders that a layout names, files may lie in
     subfolders, the same for an image and its mask. The folder of normal images in `train` may be called good, normal,
     normals or ok, in small or capital letters. In CSV files a relative path starts at the folder of the file, and may
     have backslashes; `split` is train, validation or test, and the labels good, normal, ok and 0 stand for normal
@@ -114,6 +115,13 @@ def discover(root: Root | Sequence[Root]) -> Dataset:
         DatasetError: a folder or file is missing, a class has no training images, the place of an image does not say
             whether it is normal, the masks of a defect fit none of its images, or a list cannot be read.
     """
+    dataset = _discovered(root)
+    names = tuple(map(printable, dataset.class_names))
+    return dataset if names == dataset.class_names else replace(dataset, class_names=names)
+
+
+def _discovered(root: Root | Sequence[Root]) -> Dataset:
+    """Return what `discover` does, its classes named as the folders are, even where such names cannot be shown."""
     if isinstance(root, Dataset):
         return root
     if isinstance(root, Sequence) and not isinstance(root, str):

@@ -480,7 +480,8 @@ class _Tally:
                 self.maps.append(anomaly_map.numpy())
                 self.masks.append(seen_mask(self.model, sample, anomaly_map).numpy())
             path = shown_path(sample, self.dataset)
-            images.append(ScoredImage(path, class_name, group, sample.defect, sample.is_anomalous, score))
+            defect = printable(sample.defect)
+            images.append(ScoredImage(path, class_name, group, defect, sample.is_anomalous, score))
         if self.judged:
             self._judge(images, scores)
         self.images += images

@@ -39,8 +39,8 @@ def _of_figures(evaluation: Evaluation) -> Iterator[str]:
     """Yield a sentence on the classes that are not told from normal ones, for images and for pixels."""
     protocol = "honest" if "honest" in evaluation.figures else next(iter(evaluation.figures))
     for figure, what, remedy in (
-        ("image_auroc", "defective images", "look at its images and labels: hgad-fast data DATA"),
-        ("pixel_auroc", "defective pixels", "look at its masks: hgad-fast data DATA"),
+        ("image_auroc", "defective images", "look at images and labels: hgad-fast data DATA"),
+        ("pixel_auroc", "defective pixels", "look at the masks: hgad-fast data DATA"),
     ):
         poor = {name: auroc for name, auroc in _known(evaluation.figures[protocol], figure) if auroc <= CHANCE}
         if poor:
