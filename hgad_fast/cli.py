@@ -376,7 +376,7 @@ def calibrate(
 ) -> None:
     """Give a model new thresholds, from normal images: for a new camera, light or position, or another --img-size.
 
-    Its weights stay as they are. A file OUTPUT is replaced, be it MODEL itself.
+    Images of some classes renew those alone. The weights stay. A file OUTPUT is replaced, be it MODEL itself.
     """
     require_no_folder(output)
     require_rate(false_alarm_rate)
@@ -385,11 +385,11 @@ def calibrate(
         from .training import runs
 
         detector = load_model(model, device)
-    if false_alarm_rate is None:
-        false_alarm_rate = detector.calibration.false_alarm_rate if detector.calibration is not None else 0.01
     with working(f"calibrating on {data}"):
-        detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=size)
+        renewed = detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=size)
     detector.save(output)
+    if len(renewed) < len(detector.groups):
+        say(f"calibrated anew: {', '.join(renewed)}; the other classes keep what they had", sys.stdout)
     for line in runs.summary(detector):
         say(line, sys.stdout)
     say(f"model: {output}", sys.stdout)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .environment import plain_torch
+
 FORMAT = "hgad_fast 1"
 
 DEFAULT = "hgad"  # the method where none is named; of presets of one name, its own
@@ -94,7 +96,7 @@ def create(config: Any) -> Any:
     return METHODS[config.method](config)
 
 
-@torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
+@plain_torch()
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Any:
     """Return a model of any method that `save` wrote.
 
@@ -157,6 +159,7 @@ def describe_file(model: Any, path: Path) -> dict[str, Any]:
         **model.describe(),
         "image size": size + (", centre crop" if config.center_crop else ""),
         **({"calibration": "none"} if calibration is None else calibration.describe(model.groups)),
+        **({"note": note} if calibration is not None and (note := calibration.shortcomings(model.groups)) else {}),
     }
 
 

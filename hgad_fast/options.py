@@ -58,6 +58,7 @@ ImgSize = Annotated[
 # What messages of the library call arguments, as the command line calls them.
 _IN_PYTHON: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"--skip-bad, skip_bad=True": "--skip-bad",
+    r"model\.calibrate, hgad-fast calibrate": "hgad-fast calibrate",
     r"backbone_weights=None": "--weights random",
     r"backbone_weights=(?=')": "--weights ",
     r"(\w+Config\.)?backbone_weights": "--weights",
@@ -66,6 +67,7 @@ _IN_PYTHON: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"resume=True": "--resume",
     r"skip_bad=True": "--skip-bad",
     r"img_size='native'": "--img-size native",
+    r"img_size(?= (is|as) )": "--img-size",
     r"output_dir": "--output",
     r"(cache_dir|cache_dtype|cache_limit|false_alarm_rate|max_memory|map_path|skip_bad)": lambda found: (
         "--" + found[1].replace("_", "-")

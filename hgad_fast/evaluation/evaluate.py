@@ -30,6 +30,7 @@ from ..data.datasets import Dataset, Sample, discover
 from ..data.images import read_image, resize_mask
 from ..data.masks import read_mask
 from ..data.survey import mask_warnings
+from ..environment import plain_torch
 from ..features.extract import ShowProgress
 from ..features.preprocess import image_features, preprocess, seeing
 from ..files import printable
@@ -271,6 +272,7 @@ _GROUPS = 40  # groups that a table names
 _HEADS = ("i-AUROC", "i-AP", "i-F1max", "p-AUROC", "p-AP", "p-F1max", "AUPRO.3", "AUPRO.05")
 
 
+@plain_torch()
 @torch.no_grad()
 def evaluate(
     model: Detector,

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..data.datasets import Dataset
 from ..files import printable
 from ..protocol import Detector
-from ..scoring.calibration import percent, rate_table
+from ..scoring.calibration import rate_table
+from ..scoring.rates import percent
 from .evaluate import Evaluation, Figures
 
 CHANCE = 0.6  # AUROC up to which a detector hardly tells anything; below 1 - CHANCE it tells the opposite

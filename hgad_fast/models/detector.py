@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..environment import plain_torch
 from ..features.backbone import FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
@@ -74,6 +75,7 @@ class Detector(nn.Module):
     stages: Mapping[int, str] = {}
     variant_options: ClassVar[tuple[str, ...]] = ()
 
+    @plain_torch()
     def __init__(self, config: Any) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -288,9 +290,9 @@ class Detector(nn.Module):
         """Train on normal images, calibrate on held-out ones; see `hgad_fast.training.fit.fit` for the arguments."""
         return fit(self, data, **options)
 
-    def calibrate(self, data: Any, **options: Any) -> None:
+    def calibrate(self, data: Any, **options: Any) -> tuple[str, ...]:
         """Set normalisation constants and thresholds from normal images; see `scoring.calibration.calibrate`."""
-        calibrate(self, data, **options)
+        return calibrate(self, data, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:
         """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments."""
@@ -347,6 +349,7 @@ class Detector(nn.Module):
         return cls.from_file(path, *read_model_file(Path(path)), device)
 
     @classmethod
+    @plain_torch()
     def from_file(
         cls: type[Model],
         path: str | os.PathLike[str],

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..files import printable, replacing
-from .calibration import percent
+from .rates import percent
 from .regions import Region
 
 MAP_FORMATS = {"npy": ".npy", "tiff16": ".tif", "tiff32": ".tif"}

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import ImageError, read_header, read_image
-from ..environment import VERSION
+from ..environment import VERSION, plain_torch
 from ..features.backbone import Backbone
 from ..features.preprocess import memory_bytes, seeing
 from ..files import printable, tensor_hash
@@ -58,6 +58,7 @@ MAX_PIXELS_IN_FLIGHT = 2**25
 MAX_FILES_IN_FLIGHT = 64
 
 
+@plain_torch()
 def score_files(
     model: Detector, files: Sequence[Path], job: Job, report: Callable[[Record], None] = lambda record: None
 ) -> list[Record]:

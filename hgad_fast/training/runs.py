@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..files import printable
 from ..protocol import Detector
-from ..scoring.calibration import percent, rate_table, required_calibration
+from ..scoring.calibration import rate_table, required_calibration
+from ..scoring.rates import percent
 from .checkpoint import BEST, CHECKPOINT, METRICS, MODEL, RUN
 
 WRITTEN = (MODEL, BEST, CHECKPOINT, METRICS, RUN)
