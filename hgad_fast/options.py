@@ -20,7 +20,7 @@ import typer
 
 from .terminal import printable, say
 
-METHOD_NAMES = "hgad, vqflow, gaussian"  # those that are registered, as a test holds
+METHOD_NAMES = "gaussian, hgad, vqflow"  # those that are registered, as a test holds
 PRESET_NAMES = "official, fast (hgad); gaussian, gaussian-dinov2 (gaussian); official, small (vqflow)"
 DEFAULT_METHOD = "hgad"
 

@@ -23,7 +23,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hgad_fast
-from hgad_fast import HGADModel
+from hgad_fast import HGADModel, methods
+from hgad_fast import options as shared_options
 from hgad_fast.cli import app
 from hgad_fast.data.images import read_image
 from hgad_fast.evaluation.evaluate import Evaluation
@@ -178,6 +179,23 @@ def test_train_resumes_where_it_stood(training, data, tmp_path):
     other = hgad(*train_arguments(data, tmp_path / "run"), "--resume", "--set", "lr=0.1")
     (*_, message), code = other.stderr.splitlines(), other.exit_code
     assert code == 1 and "checkpoint.pt was trained with another configuration: lr 0.0002 -> 0.1" in message
+
+
+def test_a_run_is_never_replaced_unasked(training, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(training[0], tmp_path / "run")
+    for name in ("notes.txt", "report.html"):
+        (folder / name).touch()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arguments = train_arguments(data, folder)
+    assert "run holds a training run (model.safetensors): --resume goes on with it, --overwrite" in fails(*arguments)
+    assert "give one of them" in fails(*arguments, "--resume", "--overwrite")
+    assert "HGADConfig has no field" in fails(*arguments, "--overwrite", "--set", "nothing=1")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")  # of a run that did not end
+    assert "holds a training run (best.safetensors)" in fails(*arguments)
+    succeeds(*arguments, "--overwrite")
+    after = {path.name for path in folder.iterdir()}
+    assert after == before.keys() - {"best.safetensors", "report.html"}
 
 
 def test_train_keeps_features_on_disk_for_the_next_run(data, tmp_path):
@@ -603,6 +621,36 @@ def test_every_command_has_help(command):
     text = click.unstyle(succeeds(command, "--help").stdout)
     assert f"Usage: hgad-fast {command}" in text.replace("root", "hgad-fast")
     assert ("--json" in text) == (command not in ("train", "calibrate", "report", "weights"))
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_every_word(command):
+    """No word is taken for markup: what is in brackets is shown, too."""
+    words = [command] if command else []
+    text = click.unstyle(succeeds(*words, "--help").stdout)
+    assert succeeds(*words, "-h").stdout == succeeds(*words, "--help").stdout
+    group = typer.main.get_command(app)
+    about = group.commands[command] if command else group
+    told = [about.help, about.epilog or "", *(getattr(p, "help", None) or "" for p in about.params)]
+    assert about.help
+    for part in told:
+        assert "".join(part.split()) in "".join(text.split())  # lines may be broken anywhere
+
+
+def test_the_names_in_help_are_those_of_the_methods():
+    assert (
+        shared_options.METHOD_NAMES == ", ".join(sorted(METHODS)) and shared_options.DEFAULT_METHOD == methods.DEFAULT
+    )
+    assert shared_options.PRESET_NAMES == methods.preset_names()
+
+
+def test_version_and_fields(data):
+    assert succeeds("--version").stdout == f"hgad-fast {hgad_fast.__version__}\n"
+    fields = json.loads(succeeds("fields", "--json").stdout)
+    assert fields == json.loads(json.dumps(asdict(hgad_fast.HGADConfig())))
+    text = succeeds("fields", "--preset", "small").stdout
+    assert "\nimg_size = " in text and text.startswith("of VQFlowConfig:\n")
+    assert "--method is 'x'; allowed are " in fails("fields", "--method", "x")
 
 
 def test_alone_it_lists_its_commands():
