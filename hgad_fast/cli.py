@@ -652,30 +652,6 @@ def demo(
         print(json.dumps(figures, indent=2))
 
 
-@app.command()
-@plain_errors
-def fields(
-    method: Method = None,
-    preset: Preset = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the fields of a configuration, for --set and --config, with the values that they have by default.
-
-    Their meaning is told by the configuration's class, e.g. python -c "help('hgad_fast.HGADConfig')".
-    """
-    from dataclasses import asdict
-
-    from .methods import config_class
-
-    settings_class = config_class(method, preset)
-    values = asdict(settings_class() if preset is None else settings_class.preset(preset))
-    if as_json:
-        print(json.dumps(values, indent=2))
-        return
-    print(f"of {settings_class.__name__}:")
-    print("\n".join(f"{name} = {json.dumps(value)}" for name, value in values.items()))
-
-
 def _teller(as_json: bool) -> Callable[[str], None]:
     """Return what says lines of text: on stdout, or where that is for JSON on stderr."""
     return say if as_json else lambda text: say(text, sys.stdout)

@@ -35,13 +35,10 @@ Preset = Annotated[
         help=f"A named set of fields to start from: {PRESET_NAMES}. What each needs and reaches: hgad-fast presets."
     ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration: hgad-fast fields.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        help="A field of the configuration, e.g. --set img_size=512; may be repeated. All fields: hgad-fast fields.",
-    ),
+    typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
 ]
 Backbone = Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")]
 Weights = Annotated[str | None, typer.Option(help="'pretrained', 'packaged', a state-dict file, or 'random'.")]

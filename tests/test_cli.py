@@ -644,13 +644,8 @@ def test_the_names_in_help_are_those_of_the_methods():
     assert shared_options.PRESET_NAMES == methods.preset_names()
 
 
-def test_version_and_fields(data):
+def test_version():
     assert succeeds("--version").stdout == f"hgad-fast {hgad_fast.__version__}\n"
-    fields = json.loads(succeeds("fields", "--json").stdout)
-    assert fields == json.loads(json.dumps(asdict(hgad_fast.HGADConfig())))
-    text = succeeds("fields", "--preset", "small").stdout
-    assert "\nimg_size = " in text and text.startswith("of VQFlowConfig:\n")
-    assert "--method is 'x'; allowed are " in fails("fields", "--method", "x")
 
 
 def test_alone_it_lists_its_commands():
