@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from .methods import DEFAULT, METHODS, config_class, describe_file, describe_presets, preset_names
-from .models.config import assignment
+from .models.fields import assignment
 
 app = typer.Typer(
     name="hgad-fast",

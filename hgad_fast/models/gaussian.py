@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -156,6 +156,17 @@ class GaussianModel(Detector):
     def density_levels(self) -> int:
         """The levels that have Gaussians: one for each backbone."""
         return len(self.whitenings)
+
+    @property
+    def density_parts(self) -> int:
+        """One for each backbone."""
+        return len(self.whitenings)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError for numbers of images below 0."""
+        for name, tensor in state.items():
+            if name.endswith(".images") and (tensor < 0).any():
+                raise ValueError(f"{name} holds a number of images below 0")
 
     @property
     def groups_are_classes(self) -> bool:  # type: ignore[override]

@@ -247,7 +247,10 @@ class PlaceGaussians(nn.Module):
             part = slice(start, start + step)
             covariance = self._sample_covariance(group, part) if count > 1 else shared
             covariance = (1 - self.shrinkage) * covariance + self.shrinkage * shared + self.floor * identity
-            lower = torch.linalg.cholesky(covariance.expand(len(mean[part]), -1, -1))
+            try:
+                lower = torch.linalg.cholesky(covariance.expand(len(mean[part]), -1, -1))
+            except torch.linalg.LinAlgError as error:
+                raise ValueError("the sums of the Gaussians are none of any features") from error
             inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
             for band, (first, end) in enumerate(self.bands):
                 getattr(self, f"band_{band}_{j}")[row, part] = inverse[:, first:end, :end]
