@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .environment import plain_torch
 from .files import printable, replacing
 
 FORMAT = "hgad_fast 1"
@@ -112,7 +113,7 @@ def create(config: Any) -> Any:
     return METHODS[config.method](config)
 
 
-@torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
+@plain_torch()
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Any:
     """Return a model of any method that `save` wrote.
 
@@ -245,9 +246,6 @@ def describe_file(model: Any, path: Path) -> dict[str, Any]:
     config, calibration = model.config, model.calibration
     side = "square, side" if config.square else "short side"
     size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
-    rate = "none"
-    if calibration is not None:
-        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
     return {
         "model file": str(path),
         "size": f"{path.stat().st_size / 1e6:.1f} MB",
@@ -257,7 +255,8 @@ def describe_file(model: Any, path: Path) -> dict[str, Any]:
         "feature channels": ", ".join(map(str, model.feature_dims)),
         **model.describe(),
         "image size": size + (", centre crop" if config.center_crop else ""),
-        "calibration": rate,
+        **({"calibration": "none"} if calibration is None else calibration.describe(model.groups)),
+        **({"note": note} if calibration is not None and (note := calibration.shortcomings(model.groups)) else {}),
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..environment import plain_torch
 from ..features.backbone import FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
@@ -75,6 +76,7 @@ class Detector(nn.Module):
     stages: Mapping[int, str] = {}
     variant_options: ClassVar[tuple[str, ...]] = ()
 
+    @plain_torch()
     def __init__(self, config: Any) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -304,9 +306,9 @@ class Detector(nn.Module):
         """Train on normal images, calibrate on held-out ones; see `hgad_fast.training.fit.fit` for the arguments."""
         return fit(self, data, **options)
 
-    def calibrate(self, data: Any, **options: Any) -> None:
+    def calibrate(self, data: Any, **options: Any) -> tuple[str, ...]:
         """Set normalisation constants and thresholds from normal images; see `scoring.calibration.calibrate`."""
-        calibrate(self, data, **options)
+        return calibrate(self, data, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:
         """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments."""
@@ -364,7 +366,7 @@ class Detector(nn.Module):
             return cls.from_file(file, device)
 
     @classmethod
-    @torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
+    @plain_torch()
     def from_file(cls: type[Model], file: ModelFile, device: str | torch.device | None = None) -> Model:
         """Return the model in a file that `methods.opened` has opened; see `load`."""
         if file.method != cls.config_class.method:

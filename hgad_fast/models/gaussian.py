@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..environment import plain_torch
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.extract import FeatureSet, feature_set
 from ..features.joining import joined
@@ -249,6 +250,7 @@ class GaussianModel(Detector):
         """Solve for the Gaussians; of several processes, all have the sums of the first by now."""
         self._solve()
 
+    @plain_torch()
     @torch.no_grad()
     def add(self, data: Any) -> None:
         """Add normal images to those that the Gaussians know. The whitening stays, and so do the thresholds.

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import ImageError, read_header, read_image
-from ..environment import VERSION
+from ..environment import VERSION, plain_torch
 from ..features.backbone import Backbone
 from ..features.preprocess import memory_bytes, seeing
 from ..files import replacing, tensor_hash
@@ -117,6 +117,7 @@ class Record:
     error: Exception | None = None
 
 
+@plain_torch()
 def score_files(
     model: Detector, files: Sequence[Path], job: Job, report: Callable[[Record], None] = lambda record: None
 ) -> list[Record]:

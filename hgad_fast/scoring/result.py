@@ -27,8 +27,9 @@ class ScoreResult:
             `false_alarm_rate`; False where there is no threshold.
         threshold: (B,) float64, image score above which an image (and map value above which a pixel) counts as
             anomalous; NaN without calibration images.
-        false_alarm_rate: (B,) the rate that the threshold stands for: the target, or the lowest that the number of
-            calibration images allows.
+        false_alarm_rate: (B,) float64, the false-alarm rate that the threshold attains with its n calibration images:
+            the largest k / (n + 1) that is no more than the target, or 1 / (n + 1), the lowest there is, where that is
+            more than the target (`Calibration.attained_rate`); NaN where there is no threshold.
         logps: per level (B, h, w), log-density under the image's class divided by C, in nats per channel.
         neg_entropy: per level (B, h, w), negative entropy of the class posterior, in nats; empty where the method has
             no posterior.

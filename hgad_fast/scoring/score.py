@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..environment import plain_torch
 from ..features.backbone import ALWAYS_WHOLE, TILES, Backbone
 from ..features.preprocess import (
     batch_features,
@@ -36,6 +37,7 @@ from .maps import cells_on_map, lay, resample, resampled_fill
 from .result import ScoreResult, judged
 
 
+@plain_torch()
 @torch.no_grad()
 def score_features(
     model: Detector,
@@ -82,6 +84,7 @@ def score_features(
     return result
 
 
+@plain_torch()
 @torch.no_grad()
 def score_images(
     model: Detector,
