@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, names as they can be shown, sizes in bytes as people write them, hashes."""
+"""Files that are never seen half-written, sizes in bytes as people write them, hashes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import hashlib
 import os
 import re
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .terminal import printable as printable
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -43,25 +44,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def printable(name: str | os.PathLike[str]) -> str:
-    """Return a file's name as it can be printed, drawn and written in UTF-8; a name of ordinary characters as it is.
-
-    What has no place in a line of text is escaped as Python writes it: bytes that are no UTF-8 (``\\xf6``), line ends
-    and other control characters (``\\n``, ``\\x1b``), and the marks that turn the direction of writing (``\\u202e``).
-    A backslash stays, as it is a part of paths on Windows.
-    """
-    return "".join(map(_escaped, os.fspath(name)))
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that Python could not decode (surrogateescape)
-        return f"\\x{code - 0xDC00:02x}"
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d":  # joiners
-        return character.encode("unicode_escape").decode()
-    return character
 
 
 def byte_count(size: int | str | None) -> int | None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import Dataset, Sample, check_images, content_hash, content_hashes, discover, fingerprint
-from ..data.images import ImageError, read_header, read_image
+from ..data.images import WHITE_LEVEL, ImageError, read_header, read_image
+from ..data.levels import warn_of_white_level
 from ..files import byte_count, printable, readable, state_hash
 from .backbone import Backbone
 from .cache import (
@@ -194,6 +195,7 @@ def feature_set(
         )
     dataset = data if isinstance(data, Dataset) else discover(data)
     model.adopt_classes(dataset.class_names, str(dataset.root))
+    warn_of_white_level(dataset.train, model.config.white_level)
     store: Cache | None = None
     if cache == "ram":
         store = MemoryCache(limit)
@@ -206,7 +208,7 @@ def feature_set(
 
     def report(content: str, error: ImageError) -> None:
         if not skip_bad:
-            check_images(dataset.train)  # raises an error that lists them all
+            check_images(dataset.train, white_level=model.config.white_level)  # raises an error that lists them all
             raise error
         errors[content] = error
 
@@ -353,6 +355,8 @@ class _Extractor:
             "device": self.model.device.type,  # each type of device rounds in its own way
             "dtype": str(self.dtype),
         }
+        if config.white_level != WHITE_LEVEL:
+            key["white_level"] = config.white_level
         if self.model.preparation:
             key["preparation"] = self.model.preparation
         if config.square:
@@ -368,7 +372,7 @@ class _Extractor:
             ImageError: the file cannot be read, or scoring the image would take too much memory.
         """
         try:
-            image = read_image(path)
+            image = read_image(path, self.model.config.white_level)
             may_cut(self.model, self.model.config, (image.shape[1], image.shape[2]))  # for its errors and warnings
             return preprocess(image, self.model.config)
         except ImageError:

@@ -68,7 +68,7 @@ class Config:
     method: ClassVar[str]
     square: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    added: ClassVar[dict[str, Any]] = {"grid_stride": 16}
+    added: ClassVar[dict[str, Any]] = {"grid_stride": 16, "white_level": 65535}
     preset_notes: ClassVar[dict[str, PresetNote]] = {}
     without_effect: ClassVar[dict[str, Any]] = {
         "accumulate": 1,  # only the last bits differ
@@ -87,6 +87,7 @@ class Config:
     grid_stride: int = 16  # pixels per cell of the grid on which stages are joined: that of the nearest stage
     img_size: int | str = 1024  # short side (of a square: each) of what the backbone sees, pixels, or "native": its own
     msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
+    white_level: int = 65535  # the value of white in 16-bit images; 1023, 4095, 16383 for cameras of 10, 12, 14 bits
     center_crop: bool = False  # True: the official protocol, which sees the centre square of the image only
     lr: float = 2e-4
     meta_epochs: int = 25
@@ -110,6 +111,8 @@ class Config:
             size == "native" if isinstance(size, str) else is_count(size, MAX_SIDE),
             f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)",
         )
+        level = self.white_level
+        self._require("white_level", is_int(level) and 1 <= level <= 65535, "a whole number from 1 to 65535")
         self._require("seed", is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
         self._require(
             "accumulate",

@@ -138,7 +138,7 @@ def score_images(
     config, cells = seen_at(model, img_size)
     if tiles not in TILES:
         raise ValueError(f"tiles is {tiles!r}; allowed are {', '.join(map(repr, TILES))}")
-    image_tensors = list(as_images(images))
+    image_tensors = list(as_images(images, config.white_level))
     if not image_tensors:
         raise ValueError("there are no images to score")
     if map_path is not None and (len(image_tensors) > 1 or Path(map_path).suffix != ".npy"):

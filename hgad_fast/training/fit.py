@@ -108,7 +108,7 @@ def fit(
         callbacks: called with each record of the history.
         false_alarm_rate: target false-alarm rate, the share of normal images that the thresholds may call anomalous.
         skip_bad: leave out images that cannot be decoded, and report them, instead of stopping.
-        progress: show a progress bar; None: if stderr is a terminal.
+        progress: show a bar on stderr; None: if that is a terminal, and else say every 10 s how far the training is.
         cuda_graphs: record steps as CUDA graphs, which saves a launch for each kernel; for one process, and images of
             few sizes: four shapes of a batch in each stage. The gain has not been measured.
 

@@ -22,7 +22,8 @@ from hgad_fast.data.datasets import (
     fingerprint,
     union,
 )
-from hgad_fast.data.images import list_images, read_mask
+from hgad_fast.data.listing import list_images
+from hgad_fast.data.masks import read_mask
 from hgad_fast.data.survey import survey
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -426,9 +427,15 @@ def test_what_is_missing_is_named(tmp_path: Path, files: list[str], place: str, 
 
 
 def test_root_that_is_no_folder(tmp_path: Path) -> None:
-    for root in (tmp_path / "absent", write(tmp_path / "data.zip")):
-        with pytest.raises(DatasetError, match="no such folder; give the folder that holds"):
+    for root, kind in (
+        (tmp_path / "absent", "no such folder"),
+        (write(tmp_path / "data.zip"), "a file, and no dataset"),
+        (write(tmp_path / "a.PNG"), "an image, and no dataset"),
+        (tmp_path / "list.csv", "no such CSV file"),
+    ):
+        with pytest.raises(DatasetError, match=f": {kind}; give the folder that holds .*, or a CSV file") as error:
             discover(root)
+        assert str(error.value).startswith(str(root))
 
 
 def test_images_below_linked_folders_are_listed(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def broken_mask(root: Path) -> None:
 
 
 def wide_mask(root: Path) -> None:
-    draw(root / "nut/ground_truth/dent/1_mask.png", np.ones((8, 13), np.uint8))
+    draw(root / "nut/ground_truth/dent/1_mask.png", np.eye(8, 13, dtype=np.uint8))
 
 
 def blank_mask(root: Path) -> None:

@@ -14,6 +14,7 @@ from sklearn.metrics import auc, roc_auc_score
 
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.data import datasets, images
+from hgad_fast.data.masks import read_mask
 from hgad_fast.evaluation import metrics
 from hgad_fast.evaluation.evaluate import FIGURES, BestCheckpoint, Evaluation, evaluate
 from hgad_fast.features import preprocess
@@ -206,7 +207,7 @@ def test_each_figure_is_that_of_metrics(whole, model, root):
             maps.setdefault(name, []).append(actual.anomaly_map[0])
             mask = torch.zeros(maps[name][-1].shape, dtype=torch.bool)
             if sample.mask:
-                seen = images.whole_image(images.read_mask(sample.mask), model.config.img_size)
+                seen = images.whole_image(read_mask(sample.mask), model.config.img_size)
                 mask = images.resize_mask(seen, tuple(mask.shape))
             masks.setdefault(name, []).append(mask)
     for name in (None, *dataset.class_names):

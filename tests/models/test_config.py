@@ -50,6 +50,7 @@ BAD = {
     "pixels_per_step": ("64", 0, -1, 64.0, (64,), 0.0, 1.0, -0.5),
     "map_levels": ("1", 0, -1, 4, 1.0, (1,)),
     "checkpoint_every": (None, "0", -1, 4.0, (4,)),
+    "white_level": (None, "4095", 0, -1, 65536, 4095.0, (4095,)),
     "center_crop": (None, "False", 0, 1, 1.0),
     "class_names": (3, "abc", (), ("a", "b"), ("a", "b", "b"), ("a", "b", 3), ("a", "b", ["c"]), ("a", "b", "")),
     "backbone_arch": ("", 3, ("tf_efficientnet_b6",)),
@@ -144,7 +145,7 @@ def test_json_round_trip():
 
 def test_fields_that_were_added_are_in_json_where_they_differ():
     """So that files of before them are the files of today: they compare and hash alike."""
-    added = {"grid_stride": 8, "feature_scaling": "std", "pixels_per_step": 0.5, "map_levels": 2}
+    added = {"grid_stride": 8, "white_level": 4095, "feature_scaling": "std", "pixels_per_step": 0.5, "map_levels": 2}
     assert HGADConfig.added.keys() == added.keys()
     assert not json.loads(HGADConfig().to_json()).keys() & added.keys()
     config = HGADConfig(**added)
