@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 
 VERSION = "0.1.0"
+
+_THREADS = threading.RLock()  # their number is one setting for the whole process
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -28,6 +33,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on the CPU without torch's other threads: on many small tensors they wait most of the time, busily."""
+    with _THREADS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def package_versions(*packages: str) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..environment import one_thread
 from . import joining, tiles
 from .interpolate import between, bilinear
 from .packaged import packaged_state_dict
@@ -391,7 +392,8 @@ class _Fast:
 
     def __init__(self, net: Any, maybe_local: bool) -> None:
         self.strides, self.maybe_local = net.feature_info.reduction(), maybe_local
-        self.net = streamlined(net)
+        with one_thread():
+            self.net = streamlined(net)
 
     @functools.cached_property
     def shadow(self) -> nn.Module:
@@ -399,7 +401,8 @@ class _Fast:
 
     @functools.cached_property
     def footprint(self) -> tiles.Footprint:
-        return tiles.footprint(self.net, self.strides, self.maybe_local)
+        with one_thread():
+            return tiles.footprint(self.net, self.strides, self.maybe_local)
 
 
 @torch.no_grad()
