@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..environment import one_thread
 from ..files import printable
 from . import joining, tiles
 from .hub import PREFIXES, ask_hub, reaching_hub, without_hub
@@ -396,7 +397,8 @@ class _Fast:
 
     def __init__(self, net: Any, maybe_local: bool) -> None:
         self.strides, self.maybe_local = net.feature_info.reduction(), maybe_local
-        self.net = streamlined(net)
+        with one_thread():
+            self.net = streamlined(net)
 
     @functools.cached_property
     def shadow(self) -> nn.Module:
@@ -404,7 +406,8 @@ class _Fast:
 
     @functools.cached_property
     def footprint(self) -> tiles.Footprint:
-        return tiles.footprint(self.net, self.strides, self.maybe_local)
+        with one_thread():
+            return tiles.footprint(self.net, self.strides, self.maybe_local)
 
 
 @torch.no_grad()

@@ -240,6 +240,9 @@ class Detector(nn.Module):
         """Return the state of a checkpoint of an older format in the current one; None where that is not possible."""
         return None
 
+    def make_ready(self) -> None:
+        """Compute what the first image to be scored would have to wait for; nothing by default."""
+
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """Raise a ValueError where tensors of a model file are none that the method can work with; none by default.
 
