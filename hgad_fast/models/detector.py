@@ -28,6 +28,7 @@ from ..scoring.calibration import Calibration, calibrate
 from ..scoring.maps import official_maps
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_features, score_images
+from ..scoring.stored import stored_calibration
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
 from .config import Config, Settings
@@ -491,13 +492,18 @@ def _calibration_in(file: ModelFile, model: Detector) -> Calibration | None:
     if not names and "calibration" not in file.metadata:
         return None
     settings = file.json("calibration", dict) if "calibration" in file.metadata else {}
-    tensors = {name.removeprefix(CALIBRATION): file.tensor(name) for name in names}
+    tensors = {name.removeprefix(CALIBRATION): file.tensor(name, keep_double=True) for name in names}
     try:
-        calibration = Calibration.from_tensors(tensors, **settings)
-        calibration.check(len(model.groups), model.density_levels, model.density_parts, model.fusion)
+        return stored_calibration(
+            tensors,
+            settings,
+            groups=len(model.groups),
+            levels=model.density_levels,
+            parts=model.density_parts,
+            fusion=model.fusion,
+        )
     except ValueError as error:
         raise file.error(f"is damaged: in its calibration {error}") from error
-    return calibration
 
 
 def varied(

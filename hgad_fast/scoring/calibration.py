@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrate
 from .rates import MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
 
 TENSORS = ("level_max", "scores", "class_ids")  # that a calibration has
-OPTIONAL_TENSORS = ("weights", "score_weights")
+WEIGHT_TENSORS = ("weights", "score_weights")  # and may have
+POOLED_TENSORS = ("pooled_scores", "pooled_ids")
 
 
 class _References(NamedTuple):
@@ -295,11 +296,8 @@ class Calibration:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors, as a model file holds them."""
-        tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
-        for name in ("weights", "score_weights", "pooled_scores", "pooled_ids"):
-            if (tensor := getattr(self, name)) is not None:
-                tensors[name] = tensor
-        return tensors
+        tensors = {name: getattr(self, name) for name in (*TENSORS, *WEIGHT_TENSORS, *POOLED_TENSORS)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def settings(self) -> dict[str, Any]:
         """Return everything but the tensors, as a model file holds it; the last three only where they are so."""
@@ -308,75 +306,6 @@ class Calibration:
         if self.scored_on != "map":
             rules["scored_on"] = self.scored_on
         return settings | {name: value for name, value in rules.items() if value}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Calibration:
-        """Return the calibration that `tensors` and `settings` came from.
-
-        Raises:
-            ValueError: one of them is missing or unknown, or cannot be; the message names it.
-        """
-        known = {attribute.name for attribute in fields(cls) if attribute.init} - {*TENSORS, *OPTIONAL_TENSORS}
-        for name in TENSORS:
-            if name not in tensors:
-                raise ValueError(f"the tensor {name} is missing")
-        if unknown := sorted({*tensors} - {*TENSORS, *OPTIONAL_TENSORS}) + sorted({*settings} - known):
-            raise ValueError(f"{unknown[0]!r} is unknown")
-        given: dict[str, Any] = {**tensors, **settings}
-        calibration = cls(**given)
-        calibration._check_settings()
-        return calibration
-
-    def _check_settings(self) -> None:
-        """Raise a ValueError for a setting that cannot be; the message names it."""
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        rate, size, share = self.false_alarm_rate, self.img_size, self.share
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        for name, holds, allowed in (
-            ("false_alarm_rate", is_number(rate) and 0 < rate < 1, "a number above 0 and below 1"),
-            ("img_size", size is None or size == "native" or whole, "a whole number from 1, 'native', or null"),
-            ("borrowing", isinstance(self.borrowing, bool), "true or false"),
-            ("share", is_number(share) and 0 <= share <= 1, "a number from 0 to 1"),
-            ("scored_on", self.scored_on in ("map", "all"), "'map' or 'all'"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {str(getattr(self, name))[:100]!r}; allowed: {allowed}")
-
-    def check(self, groups: int, levels: int, parts: int, fusion: str) -> None:
-        """Check the tensors.
-
-        Args:
-            groups: G, the number of groups of the model.
-            levels: S, that of the levels of its densities.
-            parts: that of the parts of its densities.
-            fusion: its rule that makes one map of them.
-
-        Raises:
-            ValueError: one of them is missing, or is not that of such a model; the message names it.
-        """
-        needed = fusion != "product" and (parts > 1 or self.scored_on != "map")
-        if needed and self.weights is None:
-            raise ValueError(f"the tensor weights is missing, without which maps cannot be fused ({fusion})")
-        if needed and self.scored_on != "map" and self.score_weights is None:
-            raise ValueError(f"the tensor score_weights is missing, without which maps cannot be fused ({fusion})")
-        images = (self.class_ids.numel(),)
-        shapes = {"level_max": (groups, levels), "scores": images, "class_ids": images}
-        shapes |= dict.fromkeys(OPTIONAL_TENSORS, (groups, parts))
-        for name, tensor in self.tensors().items():
-            shape, floating = tuple(tensor.shape), name != "class_ids"
-            if shape != shapes[name]:
-                raise ValueError(f"{name} has shape {shape}; expected is {shapes[name]}")
-            if tensor.is_floating_point() != floating or not floating and tensor.dtype != torch.int64:
-                raise ValueError(f"{name} is of type {tensor.dtype}; it must be {'floating' if floating else 'int64'}")
-            if floating and not tensor.isfinite().all():
-                raise ValueError(f"{name} holds a NaN or an infinity")
-            if name in OPTIONAL_TENSORS and (tensor < 0).any():
-                raise ValueError(f"{name} holds a number below 0")
-        if not ((self.class_ids >= 0) & (self.class_ids < groups)).all():
-            raise ValueError(f"class_ids holds a number that is none of the {groups} groups, from 0 on")
 
 
 def rate_table(model: Detector) -> list[dict[str, Any]]:
