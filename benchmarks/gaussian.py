@@ -33,7 +33,7 @@ from hgad_fast.features.composite import CompositeBackbone
 from hgad_fast.features.extract import feature_set
 from hgad_fast.features.preprocess import image_features, preprocess
 from hgad_fast.files import replacing
-from hgad_fast.models.config import assignment
+from hgad_fast.models.fields import assignment
 from hgad_fast.scoring.densities import densities
 
 RATES = (0.05, 0.01)

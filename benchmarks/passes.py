@@ -29,7 +29,7 @@ from hgad_fast.evaluation.evaluate import mean, seen_mask
 from hgad_fast.features.extract import feature_set
 from hgad_fast.features.preprocess import image_features
 from hgad_fast.files import replacing
-from hgad_fast.models.config import assignment
+from hgad_fast.models.fields import assignment
 from hgad_fast.scoring.calibration import calibration_of, held_out_densities, largest_densities
 from hgad_fast.scoring.densities import densities
 

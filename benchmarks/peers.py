@@ -60,7 +60,8 @@ from hgad_fast.evaluation.evaluate import evaluate, seen_mask
 from hgad_fast.features.backbone import Backbone, read_state_dict
 from hgad_fast.features.preprocess import preprocess
 from hgad_fast.files import replacing
-from hgad_fast.models.config import HGADConfig, assignment
+from hgad_fast.models.config import HGADConfig
+from hgad_fast.models.fields import assignment
 from hgad_fast.scoring.scorer import Scorer
 
 REPOSITORY = Path(__file__).parents[1]

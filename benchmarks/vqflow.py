@@ -27,7 +27,7 @@ from hgad_fast.evaluation.evaluate import evaluate
 from hgad_fast.features.extract import feature_set
 from hgad_fast.features.preprocess import image_features
 from hgad_fast.files import replacing
-from hgad_fast.models.config import assignment
+from hgad_fast.models.fields import assignment
 from hgad_fast.scoring.calibration import split
 
 

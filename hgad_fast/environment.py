@@ -23,6 +23,7 @@ FLOAT = torch.float32  # in which everything is computed
 _NUMPY_ERRORS: Any = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
 _backends: Any = torch.backends
 _lock = threading.Lock()
+_THREADS = threading.RLock()  # their number is one setting for the whole process
 _inside = 0  # calls in `plain_torch`, of all threads
 _restore: list[Callable[[], Any]] = []  # what the last of them sets back
 
@@ -98,6 +99,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on the CPU without torch's other threads: on many small tensors they wait most of the time, busily."""
+    with _THREADS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def package_versions(*packages: str) -> dict[str, str | None]:

@@ -1,12 +1,20 @@
-"""The registry of the methods of detection, and reading of model files.
+"""The registry of the methods of detection, and model files.
 
 A model class is registered when it is defined (`register`), so that scoring, reports and the command line can load any
 model without knowing the classes.
+
+A model file may come from anywhere. Nothing in it is executed, and nothing that it names is opened or fetched, as long
+as it holds the weights of the backbone. Its header is read first, and compared with the configuration in it, before
+anything is made that is as large as the file says.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +22,17 @@ import torch
 from torch import Tensor
 
 from .environment import plain_torch
+from .files import printable, replacing
 
 FORMAT = "hgad_fast 1"
+FLOATS = ("F32", "F64", "F16", "BF16")  # what numbers may be saved as; they are computed with in float32
+LONGEST_ERROR = 2000  # characters
+INTEGERS: dict[torch.dtype, tuple[str, ...]] = {
+    torch.int64: ("I64",),
+    torch.int32: ("I32", "I64"),  # sums that have outgrown 32 bits
+    torch.bool: ("BOOL",),
+    torch.uint8: ("U8",),
+}
 
 DEFAULT = "hgad"  # the method where none is named; of presets of one name, its own
 
@@ -108,40 +125,125 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
         ValueError: the file is missing, damaged, of another format or of an unknown method, or does not fit the
             backbone at hand; see `models.detector.Detector.load`.
     """
-    metadata, state = read_model_file(Path(path))
-    method = method_of(metadata)
-    if method not in METHODS:
-        raise ValueError(f"{path} holds a model of the method {method!r}; this version knows {', '.join(METHODS)}")
-    return METHODS[method].from_file(path, metadata, state, device)
+    with opened(path) as file:
+        if file.method not in METHODS:
+            raise file.error(f"holds a model of the method {file.method!r}; this version knows {', '.join(METHODS)}")
+        return METHODS[file.method].from_file(file, device)
 
 
-def method_of(metadata: dict[str, str]) -> str:
-    """Return the name of the method of a model file; the earliest files name none, and hold HGAD models."""
-    return metadata.get("method", "hgad")
+class ModelFile:
+    """A model file that is open: what its header says, and the tensors, which are read one by one.
+
+    Attributes:
+        path: for error messages.
+        metadata: texts by name.
+        shapes: those of the tensors, by their names.
+        method: the name of the method; the earliest files name none, and hold HGAD models.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], handle: Any) -> None:
+        self.path = printable(path)
+        self.metadata: dict[str, str] = handle.metadata() or {}
+        self.method = self.metadata.get("method", "hgad")
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+        self._types = {name: each.get_dtype() for name, each in slices.items()}
+        self._handle = handle
+
+    def error(self, text: str) -> ValueError:
+        """Return an error that names the file, in one line, whatever of the file the text quotes."""
+        text = " ".join(text.split())
+        half = LONGEST_ERROR // 2
+        return ValueError(f"{self.path} {text if len(text) <= LONGEST_ERROR else f'{text[:half]} ... {text[-half:]}'}")
+
+    def json(self, name: str, kind: type) -> Any:
+        """Return what a text of the metadata holds as JSON.
+
+        Raises:
+            ValueError: there is no such text, or it is no JSON of this kind.
+        """
+        try:
+            value = json.loads(self.metadata[name])
+        except KeyError:
+            raise self.error(f"is no whole model file: its metadata lack {name!r}") from None
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"is damaged: {name!r} in its metadata is no JSON ({error})") from error
+        if not isinstance(value, kind):
+            raise self.error(f"is damaged: {name!r} in its metadata is a {type(value).__name__}, no {kind.__name__}")
+        return value
+
+    def require_type(self, name: str, dtype: torch.dtype) -> None:
+        """Raise a ValueError where a tensor is of a type that does not do for `dtype`."""
+        allowed = FLOATS if dtype.is_floating_point else INTEGERS.get(dtype, ())
+        if self._types[name] not in allowed:
+            raise self.error(
+                f"is damaged: the tensor {name} is of type {self._types[name]}; allowed: {', '.join(allowed)}"
+            )
+
+    def tensor(self, name: str, keep_double: bool = False) -> Tensor:
+        """Return a tensor, in memory of its own.
+
+        Args:
+            name: its name.
+            keep_double: whether float64 stays; otherwise all numbers become float32.
+
+        Raises:
+            ValueError: it cannot be read, or a number in it is not finite.
+        """
+        try:
+            mapped = self._handle.get_tensor(name)
+            kept = not mapped.is_floating_point() or keep_double and mapped.dtype == torch.float64
+            tensor = mapped.clone() if kept else mapped.to(torch.float32, copy=True)
+        except Exception as error:  # of many kinds, where the header lies
+            raise self.error(f"is damaged: its tensor {name} cannot be read ({error})") from error
+        if tensor.is_floating_point() and tensor.numel():
+            if not all(math.isfinite(bound) for bound in torch.stack(tensor.aminmax()).tolist()):  # in one pass
+                raise self.error(f"is damaged: its tensor {name} holds a NaN or an infinity")
+        return tensor
 
 
-def read_model_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return the metadata and the tensors of a model file.
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[ModelFile]:
+    """Open a model file.
 
     Raises:
         ValueError: there is no such file, or it is damaged or of another format.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    if not path.is_file():
-        raise ValueError(f"there is no model file {path}")
+    if not Path(path).is_file():
+        raise ValueError(f"there is no model file {printable(path)}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is in format {metadata.get('format')!r}, this version of hgad_fast reads {FORMAT!r}; a checkpoint "
-            "of an official code is read by load_official_checkpoint of the model's class"
+        handle = safe_open(path, framework="pt")
+        file = ModelFile(path, handle)
+    except Exception as error:  # of many kinds: no permission, no header, ...
+        raise ValueError(f"{printable(path)} is no whole safetensors file ({error})") from error
+    with handle:
+        if file.metadata.get("format") != FORMAT:
+            raise file.error(
+                f"is in format {file.metadata.get('format')!r}, this version of hgad_fast reads {FORMAT!r}; a "
+                "checkpoint of an official code is read by load_official_checkpoint of the model's class"
+            )
+        yield file
+
+
+def write_model_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a model file; the same tensors and texts give the same bytes."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+            temporary,
+            dict(metadata),
         )
-    return metadata, state
+        # safetensors orders the tensors, but writes the metadata in an order that differs from run to run.
+        with temporary.open("rb+") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            file.seek(8)
+            file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def describe_file(model: Any, path: Path) -> dict[str, Any]:

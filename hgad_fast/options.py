@@ -136,7 +136,7 @@ def configuration(
 ) -> Any:
     """Return the configuration that the options of `train` and `ablate` ask for."""
     from .methods import config_class
-    from .models.config import assignment
+    from .models.fields import assignment
 
     settings_class = config_class(method, preset)
     fields: dict[str, Any] = {"n_classes": len(class_names), "class_names": class_names}

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
-
 from ..features.composite import weights_of
+from .fields import is_count, is_indices, is_int, is_number, plain, shown
 
 LOSS_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")  # the last two are those of stage 2
+
+# The largest values of the fields of a kind: beyond what anybody trains, and a model file cannot ask for more.
+MAX_GROUPS = 100_000  # classes, centres, codes, clusters
+MAX_LEVELS = 100
+MAX_LAYERS = 1000
+MAX_WIDTH = 2**16  # channels
+MAX_SIDE = 2**16  # pixels
+MAX_STEPS = 10**6  # epochs, images of a batch
 
 _HUB = "timm's hub, or --weights FILE"  # where the weights of a preset come from
 
@@ -94,22 +100,23 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            setattr(self, field.name, _plain(getattr(self, field.name)))
-        self._require_counts(
-            "n_classes", "feature_levels", "msk_size", "meta_epochs", "sub_epochs", "batch_size", "grid_stride"
-        )
+            setattr(self, field.name, plain(getattr(self, field.name)))
+        self._require_counts(MAX_GROUPS, "n_classes")
+        self._require_counts(MAX_LEVELS, "feature_levels")
+        self._require_counts(MAX_SIDE, "msk_size", "grid_stride")
+        self._require_counts(MAX_STEPS, "meta_epochs", "sub_epochs", "batch_size")
         size: Any = self.img_size
         self._require(
             "img_size",
-            size == "native" if isinstance(size, str) else _is_int(size) and size >= 1,
-            "a whole number from 1, or 'native' (each image's own size)",
+            size == "native" if isinstance(size, str) else is_count(size, MAX_SIDE),
+            f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)",
         )
         level = self.white_level
-        self._require("white_level", _is_int(level) and 1 <= level <= 65535, "a whole number from 1 to 65535")
-        self._require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
+        self._require("white_level", is_int(level) and 1 <= level <= 65535, "a whole number from 1 to 65535")
+        self._require("seed", is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
         self._require(
             "accumulate",
-            _is_int(self.accumulate) and 1 <= self.accumulate <= self.batch_size,
+            is_int(self.accumulate) and 1 <= self.accumulate <= self.batch_size,
             f"a whole number from 1 to {self.batch_size} (batch_size)",
         )
         self._require_number("lr", lambda value: value > 0, "a finite number above 0")
@@ -143,13 +150,13 @@ class Config:
             "feature_mode='stages' or 'joined' also tuples of them, whose layers are averaged"
         )
         if len(archs) == 1:
-            self._require("out_indices", _is_indices(indices), f"a tuple of {allowed}")
+            self._require("out_indices", is_indices(indices), f"a tuple of {allowed}")
         else:
             self._require("backbone_arch", all(archs), "a timm model, or several with + between them")
             self._require("feature_mode", mode == "joined", f"'joined' with several backbones ({self.backbone_arch})")
             self._require(
                 "out_indices",
-                isinstance(indices, tuple) and len(indices) == len(archs) and all(map(_is_indices, indices)),
+                isinstance(indices, tuple) and len(indices) == len(archs) and all(map(is_indices, indices)),
                 f"{len(archs)} tuples, one for each backbone of {self.backbone_arch}, of {allowed}",
             )
             weights = weights_of(self.backbone_weights, len(archs))
@@ -160,7 +167,7 @@ class Config:
                 f"of {self.backbone_arch} (paths that hold a + do not do here)",
             )
         if self.backbone_arch is not None and mode == "image_pyramid":
-            one_stage = len(indices) == 1 and _is_int(indices[0])
+            one_stage = len(indices) == 1 and is_int(indices[0])
             self._require("out_indices", one_stage, "one stage, e.g. (3,), with feature_mode='image_pyramid'")
         if self.backbone_arch is not None and mode == "stages":
             self._require("out_indices", len(indices) == self.feature_levels, "as many stages as feature_levels")
@@ -174,18 +181,18 @@ class Config:
                 "feature_dims",
                 isinstance(dims, tuple)
                 and len(dims) == self.feature_levels
-                and all(_is_int(c) and c >= 2 for c in dims),
-                f"{self.feature_levels} whole numbers from 2 (one for each of feature_levels), or None",
+                and all(is_count(c, MAX_WIDTH) and c >= 2 for c in dims),
+                f"{self.feature_levels} whole numbers from 2 to {MAX_WIDTH} (one for each of feature_levels), or None",
             )
 
-    def _require_counts(self, *names: str) -> None:
+    def _require_counts(self, most: int, *names: str) -> None:
         for name in names:
-            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a whole number from 1")
+            self._require(name, is_count(getattr(self, name), most), f"a whole number from 1 to {most}")
 
     def _require_number(self, name: str, holds: Any, allowed: str) -> None:
         """Require a number for which `holds`, and make it a float, so that 1 and 1.0 are one setting, in JSON too."""
         value = getattr(self, name)
-        self._require(name, _is_number(value) and holds(value), allowed)
+        self._require(name, is_number(value) and holds(value), allowed)
         setattr(self, name, float(value))
 
     def _require_choice(self, name: str, *allowed: str) -> None:
@@ -194,7 +201,7 @@ class Config:
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}; allowed: {allowed}")
+            raise ValueError(f"{type(self).__name__}.{name} is {shown(getattr(self, name))}; allowed: {allowed}")
 
     @classmethod
     def preset(cls: type[Settings], name: str, **settings: Any) -> Settings:
@@ -236,8 +243,15 @@ class Config:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                raise ValueError(f"{cls.__name__} has no field {name!r}; it has {', '.join(known)}")
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f". Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{cls.__name__} has no field {shown(name)}; it has {', '.join(known)}{hint}")
         return cls(**fields)
+
+    @property
+    def least_tensors(self) -> int:
+        """Tensors that a model of these settings has at least: of a file with fewer no model needs to be made."""
+        return 1
 
     def replace(self: Settings, **changes: Any) -> Settings:
         """Return a copy with some fields changed, checked again."""
@@ -329,16 +343,17 @@ class HGADConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_counts("n_intra_centers", "coupling_layers")
+        self._require_counts(MAX_GROUPS, "n_intra_centers")
+        self._require_counts(MAX_LAYERS, "coupling_layers")
         self._require(
             "checkpoint_every",
-            _is_int(self.checkpoint_every) and self.checkpoint_every >= 0,
+            is_int(self.checkpoint_every) and self.checkpoint_every >= 0,
             "a whole number from 0, where 0 keeps no input of a block",
         )
         self._require(
             "pos_embed_dim",
-            _is_int(self.pos_embed_dim) and self.pos_embed_dim >= 4 and self.pos_embed_dim % 4 == 0,
-            "a positive multiple of 4 (sine and cosine, of column and row)",
+            is_count(self.pos_embed_dim, MAX_WIDTH) and self.pos_embed_dim % 4 == 0,
+            f"a positive multiple of 4 (sine and cosine, of column and row), {MAX_WIDTH} at most",
         )
         for name in ("lambda1", "lambda2"):
             self._require_number(name, lambda value: value >= 0, "a finite number from 0")
@@ -359,14 +374,14 @@ class HGADConfig(Config):
         if self.map_levels is not None:
             self._require(
                 "map_levels",
-                _is_int(self.map_levels) and 1 <= self.map_levels <= self.feature_levels,
+                is_int(self.map_levels) and 1 <= self.map_levels <= self.feature_levels,
                 f"a whole number from 1 to {self.feature_levels} (feature_levels), or None (all)",
             )
         pixels: Any = self.pixels_per_step
         if pixels is not None:
             self._require(
                 "pixels_per_step",
-                pixels >= 1 if _is_int(pixels) else _is_number(pixels) and 0 < pixels < 1,
+                pixels >= 1 if is_int(pixels) else is_number(pixels) and 0 < pixels < 1,
                 "a whole number from 1, a share above 0 and below 1 of the pixels of each level, or None (all)",
             )
         self._require_choice("flow_arch", "conditional_flow_model", "flow_model")
@@ -377,6 +392,11 @@ class HGADConfig(Config):
     def conditional(self) -> bool:
         """True if the flow is conditioned on the positions of pixels."""
         return self.flow_arch == "conditional_flow_model"
+
+    @property
+    def least_tensors(self) -> int:
+        """One and more for each block."""
+        return self.feature_levels * self.coupling_layers
 
 
 @dataclass(kw_only=True)
@@ -483,26 +503,28 @@ class VQFlowConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_counts("n_prototypes", "n_patterns", "prototype_dim")
+        self._require_counts(MAX_GROUPS, "n_prototypes", "n_patterns")
+        self._require_counts(MAX_WIDTH, "prototype_dim")
         size = self.img_size
-        self._require("img_size", _is_int(size) and int(size) % 32 == 0, "a multiple of 32 (square images of one size)")
+        self._require("img_size", is_int(size) and int(size) % 32 == 0, "a multiple of 32 (square images of one size)")
         self._require("batch_size", self.batch_size >= 2, "a whole number from 2 (batch norms compare images)")
         self._require("accumulate", self.accumulate == 1, "1: batch norms and codebooks look at a batch as a whole")
         self._require(
             "pos_embed_dim",
-            _is_int(self.pos_embed_dim) and self.pos_embed_dim >= 4 and self.pos_embed_dim % 4 == 0,
-            "a positive multiple of 4 (sine and cosine, of column and row)",
+            is_count(self.pos_embed_dim, MAX_WIDTH) and self.pos_embed_dim % 4 == 0,
+            f"a positive multiple of 4 (sine and cosine, of column and row), {MAX_WIDTH} at most",
         )
         for name in ("concat_pos", "prior_logdet", "vq_revive"):
             self._require(name, isinstance(getattr(self, name), bool), "True or False")
         layers, levels = self.coupling_layers, self.feature_levels - 1
         self._require(
             "coupling_layers",
-            isinstance(layers, tuple) and len(layers) == levels and all(_is_int(n) and n >= 1 for n in layers),
-            f"{levels} whole numbers from 1, one for each level but the top one (feature_levels is {levels + 1})",
+            isinstance(layers, tuple) and len(layers) == levels and all(is_count(n, MAX_LAYERS) for n in layers),
+            f"{levels} whole numbers from 1 to {MAX_LAYERS}, one for each level but the top one (feature_levels is "
+            f"{levels + 1})",
         )
         if self.hidden_channels is not None:
-            self._require_counts("hidden_channels")
+            self._require_counts(MAX_WIDTH, "hidden_channels")
         self._require_number("clamp_alpha", lambda value: value > 0, "a finite number above 0")
         self._require_number("commitment", lambda value: value >= 0, "a finite number from 0")
         self._require_choice("quantize_type", "residual", "naive")
@@ -528,6 +550,11 @@ class VQFlowConfig(Config):
     def official(cls, **settings: Any) -> VQFlowConfig:
         """Return the procedure of the official code, with some fields changed: what it does, faults included."""
         return cls.preset("official", **settings)
+
+    @property
+    def least_tensors(self) -> int:
+        """One and more for each block."""
+        return sum(self.coupling_layers)
 
 
 @dataclass(kw_only=True)
@@ -589,20 +616,38 @@ class GaussianConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_counts("dim", "n_clusters")
+        self._require_counts(MAX_WIDTH, "dim")
+        self._require_counts(MAX_GROUPS, "n_clusters")
         self._require(
             "coarse_dim",
-            _is_int(self.coarse_dim) and self.coarse_dim >= 0,
-            "a whole number from 0, where 0 leaves the coarse stages out",
+            self.coarse_dim == 0 and is_int(self.coarse_dim) or is_count(self.coarse_dim, MAX_WIDTH),
+            f"a whole number from 0 to {MAX_WIDTH}, where 0 leaves the coarse stages out",
         )
         self._require_number("shrinkage", lambda value: 0 <= value <= 1, "a number in [0, 1]")
         self._require_number("floor", lambda value: value > 0, "a finite number above 0")
         self._require_choice("grouping", "class", "one", "clusters")
         if self.map_stages is not None:
-            self._require_counts("map_stages")
+            self._require_counts(MAX_LEVELS, "map_stages")
         self._require(
-            "img_size", _is_int(self.img_size), "a whole number from 1: places are those of a grid of one size"
+            "img_size", is_int(self.img_size), "a whole number from 1: places are those of a grid of one size"
         )
+        if self.grids is not None:
+            groups = {"class": self.n_classes, "one": 1, "clusters": self.n_clusters}[self.grouping]
+            levels = 1 if self.backbone_arch is None else self.feature_levels
+            self._require(
+                "grids",
+                isinstance(self.grids, tuple)
+                and len(self.grids) == groups
+                and all(isinstance(grid, tuple) and len(grid) == levels for grid in self.grids)
+                and all(_is_size(size) for grid in self.grids for size in grid),
+                f"for each of {groups} groups (grouping={self.grouping!r}) {levels} of height and width, whole numbers "
+                f"from 1 to {MAX_SIDE}; or None, before there are any",
+            )
+
+    @property
+    def least_tensors(self) -> int:
+        """One and more for each grid that differs from the others."""
+        return len(set(self.grids or ())) or 1
 
     def _check_features(self) -> None:
         if self.backbone_arch is None:
@@ -614,44 +659,6 @@ class GaussianConfig(Config):
         super()._check_features()
 
 
-def _plain(value: Any) -> Any:
-    """Return `value` in plain Python types: NumPy's numbers as Python's, paths as strings, sequences as tuples."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return tuple(map(_plain, value))
-    return value
-
-
-def assignment(text: str) -> tuple[str, Any]:
-    """Return a field and its value from FIELD=VALUE, as a command line has it: the value is JSON, or a bare word.
-
-    Raises:
-        ValueError: there is no equals sign.
-    """
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set {text!r} is no assignment; write --set FIELD=VALUE")
-    try:
-        return name.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return name.strip(), value
-
-
-def _is_indices(value: Any) -> bool:
-    """Return whether `value` tells the stages of a backbone: layers and groups of layers, all in increasing order."""
-    if not isinstance(value, tuple) or () in (value, *value):
-        return False
-    layers = [layer for entry in value for layer in (entry if isinstance(entry, tuple) else (entry,))]
-    return all(map(_is_int, layers)) and layers == sorted(set(layers)) and (layers[0] >= 0 or layers[-1] < 0)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    """Return whether `value` is a finite number; a whole one that is too large for a float is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _is_size(value: Any) -> bool:
+    """Return whether `value` is a height and a width."""
+    return isinstance(value, tuple) and len(value) == 2 and all(is_count(side, MAX_SIDE) for side in value)

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,16 +21,19 @@ from ..environment import plain_torch
 from ..features.backbone import FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
-from ..files import replacing, state_hash
-from ..methods import FORMAT, method_of, read_model_file
+from ..files import state_hash
+from ..methods import FORMAT, ModelFile, opened, write_model_file
 from ..protocol import Densities, OfficialMaps, Progress
 from ..scoring.calibration import Calibration, calibrate
 from ..scoring.maps import official_maps
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_features, score_images
+from ..scoring.stored import stored_calibration
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
 from .config import Config, Settings
+
+CALIBRATION = "calibration."  # before the names of its tensors in a model file
 
 Model = TypeVar("Model", bound="Detector")
 
@@ -87,7 +89,11 @@ class Detector(nn.Module):
                         f"{type(config).__name__}.feature_dims is {config.feature_dims}, but {config.backbone_arch} "
                         f"gives {self.encoder.feature_dims}; leave it None"
                     )
-                config = config.replace(feature_dims=self.encoder.feature_dims)
+                config = config.replace(
+                    feature_dims=self.encoder.feature_dims,
+                    backbone_arch=self.encoder.arch,
+                    backbone_weights=self.encoder.weights,
+                )
             self.config = config
             self.calibration: Calibration | None = None
             self.checkpoint = "last"
@@ -235,6 +241,15 @@ class Detector(nn.Module):
         """Return the state of a checkpoint of an older format in the current one; None where that is not possible."""
         return None
 
+    def make_ready(self) -> None:
+        """Compute what the first image to be scored would have to wait for; nothing by default."""
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError where tensors of a model file are none that the method can work with; none by default.
+
+        Their names, shapes and types are the model's, and all numbers in them are finite.
+        """
+
     # ---- what all of them have
 
     @property
@@ -251,6 +266,11 @@ class Detector(nn.Module):
     def density_levels(self) -> int:
         """Number of levels of `Densities.logps`; by default that of the features."""
         return len(self.feature_dims)
+
+    @property
+    def density_parts(self) -> int:
+        """Number of `Densities.parts`; by default one, the likelihood."""
+        return 1
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -313,10 +333,9 @@ class Detector(nn.Module):
         """Write the model to one safetensors file; with the backbone included, loading needs no network.
 
         Without it (`include_backbone=False`) the file is small, and holds a hash that the backbone must match on
-        loading. An encoder of the user's own, with ``backbone_arch=None``, is never included.
+        loading. An encoder of the user's own, with ``backbone_arch=None``, is never included. The same model gives the
+        same bytes.
         """
-        from safetensors.torch import save_file
-
         state = self.state_dict()
         metadata = {
             "format": FORMAT,
@@ -332,74 +351,159 @@ class Detector(nn.Module):
             if not include_backbone:
                 state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
         if self.calibration is not None:
-            state |= {f"calibration.{name}": tensor for name, tensor in self.calibration.tensors().items()}
+            state |= {f"{CALIBRATION}{name}": tensor for name, tensor in self.calibration.tensors().items()}
             metadata["calibration"] = json.dumps(self.calibration.settings())
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        with replacing(path) as temporary:
-            save_file(state, temporary, metadata)
+        write_model_file(path, state, metadata)
 
     @classmethod
     def load(cls: type[Model], path: str | os.PathLike[str], device: str | torch.device | None = None) -> Model:
         """Return a model of this method that `save` wrote; `hgad_fast.load` reads one of any method.
 
+        A file may come from anywhere: what is in it is checked, and nothing that it names is opened or fetched. But one
+        that was saved without its backbone says by `backbone_arch` and `backbone_weights` where that comes from.
+
         Raises:
             ValueError: the file is missing, damaged, or of another format or method; or it was saved without its
                 backbone, and that cannot be loaded or is not the one that the model was trained with.
         """
-        return cls.from_file(path, *read_model_file(Path(path)), device)
+        with opened(path) as file:
+            return cls.from_file(file, device)
 
     @classmethod
     @plain_torch()
-    def from_file(
-        cls: type[Model],
-        path: str | os.PathLike[str],
-        metadata: dict[str, str],
-        state: dict[str, Tensor],
-        device: str | torch.device | None = None,
-    ) -> Model:
-        """Return the model made from what `methods.read_model_file` read; see `load`."""
-        if (method := method_of(metadata)) != cls.config_class.method:
-            raise ValueError(
-                f"{path} holds a model of the method {method!r}, and {cls.__name__} is of another: use hgad_fast.load"
+    def from_file(cls: type[Model], file: ModelFile, device: str | torch.device | None = None) -> Model:
+        """Return the model in a file that `methods.opened` has opened; see `load`."""
+        if file.method != cls.config_class.method:
+            raise file.error(
+                f"holds a model of the method {file.method!r}, and {cls.__name__} is of another: use hgad_fast.load"
             )
-        config = cls.config_class.from_json(metadata["config"])
-        left_out = metadata.get("backbone") == "left out"
+        config = cls._config_in(file)
+        left_out = file.metadata.get("backbone") == "left out"
         try:
-            model = cls(config if left_out else config.replace(backbone_weights=None))
-        except (ValueError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be loaded{', as it was saved without its backbone' if left_out else ''}: {error}"
-            ) from error
+            with torch.device("meta"):  # shapes without memory
+                model = cls(config.replace(backbone_weights=None))
+        except Exception as error:  # timm and torch raise many kinds for settings that do not fit each other
+            raise file.error(f"cannot be loaded: its configuration gives no model ({error})") from error
         model.config = model.config.replace(backbone_weights=config.backbone_weights)
-        model.checkpoint = metadata.get("checkpoint", model.checkpoint)
-        prefix = "calibration."
-        calibration = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        weights = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        own_weights = {
+        model.checkpoint = file.metadata.get("checkpoint", model.checkpoint)
+        expected = {
             name: tensor
             for name, tensor in model.state_dict().items()
             if not (left_out and name.startswith("encoder."))
         }
-        saved_shapes, expected_shapes = (
-            {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (weights, own_weights)
-        )
+        saved_shapes = {name: shape for name, shape in file.shapes.items() if not name.startswith(CALIBRATION)}
+        expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         if saved_shapes != expected_shapes:
             misfit, _ = min(saved_shapes.items() ^ expected_shapes.items())
-            raise ValueError(
-                f"{path} does not fit its own configuration: {misfit} has shape {saved_shapes.get(misfit)} in it, "
-                f"expected is {expected_shapes.get(misfit)}; it is damaged, or this version of timm has another "
-                f"{config.backbone_arch}"
+            timm = f", or this version of timm has another {config.backbone_arch}" if model.encoder is not None else ""
+            raise file.error(
+                f"does not fit its own configuration: {misfit} has shape {saved_shapes.get(misfit)} in it, expected is "
+                f"{expected_shapes.get(misfit)}; it is damaged{timm}"
             )
-        model.load_state_dict(weights, strict=False)
-        if calibration:
-            model.calibration = Calibration.from_tensors(calibration, **json.loads(metadata.get("calibration", "{}")))
-        if left_out and model.encoder is not None and state_hash(model.encoder) != metadata["backbone_sha256"]:
-            raise ValueError(
-                f"{path} was saved without its backbone, and the {config.backbone_arch} at hand (backbone_weights="
+        for name, tensor in expected.items():
+            file.require_type(name, tensor.dtype)
+        calibration = _calibration_in(file, model)
+        model._take(file, {name: file.tensor(name) for name in expected}, left_out)
+        model.calibration = calibration
+        return model.to(device) if device is not None else model
+
+    @classmethod
+    def _config_in(cls, file: ModelFile) -> Config:
+        """Return the configuration in a model file, after checking all texts in it but those of the calibration.
+
+        Raises:
+            ValueError: one of them cannot be, or the file has too few tensors for the configuration.
+        """
+        fields = file.json("config", dict)
+        try:
+            config = cls.config_class.from_fields(cls.config_class.added | fields)
+        except (ValueError, RecursionError) as error:
+            raise file.error(f"is damaged, or of another version of hgad_fast: in its configuration {error}") from error
+        if "class_names" in file.metadata and file.json("class_names", list) != list(config.names):
+            raise file.error("is damaged: the class names in its metadata are not those of its configuration")
+        allowed = {"backbone": ("included", "left out")}
+        for name, values in allowed.items():
+            if (value := file.metadata.get(name, values[0])) not in values:
+                raise file.error(f"is damaged: {name!r} in its metadata is {value!r}; allowed: {' or '.join(values)}")
+        if ":" in str(config.backbone_arch):
+            raise file.error(
+                f"names the backbone_arch {config.backbone_arch!r}; a model file may name architectures of timm alone, "
+                "and nothing to be fetched"
+            )
+        if len(file.shapes) < config.least_tensors:
+            raise file.error(
+                f"does not fit its own configuration: it holds {len(file.shapes)} tensors, and a model of this "
+                f"configuration has {config.least_tensors} or more; it is damaged"
+            )
+        return config
+
+    def _take(self, file: ModelFile, state: dict[str, Tensor], left_out: bool) -> None:
+        """Take the tensors of a file, of which the model, made without memory, has the shapes.
+
+        Raises:
+            ValueError: a method cannot work with them, or the backbone that was left out is not to be had.
+        """
+        if self.encoder is not None:
+            saved = {name.removeprefix("encoder.") for name in state}
+            # What is computed when a network is made, and not saved, exists only in one that is made with memory.
+            if left_out or any(name not in saved for name, _ in self.encoder.named_buffers()):
+                self.encoder = self._encoder_again(file, left_out)
+        for name, buffer in list(self.named_buffers()):
+            if buffer.is_meta and name not in state:  # computed from the others
+                module, _, own_name = name.rpartition(".")
+                empty = torch.full(buffer.shape, torch.nan, dtype=torch.float32, device="cpu")
+                self.get_submodule(module)._buffers[own_name] = empty
+        try:
+            self.check_state(state)
+            self.load_state_dict(state, strict=False, assign=True)
+        except (ValueError, RuntimeError) as error:
+            raise file.error(f"is damaged: {error}") from error
+
+    def _encoder_again(self, file: ModelFile, left_out: bool) -> nn.Module:
+        """Return the backbone of the configuration, made with memory; without weights if the file holds them.
+
+        Raises:
+            ValueError: they were left out of the file, and are not to be had or not those of the training.
+        """
+        config = self.config
+        try:
+            with torch.random.fork_rng(devices=[]):
+                encoder = make_backbone(config if left_out else config.replace(backbone_weights=None))
+        except (ValueError, OSError) as error:
+            raise file.error(
+                f"cannot be loaded{', as it was saved without its backbone' if left_out else ''}: {error}"
+            ) from error
+        if left_out and state_hash(encoder) != file.metadata.get("backbone_sha256"):
+            raise file.error(
+                f"was saved without its backbone, and the {config.backbone_arch} at hand (backbone_weights="
                 f"{config.backbone_weights!r}) has other weights than it was trained with; save with "
                 "include_backbone=True, or provide the same weights"
             )
-        return model.to(device) if device is not None else model
+        return encoder
+
+
+def _calibration_in(file: ModelFile, model: Detector) -> Calibration | None:
+    """Return the calibration in a model file; None where there is none.
+
+    Raises:
+        ValueError: it is not whole, or does not fit the model.
+    """
+    names = [name for name in file.shapes if name.startswith(CALIBRATION)]
+    if not names and "calibration" not in file.metadata:
+        return None
+    settings = file.json("calibration", dict) if "calibration" in file.metadata else {}
+    tensors = {name.removeprefix(CALIBRATION): file.tensor(name, keep_double=True) for name in names}
+    try:
+        return stored_calibration(
+            tensors,
+            settings,
+            groups=len(model.groups),
+            levels=model.density_levels,
+            parts=model.density_parts,
+            fusion=model.fusion,
+        )
+    except ValueError as error:
+        raise file.error(f"is damaged: in its calibration {error}") from error
 
 
 def varied(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -157,6 +157,22 @@ class GaussianModel(Detector):
     def density_levels(self) -> int:
         """The levels that have Gaussians: one for each backbone."""
         return len(self.whitenings)
+
+    @property
+    def density_parts(self) -> int:
+        """One for each backbone."""
+        return len(self.whitenings)
+
+    def make_ready(self) -> None:
+        """Compute the Gaussians of all groups; else those of a group are when an image seems to be of it."""
+        for gaussians in self._gaussians:
+            gaussians.require(range(len(self.groups)))
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError for numbers of images below 0."""
+        for name, tensor in state.items():
+            if name.endswith(".images") and (tensor < 0).any():
+                raise ValueError(f"{name} holds a number of images below 0")
 
     @property
     def groups_are_classes(self) -> bool:  # type: ignore[override]
@@ -475,12 +491,14 @@ class GaussianModel(Detector):
                         by_group[k].append(Distances(fine[:, row], total[:, row]))
             for column, k in enumerate(fitting):
                 squares = by_group[k][-1].total.view(batch, -1)
-                evidence[:, column] += self._evidence(squares.mean(1, dtype=torch.float64), gaussians, size, k)
+                evidence[:, column] += self._evidence(
+                    squares.mean(1, dtype=torch.float64), gaussians.mean_log_det(size, k), gaussians.width
+                )
         return torch.tensor(fitting)[evidence.argmax(1).cpu()], by_group
 
-    def _evidence(self, mean_square: Any, gaussians: PlaceGaussians, size: tuple[int, int], k: int) -> Any:
+    def _evidence(self, mean_square: Any, mean_log_det: float, width: int) -> Any:
         """Return the mean log-density over D, but for what all classes have in common, of the mean squared distance."""
-        return -(mean_square + gaussians.mean_log_det(size, k)) / (2 * gaussians.width)
+        return -(mean_square + mean_log_det) / (2 * width)
 
     def _infer_one(
         self, levels: Sequence[tuple[Tensor, tuple[int, int]]], batch: int, fitting: list[int]
@@ -490,10 +508,11 @@ class GaussianModel(Detector):
         There, reading the Gaussians is what takes time. The distances by the first band of the values take little of
         it, and are no larger than those by all: by them a class seems likelier than it is. So the class that seems
         likeliest takes the next band, until it is one that has all. As a rule that is the first: classes differ most
-        in the first principal components.
+        in the first principal components. Likewise the Gaussians of a class are computed when it first seems likeliest,
+        and until then a lower bound of their log-determinants does.
         """
         added: dict[int, list[list[Tensor]]] = {k: [] for k in fitting}  # to the distances, at each level by each band
-        seeming = dict.fromkeys(fitting, 0.0)  # evidence by the bands that were read
+        first_means: dict[int, list[float]] = {k: [] for k in fitting}  # of these, at each level by the first band
         for (y, size), gaussians in self._by_level(levels):
             for j, members in enumerate(gaussians.members):
                 if not set(members) & set(fitting):
@@ -503,9 +522,20 @@ class GaussianModel(Detector):
                 for k, of_group, mean in zip(members, squares.split(1, 1), means, strict=True):
                     if k in added:
                         added[k].append([of_group])
-                        seeming[k] += self._evidence(mean, gaussians, size, k)
+                        first_means[k].append(mean)
+
+        def by_first_bands(k: int) -> float:
+            return sum(
+                self._evidence(mean, gaussians.least_mean_log_det(size, k), gaussians.width)
+                for mean, ((_, size), gaussians) in zip(first_means[k], self._by_level(levels), strict=True)
+            )
+
+        seeming = {k: by_first_bands(k) for k in fitting}  # evidence by the bands that were read
         while True:
             best = max(seeming, key=seeming.__getitem__)
+            if any(gaussians.require((best,)) for gaussians in self._gaussians):
+                seeming[best] = by_first_bands(best)
+                continue
             by_level = list(zip(added[best], levels, self._gaussians, strict=True))
             unread = [level for level in by_level if len(level[0]) < len(level[2].bands)]
             if not unread:

@@ -174,6 +174,11 @@ class HGADModel(OfficialSurface, Detector):
         return self.config.fusion
 
     @property
+    def density_parts(self) -> int:
+        """Likelihood and entropy; one class has no entropy."""
+        return 2 if self.config.n_classes > 1 else 1
+
+    @property
     def scored_on(self) -> str:
         """``"all"`` levels, where some alone make the map (``config.map_levels``); else ``"map"``."""
         return "map" if self.config.map_levels in (None, len(self.nfs)) else "all"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -37,6 +38,7 @@ from .vqflow_official import official_state
 
 SEED_BATCHES = 10  # whose features the codes are seeded from
 OFFICIAL_WARM_UP = 10  # passes
+PERMUTATION = re.compile(r"^(parallel_flows|fusion_flow)\..*permutation(_\d+)?$")  # a tensor that is one
 
 
 # The variants of an ablation, by the fields of the configuration that differ: each has one fault of the official code.
@@ -461,6 +463,14 @@ class VQFlowModel(Detector):
         return 0, 3 * maps + max(subnets)
 
     # ---- files
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError for a permutation that is none, and for numbers of images below 0."""
+        for name, tensor in state.items():
+            if PERMUTATION.search(name) and not torch.equal(tensor.sort().values, torch.arange(len(tensor))):
+                raise ValueError(f"{name} is no permutation")
+        if (state["prototype_images"] < 0).any():
+            raise ValueError("prototype_images holds a number of images below 0")
 
     def load_official_checkpoint(self, checkpoint: Any) -> None:
         """Take the weights of a checkpoint of the official code.

@@ -46,8 +46,7 @@ def _random_rotation(channels: int) -> Tensor:
     """Return a uniform draw from SO(C): Q of a Gaussian matrix's QR, made unique by diag(R) > 0, with determinant 1."""
     q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
     q *= r.diagonal().sign()
-    if torch.linalg.det(q) < 0:
-        q[:, 0] *= -1
+    q[:, 0] *= torch.linalg.det(q).sign()
     return q.float()
 
 

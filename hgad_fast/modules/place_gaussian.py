@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..environment import one_thread
 from ..ops import place_distances
 
 STEP = 2.0**-8  # of a standard deviation, to which whitened features are rounded: its variance is 1e-6 of theirs
 MAX_ASPECT = 1.05  # ratio of the aspect ratios of two grids whose places correspond
 MIN_EIGENVALUE = 1e-6  # of the largest: directions of less variance are not stretched further
 FIRST, BAND = 32, 64  # values of the first band, and of any other at most
-CHUNK_BYTES = 2**27  # of products in float64 that exist at a time
+CHUNK_BYTES = 2**24  # of products in float64 that exist at a time
+ROUNDING = 1e-4  # of a log-determinant in float32, for each value
+
+_SOLVING = threading.Lock()  # Gaussians are computed once, whichever thread asks first
 
 
 class ExactSum:
@@ -183,11 +188,13 @@ class PlaceGaussians(nn.Module):
                 self.register_buffer(f"band_{band}_{j}", rows, persistent=False)
             self.register_buffer(f"log_det_{j}", torch.full(shape, torch.nan), persistent=False)
             self.register_buffer(f"mean_log_det_{j}", torch.full(shape[:1], torch.nan), persistent=False)
+            self.register_buffer(f"least_log_det_{j}", torch.full(shape, torch.nan), persistent=False)
+        self.forget()
 
     # ---- the sums
 
     def add(self, group: int, y: Tensor) -> None:
-        """Add whitened features (n, P, D) of images of a group, on the group's grid; `solve` makes use of them.
+        """Add whitened features (n, P, D) of images of a group, on the group's grid.
 
         Raises:
             ValueError: they are not finite, or so large that the sums would not be exact.
@@ -196,7 +203,7 @@ class PlaceGaussians(nn.Module):
         totals, products = self._sums(j)
         values = (y.double().cpu() / STEP).round()
         known = products[row].cpu().long()
-        squares = values.square().sum(0) + known[:, self._diagonal()].double()
+        squares = values.square().sum(0) + known[:, self._diagonal().cpu()].double()
         if not float(squares.max()) < 2**52:  # NaN is not
             raise ValueError(
                 f"features are not finite, or beyond {2**26 * STEP:.0f} standard deviations of those trained on: the "
@@ -216,59 +223,106 @@ class PlaceGaussians(nn.Module):
         products[row] = sums.to(products)
         totals[row] += values.sum(0).to(totals)
         self.images[group] += len(y)
+        self.forget()
 
     def solve(self) -> None:
-        """Compute the Gaussians from the sums, on the CPU, so that they have the same bits wherever the model is.
+        """Compute all Gaussians from the sums."""
+        self.forget()
+        self.require(range(len(self.grids)))
 
-        They stay NaN where no group has the two images of a covariance.
+    def forget(self) -> None:
+        """Note that the Gaussians are not those of the sums: each is computed when it is next asked for."""
+        self._known = [0] * len(self.grids)  # bands
+
+    def require(self, groups: Iterable[int], first_band: bool = False) -> bool:
+        """Compute the Gaussians of some groups that are not known yet, or what their first band tells of them.
+
+        It is done on the CPU in one thread, so that they have the same bits wherever the model is, and in the same way
+        whichever groups and bands are asked for first. They stay NaN where no group has the two images of a covariance.
+
+        Returns:
+            whether there were such groups.
+
+        Raises:
+            ValueError: the sums are those of no features.
         """
-        own: dict[int, Tensor] = {}  # mean over the places of the sample covariance, of each group that has one
-        for k, count in enumerate(self.images.tolist()):
-            if count > 1:
-                own[k] = self._mean_sample_covariance(k)
-        for k in range(len(self.grids)):
-            if k in own:
-                self._solve(k, own[k])
-        if own:
-            others = torch.stack(list(own.values())).mean(0)
-            for k in set(range(len(self.grids))) - set(own):
-                self._solve(k, others)
+        bands = 1 if first_band else len(self.bands)
+        if all(self._known[k] >= bands for k in groups):
+            return False
+        with _SOLVING, one_thread():
+            for k in groups:
+                if self._known[k] >= bands:
+                    continue
+                if (shared := self._shared_covariance(k)) is not None:
+                    self._solve(k, shared, first_band and len(self.bands) > 1)
+                self._known[k] = bands
+        return True
 
-    def _solve(self, group: int, shared: Tensor) -> None:
-        """Compute the Gaussians of a group, whose covariances are shrunk towards `shared` (D, D)."""
+    def _shared_covariance(self, group: int) -> Tensor | None:
+        """Return what the covariances (D, D) of a group are shrunk towards: the mean over its places.
+
+        That of a group of one image is the mean of those of the others; None where there are none.
+        """
+        if int(self.images[group]) > 1:
+            return self._mean_sample_covariance(group)
+        others = [self._mean_sample_covariance(k) for k, count in enumerate(self.images.tolist()) if count > 1]
+        return torch.stack(others).mean(0) if others else None
+
+    def _solve(self, group: int, shared: Tensor, first_band: bool) -> None:
+        """Compute the Gaussians of a group, or their first band alone and a bound of their log-determinants."""
         j, row = self.position(group)
-        totals, _ = self._sums(j)
-        count = int(self.images[group])
-        mean, log_det = (getattr(self, f"{name}_{j}")[row] for name in ("mean", "log_det"))
-        mean.copy_(totals[row].double() * (STEP / max(count, 1)))
-        identity = torch.eye(self.width, dtype=torch.float64)
-        step = max(1, CHUNK_BYTES // (24 * self.width**2))
-        for start in range(0, len(mean), step):
-            part = slice(start, start + step)
-            covariance = self._sample_covariance(group, part) if count > 1 else shared
-            covariance = (1 - self.shrinkage) * covariance + self.shrinkage * shared + self.floor * identity
-            lower = torch.linalg.cholesky(covariance.expand(len(mean[part]), -1, -1))
-            inverse = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
-            for band, (first, end) in enumerate(self.bands):
-                getattr(self, f"band_{band}_{j}")[row, part] = inverse[:, first:end, :end]
-            log_det[part] = 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
-        getattr(self, f"mean_log_det_{j}")[row] = log_det.mean()
+        bands = self.bands[:1] if first_band else self.bands
+        mean, log_det, least_log_det, mean_log_det = (
+            getattr(self, f"{name}_{j}")[row] for name in ("mean", "log_det", "least_log_det", "mean_log_det")
+        )
+        with torch.no_grad(), torch.inference_mode(mean.is_inference()):
+            mean.copy_(self._sums(j)[0][row].double() * (STEP / max(int(self.images[group]), 1)))
+            step = max(1, CHUNK_BYTES // (8 * bands[-1][1] ** 2))
+            for start in range(0, len(mean), step):
+                part = slice(start, start + step)
+                try:
+                    inverse, log_dets = _inverse_factors(self._covariance(group, shared, part, bands[-1][1]), bands)
+                except torch.linalg.LinAlgError as error:
+                    raise ValueError("the model is damaged: its Gaussians are those of no features") from error
+                for band, (first, end) in enumerate(bands):
+                    getattr(self, f"band_{band}_{j}")[row, part] = inverse[:, first:end, :end]
+                if first_band:
+                    least_log_det[part] = log_dets + self._others_log_det(shared)
+                else:
+                    log_det[part] = log_dets
+            if not first_band:
+                mean_log_det.copy_(log_det.mean())
 
-    def _sample_covariance(self, group: int, places: slice = slice(None)) -> Tensor:
-        """Return the sample covariances (p, D, D) of a group at some places, in float64."""
+    def _others_log_det(self, shared: Tensor) -> Tensor:
+        """Return the least that the values beyond the first band can add to a log-determinant.
+
+        A covariance is no smaller than its part s shared + f I. So what is left of it, given the values of the first
+        band, is no smaller than what is left of that.
+        """
+        least = self.shrinkage * shared + self.floor * torch.eye(self.width, dtype=torch.float64)
+        first = self.bands[0][1]
+        return torch.linalg.slogdet(least).logabsdet - torch.linalg.slogdet(least[:first, :first]).logabsdet
+
+    def _covariance(self, group: int, shared: Tensor, places: slice, end: int) -> Tensor:
+        """Return the covariances (p, end, end) of the first values of a group at some places, in float64."""
         j, row = self.position(group)
         totals, products = self._sums(j)
         count = int(self.images[group])
-        total = totals[row, places].cpu().double() * STEP
-        covariance = total.new_empty(len(total), self.width, self.width)
-        lower = torch.tril_indices(self.width, self.width)
-        values = products[row, places].cpu().double() * STEP**2
-        covariance[:, lower[0], lower[1]] = values
-        covariance[:, lower[1], lower[0]] = values
-        return (covariance - total[:, :, None] * total[:, None] / count) / (count - 1)
+        total = totals[row, places, :end].cpu().double() * STEP
+        shrunk = shared[:end, :end] * (self.shrinkage if count > 1 else 1.0)
+        shrunk = shrunk + self.floor * torch.eye(end, dtype=torch.float64)
+        if count < 2:
+            return shrunk.expand(len(total), end, end)
+        i = torch.arange(end)
+        high, low = torch.maximum(i[:, None], i), torch.minimum(i[:, None], i)
+        packed = products[row, places, : end * (end + 1) // 2].cpu()
+        covariance = packed.index_select(1, (high * (high + 1) // 2 + low).flatten()).double().view(-1, end, end)
+        weight = (1 - self.shrinkage) / (count - 1)
+        covariance.baddbmm_(total[:, :, None], total[:, None], beta=weight * STEP**2, alpha=-weight / count)
+        return covariance.add_(shrunk)
 
     def _mean_sample_covariance(self, group: int) -> Tensor:
-        """Return the mean (D, D) over the places of `_sample_covariance`, without making those."""
+        """Return the mean (D, D) over the places of the sample covariances of a group, without making those."""
         j, row = self.position(group)
         totals, products = self._sums(j)
         count, total = int(self.images[group]), totals[row].cpu().double() * STEP
@@ -283,17 +337,27 @@ class PlaceGaussians(nn.Module):
 
     def _diagonal(self) -> Tensor:
         """Return the positions of squares among the products."""
-        i = torch.arange(self.width)
+        i = torch.arange(self.width, device=self.images.device)
         return i * (i + 3) // 2
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the sums in the type that they are saved in, and solve for the Gaussians."""
+        """Take the sums in the type that they are saved in; the Gaussians are computed when they are asked for."""
         for j in range(len(self.distinct)):
             saved = state_dict.get(f"{prefix}products_{j}")
             if saved is not None and saved.dtype == torch.int64:
                 setattr(self, f"products_{j}", getattr(self, f"products_{j}").long())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.solve()
+        self._check_sums()
+        self.forget()
+
+    def _check_sums(self) -> None:
+        """Raise a ValueError where squares of values would have to be negative."""
+        for j, members in enumerate(self.members):
+            totals, products = self._sums(j)
+            counts = self.images[members].double()[:, None, None]
+            squares, least = products[..., self._diagonal()] * counts, totals.double().square()
+            if not (squares * (1 + 1e-9) >= least).all():
+                raise ValueError(f"totals_{j} and products_{j} are the sums of no features")
 
     # ---- distances
 
@@ -320,6 +384,7 @@ class PlaceGaussians(nn.Module):
     def added_by(self, band: int, y: Tensor, size: tuple[int, int], j: int, row: int | None = None) -> Tensor:
         """Return what the values of a band add to the squared distances: (N, groups) of a grid, or (N, 1) of one."""
         groups = slice(None) if row is None else slice(row, row + 1)
+        self.require(self.members[j][groups], first_band=band == 0)
         mean, factor = getattr(self, f"mean_{j}")[groups], getattr(self, f"band_{band}_{j}")[groups]
         end = factor.shape[3]
         return place_distances(y[:, :end], self._places(j, y, size), mean[..., :end], factor.mT)
@@ -340,16 +405,46 @@ class PlaceGaussians(nn.Module):
 
     def log_dets(self, size: tuple[int, int], group: int) -> Tensor:
         """Return the log-determinants of the covariances of a group at the pixels (h w,) of a map."""
+        self.require((group,))
         j, row = self.position(group)
         log_det = getattr(self, f"log_det_{j}")[row]
         return log_det[places(size, self.distinct[j], log_det.device)]
 
     def mean_log_det(self, size: tuple[int, int], group: int) -> float:
         """Return the mean of `log_dets` over the pixels."""
+        self.require((group,))
         if size == self.grids[group]:
             j, row = self.position(group)
             return float(getattr(self, f"mean_log_det_{j}")[row])
         return float(self.log_dets(size, group).mean(dtype=torch.float64))
+
+    def least_mean_log_det(self, size: tuple[int, int], group: int) -> float:
+        """Return `mean_log_det`, or while only the first band of the group is known a lower bound of it."""
+        self.require((group,), first_band=True)
+        if self._known[group] == len(self.bands):
+            return self.mean_log_det(size, group)
+        j, row = self.position(group)
+        least = getattr(self, f"least_log_det_{j}")[row]
+        at_pixels = least[places(size, self.distinct[j], least.device)]
+        return float(at_pixels.mean(dtype=torch.float64)) - ROUNDING * self.width
+
+
+def _inverse_factors(covariance: Tensor, bands: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Return the inverses (p, D, D) of the Cholesky factors of covariances, and the log-determinants (p,) of these.
+
+    They are computed band by band, mostly by products of matrices: so the rows of a band do not depend on later ones.
+    """
+    inverse, log_det = torch.zeros_like(covariance), covariance.new_zeros(len(covariance))
+    for first, end in bands:
+        known = inverse[:, :first, :first]
+        told = covariance[:, first:end, :first] @ known.mT
+        lower = torch.linalg.cholesky(covariance[:, first:end, first:end] - told @ told.mT)
+        identity = torch.eye(end - first, dtype=covariance.dtype).expand_as(lower)
+        own = torch.linalg.solve_triangular(lower, identity, upper=False)
+        inverse[:, first:end, first:end] = own
+        inverse[:, first:end, :first] = -own @ (told @ known)
+        log_det += 2 * lower.diagonal(dim1=1, dim2=2).log().sum(1)
+    return inverse, log_det
 
 
 def _parts(first: int, end: int) -> list[tuple[int, int]]:

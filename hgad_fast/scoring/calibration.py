@@ -23,6 +23,10 @@ from .densities import densities
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
 from .rates import MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
 
+TENSORS = ("level_max", "scores", "class_ids")  # that a calibration has
+WEIGHT_TENSORS = ("weights", "score_weights")  # and may have
+POOLED_TENSORS = ("pooled_scores", "pooled_ids")
+
 
 class _References(NamedTuple):
     """Scores that images are compared with, and what they were made of."""
@@ -292,11 +296,8 @@ class Calibration:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors, as a model file holds them."""
-        tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
-        for name in ("weights", "score_weights", "pooled_scores", "pooled_ids"):
-            if (tensor := getattr(self, name)) is not None:
-                tensors[name] = tensor
-        return tensors
+        tensors = {name: getattr(self, name) for name in (*TENSORS, *WEIGHT_TENSORS, *POOLED_TENSORS)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def settings(self) -> dict[str, Any]:
         """Return everything but the tensors, as a model file holds it; the last three only where they are so."""
@@ -305,26 +306,6 @@ class Calibration:
         if self.scored_on != "map":
             rules["scored_on"] = self.scored_on
         return settings | {name: value for name, value in rules.items() if value}
-
-    @classmethod
-    def from_tensors(
-        cls,
-        tensors: dict[str, Tensor],
-        false_alarm_rate: float = 0.01,
-        img_size: int | str | None = None,
-        borrowing: bool = False,
-        share: float = 0.0,
-        scored_on: str = "map",
-    ) -> Calibration:
-        """Return the calibration that `tensors` and `settings` came from."""
-        return cls(
-            **tensors,
-            false_alarm_rate=false_alarm_rate,
-            img_size=img_size,
-            borrowing=borrowing,
-            share=share,
-            scored_on=scored_on,
-        )
 
 
 def rate_table(model: Detector) -> list[dict[str, Any]]:

@@ -111,6 +111,7 @@ class Scorer:
         self._config = seeing(self.model, img_size).config
         self._options: dict[str, Any] = {"img_size": img_size, "max_memory": memory_bytes(max_memory)}
         self._turn = threading.Lock()
+        self.model.make_ready()
         try:
             self(torch.full((3, *(frame_size or (64, 64))), 0.5))
         except ProportionsError:

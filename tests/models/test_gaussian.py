@@ -249,6 +249,36 @@ def test_a_model_that_is_loaded_in_inference_mode_is_like_any_other(tmp_path):
     loaded.add(feature_set(seed=9))
 
 
+def test_a_model_that_is_loaded_computes_the_gaussians_that_it_needs(tmp_path):
+    model = fitted()
+    model.save(tmp_path / "model.safetensors")
+    levels = class_features(6, seed=4)
+    expected = model.score_features(levels)
+    loaded = load(tmp_path / "model.safetensors")
+    (gaussians,) = loaded.gaussians
+    assert gaussians.mean_0.isnan().all()
+    loaded.densities(FeatureMaps.of([level[:1] for level in levels]), torch.tensor([1]))
+    assert gaussians.mean_0.isfinite().all(2).all(1).tolist() == [False, True, False]
+    assert_same_scores(loaded.score_features(levels), expected)
+    loaded.load_state_dict(model.state_dict())
+    loaded.make_ready()
+    assert not gaussians.require(range(3))
+    assert_same_scores(loaded.score_features(levels), expected)
+
+
+def test_a_file_with_sums_of_no_features_is_refused(tmp_path):
+    model = fitted()
+    model.gaussians[0].products_0[1, 2, 0] = 0  # of squares
+    model.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: totals_0 and products_0 are the sums of no"):
+        load(tmp_path / "model.safetensors")
+    model = fitted()
+    model.gaussians[0].products_0[1, 2, 1] = 10**9  # of the first value and the second
+    model.gaussians[0].forget()
+    with pytest.raises(ValueError, match="the model is damaged"):
+        model.make_ready()
+
+
 def test_images_of_few_places_are_scored_one_by_one():
     sides = (4, 2, 1)
     model = small_model()

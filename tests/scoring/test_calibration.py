@@ -15,6 +15,7 @@ from hgad_fast import HGADConfig, HGADModel, protocol
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.scoring import densities, maps
 from hgad_fast.scoring.calibration import Calibration, _weights, calibrate_on, split
+from hgad_fast.scoring.stored import stored_calibration
 
 DISTRIBUTIONS = {
     "normal": lambda *shape: torch.randn(*shape),
@@ -36,6 +37,13 @@ def calibration(*scores, rate=0.01) -> Calibration:
     ids = torch.tensor([k for k, own in enumerate(scores) for _ in own], dtype=torch.int64)
     flat = torch.tensor([float(s) for own in scores for s in own])
     return Calibration(torch.zeros(len(scores), 1), flat, ids, rate)
+
+
+def stored(given: Calibration) -> Calibration:
+    """As a model file gives it back."""
+    settings = json.loads(json.dumps(given.settings()))
+    groups, levels = given.level_max.shape
+    return stored_calibration(given.tensors(), settings, groups=groups, levels=levels, parts=1, fusion="product")
 
 
 def judge(actual, scores, k=0):
@@ -188,9 +196,9 @@ def test_groups_that_borrow_take_the_largest_weights():
 def test_whether_groups_borrow_is_stored_with_the_settings():
     one = calibration([1.0, 2.0])
     assert one.settings() == {"false_alarm_rate": 0.01, "img_size": None}  # as it always was
-    assert not Calibration.from_tensors(one.tensors(), **one.settings()).borrowing
+    assert not stored(one).borrowing
     other = dataclasses.replace(one, borrowing=True)
-    assert Calibration.from_tensors(other.tensors(), **json.loads(json.dumps(other.settings()))).borrowing
+    assert stored(other).borrowing
 
 
 def test_the_table_of_rates_says_what_each_threshold_rests_on():
