@@ -25,6 +25,7 @@ from .files import printable, replacing
 
 FORMAT = "hgad_fast 1"
 FLOATS = ("F32", "F64", "F16", "BF16")  # what numbers may be saved as; they are computed with in float32
+LONGEST_ERROR = 2000  # characters
 INTEGERS: dict[torch.dtype, tuple[str, ...]] = {
     torch.int64: ("I64",),
     torch.int32: ("I32", "I64"),  # sums that have outgrown 32 bits
@@ -149,8 +150,10 @@ class ModelFile:
         self._handle = handle
 
     def error(self, text: str) -> ValueError:
-        """Return an error that names the file."""
-        return ValueError(f"{self.path} {text}")
+        """Return an error that names the file, in one line, whatever of the file the text quotes."""
+        text = " ".join(text.split())
+        half = LONGEST_ERROR // 2
+        return ValueError(f"{self.path} {text if len(text) <= LONGEST_ERROR else f'{text[:half]} ... {text[-half:]}'}")
 
     def json(self, name: str, kind: type) -> Any:
         """Return what a text of the metadata holds as JSON.

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..environment import one_thread
+from ..files import printable
 from . import joining, tiles
+from .hub import PREFIXES, ask_hub, reaching_hub, without_hub
 from .interpolate import between, bilinear
 from .packaged import packaged_state_dict
 
@@ -112,6 +114,8 @@ class Backbone(nn.Module):
     the nearest multiples of its patch, at least one (bilinear, aligned corners, as the pyramid).
 
     Attributes:
+        arch, weights: `backbone_arch` and `backbone_weights` of the configuration; of a model of the hub what
+            `hub.without_hub` makes of them.
         mean, std: the channel statistics that the weights expect, (3, 1, 1), from timm's configuration of the model;
             saved with the weights.
         feature_dims: channels of each level.
@@ -129,11 +133,12 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneSettings) -> None:
         super().__init__()
-        self.arch = config.backbone_arch
+        assert config.backbone_arch is not None
+        self.arch, self.weights = without_hub(config.backbone_arch, config.backbone_weights)
         self.mode = config.feature_mode
         self.pyramid_levels = config.feature_levels if self.mode == "image_pyramid" else 1
         self.out_indices = config.out_indices
-        self.net, self.multiple = _create(config)
+        self.net, self.multiple = _create(config, self.arch, self.weights)
         self.stage_channels = self._by_stage(self.net.feature_info.channels(), "channels")
         self.stage_strides = self._by_stage(self.net.feature_info.reduction(), "stride")
         self.grid = joining.grid_of(self.stage_strides, config.grid_stride)
@@ -470,22 +475,21 @@ def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.
     return bilinear(image, *positions)
 
 
-def _create(config: BackboneSettings) -> tuple[Any, int]:
+def _create(config: BackboneSettings, arch: str, weights: str | None) -> tuple[Any, int]:
     """Return timm's feature extractor with its weights, and the pixels that its images' sides are multiples of.
 
     These are 1 where the network takes any size, or one of its own only; see `Backbone` for the errors.
     """
     import timm
 
-    arch, weights = config.backbone_arch, config.backbone_weights
-    assert arch is not None
     if not timm.is_model(arch):
         similar = ", ".join(difflib.get_close_matches(arch, timm.list_models(), n=5))
         raise ValueError(
             f"{type(config).__name__}.backbone_arch is {arch!r}, which this timm ({timm.__version__}) does not know"
-            + (f"; close to it: {similar}" if similar else "")
+            + (f"; close to it: {similar}" if similar else "; models of its hub are written hf-hub:owner/name")
         )
-    pretrained = weights == "pretrained"
+    from_hub = weights is not None and weights.startswith(PREFIXES)
+    pretrained = weights == "pretrained" or from_hub
     state = None
     if weights == "packaged":
         state = packaged_state_dict(arch)
@@ -493,7 +497,7 @@ def _create(config: BackboneSettings) -> tuple[Any, int]:
         state = read_state_dict(Path(weights))
     make: Callable[..., Any] = functools.partial(
         timm.create_model,
-        arch,
+        str(weights) if from_hub else arch,
         pretrained=pretrained,
         features_only=True,
         out_indices=joining.layers_of(config.out_indices),
@@ -501,7 +505,7 @@ def _create(config: BackboneSettings) -> tuple[Any, int]:
     multiple = 1
     try:
         if pretrained:
-            _try_hub(arch)
+            _ask_hub(arch, str(weights) if from_hub else None)
         try:
             net = make(dynamic_img_size=True)  # at the size of its weights, to which they fit
             multiple = max(net.feature_info.reduction())
@@ -512,34 +516,26 @@ def _create(config: BackboneSettings) -> tuple[Any, int]:
             f"timm cannot make {type(config).__name__}.backbone_arch = {arch!r} with out_indices = "
             f"{config.out_indices} and backbone_weights = {weights!r}: {error}"
         ) from error
-    except Exception as error:  # timm lets errors of several network libraries through
+    except Exception:
         if not pretrained:
             raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConnectionError(
-            f"the pretrained weights of {arch!r} could not be had from timm's hub ({reason}). Either download them on "
-            "a machine with a network and pass the file as backbone_weights (--weights FILE), or pass "
-            "backbone_weights=None for random weights (--weights random)."
-        ) from error
+        with reaching_hub(arch):
+            raise
     if state is not None:
         _load_weights(net, state, config)
     return net, multiple
 
 
-def _try_hub(arch: str) -> None:
-    """Ask the hub once for weights that are not in the cache, so as to fail at once: timm retries for a minute."""
-    import huggingface_hub as hub
+def _ask_hub(arch: str, weights: str | None) -> None:
+    """Ask the hub for the pretrained weights of an architecture, or for those of a model of the hub."""
     import timm
-    from huggingface_hub.utils import HfHubHTTPError
 
-    source = timm.get_pretrained_cfg(arch)
-    if source is None or not source.hf_hub_id:
-        return  # nothing on this hub, or nothing at all: timm knows what to do, or raises the error
-    names = [source.hf_hub_filename or "model.safetensors", "pytorch_model.bin"]
-    if any(hub.try_to_load_from_cache(source.hf_hub_id, name) for name in names):
+    if weights is not None:
+        ask_hub(weights.partition(":")[2], "model.safetensors", "pytorch_model.bin")
         return
-    with suppress(HfHubHTTPError):  # the hub has answered, if only that there is no file of this name
-        hub.get_hf_file_metadata(hub.hf_hub_url(source.hf_hub_id, names[0]))
+    source = timm.get_pretrained_cfg(arch)
+    if source is not None and source.hf_hub_id:  # else timm knows what to do, or raises the error
+        ask_hub(source.hf_hub_id, source.hf_hub_filename or "model.safetensors", "pytorch_model.bin")
 
 
 def _load_weights(net: nn.Module, state: dict[str, Tensor], config: BackboneSettings) -> None:
@@ -570,7 +566,13 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         ValueError: the file is missing, unreadable, or holds something else.
     """
     if not file.is_file():
-        raise ValueError(f"backbone_weights: there is no file {file}")
+        known = ("pretrained", "packaged", "random")
+        near = difflib.get_close_matches(file.name, known, n=1)
+        raise ValueError(
+            f"backbone_weights: there is no file {printable(file)}"
+            + (f"; did you mean {near[0]!r}" if near else "")
+            + ". Allowed are 'pretrained', 'packaged', 'random' (in Python None), or a file with a state dict"
+        )
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -36,16 +36,18 @@ class CompositeBackbone(Backbone):
 
     def __init__(self, config: Any) -> None:
         nn.Module.__init__(self)  # the members have what `Backbone` makes
-        self.arch = config.backbone_arch
         self.mode = config.feature_mode
-        archs = self.arch.split("+")
+        archs = config.backbone_arch.split("+")
         members = []
-        settings = zip(archs, weights_of(config.backbone_weights, len(archs)), config.out_indices, strict=True)
-        for arch, weights, out_indices in settings:
+        given_weights = weights_of(config.backbone_weights, len(archs))
+        for arch, weights, out_indices in zip(archs, given_weights, config.out_indices, strict=True):
             member = copy.copy(config)  # of its class, which errors name
             member.backbone_arch, member.backbone_weights = arch, weights
             member.out_indices, member.feature_levels = out_indices, 1
             members.append(Backbone(member))
+        self.arch = "+".join(member.arch for member in members)
+        own_weights = [member.weights for member in members]  # others than those given for models of the hub
+        self.weights = config.backbone_weights if own_weights == given_weights else "+".join(map(str, own_weights))
         self.members = nn.ModuleList(members)
         self.feature_dims = tuple(dims for member in members for dims in member.feature_dims)
         self.stage_dims = tuple(dims for member in members for dims in member.stage_dims)

@@ -86,7 +86,11 @@ class Detector(nn.Module):
                         f"{type(config).__name__}.feature_dims is {config.feature_dims}, but {config.backbone_arch} "
                         f"gives {self.encoder.feature_dims}; leave it None"
                     )
-                config = config.replace(feature_dims=self.encoder.feature_dims)
+                config = config.replace(
+                    feature_dims=self.encoder.feature_dims,
+                    backbone_arch=self.encoder.arch,
+                    backbone_weights=self.encoder.weights,
+                )
             self.config = config
             self.calibration: Calibration | None = None
             self.checkpoint = "last"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
+import shutil
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,14 +292,62 @@ def test_an_unreachable_hub_names_the_model_and_both_remedies_at_once(no_network
     assert not caplog.records
 
 
-def test_weights_in_the_hubs_cache_need_no_network(no_network, tmp_path):
-    repo = timm.get_pretrained_cfg("test_resnet").hf_hub_id
-    folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+def put_into_hub_cache(folder: Path, repository: str, config: dict | None = None) -> dict[str, torch.Tensor]:
+    """Put weights of a test_resnet into the hub's cache, and a configuration; return the weights."""
+    folder = folder / "hub" / f"models--{repository.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    whole = classifier("test_resnet")
-    write(whole.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors")
-    backbone = Backbone(config("test_resnet", backbone_weights="pretrained"))
+    state = classifier("test_resnet").state_dict()
+    write(state, folder / "snapshots" / ("0" * 40) / "model.safetensors")
+    if config is not None:
+        (folder / "snapshots" / ("0" * 40) / "config.json").write_text(json.dumps(config))
+    return state
+
+
+def assert_weights(backbone: Backbone, state: dict[str, torch.Tensor]) -> None:
     for name, tensor in backbone.net.state_dict().items():
-        assert torch.equal(tensor, whole.state_dict()[name]), name
+        assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("prefix", ["", "hf-hub:timm/", "hf_hub:timm/"])
+def test_weights_in_the_hubs_cache_need_no_network(prefix, no_network, tmp_path):
+    state = put_into_hub_cache(tmp_path, timm.get_pretrained_cfg("test_resnet").hf_hub_id)
+    backbone = Backbone(config(f"{prefix}test_resnet", backbone_weights="pretrained"))
+    assert_weights(backbone, state)
+    assert (backbone.arch, backbone.weights) == ("test_resnet", "pretrained")
+
+
+def test_a_model_of_the_hub_is_one_of_its_architecture_and_loads_without_the_hub(no_network, tmp_path):
+    pretrained = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "num_classes": 1000, "input_size": [3, 160, 160]}
+    hub_config = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": pretrained}
+    state = put_into_hub_cache(tmp_path, "owner/own-resnet", hub_config)
+    model = HGADModel(config("hf_hub:owner/own-resnet", backbone_weights="pretrained"))
+    assert (model.config.backbone_arch, model.config.backbone_weights) == ("test_resnet", "hf-hub:owner/own-resnet")
+    assert_weights(model.encoder, state)
+    torch.testing.assert_close(model.encoder.mean.flatten(), torch.tensor(pretrained["mean"]))
+    model.save(tmp_path / "whole.safetensors")
+    model.save(tmp_path / "small.safetensors", include_backbone=False)
+    assert_weights(HGADModel.load(tmp_path / "small.safetensors").encoder, state)
+    shutil.rmtree(tmp_path / "hub")
+    no_network.clear()
+    loaded = HGADModel.load(tmp_path / "whole.safetensors")
+    assert_weights(loaded.encoder, state)
+    assert torch.equal(loaded.encoder.mean, model.encoder.mean) and loaded.config == model.config
+    assert not no_network
+    with pytest.raises(ValueError, match=r"small\.safetensors cannot be loaded, as it was saved without its backbone"):
+        HGADModel.load(tmp_path / "small.safetensors")
+
+
+def test_a_model_of_the_hub_with_options_of_its_own_is_refused(no_network, tmp_path):
+    hub_config = {"architecture": "test_resnet", "pretrained_cfg": {}, "model_args": {"output_stride": 16}}
+    put_into_hub_cache(tmp_path, "owner/odd", hub_config)
+    with pytest.raises(ValueError, match=r"'hf-hub:owner/odd', a model with options of its own \(output_stride\)"):
+        Backbone(config("hf-hub:owner/odd", backbone_weights="pretrained"))
+    with pytest.raises(ConnectionError, match="'hf-hub:owner/none' could not be had"):
+        Backbone(config("hf-hub:owner/none", backbone_weights="pretrained"))
+
+
+def test_a_slip_of_the_pen_in_the_weights_is_told_from_a_file():
+    with pytest.raises(ValueError, match="no file packged; did you mean 'packaged'. Allowed are 'pretrained', 'packag"):
+        Backbone(config(backbone_weights="packged"))

@@ -1,0 +1,69 @@
+"""Models of the hub that timm reads: what their names stand for, and what is said where the hub cannot be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+PREFIXES = ("hf-hub:", "hf_hub:")  # before owner/name; timm takes both
+
+
+def without_hub(arch: str, weights: str | None) -> tuple[str, str | None]:
+    """Return timm's name of an architecture, and where its weights come from, by which it is made without the hub.
+
+    Args:
+        arch: such a name already, or that of a model of the hub, ``hf-hub:owner/name``.
+        weights: as ``backbone_weights``; the ``"pretrained"`` ones of a model of the hub get the hub's name.
+
+    Raises:
+        ValueError: the model of the hub cannot be made by the name of its architecture alone.
+        ConnectionError: the hub cannot be reached, or has no such model.
+    """
+    import timm
+
+    if not arch.startswith(PREFIXES):
+        return arch, weights
+    repository = arch.partition(":")[2]
+    if repository.startswith("timm/") and timm.is_model(repository.removeprefix("timm/")):
+        return repository.removeprefix("timm/"), weights  # one of timm's own, whose weights it knows by this name
+    with reaching_hub(arch):
+        ask_hub(repository, "config.json")
+        _, architecture, options = timm.models.load_model_config_from_hf(repository)
+    if options or not timm.is_model(architecture):
+        what = f"options of its own ({', '.join(options)})" if options else f"the architecture {architecture!r}"
+        raise ValueError(
+            f"backbone_arch is {arch!r}, a model with {what}, which timm {timm.__version__} cannot make without the "
+            "hub; allowed are models of the hub that are architectures of timm as they are"
+        )
+    return architecture, PREFIXES[0] + repository if weights == "pretrained" else weights
+
+
+@contextmanager
+def reaching_hub(name: str) -> Iterator[None]:
+    """Turn any error of the body, which asks the hub for the model `name`, into a ConnectionError with the remedies."""
+    try:
+        yield
+    except Exception as error:  # timm lets errors of several network libraries through
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ConnectionError(
+            f"the pretrained weights of {name!r} could not be had from timm's hub ({reason}). Either download them on "
+            "a machine with a network and pass the file as backbone_weights (--weights FILE), or pass "
+            "backbone_weights=None for random weights (--weights random)."
+        ) from error
+
+
+def ask_hub(repository: str, *files: str) -> None:
+    """Ask the hub once for files that are not in the cache, so as to fail at once: timm retries for a minute.
+
+    Args:
+        repository: owner/name, which may end in @revision.
+        files: one of them is enough.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.utils import HfHubHTTPError
+
+    name, _, revision = repository.partition("@")
+    if any(hub.try_to_load_from_cache(name, file, revision=revision or None) for file in files):
+        return
+    with suppress(HfHubHTTPError):  # the hub has answered, if only that there is no file of this name
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], revision=revision or None))
