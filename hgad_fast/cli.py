@@ -6,7 +6,9 @@ end in one line on stderr and exit code 1.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -21,6 +23,8 @@ import typer
 
 from .methods import DEFAULT, METHODS, config_class, describe_file, describe_presets, preset_names
 from .models.fields import assignment
+
+atexit.register(gc.freeze)  # no search for garbage at the end: with torch and timm it would take half a second
 
 app = typer.Typer(
     name="hgad-fast",

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hgad_fast"
 
 # From the top of the house to its ground: a room may use those above it, and itself. `hgad_fast` is the package's face.
-ORDER = ("environment", "files", "data", "features", "ops", "kernels", "modules", "protocol", "methods", "scoring")
-ORDER += ("training", "evaluation", "models", "hgad_fast", "demo", "bench", "cli", "__main__")
+ORDER = ("importing", "environment", "files", "data", "features", "ops", "kernels", "modules", "protocol", "methods")
+ORDER += ("scoring", "training", "evaluation", "models", "hgad_fast", "demo", "bench", "cli", "__main__")
 
 
 def sources() -> dict[str, Path]:
