@@ -6,6 +6,8 @@ user's making end in one line on stderr and exit code 1.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -50,6 +52,8 @@ class _Commands(TyperGroup):
         escape_unprintable()
         return super().main(*args, **kwargs)
 
+
+atexit.register(gc.freeze)  # no search for garbage at the end: with torch and timm it would take half a second
 
 app = typer.Typer(
     name="hgad-fast",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..environment import one_thread
 from ..files import printable
+from ..importing import uncollected
 from . import joining, tiles
 from .hub import PREFIXES, ask_hub, reaching_hub, without_hub
 from .interpolate import between, bilinear
@@ -480,7 +481,8 @@ def _create(config: BackboneSettings, arch: str, weights: str | None) -> tuple[A
 
     These are 1 where the network takes any size, or one of its own only; see `Backbone` for the errors.
     """
-    import timm
+    with uncollected():
+        import timm
 
     if not timm.is_model(arch):
         similar = ", ".join(difflib.get_close_matches(arch, timm.list_models(), n=5))
@@ -528,7 +530,8 @@ def _create(config: BackboneSettings, arch: str, weights: str | None) -> tuple[A
 
 def _ask_hub(arch: str, weights: str | None) -> None:
     """Ask the hub for the pretrained weights of an architecture, or for those of a model of the hub."""
-    import timm
+    with uncollected():
+        import timm
 
     if weights is not None:
         ask_hub(weights.partition(":")[2], "model.safetensors", "pytorch_model.bin")

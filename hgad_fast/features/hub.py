@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from ..importing import uncollected
+
 PREFIXES = ("hf-hub:", "hf_hub:")  # before owner/name; timm takes both
 
 
@@ -19,10 +21,11 @@ def without_hub(arch: str, weights: str | None) -> tuple[str, str | None]:
         ValueError: the model of the hub cannot be made by the name of its architecture alone.
         ConnectionError: the hub cannot be reached, or has no such model.
     """
-    import timm
-
     if not arch.startswith(PREFIXES):
         return arch, weights
+    with uncollected():
+        import timm
+
     repository = arch.partition(":")[2]
     if repository.startswith("timm/") and timm.is_model(repository.removeprefix("timm/")):
         return repository.removeprefix("timm/"), weights  # one of timm's own, whose weights it knows by this name
