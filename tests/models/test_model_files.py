@@ -215,6 +215,31 @@ def test_what_is_no_model_file_is_named(tmp_path: Path, good: Path) -> None:
         assert "there is no model file " in refused(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nfs": 3}, "nfs is no list"),
+        ({"nfs": [3, 4]}, r"holds no state dict \(a dict of tensors\), but a int"),
+        ({"nfs": [{3: torch.zeros(2)}]}, "holds a tensor that is called 3"),
+        ({"mus": [torch.zeros(2)]}, r"holds no state dict \(a dict of tensors\), but a list"),
+        ({"mus": {"0": [0.0]}}, "0 is a list, and no tensor"),
+        ({"mus": {"0": torch.full((3, 12), torch.nan)}}, "0 holds a NaN or an infinity"),
+        ({"mus": {"0": torch.zeros(3, 12).to_sparse()}}, "0 is no tensor of plain numbers"),
+        ({"mus": {"9": torch.zeros(3, 12)}}, "does not fit this model"),
+    ],
+)
+def test_an_official_checkpoint_of_something_else_is_named(changes: Any, message: str, tmp_path: Path) -> None:
+    content = {"nfs": [], "mus": {}, "mu_deltas": {}, "phi_inters": {}, "phi_intras": {}} | changes
+    torch.save(content, tmp_path / "official.pt")
+    with pytest.raises(ValueError, match=rf"official\.pt.* {message}"):
+        HGADModel(HGADConfig(**SMALL, backbone_arch=None, feature_dims=(12, 9))).load_official_checkpoint(
+            tmp_path / "official.pt"
+        )
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "official.pt").read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"cut\.pt cannot be read as a PyTorch checkpoint"):
+        hgad()[0].load_official_checkpoint(tmp_path / "cut.pt")
+
+
 # ---------------------------------------------------------------------------------------------------- backbones
 
 
