@@ -20,7 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from .methods import DEFAULT, METHODS, config_class, describe_file, describe_presets, preset_names
-from .models.fields import assignment
+from .models.config import Config
+from .models.fields import assignment, field_table
 
 app = typer.Typer(
     name="hgad-fast",
@@ -29,6 +30,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _fields(assignments: list[str] | None) -> list[str] | None:
+    """Print the fields of the configurations where ``--set help`` asks for them."""
+    if "help" in (assignments or ()):
+        print(field_table(Config, [METHODS[name].config_class for name in sorted(METHODS)]))
+        raise typer.Exit
+    return assignments
+
 
 Method = Annotated[
     str | None,
@@ -44,7 +54,7 @@ Preset = Annotated[
 ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
+    typer.Option("--set", callback=_fields, is_eager=True, help="FIELD=VALUE; may be repeated. --set help lists all."),
 ]
 Backbone = Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")]
 Weights = Annotated[str | None, typer.Option(help="'pretrained', 'packaged', a state-dict file, or 'random'.")]
