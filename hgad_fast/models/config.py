@@ -16,8 +16,8 @@ LOSS_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")  # the last two are thos
 
 # The largest values of the fields of a kind: beyond what anybody trains, and a model file cannot ask for more.
 MAX_GROUPS = 100_000  # classes, centres, codes, clusters
-MAX_LEVELS = 100
-MAX_LAYERS = 1000
+MAX_LEVELS = 32
+MAX_LAYERS = 128  # coupling blocks of a flow
 MAX_WIDTH = 2**16  # channels
 MAX_SIDE = 2**16  # pixels
 MAX_STEPS = 10**6  # epochs, images of a batch
@@ -392,8 +392,8 @@ class HGADConfig(Config):
 
     @property
     def least_tensors(self) -> int:
-        """One and more for each block."""
-        return self.feature_levels * self.coupling_layers
+        """Those of the blocks, by their official names."""
+        return 8 * self.feature_levels * self.coupling_layers
 
 
 @dataclass(kw_only=True)
@@ -546,8 +546,8 @@ class VQFlowConfig(Config):
 
     @property
     def least_tensors(self) -> int:
-        """One and more for each block."""
-        return sum(self.coupling_layers)
+        """Those of the blocks."""
+        return 9 * sum(self.coupling_layers)
 
 
 @dataclass(kw_only=True)

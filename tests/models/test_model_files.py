@@ -119,10 +119,10 @@ def test_a_field_beyond_all_measure_is_named(method: str, field: str, value: Any
     [
         ("hgad", {"n_classes": 100_000, "class_names": None}),
         ("hgad", {"n_intra_centers": 100_000}),
-        ("hgad", {"coupling_layers": 1000}),
+        ("hgad", {"coupling_layers": 128}),
         ("hgad", {"pos_embed_dim": 65536}),
         ("vqflow", {"n_patterns": 100_000, "prototype_dim": 65536}),
-        ("vqflow", {"coupling_layers": [1000, 1000, 1000]}),
+        ("vqflow", {"coupling_layers": [128, 128, 128]}),
         ("gaussian", {"grids": [[[65536, 65536]]] * 3}),
         ("gaussian", {"grids": [[[i, 1]] for i in range(1, 60_001)], "n_classes": 60_000, "class_names": None}),
     ],
@@ -203,6 +203,12 @@ def test_a_tensor_is_named(method: str, name: str, value: Any, named: str, good:
 )
 def test_a_text_of_the_metadata_is_named(name: str, text: str, named: str, good: Path, tmp_path: Path) -> None:
     assert named in refused(changed(good, "hgad", tmp_path, texts={name: text}))
+
+
+def test_a_header_as_large_as_no_model_has_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    path.write_bytes((50 * 10**6).to_bytes(8, "little") + b"{}")
+    assert "large.safetensors is no whole safetensors file (header too large: 50000000 bytes; " in refused(path)
 
 
 def test_what_is_no_model_file_is_named(tmp_path: Path, good: Path) -> None:
