@@ -27,6 +27,7 @@ from .files import printable, replacing
 FORMAT = "hgad_fast 1"
 FLOATS = ("F32", "F64", "F16", "BF16")  # what numbers may be saved as; they are computed with in float32
 LONGEST_ERROR = 2000  # characters
+LARGEST_HEADER = 2**24  # bytes: names of 50,000 classes, or of 100,000 tensors
 INTEGERS: dict[torch.dtype, tuple[str, ...]] = {
     torch.int64: ("I64",),
     torch.int32: ("I32", "I64"),  # sums that have outgrown 32 bits
@@ -214,6 +215,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[ModelFile]:
     if not Path(path).is_file():
         raise ValueError(f"there is no model file {printable(path)}")
     try:
+        with open(path, "rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"header too large: {size} bytes; {LARGEST_HEADER} at most")
         handle = safe_open(path, framework="pt")
         file = ModelFile(path, handle)
     except Exception as error:  # of many kinds: no permission, no header, ...

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..environment import one_thread, require_float32
-from ..files import printable
+from ..files import printable, read_torch_file, require_tensors
 from ..importing import uncollected
 from . import joining, tiles
 from .hub import PREFIXES, ask_hub, reaching_hub, without_hub
@@ -581,14 +581,14 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise many kinds for a damaged file
+            state: Any = load_file(file)
+        else:
+            state = read_torch_file(file, "state dict")
+    except Exception as error:  # safetensors raises kinds of its own
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"backbone_weights: {file} cannot be read as a state dict ({reason})") from error
+        raise ValueError(f"backbone_weights: {printable(file)} cannot be read as a state dict ({reason})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"backbone_weights: {file} holds no state dict (a dict of tensors)")
+    require_tensors(f"backbone_weights: {printable(file)}", state)
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data.images import list_images
+from ..data.listing import list_images
 from ..environment import plain_torch, require_float32
 from ..features.backbone import ALWAYS_WHOLE, TILES, Backbone
 from ..features.preprocess import (
