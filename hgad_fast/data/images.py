@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import sys
 import threading
 import warnings
@@ -73,15 +74,17 @@ class Pixels:
     palette: np.ndarray | None = None
     lossy: bool = False
 
-    def tensor(self, white_level: int = WHITE_LEVEL) -> Tensor:
+    def tensor(self, white_level: int = WHITE_LEVEL, name: str = "an image") -> Tensor:
         """Return the image as (3, H, W) float32 in [0, 1]; `white_level` is the value of white in 16-bit words.
+
+        A warning calls the image by `name`.
 
         Raises:
             ValueError: a 16-bit value is above the white level.
         """
         values = self.values
         if values.dtype == np.uint16:
-            check_white_level(values, white_level)
+            check_white_level(values, white_level, name)
             values = values.astype(np.float32)
             values /= np.float32(white_level)
         if values.ndim == 2:
@@ -91,7 +94,7 @@ class Pixels:
         return tensor.div_(255) if values.dtype == np.uint8 else tensor
 
 
-def check_white_level(values: np.ndarray, white_level: int) -> None:
+def check_white_level(values: np.ndarray, white_level: int, name: str = "an image") -> None:
     """Raise a ValueError if a 16-bit value is above the white level; warn, once a process, if all are far below it."""
     peak = int(values.max(initial=0))
     suggested = suggested_white_level(peak)
@@ -103,8 +106,8 @@ def check_white_level(values: np.ndarray, white_level: int) -> None:
     if white_level == WHITE_LEVEL and 0 < peak <= 4095:
         warn_once(
             "dark",
-            f"16-bit values reach {peak} and white is taken as {WHITE_LEVEL}, so that the image is almost black; if it "
-            f"is of a camera of fewer bits, train with white_level={suggested} (--set white_level={suggested})",
+            f"{name}: 16-bit values reach {peak}, and white is taken as {WHITE_LEVEL}, so that it is almost black; if "
+            f"it is of a camera of fewer bits, train with white_level={suggested} (--set white_level={suggested})",
         )
 
 
@@ -136,7 +139,7 @@ def read_image(path: str | os.PathLike[str], white_level: int = WHITE_LEVEL) -> 
             `from_pil`, or it has more than `MAX_IMAGE_PIXELS` pixels.
     """
     try:
-        return read_pixels(path).tensor(white_level)
+        return read_pixels(path).tensor(white_level, printable(path))
     except ImageError:
         raise
     except ValueError as error:
@@ -230,11 +233,20 @@ def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
     return tile._replace(args=changed) if hasattr(tile, "_replace") else (*tile[:3], changed)
 
 
+_bits = random.Random(0)
+_CONTINUATIONS = [
+    b"",
+    *(bytes([32 * first + _bits.randrange(31), *(_bits.randrange(255) for _ in range(255))]) for first in range(8)),
+]
+
+
 def _without_end_marker(content: bytes) -> PIL.Image.Image | None:
     """Return the image of a JPEG that lacks its end marker, if all of its pixels are there; None if that is unknown.
 
     Whatever bits follow, the pixels of a complete scan are the same; where a part is missing, the bits that follow
-    stand for it, and the pixels differ. That says nothing of further scans, nor of what follows a restart marker.
+    stand for it. Each of the continuations, which begin with all triples of bits, leaves a missing block as it was with
+    a probability of a quarter at most, as a block is two codes or more. That says nothing of further scans, nor of what
+    follows a restart marker.
     """
     from PIL import Image
 
@@ -242,7 +254,7 @@ def _without_end_marker(content: bytes) -> PIL.Image.Image | None:
         return None
     content = content.rstrip(b"\xff")  # the first byte of the marker may be there
     first: PIL.Image.Image | None = None
-    for following in (b"", bytes(64), b"\xaa" * 64, b"\x55" * 64):
+    for following in _CONTINUATIONS:
         with Image.open(io.BytesIO(content + following + b"\xff\xd9"), formats=("JPEG",)) as image:
             image.load()
             if first is None:

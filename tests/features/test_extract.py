@@ -196,7 +196,7 @@ def test_a_warm_cache_decodes_nothing(model, woods, on_disk, computed, monkeypat
     feature_set(model, woods, **on_disk)
     assert len(computed) == 4
     fresh = feature_set(model, woods)
-    monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    monkeypatch.setattr(extract, "read_image", lambda path, white_level: pytest.fail(f"{path} was decoded"))
     assert_same_bits(feature_set(model, woods, **on_disk), fresh)
 
 
@@ -296,8 +296,8 @@ def test_a_damaged_image_beyond_the_limit_is_found_too(model, woods, monkeypatch
 def test_an_image_that_changes_under_our_hands_is_not_cached(model, woods, on_disk, monkeypatch):
     read = images.read_image
 
-    def read_old(path):
-        image = read(path)
+    def read_old(path, white_level):
+        image = read(path, white_level)
         if path.name == "1.png":
             Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(path)
         return image
@@ -358,7 +358,7 @@ def test_processes_share_the_work_and_one_that_is_killed_harms_none(model, tmp_p
             process.kill()
     assert log.read_text().split().count("other") == 10  # all but the victim's first shard
     expected = feature_set(model, tmp_path / "woods")
-    monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    monkeypatch.setattr(extract, "read_image", lambda path, white_level: pytest.fail(f"{path} was decoded"))
     assert_same_bits(feature_set(model, tmp_path / "woods", cache="disk", cache_dir=kept), expected)
 
 

@@ -119,9 +119,9 @@ def test_no_more_pixels_are_decoded_than_allowed(
     decoded, most = 0, 0
     finish = pipeline._finished
 
-    def read(path: Path) -> torch.Tensor:
+    def read(path: Path, white_level: int) -> torch.Tensor:
         nonlocal decoded, most
-        image = read_image(path)
+        image = read_image(path, white_level)
         decoded += image[0].numel()
         most = max(most, decoded)
         return image
