@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import random
 import sys
@@ -39,9 +40,10 @@ _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "DIB", "TIFF", "WEBP", "JPEG2000
 _FORMATS_BY_SUFFIX = {".tga": "TGA", ".avif": "AVIF"}  # files of the first show by nothing else what they are
 
 _SAFE_PIXELS = 2**26  # 268 MB in Pillow: so many are tried to decode, whatever the size of the file
-_RATIOS = {"PNG": 1032, "PPM": 1, "JPEG": 64}  # bytes of pixels that a byte of a file can hold at most: deflate's, ...
-_TIFF_RATIOS = {"raw": 1, "packbits": 64, "tiff_lzw": 2731, "tiff_adobe_deflate": 1032, "tiff_deflate": 1032}
-_OTHER_RATIO = 2**13  # of 8 pixels of one bit each
+_JPEG_PIXELS = 512  # that a byte of a JPEG can hold at most: a bit for a block of 64
+_DEFLATE, _LZW = 1032, 2731  # bytes of pixels that a byte of a file can hold at most; WebP and others know no bound
+_RATIOS = {"PNG": _DEFLATE, "GIF": _LZW, "PPM": 1}
+_TIFF_RATIOS = {"raw": 1, "packbits": 64, "tiff_lzw": _LZW, "tiff_adobe_deflate": _DEFLATE, "tiff_deflate": _DEFLATE}
 
 said: set[str] = set()  # what `warn_once` has said
 
@@ -177,15 +179,18 @@ def _require_bytes(image: PIL.Image.Image, size: int) -> None:
 
     Pillow takes the memory of all pixels before it decodes the first.
     """
-    ratio = _RATIOS.get(image.format or "", _OTHER_RATIO)
+    ratio = _RATIOS.get(image.format or "")
     compression = image.info.get("compression", "raw")
     if image.format == "TIFF":
-        ratio = _TIFF_RATIOS.get(compression, _OTHER_RATIO)
+        ratio = _TIFF_RATIOS.get(compression)
     elif image.format in ("BMP", "DIB") and compression in (0, 3):  # the others are of run lengths
         ratio = 1
     pixels = image.width * image.height
-    least_bits = 1 if image.mode in ("1", "L", "P", "LA", "PA") else 12  # a pixel
-    if pixels * least_bits > 8 * ratio * size and (ratio == 1 or pixels > _SAFE_PIXELS):
+    bits = 1 if image.mode in ("1", "L", "P", "LA", "PA") else 12  # of a pixel, at least
+    most = math.inf if ratio is None else 8 * ratio * size // bits
+    if image.format in ("JPEG", "MPO"):
+        most = _JPEG_PIXELS * size
+    if pixels > most and (ratio == 1 or pixels > _SAFE_PIXELS):
         raise ValueError(f"damaged or truncated: {size} bytes cannot hold {image.width} x {image.height} pixels")
 
 

@@ -532,13 +532,24 @@ def test_a_header_that_claims_more_pixels_than_the_file_can_hold_takes_no_memory
         read_image(path)
 
 
-@pytest.mark.parametrize("options", [{}, {"compression": "tiff_adobe_deflate"}, {"compression": "tiff_lzw"}])
-def test_a_small_file_may_hold_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict) -> None:
+@pytest.mark.parametrize("shape", [(2000, 1500), (2000, 1500, 3)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.png", {}),
+        *(("a.tif", {"compression": f"tiff_{name}"}) for name in ("adobe_deflate", "lzw")),
+        *(("a.jpg", options) for options in ({}, {"optimize": True}, {"progressive": True}, {"subsampling": 2})),
+        *((("a.webp"), {"lossless": lossless}) for lossless in (False, True)),
+        ("a.gif", {}),
+    ],
+)
+def test_a_small_file_may_hold_many_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict, shape: tuple[int, ...]
+) -> None:
     monkeypatch.setattr(images, "_SAFE_PIXELS", 1000)
-    blank = np.zeros((2000, 1500), np.uint8)
-    path = draw(tmp_path / ("a.tif" if options else "a.png"), blank, **options)
-    assert path.stat().st_size < blank.size / 80
-    assert read_header(path)[:2] == read_mask(path).shape == blank.shape
+    path = draw(tmp_path / name, np.full(shape, 255, np.uint8), **options)
+    assert path.stat().st_size < 2000 * 1500 / 30
+    assert read_header(path)[:2] == read_mask(path).shape == shape[:2]
 
 
 def test_names_that_no_terminal_shows_are_escaped_in_errors(tmp_path: Path) -> None:
