@@ -127,8 +127,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node=GPUS -m hgad_fast train ...
     """
-    from .data.datasets import discover
-    from .data.listing import passed_over
+    from .data.datasets import discover, notes_on
     from .evaluation.evaluate import BestCheckpoint
     from .methods import create
     from .training.checkpoint import BEST, CHECKPOINT, FEATURES, MODEL
@@ -150,8 +149,8 @@ def train(
         "cache_limit": cache_limit,
     }
     if is_first:
-        if dataset.passed_over:
-            _to_stderr(passed_over(dataset.passed_over))
+        for note in notes_on(dataset):
+            _to_stderr(note)
         plan = Plan(
             **options | {"cache_dir": cache_dir or output / FEATURES},
             meta_epochs_done=meta_epochs_done(output / CHECKPOINT) if resume else 0,

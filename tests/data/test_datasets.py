@@ -20,6 +20,7 @@ from hgad_fast.data.datasets import (
     content_hash,
     discover,
     fingerprint,
+    notes_on,
     union,
 )
 from hgad_fast.data.masks import read_mask
@@ -392,7 +393,7 @@ def test_csv_that_cannot_be_used(tmp_path: Path, text: str | bytes, message: str
     [
         ([], "", r"no class folders; put the normal images into .*<class>"),
         (["1.png"], "", r"no class folders"),
-        (["nut/train/good/1.raw"], "nut/train/good", "no training images; put normal ones here .*png"),
+        (["nut/train/good/1.raw"], "nut/train/good", "no training images; put normal ones here .*png.*over: 1 .raw"),
         (["nut/train/1.png"], "nut/train/good", "no training images"),
         (["test/hole/1.png", "ground_truth/hole/1.png"], "train/good", "no training images"),
         (["bolt/1.png", "nut/1.raw"], "nut", "no training images"),
@@ -463,7 +464,9 @@ def test_images_elsewhere_in_train_are_mentioned(tmp_path: Path, name: str) -> N
         discover(tmp_path)
     assert str(error.value).endswith(f"1 images lie in {path.parent}: move those that are normal")
     write(tmp_path / "bolt/train/good/1.png")
-    assert discover(tmp_path).unused == (path,)
+    dataset = discover(tmp_path)
+    assert dataset.unused == (path,)
+    assert [note.startswith(f"not used: 1 images in {path.parent}, beside") for note in notes_on(dataset)] == [True]
 
 
 def test_masks_of_normal_images_and_files_that_are_none_are_kept_in_mind(tmp_path: Path) -> None:
