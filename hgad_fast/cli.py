@@ -507,7 +507,7 @@ def info(
         "backend": ops.path(torch.empty(0, device=device)),
     }
     if model is not None:
-        facts["model"] = describe_file(_load(model, "cpu", None), model)
+        facts["model"] = describe_file(model)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
