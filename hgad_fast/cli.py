@@ -590,7 +590,7 @@ def info(
         from .methods import describe_file
 
         device = torch.device(usable_device(None))
-        description = {} if model is None else describe_file(load_model(model, "cpu"), model)
+        description = {} if model is None else describe_file(model)
     facts: dict[str, Any] = {
         "hgad_fast": VERSION,
         "python": platform.python_version(),

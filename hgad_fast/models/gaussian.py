@@ -17,6 +17,7 @@ from ..environment import plain_torch
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.extract import FeatureSet, feature_set
 from ..features.joining import joined
+from ..features.outline import Outline
 from ..methods import register
 from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
 from ..ops.dispatch import float32_products
@@ -128,7 +129,7 @@ class GaussianModel(Detector):
     @property
     def _stage_dims(self) -> list[tuple[int, ...]]:
         """The channels of the stages of each level."""
-        if isinstance(self.encoder, Backbone):
+        if isinstance(self.encoder, (Backbone, Outline)):
             return list(self.encoder.stage_dims)
         return [tuple(self.feature_dims)]
 
@@ -137,7 +138,7 @@ class GaussianModel(Detector):
         """The number of stages, from the first, that the map of each level is made of."""
         wanted, dims = self.config.map_stages, self._stage_dims
         if wanted is None:
-            return list(self.encoder.fine_stages) if isinstance(self.encoder, Backbone) else [len(dims[0])]
+            return list(getattr(self.encoder, "fine_stages", None) or [len(dims[0])])
         if wanted > min(map(len, dims)):
             raise ValueError(
                 f"GaussianConfig.map_stages is {wanted}, and there are {min(map(len, dims))} stages (out_indices, or "
@@ -194,6 +195,15 @@ class GaussianModel(Detector):
             super().adopt_classes(names, source)
         elif not len(self.gaussians):
             self.config = self.config.replace(n_classes=len(names), class_names=names)
+
+    @classmethod
+    def likely_stages(cls, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        """Return two stages a level, a fine and a coarse one, where both have as many values as they may."""
+        dim, coarse_dim = config.dim, config.coarse_dim
+        widths = [shapes.get(f"whitenings.{level}.matrix", ())[1:] for level in range(len(config.feature_dims or ()))]
+        if config.map_stages is not None or not coarse_dim or any(width != (dim + coarse_dim,) for width in widths):
+            return None
+        return [((channels - coarse_dim, coarse_dim), 1) for channels in config.feature_dims]
 
     @property
     def fusion(self) -> str:

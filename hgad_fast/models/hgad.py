@@ -107,12 +107,12 @@ class HGADModel(OfficialSurface, Detector):
     stages = {2: "which also learns the centres within each class"}
     variant_options = ("centres",)
 
-    def __init__(self, config: HGADConfig | argparse.Namespace | None = None) -> None:
+    def __init__(self, config: HGADConfig | argparse.Namespace | None = None, encoder: nn.Module | None = None) -> None:
         device = None
         if isinstance(config, argparse.Namespace):
             device = getattr(config, "device", None)
             config = config_from_args(config)
-        super().__init__(config or HGADConfig())
+        super().__init__(config or HGADConfig(), encoder)
         self.memory = self.config.memory
         self.checkpoint_every = self.config.checkpoint_every
         self.precision = self.config.precision
