@@ -51,7 +51,7 @@ def plain_torch() -> Iterator[None]:
         for device in ("cpu", "cuda", "xpu", "mps"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type != "cpu":
+        if torch.get_default_device().type not in ("cpu", "meta"):  # meta: a model that is made without memory
             stack.enter_context(torch.device("cpu"))
         if np.geterr() != _NUMPY_ERRORS:
             stack.enter_context(np.errstate(**_NUMPY_ERRORS))
