@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .environment import plain_torch
 from .files import printable, replacing
 
 FORMAT = "hgad_fast 1"
@@ -113,7 +114,7 @@ def create(config: Any) -> Any:
     return METHODS[config.method](config)
 
 
-@torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
+@plain_torch()
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Any:
     """Return a model of any method that `save` wrote.
 
@@ -180,15 +181,15 @@ class ModelFile:
                 f"is damaged: the tensor {name} is of type {self._types[name]}; allowed: {', '.join(allowed)}"
             )
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor, in memory of its own; numbers are float32.
+    def tensor(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Return a tensor, in memory of its own; numbers in `dtype`, or with None in that of the file.
 
         Raises:
             ValueError: it cannot be read, or a number in it is not finite.
         """
         try:
             mapped = self._handle.get_tensor(name)
-            tensor = mapped.to(torch.float32, copy=True) if mapped.is_floating_point() else mapped.clone()
+            tensor = mapped.to(dtype, copy=True) if dtype and mapped.is_floating_point() else mapped.clone()
         except Exception as error:  # of many kinds, where the header lies
             raise self.error(f"is damaged: its tensor {name} cannot be read ({error})") from error
         if tensor.is_floating_point() and tensor.numel():
@@ -250,9 +251,6 @@ def describe_file(model: Any, path: Path) -> dict[str, Any]:
     config, calibration = model.config, model.calibration
     side = "square, side" if config.square else "short side"
     size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
-    rate = "none"
-    if calibration is not None:
-        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
     return {
         "model file": str(path),
         "size": f"{path.stat().st_size / 1e6:.1f} MB",
@@ -262,7 +260,8 @@ def describe_file(model: Any, path: Path) -> dict[str, Any]:
         "feature channels": ", ".join(map(str, model.feature_dims)),
         **model.describe(),
         "image size": size + (", centre crop" if config.center_crop else ""),
-        "calibration": rate,
+        **({"calibration": "none"} if calibration is None else calibration.describe(model.groups)),
+        **({"note": note} if calibration is not None and (note := calibration.shortcomings(model.groups)) else {}),
     }
 
 

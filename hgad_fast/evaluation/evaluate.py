@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..data.datasets import Dataset, Sample, discover
 from ..data.images import read_image, read_mask, resize_mask
+from ..environment import plain_torch
 from ..features.extract import ShowProgress
 from ..features.preprocess import image_features, preprocess, seeing
 from ..methods import load
@@ -265,6 +266,7 @@ _GROUPS = 40  # groups that a table names
 _HEADS = ("i-AUROC", "i-AP", "i-F1max", "p-AUROC", "p-AP", "p-F1max", "AUPRO.3", "AUPRO.05")
 
 
+@plain_torch()
 @torch.no_grad()
 def evaluate(
     model: Detector,

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..environment import require_float32
 from ..files import printable, read_torch_file, require_tensors
 from . import joining, tiles
 from .hub import PREFIXES, ask_hub, reaching_hub, without_hub
@@ -323,6 +324,7 @@ class Backbone(nn.Module):
     def _fast(self) -> _Fast:
         """Return the network as it is run on images, made anew when its weights have changed or moved."""
         if self._made_fast is None or not self._made_fast[0].unchanged():
+            require_float32(self)
             # a network with positions depends on where a tile lies, if only by very little as long as it is untrained
             self._made_fast = _Weights(self.net), _Fast(self.net, maybe_local=self.multiple == 1)
         return self._made_fast[1]
@@ -415,7 +417,7 @@ def streamlined(net: Any) -> nn.Module:
     left out. The copy is tried on noise: if its error against float64 is worse than that of the network itself, or the
     network takes images of one size only, a plain copy is returned.
     """
-    plain = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
     *path, last = net.feature_info.module_name()[-1].split(".")
     with suppress(AttributeError):
@@ -427,7 +429,7 @@ def streamlined(net: Any) -> nn.Module:
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
     try:
         _fold_batch_norms(fast, side)
-        exact = copy.deepcopy(net).double()(noise.double())
+        exact = copy.deepcopy(net).eval().double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
             if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
                 return plain

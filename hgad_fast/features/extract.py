@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.datasets import Dataset, Sample, check_images, content_hash, content_hashes, discover, fingerprint
 from ..data.images import ImageError, read_header, read_image
-from ..files import byte_count, readable, state_hash
+from ..files import byte_count, printable, readable, state_hash
 from .backbone import Backbone
 from .cache import (
     SHARD_BYTES,
@@ -76,6 +76,13 @@ class FeatureSet:
             raise ValueError(f"features must be one (n, C, h, w) tensor a level with one n; the shapes are {shapes}")
         images = [[channels_last(level) for level in image] for image in zip(*levels, strict=True)]
         return cls(images, torch.as_tensor(class_ids))
+
+    def name(self, i: int) -> str:
+        """Return what errors call image `i`: its file, or its number among the features that were given."""
+        images = self.images
+        while isinstance(images, _Selected):
+            i, images = images.indices[i], images.items
+        return printable(images.files[i][1]) if isinstance(images, _Images) else f"image {i}"
 
     def subset(self, indices: Tensor) -> FeatureSet:
         """Return the set of the images at `indices`, in this order."""

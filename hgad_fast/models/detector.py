@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..environment import plain_torch, without_memory
 from ..features.backbone import FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
@@ -27,6 +28,7 @@ from ..scoring.calibration import Calibration, calibrate
 from ..scoring.maps import official_maps
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_features, score_images
+from ..scoring.stored import stored_calibration
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
 from .config import Config, Settings
@@ -75,6 +77,7 @@ class Detector(nn.Module):
     stages: Mapping[int, str] = {}
     variant_options: ClassVar[tuple[str, ...]] = ()
 
+    @plain_torch()
     def __init__(self, config: Any) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -304,9 +307,9 @@ class Detector(nn.Module):
         """Train on normal images, calibrate on held-out ones; see `hgad_fast.training.fit.fit` for the arguments."""
         return fit(self, data, **options)
 
-    def calibrate(self, data: Any, **options: Any) -> None:
+    def calibrate(self, data: Any, **options: Any) -> tuple[str, ...]:
         """Set normalisation constants and thresholds from normal images; see `scoring.calibration.calibrate`."""
-        calibrate(self, data, **options)
+        return calibrate(self, data, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:
         """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments."""
@@ -364,7 +367,7 @@ class Detector(nn.Module):
             return cls.from_file(file, device)
 
     @classmethod
-    @torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
+    @plain_torch()
     def from_file(cls: type[Model], file: ModelFile, device: str | torch.device | None = None) -> Model:
         """Return the model in a file that `methods.opened` has opened; see `load`."""
         if file.method != cls.config_class.method:
@@ -374,7 +377,7 @@ class Detector(nn.Module):
         config = cls._config_in(file)
         left_out = file.metadata.get("backbone") == "left out"
         try:
-            with torch.device("meta"):  # shapes without memory
+            with without_memory():
                 model = cls(config.replace(backbone_weights=None))
         except Exception as error:  # timm and torch raise many kinds for settings that do not fit each other
             raise file.error(f"cannot be loaded: its configuration gives no model ({error})") from error
@@ -486,13 +489,13 @@ def _calibration_in(file: ModelFile, model: Detector) -> Calibration | None:
     if not names and "calibration" not in file.metadata:
         return None
     settings = file.json("calibration", dict) if "calibration" in file.metadata else {}
-    tensors = {name.removeprefix(CALIBRATION): file.tensor(name) for name in names}
+    tensors = {name.removeprefix(CALIBRATION): file.tensor(name, None) for name in names}
     try:
-        calibration = Calibration.from_tensors(tensors, **settings)
-        calibration.check(len(model.groups), model.density_levels, model.density_parts, model.fusion)
+        return stored_calibration(
+            tensors, settings, len(model.groups), model.density_levels, model.density_parts, model.fusion
+        )
     except ValueError as error:
         raise file.error(f"is damaged: in its calibration {error}") from error
-    return calibration
 
 
 def varied(

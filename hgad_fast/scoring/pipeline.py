@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..data.images import ImageError, read_header, read_image
-from ..environment import VERSION
+from ..environment import VERSION, plain_torch
 from ..features.backbone import Backbone
 from ..features.preprocess import memory_bytes, seeing
 from ..files import replacing, tensor_hash
@@ -117,6 +117,7 @@ class Record:
     error: Exception | None = None
 
 
+@plain_torch()
 def score_files(
     model: Detector, files: Sequence[Path], job: Job, report: Callable[[Record], None] = lambda record: None
 ) -> list[Record]:
@@ -256,12 +257,19 @@ def _score_batch(
         except ImageError as error:
             errors[decoding.task] = error
     rows: dict[Task, tuple[dict[str, Any], Tensor]] = {}
-    try:
-        if images:
-            result = score_images(model, list(images.values()), job.class_id, throughput=job.throughput, **job.options)
-            rows = {task: (_row(model, task, result, i), result.anomaly_map[i]) for i, task in enumerate(images)}
-    except (ValueError, torch.OutOfMemoryError) as error:  # too long and thin, or too large
-        errors |= {task: ValueError(f"{task.file}: {error}") for task in images}
+    waiting = [list(images)] if images else []
+    while waiting:
+        tasks = waiting.pop()
+        try:
+            result = score_images(
+                model, [images[task] for task in tasks], job.class_id, throughput=job.throughput, **job.options
+            )
+            rows |= {task: (_row(model, task, result, i), result.anomaly_map[i]) for i, task in enumerate(tasks)}
+        except (ValueError, torch.OutOfMemoryError) as error:  # too long and thin, too large, or no number
+            if len(tasks) > 1:
+                waiting += [[task] for task in tasks]  # the others are scored all the same
+            else:
+                errors[tasks[0]] = ValueError(f"{tasks[0].file}: {error}")
     futures: list[Future[Record]] = []
     for decoding in batch:
         task = decoding.task
