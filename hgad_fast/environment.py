@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -26,8 +27,20 @@ _NUMPY_ERRORS: Any = {"divide": "warn", "over": "warn", "under": "ignore", "inva
 _backends: Any = torch.backends
 _lock = threading.Lock()
 _THREADS = threading.RLock()  # their number is one setting for the whole process
+_device: ContextVar[str] = ContextVar("device", default="cpu")  # of tensors in `plain_torch`
 _inside = 0  # calls in `plain_torch`, of all threads
 _restore: list[Callable[[], Any]] = []  # what the last of them sets back
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Make tensors without memory (on torch's device "meta"), within `plain_torch`, too: a model of them has shapes."""
+    token = _device.set("meta")
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _device.reset(token)
 
 
 @contextmanager
@@ -51,8 +64,8 @@ def plain_torch() -> Iterator[None]:
         for device in ("cpu", "cuda", "xpu", "mps"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.get_default_device().type not in ("cpu", "meta"):  # meta: a model that is made without memory
-            stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != _device.get():
+            stack.enter_context(torch.device(_device.get()))
         if np.geterr() != _NUMPY_ERRORS:
             stack.enter_context(np.errstate(**_NUMPY_ERRORS))
         yield

@@ -194,20 +194,15 @@ class ModelFile:
                 f"is damaged: the tensor {name} is of type {self._types[name]}; allowed: {', '.join(allowed)}"
             )
 
-    def tensor(self, name: str, keep_double: bool = False) -> Tensor:
-        """Return a tensor, in memory of its own.
-
-        Args:
-            name: its name.
-            keep_double: whether float64 stays; otherwise all numbers become float32.
+    def tensor(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Return a tensor, in memory of its own; numbers in `dtype`, or with None in that of the file.
 
         Raises:
             ValueError: it cannot be read, or a number in it is not finite.
         """
         try:
             mapped = self._handle.get_tensor(name)
-            kept = not mapped.is_floating_point() or keep_double and mapped.dtype == torch.float64
-            tensor = mapped.clone() if kept else mapped.to(torch.float32, copy=True)
+            tensor = mapped.to(dtype, copy=True) if dtype and mapped.is_floating_point() else mapped.clone()
         except Exception as error:  # of many kinds, where the header lies
             raise self.error(f"is damaged: its tensor {name} cannot be read ({error})") from error
         if tensor.is_floating_point() and tensor.numel():

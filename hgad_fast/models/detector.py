@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..environment import one_thread, plain_torch
+from ..environment import one_thread, plain_torch, without_memory
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
@@ -405,7 +405,7 @@ class Detector(nn.Module):
         config = cls._config_in(file)
         left_out = file.metadata.get("backbone") == "left out"
         try:
-            with torch.device("meta"):  # shapes without memory
+            with without_memory():
                 model = cls(config.replace(backbone_weights=None), cls._outline(file, config) if outline else None)
         except Exception as error:  # timm and torch raise many kinds for settings that do not fit each other
             raise file.error(f"cannot be loaded: its configuration gives no model ({error})") from error
@@ -535,7 +535,7 @@ def _calibration_in(file: ModelFile, model: Detector) -> Calibration | None:
     if not names and "calibration" not in file.metadata:
         return None
     settings = file.json("calibration", dict) if "calibration" in file.metadata else {}
-    tensors = {name.removeprefix(CALIBRATION): file.tensor(name, keep_double=True) for name in names}
+    tensors = {name.removeprefix(CALIBRATION): file.tensor(name, None) for name in names}
     try:
         return stored_calibration(
             tensors,

@@ -190,6 +190,20 @@ def test_a_tensor_is_named(method: str, name: str, value: Any, named: str, good:
     assert named in refused(path)
 
 
+def test_what_a_renewed_calibration_keeps_is_exact_and_in_order(tmp_path: Path) -> None:
+    model, _ = hgad()
+    scores = torch.tensor([1 / 3, 2 / 3, 1.0, 0.1], dtype=torch.float64)
+    model.calibration.pooled_scores, model.calibration.pooled_ids = scores, torch.tensor([0, 0, 0, 2])
+    model.save(tmp_path / "m.safetensors")
+    assert torch.equal(hgad_fast.load(tmp_path / "m.safetensors").calibration.pooled_scores, scores)
+    model.calibration.pooled_ids = torch.zeros(4, dtype=torch.int64)
+    model.save(tmp_path / "m.safetensors")
+    assert "in its calibration the pooled_scores of a group are not in asc" in refused(tmp_path / "m.safetensors")
+    model.calibration.pooled_ids = None
+    model.save(tmp_path / "m.safetensors")
+    assert "one of the tensors pooled_scores and pooled_ids is missing" in refused(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
