@@ -310,15 +310,19 @@ def calibrate(
 ) -> None:
     """Give a model new thresholds, from normal images: for a new camera, light or position, or another --img-size.
 
-    Its weights stay as they are.
+    Images of some of its classes renew those, and the others stay as they are. So do the weights.
     """
     _require_no_folder(output)
     detector = _load(model, device, None)
     if false_alarm_rate is None:
         false_alarm_rate = detector.calibration.false_alarm_rate if detector.calibration is not None else 0.01
     _require_rate(false_alarm_rate)
-    detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=_img_size(img_size))
+    renewed = detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=_img_size(img_size))
     detector.save(output)
+    if kept := [name for name in detector.groups if name not in renewed]:
+        print(f"renewed: {', '.join(renewed)}; as before: {', '.join(kept)}")
+    for title, fact in detector.calibration.describe(detector.groups).items():
+        print(f"{title:<20} {fact}")
     print(f"model: {output}")
 
 

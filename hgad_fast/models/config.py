@@ -61,6 +61,7 @@ class Config:
 
     method: ClassVar[str]
     square: ClassVar[bool] = False
+    img_sizes: ClassVar[str] = "a whole number from 1, or 'native' (each image's own size)"  # that are allowed
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     added: ClassVar[dict[str, Any]] = {"grid_stride": 16}
     preset_notes: ClassVar[dict[str, PresetNote]] = {}
@@ -101,7 +102,7 @@ class Config:
         self._require(
             "img_size",
             size == "native" if isinstance(size, str) else _is_int(size) and size >= 1,
-            "a whole number from 1, or 'native' (each image's own size)",
+            self.img_sizes,
         )
         self._require("seed", _is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
         self._require(
@@ -397,6 +398,7 @@ class VQFlowConfig(Config):
         "pro": "exact",
     }
     square: ClassVar[bool] = True
+    img_sizes: ClassVar[str] = "a multiple of 32 (square images of one size)"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "official": {
             "prior_logdet": False,
@@ -482,7 +484,7 @@ class VQFlowConfig(Config):
         super().__post_init__()
         self._require_counts("n_prototypes", "n_patterns", "prototype_dim")
         size = self.img_size
-        self._require("img_size", _is_int(size) and int(size) % 32 == 0, "a multiple of 32 (square images of one size)")
+        self._require("img_size", _is_int(size) and int(size) % 32 == 0, self.img_sizes)
         self._require("batch_size", self.batch_size >= 2, "a whole number from 2 (batch norms compare images)")
         self._require("accumulate", self.accumulate == 1, "1: batch norms and codebooks look at a batch as a whole")
         self._require(
@@ -537,6 +539,7 @@ class GaussianConfig(Config):
     """
 
     method: ClassVar[str] = "gaussian"
+    img_sizes: ClassVar[str] = "a whole number from 1: places are those of a grid of one size"
     without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
         **{"lr": 2e-4, "meta_epochs": 1, "sub_epochs": 1, "batch_size": 8, "clip_grad_norm": None},
         "grids": None,
@@ -597,9 +600,7 @@ class GaussianConfig(Config):
         self._require_choice("grouping", "class", "one", "clusters")
         if self.map_stages is not None:
             self._require_counts("map_stages")
-        self._require(
-            "img_size", _is_int(self.img_size), "a whole number from 1: places are those of a grid of one size"
-        )
+        self._require("img_size", _is_int(self.img_size), self.img_sizes)
 
     def _check_features(self) -> None:
         if self.backbone_arch is None:
