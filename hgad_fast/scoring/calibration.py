@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -19,7 +20,7 @@ from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
 from ..files import printable
 from ..protocol import Densities, Detector
-from .densities import densities
+from .densities import densities, naming
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
 from .rates import MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
 
@@ -629,7 +630,8 @@ def _image_densities(model: Detector, features: FeatureSet, i: int) -> Densities
     """Return the densities of image i, under its own class where groups are classes."""
     images = features.images if features.exact is None else features.exact
     maps = [level[None].to(model.device) for level in images[i]]
-    (image,) = densities(model, maps, features.class_ids[i : i + 1].cpu() if model.groups_are_classes else None)
+    with naming(functools.partial(features.name, i)):
+        (image,) = densities(model, maps, features.class_ids[i : i + 1].cpu() if model.groups_are_classes else None)
     return image
 
 

@@ -11,8 +11,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +32,9 @@ from ..features.preprocess import (
     working_set,
 )
 from ..files import printable
-from ..protocol import Densities, Detector, OfficialMaps, ProportionsError, Settings
+from ..protocol import Densities, Detector, OfficialMaps, Settings
 from .calibration import numbers, required_calibration
-from .densities import densities
+from .densities import densities, naming
 from .inputs import as_images, check_normalization, checked_features, checked_group_ids, checked_map_size
 from .maps import cells_on_map, lay, resample, resampled_fill
 from .result import ScoreResult, judged
@@ -157,7 +156,7 @@ def score_images(
     cut = {}
     for i, shape in enumerate(sizes):
         if shape not in cut:
-            with _naming(functools.partial(name, i)):
+            with naming(functools.partial(name, i)):
                 cut[shape] = may_cut(model, config, shape, limit, tiles, ids is not None)
     batch_sizes = {
         shape: _batch_size(model, config, shape, limit, cut[shape], ids is not None) if throughput else 1
@@ -166,7 +165,7 @@ def score_images(
     by_index: dict[int, Densities] = {}
     for indices in _same_size(sizes, batch_sizes):
         batch_ids, first = None if ids is None else ids[indices], indices[0]
-        with _naming(functools.partial(name, first)):
+        with naming(functools.partial(name, first)):
             if len(indices) > 1:
                 features = batch_features(model, [image_tensors[i] for i in indices], config)
                 batches = densities(model, features, batch_ids, throughput)
@@ -203,18 +202,6 @@ def _image_name(images: Any, count: int, i: int) -> str:
     if isinstance(images, Sequence) and len(images) == count and isinstance(images[i], (str, os.PathLike)):
         return printable(images[i])
     return f"image {i}" if count > 1 else ""
-
-
-@contextmanager
-def _naming(image_name: Callable[[], str]) -> Iterator[None]:
-    """Put the name of an image, if it has one, before the error that it causes."""
-    try:
-        yield
-    except ValueError as error:
-        if not (name := image_name()):
-            raise
-        kind = ProportionsError if isinstance(error, ProportionsError) else ValueError
-        raise kind(f"{name}: {error}") from error
 
 
 def _published_scores(published: OfficialMaps, batches: Sequence[Densities]) -> Tensor:
