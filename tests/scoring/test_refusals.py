@@ -109,8 +109,9 @@ def test_other_proportions_are_named_by_file_and_in_pixels(fitted: GaussianModel
         fitted.add(tmp_path / "new")
     with pytest.raises(ValueError, match=f"^{tmp_path / 'new/dark/test/good/wide.png'}: {seen}"):
         evaluate(fitted, tmp_path / "new")
-    for i in range(3):
-        write(tmp_path / "new" / "dark" / "train" / "good" / f"{i}.png", i)
+    for i in range(1, 4):
+        for name in ("dark", "light"):
+            write(tmp_path / "new" / name / "train" / "good" / f"{i}.png", i)
     with pytest.raises(ValueError, match=r"'dark' have about 48 x 128 pixels \(.*wide.png\) and about 48 x 64"):
         made(calibration_fraction=0).fit(tmp_path / "new", progress=False)
 
