@@ -37,7 +37,8 @@ from ..files import printable
 from ..methods import load
 from ..protocol import Densities, Detector
 from ..scoring.calibration import required_calibration
-from ..scoring.densities import densities
+from ..scoring.densities import densities, naming
+from ..scoring.result import require_numbers
 from ..scoring.score import first_official, seen_at
 from . import metrics
 
@@ -317,11 +318,12 @@ def evaluate(
     for name, group_id, samples in _classes(model, dataset):
         given, inferred = [], []
         for sample in progress(samples, f"scoring {name}") if progress else samples:
-            features = list(features_of(sample))
-            inferred += densities(model, features, None)
-            # Where the inferred class is the given one, the densities of the official protocol are the same.
-            same = official is model and (group_id is None or bool(inferred[-1].group_ids == group_id))
-            given += inferred[-1:] if same else densities(official, features, group_id)
+            with naming(functools.partial(printable, sample.path)):
+                features = list(features_of(sample))
+                inferred += densities(model, features, None)
+                # Where the inferred class is the given one, the densities of the official protocol are the same.
+                same = official is model and (group_id is None or bool(inferred[-1].group_ids == group_id))
+                given += inferred[-1:] if same else densities(official, features, group_id)
         group_names = [model.groups[int(image.group_ids)] for image in inferred]
         for number, (procedure, published) in enumerate(official.official_maps(given).items()):
             protocol = f"official {procedure}" if number else "official"
@@ -334,6 +336,9 @@ def evaluate(
             calibration = required_calibration(model)
             scored = [calibration.maps(image, msk_size, cells) for image in inferred]
             maps, scores = zip(*scored, strict=True)
+            ids = torch.cat([image.group_ids for image in inferred])
+            files = [printable(sample.path) for sample in samples]
+            require_numbers(model, torch.cat(scores), ids, files.__getitem__)
             honest.add(samples, [anomaly_map[0] for anomaly_map in maps], torch.cat(scores), group_names)
     if honest is not None:
         tallies["honest"] = honest

@@ -193,6 +193,13 @@ def feature_set(
             "cache='disk' tells features by the name and weights of a timm backbone, which an encoder of your own does "
             "not have; take cache='ram'"
         )
+    roots = data if isinstance(data, (tuple, list)) else [data]
+    if not roots or not all(isinstance(root, (str, os.PathLike, Dataset)) for root in roots):
+        raise ValueError(
+            f"data is a {type(data).__name__}; pass a dataset (a folder with a folder for each class, a CSV file, a "
+            "Dataset, or several of these), a FeatureSet, or a pair of features, one (n, C, h, w) tensor a level, and "
+            "n class ids. Images alone are no dataset: put their files into a folder, <class>/train/good"
+        )
     dataset = data if isinstance(data, Dataset) else discover(data)
     model.adopt_classes(dataset.class_names, str(dataset.root))
     warn_of_white_level(dataset.train, model.config.white_level)

@@ -67,6 +67,9 @@ class Config:
 
     method: ClassVar[str]
     square: ClassVar[bool] = False
+    img_sizes: ClassVar[str] = (
+        f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)"  # that are allowed
+    )
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     added: ClassVar[dict[str, Any]] = {"grid_stride": 16, "white_level": 65535}
     preset_notes: ClassVar[dict[str, PresetNote]] = {}
@@ -111,7 +114,7 @@ class Config:
         self._require(
             "img_size",
             size == "native" if isinstance(size, str) else is_count(size, MAX_SIDE),
-            f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)",
+            self.img_sizes,
         )
         level = self.white_level
         self._require("white_level", is_int(level) and 1 <= level <= 65535, "a whole number from 1 to 65535")
@@ -420,6 +423,7 @@ class VQFlowConfig(Config):
         "pro": "exact",
     }
     square: ClassVar[bool] = True
+    img_sizes: ClassVar[str] = "a multiple of 32 (square images of one size)"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "official": {
             "prior_logdet": False,
@@ -502,7 +506,7 @@ class VQFlowConfig(Config):
         self._require_counts(MAX_GROUPS, "n_prototypes", "n_patterns")
         self._require_counts(MAX_WIDTH, "prototype_dim")
         size = self.img_size
-        self._require("img_size", is_int(size) and int(size) % 32 == 0, "a multiple of 32 (square images of one size)")
+        self._require("img_size", is_int(size) and int(size) % 32 == 0, self.img_sizes)
         self._require("batch_size", self.batch_size >= 2, "a whole number from 2 (batch norms compare images)")
         self._require("accumulate", self.accumulate == 1, "1: batch norms and codebooks look at a batch as a whole")
         self._require(
@@ -563,6 +567,7 @@ class GaussianConfig(Config):
     """
 
     method: ClassVar[str] = "gaussian"
+    img_sizes: ClassVar[str] = "a whole number from 1: places are those of a grid of one size"
     without_effect: ClassVar[dict[str, Any]] = Config.without_effect | {
         **{"lr": 2e-4, "meta_epochs": 1, "sub_epochs": 1, "batch_size": 8, "clip_grad_norm": None},
         "grids": None,
@@ -623,9 +628,7 @@ class GaussianConfig(Config):
         self._require_choice("grouping", "class", "one", "clusters")
         if self.map_stages is not None:
             self._require_counts(MAX_LEVELS, "map_stages")
-        self._require(
-            "img_size", is_int(self.img_size), "a whole number from 1: places are those of a grid of one size"
-        )
+        self._require("img_size", is_int(self.img_size), self.img_sizes)
         if self.grids is not None:
             groups = {"class": self.n_classes, "one": 1, "clusters": self.n_clusters}[self.grouping]
             levels = 1 if self.backbone_arch is None else self.feature_levels

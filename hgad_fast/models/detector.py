@@ -327,7 +327,12 @@ class Detector(nn.Module):
         return calibrate(self, data, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:
-        """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments."""
+        """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments.
+
+        Images are RGB: frames of OpenCV are BGR, and take ``cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`` first.
+        """
+        if "class_id" in options:
+            raise ValueError("class_id is no argument of score: it is class_ids, one id or name, or one for each image")
         return score_images(self, images, class_ids, **options)
 
     def score_features(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -268,7 +269,7 @@ class GaussianModel(Detector):
 
     @plain_torch()
     @torch.no_grad()
-    def add(self, data: Any) -> None:
+    def add(self, data: Any, *, skip_bad: bool = False) -> None:
         """Add normal images to those that the Gaussians know. The whitening stays, and so do the thresholds.
 
         The result has the same bits in whatever order, and in whatever parts, images are added; of clusters it has as
@@ -277,12 +278,17 @@ class GaussianModel(Detector):
 
         Args:
             data: as for `fit`.
+            skip_bad: leave out images that cannot be decoded, with a warning, instead of stopping.
 
         Raises:
             ValueError: the model is not fitted; or as `begin`.
         """
         self._require_fitted()
-        images = feature_set(cast(Any, self), data)
+
+        def warn(error: Exception) -> None:
+            warnings.warn(str(error), stacklevel=4)
+
+        images = feature_set(cast(Any, self), data, skip_bad=skip_bad, on_bad=warn)
         before = copy.deepcopy(self.gaussians)
         try:
             self._add(images, self._members(images))

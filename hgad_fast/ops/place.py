@@ -21,7 +21,13 @@ CHEAP_PIXELS = 4  # a place's matrix is read in the time that it takes to multip
 
 
 def _check(x: Tensor, place: Tensor | None, mean: Tensor, factor: Tensor) -> None:
-    """Raise a ValueError where a shape, a dtype, or a place on the CPU does not fit."""
+    """Raise a ValueError where a type, a shape, a dtype, or a place on the CPU does not fit."""
+    for name, value in (("x", x), ("place", place), ("mean", mean), ("factor", factor)):
+        if not isinstance(value, Tensor) and (name != "place" or value is not None):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}; place_distances takes tensors: x (N, d), place (N,) or None, "
+                "mean (K, P, d) and factor (K, P, d, m)"
+            )
     if x.dim() != 2 or place is not None and place.shape != x.shape[:1]:
         shape = None if place is None else tuple(place.shape)
         raise ValueError(f"x {tuple(x.shape)} must be (N, d), and place {shape} then (N,)")

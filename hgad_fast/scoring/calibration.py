@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
@@ -19,7 +20,7 @@ from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
 from ..files import printable
 from ..protocol import Densities, Detector
-from .densities import densities
+from .densities import densities, naming
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
 from .rates import MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
 
@@ -115,7 +116,7 @@ class Calibration:
         """Fill `out` (B, H, W) with the maps, and return the image scores (B,)."""
         if self.scored_on == "map":
             scores = write_calibrated(out, densities, self.level_max, grid, self.weights, self.share)
-            return _numbers(scores, densities)
+            return numbers(scores, densities)
         largest = write_calibrated(out, densities, self.level_max, grid, self.weights)
         return self._scores(densities, grid).to(out).where(largest.isfinite(), math.nan)
 
@@ -123,7 +124,7 @@ class Calibration:
         """Return the image scores (B,)."""
         weights = self.weights if self.scored_on == "map" else self.score_weights
         scores = write_calibrated(None, densities, self.level_max, grid, weights, self.share, self.scored_on)
-        return _numbers(scores, densities)
+        return numbers(scores, densities)
 
     def judge(self, image_score: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of B images."""
@@ -329,7 +330,7 @@ def _standardised(scores: Tensor, count: int) -> Tensor:
     return (scores - others.mean(1)) / others.std(1).clamp(min=1e-12)
 
 
-def _numbers(scores: Tensor, densities: Densities) -> Tensor:
+def numbers(scores: Tensor, densities: Densities) -> Tensor:
     """Return image scores (B,), NaN where a log-density is NaN or +inf: a map takes +inf for what is most normal."""
     highest = torch.stack([level.amax((1, 2)) for level in densities.logps]).amax(0)
     return scores.where((highest < math.inf).to(scores.device), math.nan)
@@ -343,7 +344,12 @@ def required_calibration(model: Detector) -> Calibration:
 
 @plain_torch()
 def calibrate(
-    model: Detector, data: Any, *, false_alarm_rate: float | None = None, img_size: int | str | None = None
+    model: Detector,
+    data: Any,
+    *,
+    false_alarm_rate: float | None = None,
+    img_size: int | str | None = None,
+    skip_bad: bool = False,
 ) -> tuple[str, ...]:
     """Set `model.calibration` from normal images that were not trained on: of all classes, or of some.
 
@@ -358,6 +364,7 @@ def calibrate(
             model's own, or 0.01 where it is not calibrated.
         img_size: short side at which the images are seen, or ``"native"``: the one at which images will be scored;
             default the model's.
+        skip_bad: leave out images that cannot be decoded, with a warning, instead of stopping.
 
     Returns:
         the names of the groups that were renewed.
@@ -371,7 +378,12 @@ def calibrate(
         false_alarm_rate = 0.01 if known is None else known.false_alarm_rate
     check_false_alarm_rate(false_alarm_rate)
     resized = seeing(model, img_size)
-    features = feature_set(resized, _of_these_classes(resized, data) if known is not None else data)
+    images = _of_these_classes(resized, data) if known is not None else data
+
+    def warn(error: Exception) -> None:
+        warnings.warn(str(error), stacklevel=4)
+
+    features = feature_set(resized, images, skip_bad=skip_bad, on_bad=warn)
     present = sorted(set(features.class_ids.tolist()))
     if known is None or not present or not model.groups_are_classes or len(present) == len(model.groups):
         model.config = model.config.replace(class_names=resized.config.class_names)
@@ -599,7 +611,8 @@ def _image_densities(model: Detector, features: FeatureSet, i: int) -> Densities
     """Return the densities of image i, under its own class where groups are classes."""
     images = features.images if features.exact is None else features.exact
     maps = [level[None].to(model.device) for level in images[i]]
-    (image,) = densities(model, maps, features.class_ids[i : i + 1].cpu() if model.groups_are_classes else None)
+    with naming(functools.partial(features.name, i)):
+        (image,) = densities(model, maps, features.class_ids[i : i + 1].cpu() if model.groups_are_classes else None)
     return image
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..features.backbone import FeatureMaps
-from ..protocol import Densities, Detector
+from ..protocol import Densities, Detector, ProportionsError
 
 CHUNK_PIXELS = 8192  # feature pixels whose densities are computed together: on a CPU they stay in its cache
 CUDA_CHUNK_PIXELS = 2**19  # on a GPU that has to be kept busy, and where every launch costs; 1.7 GB at 200 channels
@@ -40,3 +41,15 @@ def densities(
         )
         for i in range(0, len(features[0]), batch_size)
     ]
+
+
+@contextmanager
+def naming(image_name: Callable[[], str]) -> Iterator[None]:
+    """Put the name of an image, if it has one, before the error that it causes."""
+    try:
+        yield
+    except ValueError as error:
+        if not (name := image_name()):
+            raise
+        kind = ProportionsError if isinstance(error, ProportionsError) else ValueError
+        raise kind(f"{name}: {error}") from error

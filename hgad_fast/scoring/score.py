@@ -11,8 +11,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,9 +32,9 @@ from ..features.preprocess import (
     working_set,
 )
 from ..files import printable
-from ..protocol import Densities, Detector, OfficialMaps, ProportionsError, Settings
-from .calibration import required_calibration
-from .densities import densities
+from ..protocol import Densities, Detector, OfficialMaps, Settings
+from .calibration import numbers, required_calibration
+from .densities import densities, naming
 from .inputs import as_images, check_normalization, checked_features, checked_group_ids, checked_map_size
 from .maps import cells_on_map, lay, resample, resampled_fill
 from .result import ScoreResult, judged
@@ -76,8 +75,8 @@ def score_features(
     ids = checked_group_ids(model, class_ids, len(features[0]))
     batches = densities(model, model.prepare(features), ids, throughput)
     if normalization == "official":
-        maps, scores, _ = first_official(model, batches)
-        scores = _numbers_of(maps, scores)
+        published = first_official(model, batches)
+        maps, scores = published.maps, _published_scores(published, batches)
     else:
         calibration = required_calibration(model)
         scored = [calibration.maps(batch, model.config.msk_size) for batch in batches]
@@ -109,10 +108,11 @@ def score_images(
 
     Args:
         model: the detector.
-        images: tensor (B, 3, H, W) or (3, H, W), floats in [0, 1]; array (B, H, W, 3), (H, W, 3) or (H, W), unsigned
-            integers of their type's full range or floats in [0, 1]; a PIL image; a path, or a folder of images; or a
-            sequence of those. All images are held in memory, and so are the maps: score the images of a large folder
-            one by one.
+        images: in RGB: tensor (B, 3, H, W) or (3, H, W), floats in [0, 1]; array (B, H, W, 3), (H, W, 3) or (H, W),
+            unsigned integers of their type's full range or floats in [0, 1]; a PIL image; a path, or a folder of
+            images; or a sequence of those. OpenCV's frames are BGR, and would be scored as other images without a
+            word: ``frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`` first. All images are held in memory, and so are
+            the maps: score the images of a large folder one by one.
         class_ids: an id or name, one for each image, or None: inferred.
         normalization: see `score_features`.
         map_size: height and width of the returned maps; default: each image's own. ``"seen"``: the maps that the scores
@@ -156,7 +156,7 @@ def score_images(
     cut = {}
     for i, shape in enumerate(sizes):
         if shape not in cut:
-            with _naming(functools.partial(name, i)):
+            with naming(functools.partial(name, i)):
                 cut[shape] = may_cut(model, config, shape, limit, tiles, ids is not None)
     batch_sizes = {
         shape: _batch_size(model, config, shape, limit, cut[shape], ids is not None) if throughput else 1
@@ -165,7 +165,7 @@ def score_images(
     by_index: dict[int, Densities] = {}
     for indices in _same_size(sizes, batch_sizes):
         batch_ids, first = None if ids is None else ids[indices], indices[0]
-        with _naming(functools.partial(name, first)):
+        with naming(functools.partial(name, first)):
             if len(indices) > 1:
                 features = batch_features(model, [image_tensors[i] for i in indices], config)
                 batches = densities(model, features, batch_ids, throughput)
@@ -175,9 +175,9 @@ def score_images(
                 by_index[first] = model.densities(image_maps, batch_ids)
     image_densities = [by_index[i] for i in range(len(image_tensors))]
     if normalization == "official":
-        maps, official_scores, _ = first_official(model, image_densities)
-        official_scores = _numbers_of(maps, official_scores)
-        fills = [resampled_fill(*image) for image in zip(maps, official_scores, strict=True)]
+        published = first_official(model, image_densities)
+        official_scores = _published_scores(published, image_densities)
+        fills = [resampled_fill(*image) for image in zip(published.maps, official_scores, strict=True)]
     else:
         calibration = required_calibration(model)
         fills = [calibration.fill(image, config.msk_size, cells) for image in image_densities]
@@ -204,21 +204,15 @@ def _image_name(images: Any, count: int, i: int) -> str:
     return f"image {i}" if count > 1 else ""
 
 
-@contextmanager
-def _naming(image_name: Callable[[], str]) -> Iterator[None]:
-    """Put the name of an image, if it has one, before the error that it causes."""
-    try:
-        yield
-    except ValueError as error:
-        if not (name := image_name()):
-            raise
-        kind = ProportionsError if isinstance(error, ProportionsError) else ValueError
-        raise kind(f"{name}: {error}") from error
+def _published_scores(published: OfficialMaps, batches: Sequence[Densities]) -> Tensor:
+    """Return the scores (n,) of published maps, NaN where a map holds what is no number.
 
-
-def _numbers_of(maps: Tensor, scores: Tensor) -> Tensor:
-    """Return the scores (B,) of maps (B, h, w), NaN where a map holds what is no number."""
-    return scores.where(maps.isfinite().flatten(1).all(1), math.nan)
+    Where densities do, the maxima that all maps are normalised by do, too: then it is NaN for those images alone.
+    """
+    ones = torch.cat([numbers(torch.ones(len(batch.group_ids)), batch) for batch in batches])
+    if ones.isnan().any():
+        return ones
+    return published.scores.where(published.maps.isfinite().flatten(1).all(1), math.nan)
 
 
 def first_official(model: Detector, batches: Sequence[Densities]) -> OfficialMaps:

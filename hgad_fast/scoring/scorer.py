@@ -63,7 +63,7 @@ class Scorer:
     """A model that stays loaded and warm, and scores one frame after the other.
 
     A frame is scored exactly as `model.score` scores it; frames may differ in size. Any thread may call; calls take
-    turns.
+    turns. Frames are RGB: those of OpenCV are BGR, and take ``cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`` first.
 
     Args:
         model: an `HGADModel` or a model of another method, or the path of a model file.
@@ -122,7 +122,8 @@ class Scorer:
         """Return the score of a frame.
 
         Args:
-            frame: array (H, W, 3) or (H, W), unsigned integers or floats in [0, 1]; tensor (3, H, W); or a PIL image.
+            frame: in RGB: array (H, W, 3) or (H, W), unsigned integers or floats in [0, 1]; tensor (3, H, W); or a PIL
+                image. One of OpenCV, in BGR, first takes ``frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)``.
 
         Raises:
             ValueError: the frame has another shape or type, values outside [0, 1], or needs more than `max_memory`.

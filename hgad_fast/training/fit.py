@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..features.extract import FeatureSet, feature_set
 from ..files import replacing
 from ..protocol import Detector, Progress
 from ..scoring.calibration import calibration_from, check_false_alarm_rate, split, warn_of_shortcomings
+from ..scoring.densities import densities
 from .checkpoint import (
     CHECKPOINT,
     FEATURES,
@@ -37,6 +39,9 @@ from .feeding import Selection
 from .processes import joined
 from .step import Step
 
+RECOGNITION_IMAGES = 200  # held-out images, at most, whose class is inferred to see whether it is recognised
+RECOGNISED = 0.9  # share of them below which the class should be given
+
 FETCH_EVERY = 20  # steps between two fetches of the losses from a GPU: a fetch waits for the device
 
 
@@ -46,9 +51,16 @@ class NonFiniteLossError(RuntimeError):
 
 @dataclass
 class History:
-    """The course of a training run: one record per sub-epoch, as written to ``metrics.jsonl``."""
+    """The course of a training run, and what its model does with the images that were held out.
+
+    Attributes:
+        records: one per sub-epoch, as written to ``metrics.jsonl``.
+        recognition: by classes, the number of held-out images whose class is inferred rightly, and of all that were
+            tried, at most `RECOGNITION_IMAGES` together; empty where there is nothing to infer.
+    """
 
     records: list[dict[str, Any]] = field(default_factory=list)
+    recognition: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @plain_torch()
@@ -169,7 +181,8 @@ def fit(
         if processes.is_first:
             display.say("calibrating")
             model.calibration = calibration_from(model, held_out, false_alarm_rate, stand_in=training)
-        model.calibration = processes.from_first(model.calibration)
+            history.recognition = recognition(model, held_out)
+        model.calibration, history.recognition = processes.from_first((model.calibration, history.recognition))
         if folder is not None:
             with writing(folder / RUN), replacing(folder / RUN) as file:
                 root = data.root if isinstance(data, Dataset) else data
@@ -179,7 +192,40 @@ def fit(
                 model.save(folder / MODEL)
         if processes.is_first:
             warn_of_shortcomings(model)  # at the end: the model is kept where warnings are errors
+            _warn_of_recognition(history.recognition)
     return history
+
+
+def recognition(model: Detector, held_out: FeatureSet) -> dict[str, tuple[int, int]]:
+    """Return, by classes, how many held-out images are taken for their own class where it is inferred, and of how many.
+
+    Of many images `RECOGNITION_IMAGES`, spread over all, are tried. It is empty for a single class, and where a method
+    forms groups by itself.
+    """
+    if not model.groups_are_classes or len(model.groups) < 2:
+        return {}
+    images = held_out.images if held_out.exact is None else held_out.exact
+    counts: dict[str, tuple[int, int]] = {}
+    for i in range(0, len(held_out), -(-len(held_out) // RECOGNITION_IMAGES)) if len(held_out) else ():
+        (inferred,) = densities(model, [level[None].to(model.device) for level in images[i]], None)
+        k = int(held_out.class_ids[i])
+        right, tried = counts.get(model.groups[k], (0, 0))
+        counts[model.groups[k]] = right + int(inferred.group_ids == k), tried + 1
+    return counts
+
+
+def _warn_of_recognition(counts: dict[str, tuple[int, int]]) -> None:
+    """Warn where too few held-out images are taken for their own class."""
+    right, tried = (sum(pair[i] for pair in counts.values()) for i in range(2))
+    if right < RECOGNISED * tried:
+        worst = sorted(counts, key=lambda name: counts[name][0] / counts[name][1])[:3]
+        examples = ", ".join(f"{name} {counts[name][0]} of {counts[name][1]}" for name in worst)
+        warnings.warn(
+            f"the class of {right} of {tried} held-out images is recognised ({examples}): tell it when you score "
+            "(class_ids, --class), as an image that is taken for another class is judged by that class, or train on "
+            "more images of each class",
+            stacklevel=4,
+        )
 
 
 def _require_every_class(model: Detector, *sets: FeatureSet) -> None:
