@@ -97,6 +97,8 @@ def test_a_terminal_has_a_bar_with_the_title_as_it_is(monkeypatch: pytest.Monkey
     ("message", "shown"),
     [
         ("pass backbone_weights=None for random weights", "pass --weights random for random weights"),
+        ("pass backbone_weights=None for random weights (--weights random).", "pass --weights random."),
+        ("pass the file as backbone_weights (--weights FILE), or", "pass the file as --weights FILE, or"),
         ("HGADConfig.backbone_weights: there is no file a", "--weights: there is no file a"),
         ("give the cache more room, or cache_dtype='float16'", "give the cache more room, or --cache-dtype float16"),
         ("(--skip-bad, skip_bad=True): x", "(--skip-bad): x"),
