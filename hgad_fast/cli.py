@@ -147,8 +147,7 @@ def train(
     """
     require_rate(false_alarm_rate)
     with _begin(f"reading {data}"):
-        from .data.datasets import discover
-        from .data.listing import passed_over
+        from .data.datasets import discover, notes_on
         from .evaluation.evaluate import BestCheckpoint
         from .methods import create
         from .training import runs
@@ -171,8 +170,8 @@ def train(
         "cache_limit": cache_limit,
     }
     if is_first():
-        if dataset.passed_over:
-            say(passed_over(dataset.passed_over))
+        for note in notes_on(dataset):
+            say(note)
         plan = Plan(
             **options | {"cache_dir": cache_dir or output / FEATURES},
             meta_epochs_done=meta_epochs_done(output / CHECKPOINT) if resume else 0,
@@ -596,7 +595,7 @@ def info(
         from .methods import describe_file
 
         device = torch.device(usable_device(None))
-        description = {} if model is None else describe_file(load_model(model, "cpu"), model)
+        description = {} if model is None else describe_file(model)
     facts: dict[str, Any] = {
         "hgad_fast": VERSION,
         "python": platform.python_version(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 import subprocess
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 VERSION = "0.1.0"
 
@@ -54,6 +56,23 @@ def plain_torch() -> Iterator[None]:
         if np.geterr() != _NUMPY_ERRORS:
             stack.enter_context(np.errstate(**_NUMPY_ERRORS))
         yield
+
+
+def require_float32(module: nn.Module) -> None:
+    """Raise a ValueError where parameters or buffers are of another precision than that which is computed in.
+
+    Of a detector the encoder is left out: it is looked at when it is made fast.
+    """
+    children = [child for name, child in module.named_children() if name != "encoder"]
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for child in children:
+        tensors += itertools.chain(child.parameters(), child.buffers())
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype != FLOAT:
+            raise ValueError(
+                f"the model's weights are {str(tensor.dtype).removeprefix('torch.')}, and it computes in float32: load "
+                "the model again, and leave out half(), bfloat16(), double() and to(dtype)"
+            )
 
 
 def _hold_settings() -> None:

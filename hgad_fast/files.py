@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,40 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_torch_file(path: str | os.PathLike[str], what: str) -> Any:
+    """Return what a file that `torch.save` wrote holds, on the CPU; nothing in it is executed.
+
+    Args:
+        path: the file.
+        what: what it should be, for errors.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no {what} {printable(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise many kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{printable(path)} cannot be read as a {what} ({reason})") from error
+
+
+def require_tensors(source: str, tensors: Any) -> None:
+    """Raise a ValueError unless `tensors`, read from `source`, is a dict of ordinary tensors of finite numbers."""
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{source} holds no state dict (a dict of tensors), but a {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{source} holds a tensor that is called {name!r}; names are texts")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, and no tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            raise ValueError(f"{source}: {name} is no tensor of plain numbers")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name} holds a NaN or an infinity")
 
 
 def byte_count(size: int | str | None) -> int | None:

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from .environment import plain_torch
-from .files import printable, replacing
+from .files import printable, replacing, tensor_hash
 
 FORMAT = "hgad_fast 1"
 FLOATS = ("F32", "F64", "F16", "BF16")  # what numbers may be saved as; they are computed with in float32
 LONGEST_ERROR = 2000  # characters
+LARGEST_HEADER = 2**24  # bytes: names of 50,000 classes, or of 100,000 tensors
 INTEGERS: dict[torch.dtype, tuple[str, ...]] = {
     torch.int64: ("I64",),
     torch.int32: ("I32", "I64"),  # sums that have outgrown 32 bits
@@ -157,9 +158,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
             backbone at hand; see `models.detector.Detector.load`.
     """
     with opened(path) as file:
-        if file.method not in METHODS:
-            raise file.error(f"holds a model of the method {file.method!r}; this version knows {', '.join(METHODS)}")
-        return METHODS[file.method].from_file(file, device)
+        return _class_of(file).from_file(file, device)
+
+
+def _class_of(file: ModelFile) -> Any:
+    """Return the model class of a file."""
+    if file.method not in METHODS:
+        raise file.error(f"holds a model of the method {file.method!r}; this version knows {', '.join(METHODS)}")
+    return METHODS[file.method]
 
 
 class ModelFile:
@@ -203,6 +209,14 @@ class ModelFile:
             raise self.error(f"is damaged: {name!r} in its metadata is a {type(value).__name__}, no {kind.__name__}")
         return value
 
+    def hash(self, prefix: str) -> str:
+        """Return the `tensor_hash` of the tensors whose names begin with `prefix`, by the rest of their names."""
+        names = [name for name in self.shapes if name.startswith(prefix)]
+        try:
+            return tensor_hash({name.removeprefix(prefix): self._handle.get_tensor(name) for name in names})
+        except Exception as error:  # of many kinds, where the header lies
+            raise self.error(f"is damaged: its tensors cannot be read ({error})") from error
+
     def require_type(self, name: str, dtype: torch.dtype) -> None:
         """Raise a ValueError where a tensor is of a type that does not do for `dtype`."""
         allowed = FLOATS if dtype.is_floating_point else INTEGERS.get(dtype, ())
@@ -245,6 +259,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[ModelFile]:
     if not Path(path).is_file():
         raise ValueError(f"there is no model file {printable(path)}")
     try:
+        with open(path, "rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"header too large: {size} bytes; {LARGEST_HEADER} at most")
         handle = safe_open(path, framework="pt")
         file = ModelFile(path, handle)
     except Exception as error:  # of many kinds: no permission, no header, ...
@@ -277,8 +295,16 @@ def write_model_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
             file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
-def describe_file(model: Any, path: Path) -> dict[str, Any]:
-    """Return what a model file holds, for people."""
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return what a model file holds, for people.
+
+    Its backbone is not made, unless it is another than the one that was saved.
+
+    Raises:
+        ValueError: as `load`; but a backbone that was left out of the file need not be at hand.
+    """
+    with opened(path) as file:
+        model = _class_of(file).from_file(file, outline=True)
     config, calibration = model.config, model.calibration
     side = "square, side" if config.square else "short side"
     size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size

@@ -24,6 +24,19 @@ METHOD_NAMES = "gaussian, hgad, vqflow"  # those that are registered, as a test 
 PRESET_NAMES = "official, fast (hgad); gaussian, gaussian-dinov2 (gaussian); official, small (vqflow)"
 DEFAULT_METHOD = "hgad"
 
+
+def _list_fields(assignments: list[str] | None) -> list[str] | None:
+    """Print the fields of the configurations where ``--set help`` asks for them."""
+    if "help" in (assignments or ()):
+        from .methods import METHODS
+        from .models.config import Config
+        from .models.fields import field_table
+
+        print(field_table(Config, [METHODS[name].config_class for name in sorted(METHODS)]))
+        raise typer.Exit
+    return assignments
+
+
 Method = Annotated[
     str | None,
     typer.Option(help=f"The method of detection: {METHOD_NAMES}; default: that of --preset, or {DEFAULT_METHOD}."),
@@ -38,7 +51,12 @@ Preset = Annotated[
 ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
+    typer.Option(
+        "--set",
+        callback=_list_fields,
+        is_eager=True,
+        help="FIELD=VALUE of the configuration, e.g. img_size=512; may be repeated. --set help lists the fields.",
+    ),
 ]
 Backbone = Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")]
 Weights = Annotated[str | None, typer.Option(help="'pretrained', 'packaged', a state-dict file, or 'random'.")]

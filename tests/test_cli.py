@@ -424,6 +424,13 @@ def test_a_preset_of_another_method_is_refused(command, data):
     assert "--method is 'patchcore'; allowed are " in message and all(name in message for name in METHODS)
 
 
+@pytest.mark.parametrize("command", ["train", "ablate"])
+def test_the_fields_of_the_configurations_are_listed(command):
+    text = succeeds(command, "--set", "help").stdout  # without the arguments that the command needs
+    for field in ("img_size", "coupling_layers", "n_prototypes", "coarse_dim"):
+        assert re.search(rf"^  {field} +\S+ +\w", text, re.MULTILINE), field
+
+
 def test_presets_are_listed_with_what_they_need(data):
     rows = json.loads(succeeds("presets", "--json").stdout)
     assert {row["method"] for row in rows} == set(METHODS) and all(all(row.values()) for row in rows)
@@ -488,6 +495,8 @@ def test_info_without_triton(monkeypatch):
         (("--set", 'class_names=["a","b"]', "--weights", "random"), "has the classes leaning, upright"),
         (("--backbone", "resnet5O"), "'resnet5O', which this timm"),
         (("--weights", "none.pth"), "--weights: there is no file none.pth"),
+        (("--set", "img_sizes=3"), "Did you mean 'img_size'?"),
+        (("--weights", "packged"), "did you mean 'packaged'. Allowed are 'pretrained', 'packaged', 'random' "),
         (("--config", "none.json"), "'none.json'"),
         (("--false-alarm-rate", "0"), "--false-alarm-rate is 0.0; allowed: above 0 and below 1"),
         (("--device", "cuda:99", "--weights", "random"), "device 'cuda:99' cannot be used"),

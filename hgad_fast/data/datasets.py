@@ -35,7 +35,7 @@ from pathlib import Path
 
 from ..files import printable
 from .images import WHITE_LEVEL, ImageError, read_image
-from .listing import IMAGE_SUFFIXES, endings, files_below, is_image, list_images, visible
+from .listing import IMAGE_SUFFIXES, endings, files_below, is_image, list_images, passed_over, visible
 from .masks import read_mask
 
 GOOD = "good"
@@ -147,6 +147,18 @@ def _discovered(root: Root | Sequence[Root]) -> Dataset:
     return _folder_dataset(path)
 
 
+def notes_on(dataset: Dataset) -> list[str]:
+    """Return a line for each kind of files that lie in the dataset's folders and are not used: what, and how many."""
+    notes = [passed_over(dataset.passed_over)] if dataset.passed_over else []
+    if dataset.unused:
+        places = dict.fromkeys(printable(path.parent) for path in dataset.unused)
+        notes.append(
+            f"not used: {len(dataset.unused)} images in {', '.join(list(places)[:3])}, beside the normal ones; "
+            "move them to these, or to test"
+        )
+    return notes
+
+
 def union(datasets: Sequence[Dataset]) -> Dataset:
     """Join several datasets into one, with the classes of each in turn.
 
@@ -184,11 +196,11 @@ def union(datasets: Sequence[Dataset]) -> Dataset:
         name: tuple(path for dataset in datasets for path in getattr(dataset, name))
         for name in ("stray_masks", "normal_masks", "unused")
     }
-    passed_over: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for dataset in datasets:
-        passed_over.update(dataset.passed_over)
+        others.update(dataset.passed_over)
     train, test, validation = map(tuple, splits.values())
-    return Dataset(root, tuple(names), train, test, validation, layouts, **unused, passed_over=dict(passed_over))
+    return Dataset(root, tuple(names), train, test, validation, layouts, **unused, passed_over=dict(others))
 
 
 @dataclass(frozen=True)
@@ -256,7 +268,7 @@ def _classes_dataset(root: Path, classes: dict[Path, _Layout]) -> Dataset:
     test: list[Sample] = []
     masks = _UnusedMasks([], [])
     unused: list[Path] = []
-    passed_over: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for class_id, (folder, layout) in enumerate(classes.items()):
         layout = replace(layout, normal=_normal_folder(folder / "train", layout.normal))
         test_folder, mask_folder = folder / layout.test, folder / layout.masks
@@ -273,7 +285,7 @@ def _classes_dataset(root: Path, classes: dict[Path, _Layout]) -> Dataset:
         for masks_of_kind in _folders(mask_folder) if mask_folder.is_dir() else []:
             if not (test_folder / masks_of_kind.name).is_dir():
                 masks.stray.extend(list_images(masks_of_kind))
-        passed_over.update(endings(files_below(folder)))
+        others.update(endings(files_below(folder)))
     # abspath names the class of `discover(".")`, and leaves the names of linked folders as they are
     names = tuple(os.path.basename(os.path.abspath(folder)) for folder in classes)
     layouts = " + ".join(dict.fromkeys(layout.name for layout in classes.values()))
@@ -287,7 +299,7 @@ def _classes_dataset(root: Path, classes: dict[Path, _Layout]) -> Dataset:
         tuple(masks.stray),
         tuple(masks.of_normal),
         tuple(unused),
-        dict(passed_over),
+        dict(others),
     )
 
 
@@ -327,7 +339,7 @@ def _normals_dataset(root: Path, classes: list[Path]) -> Dataset:
         place = printable(root / "<class>" / "train" / GOOD)
         raise DatasetError(f"{printable(root / GOOD)}: this is no class; move it to {place}")
     train: list[Sample] = []
-    passed_over: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for class_id, folder in enumerate(classes):
         samples = _normals(folder, class_id)
         for sample in samples:
@@ -337,27 +349,27 @@ def _normals_dataset(root: Path, classes: list[Path]) -> Dataset:
                     f"put normal ones directly into {printable(folder)}, or into {printable(folder / 'train' / GOOD)}"
                 )
         train += samples
-        passed_over.update(endings(files_below(folder)))
+        others.update(endings(files_below(folder)))
     names = tuple(folder.name for folder in classes)
-    return Dataset(root, names, tuple(train), (), layout="normals", passed_over=dict(passed_over))
+    return Dataset(root, names, tuple(train), (), layout="normals", passed_over=dict(others))
 
 
 def _normals(folder: Path, class_id: int, split: str = "training") -> list[Sample]:
     """Return the normal images below `folder`; a DatasetError where there are none."""
     images = list_images(folder) if folder.is_dir() else []
     if not images:
-        elsewhere = (
-            _besides(folder.parent, folder.name)
-            if folder.parent.name in ("train", "validation") and folder.parent.is_dir()
+        text = f"no {split} images; put normal ones here ({' '.join(IMAGE_SUFFIXES)})"
+        if folder.is_dir() and (line := passed_over(endings(files_below(folder)))):
+            text += f"; {line}"
+        above = folder.parent
+        if (
+            elsewhere := _besides(above, folder.name)
+            if above.name in ("train", "validation") and above.is_dir()
             else []
-        )
-        places = list(dict.fromkeys(printable(file.parent) for file in elsewhere))
-        found = (
-            f"; {len(elsewhere)} images lie in {', '.join(places[:3])}: move those that are normal" if places else ""
-        )
-        raise DatasetError(
-            f"{printable(folder)}: no {split} images; put normal ones here ({' '.join(IMAGE_SUFFIXES)}){found}"
-        )
+        ):
+            places = dict.fromkeys(printable(file.parent) for file in elsewhere)
+            text += f"; {len(elsewhere)} images lie in {', '.join(list(places)[:3])}: move those that are normal"
+        raise DatasetError(f"{printable(folder)}: {text}")
     return [Sample(path, class_id) for path in images]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import random
 import sys
 import threading
 import warnings
@@ -38,9 +40,10 @@ _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "DIB", "TIFF", "WEBP", "JPEG2000
 _FORMATS_BY_SUFFIX = {".tga": "TGA", ".avif": "AVIF"}  # files of the first show by nothing else what they are
 
 _SAFE_PIXELS = 2**26  # 268 MB in Pillow: so many are tried to decode, whatever the size of the file
-_RATIOS = {"PNG": 1032, "PPM": 1, "JPEG": 64}  # bytes of pixels that a byte of a file can hold at most: deflate's, ...
-_TIFF_RATIOS = {"raw": 1, "packbits": 64, "tiff_lzw": 2731, "tiff_adobe_deflate": 1032, "tiff_deflate": 1032}
-_OTHER_RATIO = 2**13  # of 8 pixels of one bit each
+_JPEG_PIXELS = 512  # that a byte of a JPEG can hold at most: a bit for a block of 64
+_DEFLATE, _LZW = 1032, 2731  # bytes of pixels that a byte of a file can hold at most; WebP and others know no bound
+_RATIOS = {"PNG": _DEFLATE, "GIF": _LZW, "PPM": 1}
+_TIFF_RATIOS = {"raw": 1, "packbits": 64, "tiff_lzw": _LZW, "tiff_adobe_deflate": _DEFLATE, "tiff_deflate": _DEFLATE}
 
 said: set[str] = set()  # what `warn_once` has said
 
@@ -73,15 +76,17 @@ class Pixels:
     palette: np.ndarray | None = None
     lossy: bool = False
 
-    def tensor(self, white_level: int = WHITE_LEVEL) -> Tensor:
+    def tensor(self, white_level: int = WHITE_LEVEL, name: str = "an image") -> Tensor:
         """Return the image as (3, H, W) float32 in [0, 1]; `white_level` is the value of white in 16-bit words.
+
+        A warning calls the image by `name`.
 
         Raises:
             ValueError: a 16-bit value is above the white level.
         """
         values = self.values
         if values.dtype == np.uint16:
-            check_white_level(values, white_level)
+            check_white_level(values, white_level, name)
             values = values.astype(np.float32)
             values /= np.float32(white_level)
         if values.ndim == 2:
@@ -91,7 +96,7 @@ class Pixels:
         return tensor.div_(255) if values.dtype == np.uint8 else tensor
 
 
-def check_white_level(values: np.ndarray, white_level: int) -> None:
+def check_white_level(values: np.ndarray, white_level: int, name: str = "an image") -> None:
     """Raise a ValueError if a 16-bit value is above the white level; warn, once a process, if all are far below it."""
     peak = int(values.max(initial=0))
     suggested = suggested_white_level(peak)
@@ -103,8 +108,8 @@ def check_white_level(values: np.ndarray, white_level: int) -> None:
     if white_level == WHITE_LEVEL and 0 < peak <= 4095:
         warn_once(
             "dark",
-            f"16-bit values reach {peak} and white is taken as {WHITE_LEVEL}, so that the image is almost black; if it "
-            f"is of a camera of fewer bits, train with white_level={suggested} (--set white_level={suggested})",
+            f"{name}: 16-bit values reach {peak}, and white is taken as {WHITE_LEVEL}, so that it is almost black; if "
+            f"it is of a camera of fewer bits, train with white_level={suggested} (--set white_level={suggested})",
         )
 
 
@@ -136,7 +141,7 @@ def read_image(path: str | os.PathLike[str], white_level: int = WHITE_LEVEL) -> 
             `from_pil`, or it has more than `MAX_IMAGE_PIXELS` pixels.
     """
     try:
-        return read_pixels(path).tensor(white_level)
+        return read_pixels(path).tensor(white_level, printable(path))
     except ImageError:
         raise
     except ValueError as error:
@@ -174,15 +179,18 @@ def _require_bytes(image: PIL.Image.Image, size: int) -> None:
 
     Pillow takes the memory of all pixels before it decodes the first.
     """
-    ratio = _RATIOS.get(image.format or "", _OTHER_RATIO)
+    ratio = _RATIOS.get(image.format or "")
     compression = image.info.get("compression", "raw")
     if image.format == "TIFF":
-        ratio = _TIFF_RATIOS.get(compression, _OTHER_RATIO)
+        ratio = _TIFF_RATIOS.get(compression)
     elif image.format in ("BMP", "DIB") and compression in (0, 3):  # the others are of run lengths
         ratio = 1
     pixels = image.width * image.height
-    least_bits = 1 if image.mode in ("1", "L", "P", "LA", "PA") else 12  # a pixel
-    if pixels * least_bits > 8 * ratio * size and (ratio == 1 or pixels > _SAFE_PIXELS):
+    bits = 1 if image.mode in ("1", "L", "P", "LA", "PA") else 12  # of a pixel, at least
+    most = math.inf if ratio is None else 8 * ratio * size // bits
+    if image.format in ("JPEG", "MPO"):
+        most = _JPEG_PIXELS * size
+    if pixels > most and (ratio == 1 or pixels > _SAFE_PIXELS):
         raise ValueError(f"damaged or truncated: {size} bytes cannot hold {image.width} x {image.height} pixels")
 
 
@@ -230,11 +238,20 @@ def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
     return tile._replace(args=changed) if hasattr(tile, "_replace") else (*tile[:3], changed)
 
 
+_bits = random.Random(0)
+_CONTINUATIONS = [
+    b"",
+    *(bytes([32 * first + _bits.randrange(31), *(_bits.randrange(255) for _ in range(255))]) for first in range(8)),
+]
+
+
 def _without_end_marker(content: bytes) -> PIL.Image.Image | None:
     """Return the image of a JPEG that lacks its end marker, if all of its pixels are there; None if that is unknown.
 
     Whatever bits follow, the pixels of a complete scan are the same; where a part is missing, the bits that follow
-    stand for it, and the pixels differ. That says nothing of further scans, nor of what follows a restart marker.
+    stand for it. Each of the continuations, which begin with all triples of bits, leaves a missing block as it was with
+    a probability of a quarter at most, as a block is two codes or more. That says nothing of further scans, nor of what
+    follows a restart marker.
     """
     from PIL import Image
 
@@ -242,7 +259,7 @@ def _without_end_marker(content: bytes) -> PIL.Image.Image | None:
         return None
     content = content.rstrip(b"\xff")  # the first byte of the marker may be there
     first: PIL.Image.Image | None = None
-    for following in (b"", bytes(64), b"\xaa" * 64, b"\x55" * 64):
+    for following in _CONTINUATIONS:
         with Image.open(io.BytesIO(content + following + b"\xff\xd9"), formats=("JPEG",)) as image:
             image.load()
             if first is None:

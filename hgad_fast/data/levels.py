@@ -35,9 +35,10 @@ def depths(samples: Sequence[Sample]) -> Depths:
     in_order = sorted(samples, key=lambda sample: sample.class_id)
     for _, group in groupby(in_order, lambda sample: sample.class_id):
         of_class = list(group)
-        for sample in of_class[:: -(-len(of_class) // SAMPLED)]:
+        count = min(SAMPLED, len(of_class))
+        for sample in (of_class[i * len(of_class) // count] for i in range(count)):
             try:
-                is_deep = "16" in (mode := read_header(sample.path)[2]) or mode == "I"
+                is_deep = has_16_bits(read_header(sample.path)[2])
                 if is_deep and (values := read_pixels(sample.path).values).dtype == np.uint16:
                     peak = max(peak, int(values.max()))
             except ImageError:
@@ -64,15 +65,20 @@ def warn_of_white_level(samples: Sequence[Sample], white_level: int) -> None:
     if white_level == WHITE_LEVEL and (advice := white_level_advice(found)):
         warnings.warn(advice, stacklevel=3)
         said.add("dark")  # which would be said of a single image
-    if mixture := depth_mixture(found):
+    if mixture := depth_mixture(found.of_16_bits, found.others):
         warnings.warn(mixture, stacklevel=3)
 
 
-def depth_mixture(found: Depths) -> str:
-    """Return that images have 8 and 16 bits in a mixture; "" where they do not."""
-    if not (found.of_16_bits and found.others):
+def has_16_bits(mode: str) -> bool:
+    """Return whether images of a mode, as `read_header` gives it, have values of 16 bits."""
+    return "16" in mode or mode == "I"
+
+
+def depth_mixture(of_16_bits: int, others: int) -> str:
+    """Return that so many images have 16 bits and so many others fewer; "" where one of them is 0."""
+    if not (of_16_bits and others):
         return ""
     return (
-        f"{found.of_16_bits} images have 16 bits and {found.others} fewer (of those that were looked at): make sure "
-        "that white is the same in both: 255 of 8 bits, white_level of 16"
+        f"{of_16_bits} images have 16 bits and {others} fewer: make sure that white is the same in both, 255 in 8 bits "
+        "and white_level in 16"
     )

@@ -29,8 +29,8 @@ from typing import Any
 
 from ..files import printable
 from .datasets import Dataset, Sample
-from .images import ImageError, read_header, read_image
-from .levels import depth_mixture, depths, white_level_advice
+from .images import ImageError, read_header, read_pixels
+from .levels import depth_mixture, depths, has_16_bits, white_level_advice
 from .listing import passed_over
 from .masks import inspect_mask
 
@@ -139,8 +139,9 @@ def survey(dataset: Dataset, *, decode: bool = False) -> Survey:
         for path in dataset.unused
     ]
     findings += [Finding(kind, detail, False) for kind, detail in _of_normal_images(dataset)]
-    found = depths(samples)
-    for kind, detail in (("white level", white_level_advice(found)), ("mixed depths", depth_mixture(found))):
+    of_16_bits = sum(count for size, count in sizes.items() if has_16_bits(size.split()[-1]))
+    mixture = depth_mixture(of_16_bits, sizes.total() - of_16_bits)
+    for kind, detail in (("white level", white_level_advice(depths(samples))), ("mixed depths", mixture)):
         findings += [Finding(kind, detail, False)] if detail else []
     counts = {name: _counts(k, splits) for k, name in enumerate(dataset.class_names)}
     findings += [finding for name, of_class in counts.items() for finding in _missing_images(name, of_class)]
@@ -153,7 +154,7 @@ def _inspect(sample: Sample, decode: bool) -> tuple[str | None, list[Finding]]:
     try:
         height, width, mode = read_header(sample.path)
         if decode:
-            height, width = read_image(sample.path).shape[1:]
+            height, width = read_pixels(sample.path).values.shape[:2]
     except ImageError as error:
         return None, [Finding("unreadable file", str(error), True)]
     findings = []
@@ -162,7 +163,7 @@ def _inspect(sample: Sample, decode: bool) -> tuple[str | None, list[Finding]]:
             inspected = inspect_mask(sample.mask)
             mask = inspected.marked
             findings += [Finding(kind, detail, False) for kind, detail in inspected.remarks.items()]
-            if tuple(mask.shape) != (height, width) and tuple(mask.shape) != tuple(read_image(sample.path).shape[1:]):
+            if tuple(mask.shape) != (height, width) and tuple(mask.shape) != read_pixels(sample.path).values.shape[:2]:
                 sizes = f"{mask.shape[1]} x {mask.shape[0]}, its image {width} x {height}"
                 findings.append(
                     Finding(

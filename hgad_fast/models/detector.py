@@ -11,16 +11,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..environment import plain_torch
-from ..features.backbone import FeatureMaps
+from ..environment import one_thread, plain_torch
+from ..features.backbone import Backbone, FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
+from ..features.outline import Outline, stages_in
 from ..files import state_hash
 from ..methods import FORMAT, ModelFile, opened, write_model_file
 from ..protocol import Densities, OfficialMaps, Progress
@@ -33,7 +34,7 @@ from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
 from .config import Config, Settings
 
-CALIBRATION = "calibration."  # before the names of its tensors in a model file
+CALIBRATION, ENCODER = "calibration.", "encoder."  # before the names of their tensors in a model file
 
 Model = TypeVar("Model", bound="Detector")
 
@@ -43,6 +44,7 @@ class Detector(nn.Module):
 
     Args:
         config: the settings of the method.
+        encoder: the backbone of the configuration, where it exists already; None: it is made.
 
     Attributes:
         config: the settings, with `feature_dims` filled in.
@@ -78,11 +80,13 @@ class Detector(nn.Module):
     variant_options: ClassVar[tuple[str, ...]] = ()
 
     @plain_torch()
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, encoder: nn.Module | None = None) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
-            self.encoder = make_backbone(config) if config.backbone_arch is not None else None
+            if encoder is None and config.backbone_arch is not None:
+                encoder = make_backbone(config)
+            self.encoder = encoder
             if self.encoder is not None:
                 if config.feature_dims not in (None, self.encoder.feature_dims):
                     raise ValueError(
@@ -213,6 +217,14 @@ class Detector(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Return the method's own settings, by title, for `hgad-fast info`; none by default."""
         return {}
+
+    @classmethod
+    def likely_stages(cls, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        """Return the stages of the backbone, as `Outline` takes them, of a file of these shapes that lists none.
+
+        None where they cannot be told. By default each level is one: no tensor depends on more.
+        """
+        return [((channels,), 1) for channels in config.feature_dims or ()]
 
     @classmethod
     def variants(cls, config: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -348,6 +360,9 @@ class Detector(nn.Module):
             include_backbone = include_backbone and self.config.backbone_arch is not None
             metadata["backbone_sha256"] = state_hash(self.encoder)
             metadata["backbone"] = "included" if include_backbone else "left out"
+            if isinstance(self.encoder, Backbone):
+                stages = zip(self.encoder.stage_dims, self.encoder.fine_stages, strict=True)
+                metadata["stages"] = json.dumps(list(stages))
             if not include_backbone:
                 state = {name: tensor for name, tensor in state.items() if not name.startswith("encoder.")}
         if self.calibration is not None:
@@ -371,8 +386,18 @@ class Detector(nn.Module):
 
     @classmethod
     @plain_torch()
-    def from_file(cls: type[Model], file: ModelFile, device: str | torch.device | None = None) -> Model:
-        """Return the model in a file that `methods.opened` has opened; see `load`."""
+    @one_thread()
+    def from_file(
+        cls: type[Model], file: ModelFile, device: str | torch.device | None = None, *, outline: bool = False
+    ) -> Model:
+        """Return the model in a file that `methods.opened` has opened; see `load`.
+
+        Args:
+            file: the file.
+            device: the device of the model; None: the CPU.
+            outline: with an `Outline` in the backbone's place, if the file tells enough of that and it is the one that
+                was saved: to describe the model.
+        """
         if file.method != cls.config_class.method:
             raise file.error(
                 f"holds a model of the method {file.method!r}, and {cls.__name__} is of another: use hgad_fast.load"
@@ -381,17 +406,17 @@ class Detector(nn.Module):
         left_out = file.metadata.get("backbone") == "left out"
         try:
             with torch.device("meta"):  # shapes without memory
-                model = cls(config.replace(backbone_weights=None))
+                model = cls(config.replace(backbone_weights=None), cls._outline(file, config) if outline else None)
         except Exception as error:  # timm and torch raise many kinds for settings that do not fit each other
             raise file.error(f"cannot be loaded: its configuration gives no model ({error})") from error
         model.config = model.config.replace(backbone_weights=config.backbone_weights)
         model.checkpoint = file.metadata.get("checkpoint", model.checkpoint)
+        outlined = isinstance(model.encoder, Outline)
         expected = {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if not (left_out and name.startswith("encoder."))
+            name: tensor for name, tensor in model.state_dict().items() if not (left_out and name.startswith(ENCODER))
         }
-        saved_shapes = {name: shape for name, shape in file.shapes.items() if not name.startswith(CALIBRATION)}
+        others = (CALIBRATION, ENCODER) if outlined else (CALIBRATION,)
+        saved_shapes = {name: shape for name, shape in file.shapes.items() if not name.startswith(others)}
         expected_shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         if saved_shapes != expected_shapes:
             misfit, _ = min(saved_shapes.items() ^ expected_shapes.items())
@@ -403,7 +428,9 @@ class Detector(nn.Module):
         for name, tensor in expected.items():
             file.require_type(name, tensor.dtype)
         calibration = _calibration_in(file, model)
-        model._take(file, {name: file.tensor(name) for name in expected}, left_out)
+        if model.encoder is not None and not outlined:
+            model._complete_encoder(file, expected, left_out)
+        model._take(file, {name: file.tensor(name) for name in expected})
         model.calibration = calibration
         return model.to(device) if device is not None else model
 
@@ -437,17 +464,33 @@ class Detector(nn.Module):
             )
         return config
 
-    def _take(self, file: ModelFile, state: dict[str, Tensor], left_out: bool) -> None:
+    @classmethod
+    def _outline(cls, file: ModelFile, config: Config) -> Outline | None:
+        """Return an outline of the backbone; None where a file tells too little, or holds another than was saved."""
+        if config.backbone_arch is None:
+            return None
+        if file.metadata.get("backbone") != "left out" and file.hash(ENCODER) != file.metadata.get("backbone_sha256"):
+            return None
+        told = file.json("stages", list) if "stages" in file.metadata else cls.likely_stages(config, file.shapes)
+        stages = stages_in(told, config.feature_dims)
+        return Outline(config, stages) if stages is not None else None
+
+    def _complete_encoder(self, file: ModelFile, saved: Collection[str], left_out: bool) -> None:
+        """Make the backbone anew, with memory, if it has tensors that are not saved.
+
+        Raises:
+            ValueError: it was left out of the file, and is not to be had.
+        """
+        # What is computed when a network is made, and not saved, exists only in one that is made with memory.
+        if left_out or any(ENCODER + name not in saved for name, _ in self.encoder.named_buffers()):
+            self.encoder = self._encoder_again(file, left_out)
+
+    def _take(self, file: ModelFile, state: dict[str, Tensor]) -> None:
         """Take the tensors of a file, of which the model, made without memory, has the shapes.
 
         Raises:
-            ValueError: a method cannot work with them, or the backbone that was left out is not to be had.
+            ValueError: a method cannot work with them.
         """
-        if self.encoder is not None:
-            saved = {name.removeprefix("encoder.") for name in state}
-            # What is computed when a network is made, and not saved, exists only in one that is made with memory.
-            if left_out or any(name not in saved for name, _ in self.encoder.named_buffers()):
-                self.encoder = self._encoder_again(file, left_out)
         for name, buffer in list(self.named_buffers()):
             if buffer.is_meta and name not in state:  # computed from the others
                 module, _, own_name = name.rpartition(".")

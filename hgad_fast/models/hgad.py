@@ -107,12 +107,12 @@ class HGADModel(OfficialSurface, Detector):
     stages = {2: "which also learns the centres within each class"}
     variant_options = ("centres",)
 
-    def __init__(self, config: HGADConfig | argparse.Namespace | None = None) -> None:
+    def __init__(self, config: HGADConfig | argparse.Namespace | None = None, encoder: nn.Module | None = None) -> None:
         device = None
         if isinstance(config, argparse.Namespace):
             device = getattr(config, "device", None)
             config = config_from_args(config)
-        super().__init__(config or HGADConfig())
+        super().__init__(config or HGADConfig(), encoder)
         self.memory = self.config.memory
         self.checkpoint_every = self.config.checkpoint_every
         self.precision = self.config.precision
@@ -208,7 +208,8 @@ class HGADModel(OfficialSurface, Detector):
             for level, (level_moments, features) in enumerate(zip(moments, maps, strict=True)):
                 if not features.isfinite().all():
                     raise ValueError(
-                        f"image {i} of those trained on has a NaN or an infinity in its features of level {level}"
+                        f"{feature_set.name(i)} has a NaN or an infinity in its features of level {level}: look at the "
+                        "image, or at the weights of the backbone"
                     )
                 level_moments.add(features)
         for level_scaling, level_moments in zip(scaling, moments, strict=True):

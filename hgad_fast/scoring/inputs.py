@@ -137,7 +137,7 @@ def _from_array(images: Any, white_level: int) -> Iterable[Tensor]:
         chw = np.array(image.transpose(2, 0, 1), np.float32, order="C")
         if kind.kind == "u":
             chw /= np.float32(full)
-        yield _checked_values(torch.from_numpy(np.ascontiguousarray(np.broadcast_to(chw, (3, *chw.shape[1:])))))
+        yield _checked_values(torch.from_numpy(chw if len(chw) == 3 else chw.repeat(3, 0)))
 
 
 def checked_features(model: Detector, features: Sequence[Tensor]) -> list[Tensor]:

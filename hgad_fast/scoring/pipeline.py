@@ -210,17 +210,19 @@ def _score_batch(
         except ImageError as error:
             errors[decoding.task] = error
     rows: dict[Task, tuple[dict[str, Any], Tensor]] = {}
-    try:
-        if images:
-            result = score_images(model, list(images.values()), job.class_id, throughput=job.throughput, **job.options)
-            rows = {task: (_row(model, task, result, i), result.anomaly_map[i]) for i, task in enumerate(images)}
-            errors |= {
-                task: ValueError(f"{printable(task.file)}: its score is {row['score']}, which is no number to judge")
-                for task, (row, _) in rows.items()
-                if not math.isfinite(row["score"])
-            }
-    except (ValueError, torch.OutOfMemoryError) as error:  # too long and thin, or too large
-        errors |= {task: ValueError(f"{printable(task.file)}: {error}") for task in images}
+    waiting = [list(images)] if images else []
+    while waiting:
+        tasks = waiting.pop()
+        try:
+            result = score_images(
+                model, [images[task] for task in tasks], job.class_id, throughput=job.throughput, **job.options
+            )
+            rows |= {task: (_row(model, task, result, i), result.anomaly_map[i]) for i, task in enumerate(tasks)}
+        except (ValueError, torch.OutOfMemoryError) as error:  # too long and thin, too large, or no number
+            if len(tasks) > 1:
+                waiting += [[task] for task in tasks]  # the others are scored all the same
+            else:
+                errors[tasks[0]] = ValueError(f"{printable(tasks[0].file)}: {error}")
     futures: list[Future[Record]] = []
     for decoding in batch:
         task = decoding.task

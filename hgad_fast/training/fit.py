@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.datasets import Dataset
-from ..environment import plain_torch
+from ..environment import plain_torch, require_float32
 from ..features.extract import FeatureSet, feature_set
 from ..files import replacing
 from ..protocol import Detector, Progress
@@ -123,6 +123,7 @@ def fit(
         LostProcessError: another of the processes that train together ended, or does not answer.
     """
     check_false_alarm_rate(false_alarm_rate)
+    require_float32(cast(nn.Module, model))
     if model.config.accumulate > 1 and not model.pointwise:
         raise ValueError(
             f"accumulate is {model.config.accumulate}: the method {model.config.method!r} looks at a batch as a whole, "

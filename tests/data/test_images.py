@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import random
 import struct
 import weakref
 import zlib
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision import transforms
 
@@ -28,6 +30,7 @@ from hgad_fast.data.images import (
     whole_image,
     whole_image_size,
 )
+from hgad_fast.data.listing import list_images
 from hgad_fast.data.masks import read_mask
 
 GREY8 = np.array([[0, 1, 127], [128, 254, 255]], np.uint8)
@@ -397,30 +400,161 @@ def test_image_error_survives_another_process() -> None:
     assert (error.path, error.reason, str(error)) == (Path("a.png"), "it is broken", "a.png: it is broken")
 
 
-# masks
+# what cameras leave out, and what damage makes of files
 
 
-@pytest.mark.parametrize("on", [1, 3, 255])
-def test_mask_is_true_above_zero(tmp_path: Path, on: int) -> None:
-    expected = np.array([[False, True, False], [True, True, False]])
-    mask = read_mask(draw(tmp_path / "a_mask.png", expected.astype(np.uint8) * np.uint8(on)))
-    assert mask.dtype == torch.bool
-    np.testing.assert_array_equal(mask.numpy(), expected)
+def jpeg(pixels: np.ndarray, **options) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", **options)
+    return content.getvalue()
 
 
-def test_mask_of_one_colour_of_16_bits_and_of_one_bit(tmp_path: Path) -> None:
-    expected = np.array([[False, True, False], [True, True, False]])
-    blue = np.zeros((2, 3, 3), np.uint8)
-    blue[expected, 2] = 200
-    for name, pixels in (("c.png", blue), ("d.png", expected.astype(np.uint16)), ("e.png", expected)):
-        np.testing.assert_array_equal(read_mask(draw(tmp_path / name, pixels)).numpy(), expected)
+@pytest.mark.parametrize(
+    "pixels", [NOISE, NOISE[..., 0], np.full((64, 80, 3), 90, np.uint8)], ids=["rgb", "grey", "flat"]
+)
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 100, "subsampling": 0}])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(tmp_path: Path, pixels: np.ndarray, options: dict) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = jpeg(pixels, exif=exif, **options)
+    expected = read_image(write(tmp_path / "a.jpg", whole))
+    for missing in (1, 2):
+        assert read_image(write(tmp_path / "b.jpg", whole[:-missing])).equal(expected)
 
 
-def test_mask_in_a_jpeg_does_not_ring(tmp_path: Path) -> None:
-    disc = np.hypot(*np.mgrid[-20:20, -30:30]) < 14.5
-    path = draw(tmp_path / "a.jpg", disc.astype(np.uint8) * np.uint8(255), quality=90)
-    assert (np.asarray(Image.open(path)) > 0).sum() > disc.sum()  # there is something to suppress
-    np.testing.assert_array_equal(read_mask(path).numpy(), disc)
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 100, "subsampling": 0}])
+def test_a_jpeg_that_lacks_pixels_is_refused(tmp_path: Path, options: dict) -> None:
+    flat_below = NOISE.copy()
+    flat_below[8:] = 90  # what a decoder makes of missing blocks: they go on as the last one
+    for pixels in (NOISE, flat_below):
+        whole = jpeg(pixels, **options)
+        start = whole.index(b"\xff\xda") + 14
+        for end in np.linspace(start, len(whole) - 4, 12).astype(int):
+            with pytest.raises(ImageError, match="truncated"):
+                read_image(write(tmp_path / "a.jpg", whole[:end]))
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_blocks": 2}])
+def test_a_jpeg_whose_missing_parts_would_not_show_is_refused(tmp_path: Path, options: dict) -> None:
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(write(tmp_path / "a.jpg", jpeg(NOISE, **options)[:-2]))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "exact"),
+    [
+        *((suffix, "JPEG", False) for suffix in (".jpe", ".jfif", ".JIF", ".mpo")),
+        *((suffix, "JPEG2000", True) for suffix in (".jp2", ".j2k", ".JPX")),
+        *((suffix, "PPM", True) for suffix in (".pnm", ".ppm")),
+        *((".gif", "GIF", True), (".dib", "DIB", True), (".tga", "TGA", True), (".apng", "PNG", True)),
+        (".avif", "AVIF", False),
+    ],
+)
+def test_endings_that_are_read(tmp_path: Path, suffix: str, kind: str, exact: bool) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        return  # this Pillow lacks the codec
+    pixels = NOISE[:8, :8] if exact else np.full((16, 16, 3), (200, 30, 90), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}", format=kind)
+    (path,) = list_images(tmp_path)
+    np.testing.assert_allclose(read_image(path) * 255, pixels.transpose(2, 0, 1), atol=0.001 if exact else 3)
+
+
+SOUND = {
+    "png": [png(60, 40, 8, 2, b"".join(b"\0" + row.tobytes() for row in NOISE)), png(2, 2, 16, 2, in_rows(COLOUR16))],
+    "jpg": [jpeg(NOISE), jpeg(NOISE)[:-2], jpeg(NOISE, progressive=True)],
+    "tif": [tiff(NOISE.astype(np.uint16), "<"), tiff(NOISE.astype(np.uint16), ">")],
+    "bmp": [],
+}
+
+
+def mutated(content: bytes, draw_from: random.Random) -> bytes:
+    """A file with a fault: flipped bits, an end that is missing, bytes put in, or a header that claims too much."""
+    changed, fault = bytearray(content), draw_from.randrange(4)
+    if fault == 0:
+        for _ in range(draw_from.randrange(1, 9)):
+            changed[draw_from.randrange(len(changed))] ^= 1 << draw_from.randrange(8)
+    elif fault == 1:
+        del changed[draw_from.randrange(len(changed)) :]
+    elif fault == 2:
+        at = draw_from.randrange(len(changed))
+        changed[at:at] = draw_from.randbytes(draw_from.randrange(1, 200))
+    else:
+        at = draw_from.randrange(40)
+        number = draw_from.choice([0, 22000, 30000, 2**16, 2**31 - 1, 2**32 - 1])
+        changed[at : at + 4] = number.to_bytes(4, draw_from.choice(["little", "big"]))
+        if content.startswith(b"\x89PNG"):
+            changed[29:33] = struct.pack(">I", zlib.crc32(changed[12:29]))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("suffix", SOUND)
+@pytest.mark.filterwarnings("ignore")
+def test_of_damaged_files_each_is_an_image_or_an_error_that_names_it(tmp_path: Path, suffix: str) -> None:
+    contents = list(SOUND[suffix])
+    for options in {"bmp": [{}], "tif": [{}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}]}.get(suffix, []):
+        contents.append(draw(tmp_path / f"sound.{suffix}", NOISE, **options).read_bytes())
+    draw_from, outcomes = random.Random(suffix), set()
+    for i in range(75):
+        path = write(tmp_path / f"{i}.{suffix}", mutated(contents[i % len(contents)], draw_from))
+        for read in (read_header, read_image, read_mask):
+            try:
+                read(path)
+                outcomes.add("an image")
+            except ImageError as error:
+                assert error.path == path and str(error).startswith(f"{path}: ") and error.reason
+                outcomes.add("an error")
+    assert outcomes == {"an image", "an error"}
+
+
+def claiming(content: bytes, side: int) -> bytes:
+    """The PNG, JPEG or BMP with a header of side x side pixels."""
+    changed = bytearray(content)
+    if content.startswith(b"\x89PNG"):
+        changed[16:24] = struct.pack(">II", side, side)
+        changed[29:33] = struct.pack(">I", zlib.crc32(changed[12:29]))
+    elif content.startswith(b"BM"):
+        changed[18:26] = struct.pack("<II", side, side)
+    else:
+        at = content.index(b"\xff\xc0") + 5
+        changed[at : at + 4] = struct.pack(">HH", side, side)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp"])
+def test_a_header_that_claims_more_pixels_than_the_file_can_hold_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nothing is decoded then, for which Pillow would take the memory of all pixels."""
+    path = write(tmp_path / name, claiming(draw(tmp_path / name, NOISE).read_bytes(), 22000))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("was decoded"))
+    with pytest.raises(ImageError, match="bytes cannot hold 22000 x 22000 pixels"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("shape", [(2000, 1500), (2000, 1500, 3)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.png", {}),
+        *(("a.tif", {"compression": f"tiff_{name}"}) for name in ("adobe_deflate", "lzw")),
+        *(("a.jpg", options) for options in ({}, {"optimize": True}, {"progressive": True}, {"subsampling": 2})),
+        *((("a.webp"), {"lossless": lossless}) for lossless in (False, True)),
+        ("a.gif", {}),
+    ],
+)
+def test_a_small_file_may_hold_many_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(images, "_SAFE_PIXELS", 1000)
+    path = draw(tmp_path / name, np.full(shape, 255, np.uint8), **options)
+    assert path.stat().st_size < 2000 * 1500 / 30
+    assert read_header(path)[:2] == read_mask(path).shape == shape[:2]
+
+
+def test_names_that_no_terminal_shows_are_escaped_in_errors(tmp_path: Path) -> None:
+    error = ImageError(tmp_path / "a\udcf6\n.png", "it is broken")
+    assert str(error) == f"{tmp_path}/a\\xf6\\n.png: it is broken"
 
 
 # geometry

@@ -159,7 +159,7 @@ def outcome(path: Path, features: list[Tensor]) -> str:
     else:
         try:
             assert not model.score_features(features).image_score.isnan().any()
-            describe_file(model, path)
+            describe_file(path)
             return ""
         except ValueError as error:
             message = str(error)
