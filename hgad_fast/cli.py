@@ -12,14 +12,15 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from .importing import uncollected
 from .options import (
     AsJson,
     Assignments,
@@ -89,9 +90,13 @@ def main(
     """Unified visual anomaly detection: one model for many products, by HGAD, VQ-Flow or Gaussians."""
 
 
-def _begin(what: str) -> AbstractContextManager[None]:
-    """Say what a command begins with, before torch is imported; of several processes the first one says it."""
-    return working(what) if is_first() else nullcontext()
+@contextmanager
+def _begin(what: str) -> Iterator[None]:
+    """Say what a command begins with, and only then import torch; of several processes the first one says it."""
+    with working(what) if is_first() else nullcontext():
+        with uncollected():
+            from .models import hgad  # noqa: F401 (brings torch and most of the library)
+        yield
 
 
 @app.command()

@@ -10,10 +10,11 @@ anything is made that is as large as the file says.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,8 +38,38 @@ INTEGERS: dict[torch.dtype, tuple[str, ...]] = {
 
 DEFAULT = "hgad"  # the method where none is named; of presets of one name, its own
 
-METHODS: dict[str, Any] = {}
-"""The model classes by the names of their methods, in the order of their definition."""
+DEFINED_IN = ("gaussian", "hgad", "vqflow")  # modules of `models` with the names of their methods
+
+
+class _Methods(MutableMapping[str, Any]):
+    """The model classes by the names of their methods; they are defined when one is first looked for."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, Any] = {}
+
+    def _defined(self) -> dict[str, Any]:
+        for module in DEFINED_IN:
+            importlib.import_module(f".models.{module}", __package__)
+        return {name: self._classes[name] for name in (*DEFINED_IN, *self._classes)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._defined()[name]
+
+    def __setitem__(self, name: str, model_class: Any) -> None:
+        self._classes[name] = model_class
+
+    def __delitem__(self, name: str) -> None:
+        del self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._defined())
+
+    def __len__(self) -> int:
+        return len(self._defined())
+
+
+METHODS = _Methods()
+"""The model classes by the names of their methods."""
 
 ModelClass = TypeVar("ModelClass", bound=type)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from hgad_fast import terminal
 from hgad_fast.options import in_options
 from hgad_fast.terminal import Count, heartbeat, progress, say, tracked
+
+ROOT = Path(__file__).parents[1]
 
 
 class Log(io.TextIOWrapper):
@@ -93,6 +97,8 @@ def test_a_terminal_has_a_bar_with_the_title_as_it_is(monkeypatch: pytest.Monkey
     ("message", "shown"),
     [
         ("pass backbone_weights=None for random weights", "pass --weights random for random weights"),
+        ("pass backbone_weights=None for random weights (--weights random).", "pass --weights random."),
+        ("pass the file as backbone_weights (--weights FILE), or", "pass the file as --weights FILE, or"),
         ("HGADConfig.backbone_weights: there is no file a", "--weights: there is no file a"),
         ("give the cache more room, or cache_dtype='float16'", "give the cache more room, or --cache-dtype float16"),
         ("(--skip-bad, skip_bad=True): x", "(--skip-bad): x"),
@@ -104,3 +110,17 @@ def test_a_terminal_has_a_bar_with_the_title_as_it_is(monkeypatch: pytest.Monkey
 )
 def test_messages_speak_of_options(message: str, shown: str) -> None:
     assert in_options(message) == shown
+
+
+def test_the_command_line_is_there_before_torch() -> None:
+    """So that it can say what it does, before an import that takes seconds."""
+    code = "import sys, hgad_fast.cli; print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_names_of_the_package_are_there_when_asked_for() -> None:
+    code = "import hgad_fast; hgad_fast.ops.flow, hgad_fast.__version__; print(len(hgad_fast.methods.METHODS))"
+    code += "; from hgad_fast import *; HGADModel, load, Scorer; hgad_fast.nothing"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "3\n"
+    assert done.stderr.splitlines()[-1] == "AttributeError: module 'hgad_fast' has no attribute 'nothing'"

@@ -87,9 +87,9 @@ def _of_rates(model: Detector) -> Iterator[str]:
         yield "the model is not calibrated: no image is ever called anomalous; hgad-fast calibrate makes thresholds"
     if without := [row["group"] for row in rows if not row["reference"]]:
         yield f"no image of {_named(without)} is ever called anomalous, as no normal images were held out of them"
-    # An attained rate is the nearest multiple of 1 / (n + 1) below the target: half of it is what few images do.
+    # An attained rate is a multiple of 1 / (n + 1), below the target if there is one.
     known = [row for row in rows if row["reference"]]
-    unlike = [row for row in known if not 0.5 * row["target"] <= row["attained"] <= row["target"] + 1e-9]
+    unlike = [row for row in known if not 0.5 <= row["attained"] / row["target"] <= 1.5]
     if unlike:
         rates = [row["attained"] for row in unlike]
         span = percent(min(rates)) if min(rates) == max(rates) else f"{percent(min(rates))} to {percent(max(rates))}"
@@ -135,8 +135,8 @@ def _of_duplicates(dataset: Dataset) -> Iterator[str]:
     if pairs:
         examples = "; ".join(f"{printable(original)} and {printable(copy)}" for original, copy in pairs[:LISTED])
         yield (
-            f"{len(pairs)} test images are the same files as training images, so that the figures flatter: {examples}; "
-            "all of them: hgad-fast data DATA"
+            f"test images that are the same files as training images, so that the figures flatter: {len(pairs)}, e.g. "
+            f"{examples}; all of them: hgad-fast data DATA"
         )
 
 
