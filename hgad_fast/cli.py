@@ -246,7 +246,8 @@ def score(
     if not files:
         raise ValueError(f"there are no images in {', '.join(map(str, images))}")
     class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.groups else class_
-    job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput, options)
+    regions = as_json or output is not None
+    job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput, options, regions)
     with _progress(len(files), "scoring") as advance:
 
         def report(record: pipeline.Record) -> None:

@@ -65,6 +65,7 @@ class Job:
             of images that have changed since (in size or time of modification).
         throughput: let consecutive images of one size share batches; scores then agree to 1e-5.
         options: further arguments of `score_images`: `img_size`, `max_memory`, `tiles`.
+        regions: find the regions above the threshold; without, a row lists none.
     """
 
     class_id: int | str | None = None
@@ -73,6 +74,7 @@ class Job:
     resume: bool = False
     throughput: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    regions: bool = True
 
     def paths(self, name: str) -> dict[str, Path]:
         """Return the files that are written about an image, by kind: "overlay" and "map"."""
@@ -296,7 +298,7 @@ def _finished(task: Task, image: Tensor, row: dict[str, Any], anomaly_map: Tenso
     """Find the regions of a scored image, write its overlay and map as the job says, and return its record."""
     scores = anomaly_map.numpy()
     threshold = math.nan if row["threshold"] is None else row["threshold"]
-    regions = find_regions(scores, threshold)
+    regions = find_regions(scores, threshold) if job.regions else []
     row["regions"] = [asdict(region) for region in regions]
     paths = job.paths(task.name)
     if "overlay" in paths:
