@@ -304,6 +304,7 @@ def score(
         resume,
         throughput,
         options,
+        regions=as_json or output is not None,
         overlays=with_overlays,
         overwrite=overwrite,
     )

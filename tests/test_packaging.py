@@ -9,8 +9,14 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+
+from hgad_fast import GaussianConfig, GaussianModel
+from hgad_fast.features.extract import FeatureSet
 
 ROOT = Path(__file__).parents[1]
 TYPER = {"typer", "rich", "click", "colorama", "markdown_it", "mdurl", "pygments", "annotated_doc", "shellingham"}
@@ -90,6 +96,39 @@ def test_start_loads_little_beyond_torch(statement: str, allowed: set[str]) -> N
     rooms = {name.split(".")[1] for name in modules if name.startswith("hgad_fast.")}
     assert ("ops" in rooms) == (statement == IMPORT) and not rooms & {"bench", "demo", "evaluation", "kernels"}
     assert not [name for name in modules if name.startswith(("torch._dynamo", "torch._inductor", "torch.distributed."))]
+
+
+COMMANDS = """
+import json, runpy, sys, torch
+before = set(sys.modules)
+def run(*arguments):
+    sys.argv = ["hgad-fast", *arguments]
+    try: runpy.run_module("hgad_fast", run_name="__main__")
+    except SystemExit as end: assert not end.code
+    print(json.dumps(sorted(set(sys.modules) - before)))
+run("info", MODEL)
+run("score", MODEL, IMAGE)
+"""
+
+
+def test_info_and_score_load_what_they_need(tmp_path: Path) -> None:
+    """benchmarks/cold.py says what they cost in time. The network is timm's, which imports torch._dynamo itself."""
+    settings: dict[str, Any] = {"backbone_arch": "test_efficientnet", "backbone_weights": None, "out_indices": (1, 2)}
+    settings |= {"feature_mode": "joined", "img_size": 64, "msk_size": 24, "n_classes": 2, "dim": 4, "coarse_dim": 2}
+    model = GaussianModel(GaussianConfig(**settings))
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randn(24, model.feature_dims[0], 8, 8, generator=generator)]
+    images = FeatureSet.from_levels(levels, torch.arange(24) % 2)
+    model.fit(images, calibration=images, false_alarm_rate=0.2)
+    model.save(tmp_path / "model.safetensors")
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "image.png")
+    code = COMMANDS.replace("MODEL", repr(str(tmp_path / "model.safetensors")))
+    lines = run_python(code.replace("IMAGE", repr(str(tmp_path / "image.png")))).splitlines()
+    info, score = (json.loads(line) for line in lines if line.startswith("["))
+    unwanted = ("sklearn", "scipy", "pandas", "matplotlib", "hgad_fast.bench", "hgad_fast.demo", "hgad_fast.kernels")
+    assert "timm" in score and not [name for name in score if name.startswith(unwanted)]
+    unwanted += ("timm", "torchvision", "huggingface_hub", "sympy", "triton", "torch._dynamo", "torch._inductor")
+    assert "safetensors" in info and not [name for name in info if name.startswith(unwanted)]
 
 
 def test_works_without_triton() -> None:

@@ -431,7 +431,7 @@ def streamlined(net: Any) -> nn.Module:
     side = math.ceil(64 / stride) * stride
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
     try:
-        _fold_batch_norms(fast, side)
+        _fold_batch_norms(fast, noise)
         exact = copy.deepcopy(net).eval().double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
             if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
@@ -441,22 +441,24 @@ def streamlined(net: Any) -> nn.Module:
     return fast
 
 
-def _fold_batch_norms(net: nn.Module, side: int) -> None:
-    """Make batch norms part of the convolutions whose output they take, in place; tried at `side` pixels."""
-    shadow_net = tiles.shadow(net)
-    names = {layer: name for name, layer in shadow_net.named_modules()}
+def _fold_batch_norms(net: nn.Module, images: Tensor) -> None:
+    """Make batch norms part of the convolutions whose output they take, in place; tried on `images`."""
+    names = {layer: name for name, layer in net.named_modules()}
     outputs: list[tuple[Tensor, str]] = []  # kept alive: no later tensor may take the identity of an output
     pairs: list[tuple[str, str]] = []  # names of a convolution and of the batch norm after it
 
     def pair(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         pairs.extend((conv, names[layer]) for output, conv in outputs if output is inputs[0])
 
-    for layer in shadow_net.modules():
+    hooks = []
+    for layer in names:
         if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(lambda layer, _, output: outputs.append((output, names[layer])))
+            hooks.append(layer.register_forward_hook(lambda layer, _, output: outputs.append((output, names[layer]))))
         elif isinstance(layer, nn.BatchNorm2d):
-            layer.register_forward_pre_hook(pair)
-    shadow_net(torch.empty(1, 3, side, side, device="meta"))
+            hooks.append(layer.register_forward_pre_hook(pair))
+    net(images)
+    for hook in hooks:
+        hook.remove()
     for conv_name, norm_name in pairs:
         conv, batch_norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)

@@ -56,6 +56,7 @@ class Config:
             takes precedence.
         without_effect: fields that a resumed run may have otherwise, since they change no more than last digits, or
             scoring alone; each with the value that replaces its own where the two are compared.
+        img_sizes: the values of `img_size` that are allowed, in words.
         presets: sets of fields by name, for `preset` and the command line.
         added: fields that earlier versions did not have, with the values that do what those did. Where a field has that
             value it is not in JSON, so that configurations of then and of now compare and hash alike.

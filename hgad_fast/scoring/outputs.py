@@ -45,6 +45,7 @@ class Job:
             of images that have changed since (in size or time of modification), or are gone.
         throughput: let consecutive images of one size share batches; scores then agree to 1e-5.
         options: further arguments of `score_images`: `img_size`, `max_memory`, `tiles`.
+        regions: find the regions above the threshold; without, a row lists none.
         overlays: draw overlays; needs matplotlib.
         overwrite: remove what an earlier run wrote into `output`, and start anew. Without this and `resume`, a folder
             that holds a run is refused.
@@ -56,6 +57,7 @@ class Job:
     resume: bool = False
     throughput: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    regions: bool = True
     overlays: bool = True
     overwrite: bool = False
 

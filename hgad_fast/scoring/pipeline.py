@@ -262,7 +262,7 @@ def _finished(task: Task, image: Tensor, row: dict[str, Any], anomaly_map: Tenso
     """
     scores = anomaly_map.numpy()
     threshold = math.nan if row["threshold"] is None else row["threshold"]
-    regions = find_regions(scores, threshold)
+    regions = find_regions(scores, threshold) if job.regions else []
     row["regions"] = [asdict(region) for region in regions]
     paths = job.paths(task.name)
     no_overlay = None
