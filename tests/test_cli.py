@@ -122,11 +122,12 @@ def test_train_writes_a_calibrated_model_and_says_where(training):
     written = {"best.safetensors", "checkpoint.pt", "metrics.jsonl", "model.safetensors", "run.json"}
     assert {path.name for path in output.iterdir()} == written
     assert result.stdout == f"model: {output / 'model.safetensors'}\n"
-    estimate, warning = result.stderr.splitlines()
+    estimate, warning, *others = result.stderr.splitlines()
     assert re.fullmatch(
         r"(about|under) .+ on \d+ CPU threads? \(features .+, 6 steps .+, calibration .+\), .+ of memory", estimate
     )
     assert warning.startswith("hgad-fast: too few calibration images for a false-alarm rate of 1.0%")
+    assert all(line.startswith("hgad-fast: the class of ") for line in others)  # of six steps' training
     trained = HGADModel.load(output / "model.safetensors")
     assert trained.class_names == ("leaning", "upright")
     assert trained.config.img_size == 48 and trained.config.out_indices == (1,)
