@@ -132,12 +132,13 @@ def test_train_writes_a_calibrated_model_and_says_where(training):
     ]
     assert model == f"model: {output / 'model.safetensors'}"
     assert command == f"next: hgad-fast score {shlex.quote(str(output / 'model.safetensors'))} NEW_IMAGES -o scores"
-    first, estimate, warning = result.stderr.splitlines()
+    first, estimate, warning, *others = result.stderr.splitlines()
     assert first.startswith("reading ")
     assert re.fullmatch(
         r"(about|under) .+ on \d+ CPU threads? \(features .+, 6 steps .+, calibration .+\), .+ of memory", estimate
     )
     assert warning.startswith("hgad-fast: too few calibration images for a false-alarm rate of 1.0%")
+    assert all(line.startswith("hgad-fast: the class of ") for line in others)  # of six steps' training
     trained = HGADModel.load(output / "model.safetensors")
     assert trained.class_names == ("leaning", "upright")
     assert trained.config.img_size == 48 and trained.config.out_indices == (1,)
