@@ -1,94 +1,106 @@
 """The command line: `hgad-fast train | presets | score | eval | calibrate | report | ablate | data | bench | info ...`.
 
-Everything heavy is imported by the commands that need it, so that ``--help`` is quick. Errors of the user's making
-end in one line on stderr and exit code 1.
+Everything heavy is imported by the commands that need it, after they have said what they begin with. Errors of the
+user's making end in one line on stderr and exit code 1.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import importlib.util
 import json
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from .methods import DEFAULT, METHODS, config_class, describe_file, describe_presets, preset_names
-from .models.fields import assignment
+from .importing import uncollected
+from .options import (
+    AsJson,
+    Assignments,
+    Backbone,
+    ConfigFile,
+    Device,
+    ImgSize,
+    Method,
+    Preset,
+    Weights,
+    configuration,
+    image_size,
+    is_first,
+    load_model,
+    numbers,
+    plain_errors,
+    quoted,
+    require_no_folder,
+    require_package,
+    require_rate,
+    usable_device,
+)
+from .terminal import Count, escape_unprintable, heartbeat, printable, progress, say, tracked, working
+
+
+class _Commands(TyperGroup):
+    """The commands; whatever they print, help and mistakes too, is escaped where the terminal cannot show it."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        escape_unprintable()
+        return super().main(*args, **kwargs)
+
 
 atexit.register(gc.freeze)  # no search for garbage at the end: with torch and timm it would take half a second
 
 app = typer.Typer(
     name="hgad-fast",
+    cls=_Commands,
     help="Unified visual anomaly detection: one model for many products, by HGAD, VQ-Flow or Gaussians.",
+    epilog="Exit codes: 0 all was done; 1 something could not be done, and stderr says what (score: an image could not "
+    "be scored; data: something must be fixed); 2 the command was not understood; 130 interrupted by Ctrl-C. What "
+    "images show, anomalies or none, does not change the exit code.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets are words, not markup
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Method = Annotated[
-    str | None,
-    typer.Option(help=f"The method of detection: {', '.join(METHODS)}; default: that of --preset, or {DEFAULT}."),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: cuda where there is a GPU.")]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help=f"A named set of fields to start from: {preset_names()}. What each needs and reaches: hgad-fast presets."
-    ),
-]
-ConfigFile = Annotated[Path | None, typer.Option(help="JSON file with fields of the configuration (HGADConfig, ...).")]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A field of the configuration, e.g. --set img_size=512; may be repeated."),
-]
-Backbone = Annotated[str | None, typer.Option(help="A timm model (backbone_arch).")]
-Weights = Annotated[str | None, typer.Option(help="'pretrained', 'packaged', a state-dict file, or 'random'.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print figures as JSON on stdout.")]
-ImgSize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="[native|N]",
-        help="See images as they are (native), or with a short side of N pixels; default: as in training. Thresholds "
-        "fit if the model was calibrated at the same size: hgad-fast calibrate.",
-    ),
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what an earlier run wrote into OUTPUT.")]
 
 
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the library's own errors (bad input, missing extras, a diverged run) into a message and exit code 1."""
+def _show_version(asked: bool) -> None:
+    if asked:
+        from .environment import VERSION
 
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        from .training.fit import NonFiniteLossError
-        from .training.processes import LostProcessError
+        print(f"hgad-fast {VERSION}")
+        raise typer.Exit()
 
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: print(f"hgad-fast: {message}", file=sys.stderr)
-                command(*args, **kwargs)
-        except BrokenPipeError:
-            raise  # `hgad-fast ... | head`: typer ends quietly
-        except (ValueError, OSError, ImportError, NonFiniteLossError, LostProcessError) as error:
-            print(f"hgad-fast: {error}", file=sys.stderr)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt:
-            print("hgad-fast: interrupted; every file written so far is whole", file=sys.stderr)
-            raise typer.Exit(130) from None
 
-    return run
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Unified visual anomaly detection: one model for many products, by HGAD, VQ-Flow or Gaussians."""
+
+
+@contextmanager
+def _begin(what: str) -> Iterator[None]:
+    """Say what a command begins with, and only then import torch; of several processes the first one says it."""
+    with working(what) if is_first() else nullcontext():
+        with uncollected():
+            from .models import hgad  # noqa: F401 (brings torch and most of the library)
+        yield
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def train(
     data: Annotated[
         Path,
@@ -108,6 +120,7 @@ def train(
     calibration: Annotated[Path | None, typer.Option(help="Normal images to calibrate on, laid out like DATA.")] = None,
     false_alarm_rate: Annotated[float, typer.Option(help="Share of normal images that may raise an alarm.")] = 0.01,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in OUTPUT, if there is one.")] = False,
+    overwrite: Overwrite = False,
     skip_bad: Annotated[bool, typer.Option(help="Leave out images that cannot be decoded, and report them.")] = False,
     keep_best: Annotated[
         bool, typer.Option(help="Also keep best.safetensors: of all meta-epochs the best on DATA's test images.")
@@ -129,22 +142,26 @@ def train(
 ) -> None:
     """Train one model for all classes in DATA, and calibrate its thresholds on held-out normal images.
 
-    On several GPUs: torchrun --nproc-per-node=GPUS -m hgad_fast train ...
+    A folder OUTPUT that holds a run is refused without --resume or --overwrite. On several GPUs: torchrun
+    --nproc-per-node=GPUS -m hgad_fast train ...
     """
-    from .data.datasets import discover
-    from .evaluation.evaluate import BestCheckpoint
-    from .methods import create
-    from .training.checkpoint import BEST, CHECKPOINT, FEATURES, MODEL
-    from .training.estimate import Plan, announce, meta_epochs_done
+    require_rate(false_alarm_rate)
+    with _begin(f"reading {data}"):
+        from .data.datasets import discover, notes_on
+        from .evaluation.evaluate import BestCheckpoint
+        from .methods import create
+        from .training import runs
+        from .training.checkpoint import BEST, CHECKPOINT, FEATURES, MODEL
+        from .training.estimate import Plan, announce, meta_epochs_done
 
-    _require_rate(false_alarm_rate)
-    dataset = discover(data)
-    settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
-    model = create(settings).to(_device(device))
+        if is_first():
+            runs.check(output, resume, overwrite)
+        dataset = discover(data)
+        settings = configuration(method, preset, dataset.class_names, config, set_, backbone, weights)
+        model = create(settings).to(usable_device(device))
     if keep_best and model.closed_form:
         raise ValueError(f"--keep-best chooses among meta-epochs, and the method {settings.method!r} is fitted at once")
     callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []
-    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's first process, which writes for all
     options: dict[str, Any] = {
         "calibration": calibration,
         "cache": None if cache == "none" else cache,
@@ -152,15 +169,21 @@ def train(
         "cache_dtype": cache_dtype,
         "cache_limit": cache_limit,
     }
-    if is_first:
+    if is_first():
+        for note in notes_on(dataset):
+            say(note)
         plan = Plan(
             **options | {"cache_dir": cache_dir or output / FEATURES},
             meta_epochs_done=meta_epochs_done(output / CHECKPOINT) if resume else 0,
             tested_images=len(dataset.test) if keep_best else 0,
             processes=int(os.environ.get("WORLD_SIZE", "1")),
         )
-        for line in announce(model, dataset, plan):
-            _to_stderr(line)
+        with heartbeat(Count("estimating what the training takes").line):
+            lines = announce(model, dataset, plan)
+        for line in lines:
+            say(line)
+        if overwrite:
+            runs.remove(output)
     model.fit(
         dataset,
         output_dir=output,
@@ -170,12 +193,15 @@ def train(
         false_alarm_rate=false_alarm_rate,
         **options,
     )
-    if is_first:
-        print(f"model: {output / MODEL}")
+    if is_first():
+        for line in runs.summary(model):
+            say(line, sys.stdout)
+        say(f"model: {output / MODEL}", sys.stdout)
+        say(f"next: {quoted(['hgad-fast', 'score', output / MODEL])} NEW_IMAGES -o scores", sys.stdout)
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def score(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Images, or folders of images.")],
@@ -184,6 +210,10 @@ def score(
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for scores.csv and overlays/*.png.")
+    ] = None,
+    overlays: Annotated[
+        bool | None,
+        typer.Option("--overlays/--no-overlays", help="Draw overlays; default: with --output, if matplotlib is there."),
     ] = None,
     maps: Annotated[bool, typer.Option(help="Also write the maps, maps/*.npy (float32, image size).")] = False,
     map_format: Annotated[
@@ -194,6 +224,7 @@ def score(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Keep what an interrupted run left in OUTPUT, and go on.")] = False,
+    overwrite: Overwrite = False,
     throughput: Annotated[
         bool, typer.Option(help="Neighbouring images of one size share batches; scores agree to 1e-5.")
     ] = False,
@@ -223,38 +254,69 @@ def score(
     """Score images: say how anomalous each is, whether that passes the threshold, and where.
 
     With --output: scores.csv, regions.csv (what is above the threshold, where and how large), scores.jsonl (both, and
-    what --resume needs) and overlays. Started by torchrun, the processes share the images.
-    """
-    from .data.images import ImageError, list_images
-    from .features.backbone import TILES
-    from .features.preprocess import memory_bytes
-    from .scoring import pipeline
+    what --resume needs) and overlays. A folder that holds a run is refused without --resume or --overwrite. Started by
+    torchrun, the processes share the images.
 
-    if map_format is not None and map_format not in pipeline.MAP_FORMATS:
-        raise ValueError(f"--map-format is {map_format!r}; allowed are {', '.join(pipeline.MAP_FORMATS)}")
-    if tiles not in TILES:
-        raise ValueError(f"--tiles is {tiles!r}; allowed are {', '.join(TILES)}")
-    memory = memory_bytes(max_memory, "--max-memory")
-    options = {"img_size": _img_size(img_size), "max_memory": memory, "tiles": tiles}
-    for option, value in (("--maps", maps), ("--map-format", map_format), ("--resume", resume)):
+    scores.csv has a line for each image: file, class (a group of the model's own for VQ-Flow), score, threshold,
+    p_value, anomalous, target_false_alarm_rate (asked for), false_alarm_rate (that of the threshold) and error (why an
+    image has no score). What cannot be shown of a file's name is escaped, as in Gr\\xf6.png.
+    """
+    for option, value in (
+        ("--overlays", overlays),
+        ("--maps", maps),
+        ("--map-format", map_format),
+        ("--resume", resume),
+        ("--overwrite", overwrite),
+    ):
         if value and output is None:
             raise ValueError(f"{option} needs --output, the folder to write them to")
-    if output is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--output draws overlays, which need matplotlib: pip install 'hgad-fast[plot]'")
-    detector = _load(model, device, false_alarm_rate)
-    files = [file for path in images for file in (list_images(path) if path.is_dir() else [path])]
+    if overlays:
+        require_package("matplotlib", "--overlays", "plot")
+    with_overlays = importlib.util.find_spec("matplotlib") is not None if overlays is None else overlays
+    with _begin(f"loading {model}"):
+        from .data.listing import images_to_score
+        from .features.backbone import TILES
+        from .features.preprocess import memory_bytes
+        from .scoring import outputs, pipeline
+
+        if map_format is not None and map_format not in outputs.MAP_FORMATS:
+            raise ValueError(f"--map-format is {map_format!r}; allowed are {', '.join(outputs.MAP_FORMATS)}")
+        if tiles not in TILES:
+            raise ValueError(f"--tiles is {tiles!r}; allowed are {', '.join(TILES)}")
+        memory = memory_bytes(max_memory, "--max-memory")
+        options = {"img_size": image_size(img_size), "max_memory": memory, "tiles": tiles}
+        if output is not None and is_first():
+            outputs.check_output(output, resume, overwrite)
+        detector = load_model(model, device, false_alarm_rate)
+        found, notes = images_to_score(images)
+    for note in notes if is_first() else ():
+        say(note)
+    files = list({os.path.abspath(file): file for file in reversed(found)}.values())[::-1]  # each once
     if not files:
         raise ValueError(f"there are no images in {', '.join(map(str, images))}")
+    if output is not None and overlays is None and not with_overlays and is_first():
+        say("hgad-fast: overlays are left out, as they need matplotlib: pip install 'hgad-fast[plot]'")
     class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.groups else class_
-    regions = as_json or output is not None
-    job = pipeline.Job(class_id, output, map_format or ("npy" if maps else None), resume, throughput, options, regions)
-    with _progress(len(files), "scoring") as advance:
+    job = pipeline.Job(
+        class_id,
+        output,
+        map_format or ("npy" if maps else None),
+        resume,
+        throughput,
+        options,
+        overlays=with_overlays,
+        overwrite=overwrite,
+        regions=as_json or output is not None,
+    )
+    with progress(len(files), "scoring") if is_first() else nullcontext(lambda: None) as advance:
 
         def report(record: pipeline.Record) -> None:
             if record.error is not None:
-                print(f"hgad-fast: {record.error}", file=sys.stderr)
+                say(f"hgad-fast: {record.error}")
             elif record.row is not None and not as_json:
-                print(_score_line(record.row))
+                say(_score_line(record.row), sys.stdout)
+            if record.no_overlay is not None:
+                say(f"hgad-fast: {printable(record.task.file)}: no overlay could be drawn ({record.no_overlay})")
             advance()
 
         records = pipeline.score_files(detector, files, job, report)
@@ -262,13 +324,15 @@ def score(
         return  # of another rank than 0
     if as_json:
         print(json.dumps([record.row for record in records if record.row is not None], indent=2))
-    if bad := [record.error for record in records if record.error is not None]:
-        what = "read" if all(isinstance(error, ImageError) for error in bad) else "scored"
-        raise ValueError(f"{len(bad)} of {len(files)} images could not be {what}; the others are scored")
+    for line in outputs.summary(records, job):
+        say(line)
+    if failed := sum(record.error is not None for record in records):
+        others = "; the others are scored" if failed < len(records) else ""
+        raise ValueError(f"{failed} of {len(records)} image{'s' * (len(records) != 1)} could not be scored{others}")
 
 
 @app.command(name="eval")
-@_plain_errors
+@plain_errors
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Dataset with <class>/test and <class>/ground_truth.")],
@@ -285,22 +349,28 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Measure AUROC, AP, F1max and AUPRO per class, mean and pooled, by the official and the honest protocol."""
-    from .evaluation.evaluate import evaluate as run
-    from .files import replacing
+    require_no_folder(output)
+    size, details = image_size(img_size), output is not None
+    with _begin(f"loading {model}"):
+        from .evaluation.evaluate import evaluate as run
+        from .evaluation.evaluate import test_set
+        from .evaluation.remarks import remarks
+        from .files import replacing
 
-    _require_no_folder(output)
-    detector = _load(model, device, false_alarm_rate)
-    best = None if official is None else _load(official, device, None)
-    size, details = _img_size(img_size), output is not None
-    result = run(detector, data, official=best, img_size=size, details=details, progress=_tracked)
-    print(json.dumps(result.to_dict(details=False), indent=2) if as_json else result.table())
+        detector = load_model(model, device, false_alarm_rate)
+        best = None if official is None else load_model(official, device)
+        dataset = test_set(detector, data)
+    result = run(detector, dataset, official=best, img_size=size, details=details, progress=tracked)
+    say(json.dumps(result.to_dict(details=False), indent=2) if as_json else result.table(), sys.stdout)
     if output is not None:
         with replacing(output) as file:
-            file.write_text(json.dumps(result.to_dict()) + "\n")
+            file.write_text(json.dumps(result.to_dict()) + "\n", encoding="utf-8")
+    for remark in remarks(detector, result, dataset):
+        say(f"look at: {remark}")
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def calibrate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")],
     data: Annotated[
@@ -315,20 +385,27 @@ def calibrate(
 ) -> None:
     """Give a model new thresholds, from normal images: for a new camera, light or position, or another --img-size.
 
-    Its weights stay as they are.
+    Images of some classes renew those alone. The weights stay. A file OUTPUT is replaced, be it MODEL itself.
     """
-    _require_no_folder(output)
-    detector = _load(model, device, None)
-    if false_alarm_rate is None:
-        false_alarm_rate = detector.calibration.false_alarm_rate if detector.calibration is not None else 0.01
-    _require_rate(false_alarm_rate)
-    detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=_img_size(img_size))
+    require_no_folder(output)
+    require_rate(false_alarm_rate)
+    size = image_size(img_size)
+    with _begin(f"loading {model}"):
+        from .training import runs
+
+        detector = load_model(model, device)
+    with working(f"calibrating on {data}"):
+        renewed = detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=size)
     detector.save(output)
-    print(f"model: {output}")
+    if len(renewed) < len(detector.groups):
+        say(f"calibrated anew: {', '.join(renewed)}; the other classes keep what they had", sys.stdout)
+    for line in runs.summary(detector):
+        say(line, sys.stdout)
+    say(f"model: {output}", sys.stdout)
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder that hgad-fast train wrote.")],
     data: Annotated[
@@ -341,16 +418,18 @@ def report(
 ) -> None:
     """Write one HTML file that says how good a model is: figures, curves, worst mistakes, calibration, training.
 
-    Needs the packages of: pip install 'hgad-fast[report]'
+    A file OUTPUT is replaced. Needs the packages of: pip install 'hgad-fast[report]'
     """
-    from .evaluation.report import write_report
+    require_no_folder(output)
+    with _begin(f"loading {run}"):
+        from .evaluation.report import write_report
 
-    _require_no_folder(output)
-    print(f"report: {write_report(run, data, output, device=_device(device), progress=_tracked)}")
+        where = usable_device(device)
+    say(f"report: {write_report(run, data, output, device=where, progress=tracked)}", sys.stdout)
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def data(
     roots: Annotated[
         list[Path],
@@ -365,17 +444,18 @@ def data(
     The exit code is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same
     image in training and test.
     """
-    from .data.datasets import discover
-    from .data.survey import survey
+    with _begin(f"reading {', '.join(map(str, roots))}"):
+        from .data.datasets import discover
+        from .data.survey import survey
 
-    result = survey(discover(roots), decode=decode)
-    print(json.dumps(result.to_dict(), indent=2) if as_json else result.table())
+        result = survey(discover(roots), decode=decode)
+    say(json.dumps(result.to_dict(), indent=2) if as_json else result.table(), sys.stdout)
     if result.errors:
         raise ValueError(f"{len(result.errors)} errors in {result.root}: figures of it are wrong until they are fixed")
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def ablate(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Dataset with <class>/test and <class>/ground_truth.")],
     output: Annotated[
@@ -403,37 +483,51 @@ def ablate(
     set_: Assignments = None,
     backbone: Backbone = None,
     weights: Weights = None,
+    resume: Annotated[bool, typer.Option(help="Keep the trainings that lie in OUTPUT, and go on with them.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """Train variants of a method on the same features, and compare their maps: what each part contributes."""
-    from .data.datasets import discover
-    from .evaluation import ablate as ablation
+    """Train variants of a method on the same features, and compare their maps: what each part contributes.
 
-    dataset = discover(data)
-    settings = _config(method, preset, dataset.class_names, config, set_, backbone, weights)
+    A folder OUTPUT that holds an ablation is refused without --resume or --overwrite. Needs matplotlib: pip install
+    'hgad-fast[plot]'
+    """
+    require_package("matplotlib", "the ablation", "plot")
+    with _begin(f"reading {data}"):
+        from .data.datasets import discover
+        from .evaluation import ablate as ablation
+        from .methods import METHODS
+
+        ablation.check_output(output, resume, overwrite)
+        dataset = discover(data)
+        settings = configuration(method, preset, dataset.class_names, config, set_, backbone, weights)
+        where = usable_device(device)
     model_class = METHODS[settings.method]
     options: dict[str, Any] = {} if variant is None else {"names": variant}
     if centres is not None:
         if "centres" not in model_class.variant_options:
             raise ValueError(f"--centres is {centres!r}, and models of the method {settings.method!r} have no centres")
-        options["centres"] = _numbers("--centres", centres)
+        options["centres"] = numbers("--centres", centres)
+    variants = model_class.variants(settings, **options)
+    if overwrite:
+        ablation.clear_output(output)
     comparison = ablation.run(
         dataset,
         settings,
         output,
-        variants=model_class.variants(settings, **options),
+        variants=variants,
         training_images=training_images,
-        device=_device(device),
-        say=_to_stderr if as_json else print,
-        progress=_tracked,
+        device=where,
+        say=_teller(as_json),
+        progress=tracked,
     )
     if as_json:
         print(json.dumps(comparison, indent=2))
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def bench(
     cases: Annotated[
         list[str] | None,
@@ -459,21 +553,22 @@ def bench(
     Results are compared first, and a wrong one gets no figures. "latency" times a Scorer on frames of a camera: p50,
     p95, and what is not the backbone's. Needs the packages of: pip install 'hgad-fast[bench]'
     """
-    import torch
+    if plot is not None:
+        require_package("matplotlib", "--plot", "plot")
+    with _begin("loading torch"):
+        import torch
 
-    from .bench import measure, results
+        from .bench import measure, results
 
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'hgad-fast[plot]'")
-    where = torch.device(_device(device))
-    outcomes = measure.run(
-        cases or (),
-        quick,
-        device=where,
-        compiled=compiled,
-        output=output,
-        progress=functools.partial(print, file=sys.stderr),
-    )
+        where = torch.device(usable_device(device))
+    current = Count("benchmark")
+
+    def begin(line: str) -> None:
+        say(line)
+        current.title = line
+
+    with heartbeat(current.line):
+        outcomes = measure.run(cases or (), quick, device=where, compiled=compiled, output=output, progress=begin)
     if as_json:
         print(json.dumps(results.document(outcomes, measure.about_run(where)), indent=2))
     else:
@@ -485,20 +580,23 @@ def bench(
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def info(
     model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="A model file to describe.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show versions, device, what computes the fused operations, and what a model file holds."""
-    import platform
+    with _begin(f"loading {model or 'torch'}"):
+        import platform
 
-    import torch
+        import torch
 
-    from . import ops
-    from .environment import VERSION, package_versions
+        from . import ops
+        from .environment import VERSION, package_versions
+        from .methods import describe_file
 
-    device = torch.device(_device(None))
+        device = torch.device(usable_device(None))
+        description = {} if model is None else describe_file(model)
     facts: dict[str, Any] = {
         "hgad_fast": VERSION,
         "python": platform.python_version(),
@@ -508,17 +606,17 @@ def info(
         "backend": ops.path(torch.empty(0, device=device)),
     }
     if model is not None:
-        facts["model"] = describe_file(model)
+        facts["model"] = description
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     facts |= facts.pop("model", {})
     for key, value in facts.items():
-        print(f"{key:<20} {value if value is not None else '-'}")
+        say(printable(f"{key:<20} {value if value is not None else '-'}"), sys.stdout)
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def weights(
     arch: Annotated[str, typer.Argument(help="tf_efficientnet_lite0 or vit_small_patch14_dinov2.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file, NAME.safetensors, for --weights.")],
@@ -526,13 +624,15 @@ def weights(
     """Write the weights of a backbone that an installed package carries."""
     from .features.packaged import write_weights
 
-    print(write_weights(arch, output))
+    say(str(write_weights(arch, output)), sys.stdout)
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def presets(as_json: AsJson = False) -> None:
     """List the presets of train and ablate: what each needs, and what it reaches."""
+    from .methods import describe_presets
+
     rows = describe_presets()
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -541,135 +641,32 @@ def presets(as_json: AsJson = False) -> None:
 
 
 @app.command()
-@_plain_errors
+@plain_errors
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, model and images.")] = Path("demo"),
     as_json: AsJson = False,
 ) -> None:
     """Train HGAD and fit the place Gaussian on images that come with the extra "demo", and show what they find."""
-    import torch
+    require_package("matplotlib", "the demo", "demo")
+    with _begin("making the images"):
+        import torch
 
-    from .demo import run
-    from .environment import environment
+        from .demo import run
+        from .environment import environment
 
-    outcome = run(output, say=_to_stderr if as_json else print)
+    outcome = run(output, say=_teller(as_json), progress=tracked)
     if as_json:
         figures = environment(torch.device("cpu")) | outcome.evaluation.to_dict(details=False)
         figures |= {"gaussian": outcome.gaussian.evaluation.to_dict(details=False), "seconds": outcome.seconds}
         print(json.dumps(figures, indent=2))
 
 
-def _to_stderr(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _config(
-    method: str | None,
-    preset: str | None,
-    class_names: tuple[str, ...],
-    file: Path | None,
-    assignments: list[str] | None,
-    backbone: str | None,
-    weights: str | None,
-) -> Any:
-    """Return the configuration that the options of `train` and `ablate` ask for."""
-    settings_class = config_class(method, preset)
-    fields: dict[str, Any] = {"n_classes": len(class_names), "class_names": class_names}
-    if file is not None:
-        fields |= _json_object(file)
-    fields |= dict(assignment(text) for text in assignments or [])
-    if backbone is not None:
-        fields["backbone_arch"] = backbone
-    if weights is not None:
-        fields["backbone_weights"] = None if weights == "random" else weights
-    return settings_class.from_fields(fields) if preset is None else settings_class.preset(preset, **fields)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}; it must hold the fields of a configuration")
-    return fields
-
-
-def _device(name: str | None) -> str:
-    """Return the device asked for if the operations can run on it."""
-    import torch
-
-    from . import ops
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts a process for each GPU
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        ops.path(torch.empty(0, device=name))
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason} (--device cpu always works)") from error
-    return name
-
-
-def _img_size(text: str | None) -> int | str | None:
-    if text is None or text == "native":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--img-size is {text!r}; give the short side in pixels, or native")
-    return int(text)
-
-
-def _require_rate(false_alarm_rate: float) -> None:
-    if not 0 < false_alarm_rate < 1:
-        raise ValueError(f"--false-alarm-rate is {false_alarm_rate}; allowed: above 0 and below 1")
-
-
-def _require_no_folder(output: Path | None) -> None:
-    if output is not None and output.is_dir():
-        raise ValueError(f"--output is {output}, a folder; name the file to write")
-
-
-def _load(path: Path, device: str | None, false_alarm_rate: float | None) -> Any:
-    from .methods import load
-
-    model = load(path, _device(device))
-    if false_alarm_rate is not None:
-        _require_rate(false_alarm_rate)
-        if model.calibration is None:
-            raise ValueError(f"{path} is not calibrated, so --false-alarm-rate means nothing")
-        model.calibration.false_alarm_rate = false_alarm_rate
-    return model
+def _teller(as_json: bool) -> Callable[[str], None]:
+    """Return what says lines of text: on stdout, or where that is for JSON on stderr."""
+    return say if as_json else lambda text: say(text, sys.stdout)
 
 
 def _score_line(row: dict[str, Any]) -> str:
     verdict = {True: "ANOMALOUS", False: "normal", None: ""}[row["anomalous"]]
     p_value = "" if row["p_value"] is None else f"p {row['p_value']:.3f}"
     return f"{row['score']:9.4f}  {p_value:8}  {verdict:9}  {row['class']:<16} {row['file']}"
-
-
-@contextmanager
-def _progress(total: int, title: str) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr, if that is a terminal; yield a function to call as each item is done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    lines_too = sys.stdout.isatty()  # on the same terminal they go above the bar
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), redirect_stdout=lines_too) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
-
-
-def _tracked(items: Sequence[Any], title: str) -> Iterator[Any]:
-    """Yield the items, with a bar on stderr, if that is a terminal."""
-    with _progress(len(items), title) as advance:
-        for item in items:
-            yield item
-            advance()
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",") if number.strip()]
-    except ValueError as error:
-        raise ValueError(f"{option} is {text!r}; write whole numbers with commas between them, such as 1,5") from error

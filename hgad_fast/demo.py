@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .data.datasets import GOOD, Dataset, Sample, discover
-from .data.images import read_image, read_mask
+from .data.images import read_image
+from .data.masks import read_mask
 from .evaluation.evaluate import Evaluation, evaluate
 from .features import packaged
+from .features.extract import ShowProgress
 from .files import replacing
 from .models.config import GaussianConfig, HGADConfig
 from .models.detector import Detector
@@ -79,12 +81,19 @@ class Outcome(OfMethod):
     gaussian: OfMethod
 
 
-def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = print, **settings: object) -> Outcome:
+def run(
+    output_dir: str | os.PathLike[str],
+    *,
+    say: Callable[[str], None] = print,
+    progress: ShowProgress | None = None,
+    **settings: object,
+) -> Outcome:
     """Write the data, train HGAD, fit the place Gaussian, evaluate, draw; everything lands in `output_dir`.
 
     Args:
         output_dir: made if need be; files of an earlier run are replaced.
         say: told the tables and where the models and images are.
+        progress: wraps the loops over the test images, e.g. in a progress bar with the given title.
         settings: fields of `HGADConfig` that replace those of the demonstration. The Gaussian takes over backbone,
             sizes and seed.
 
@@ -110,7 +119,7 @@ def run(output_dir: str | os.PathLike[str], *, say: Callable[[str], None] = prin
     lap(f"fitting the {GAUSSIAN}")
     dataset = discover(dataset_root)
     models: dict[str, Detector] = {HGAD: hgad, GAUSSIAN: gaussian}
-    evaluations = {name: evaluate(model, dataset, details=False) for name, model in models.items()}
+    evaluations = {name: evaluate(model, dataset, details=False, progress=progress) for name, model in models.items()}
     lap("evaluation")
     folders = {HGAD: output / "overlays", GAUSSIAN: output / "gaussian-overlays"}
     sheet = _draw(models, dataset, output, folders)

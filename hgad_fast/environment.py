@@ -1,22 +1,107 @@
-"""The environment of a run, on which its figures depend: device, versions, commit and date."""
+"""The environment of a run: what its figures depend on, and the state of torch, on which they do not depend."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import platform
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 VERSION = "0.1.0"
 
+FLOAT = torch.float32  # in which everything is computed
+
+_NUMPY_ERRORS: Any = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
+_backends: Any = torch.backends
+_lock = threading.Lock()
 _THREADS = threading.RLock()  # their number is one setting for the whole process
+_inside = 0  # calls in `plain_torch`, of all threads
+_restore: list[Callable[[], Any]] = []  # what the last of them sets back
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Compute as in a fresh process, whatever state the caller has put torch and NumPy in; a decorator, too.
+
+    Autocast and inference mode are off (where gradients are wanted or not, say so inside), tensors are made on the CPU
+    where no device is given, and NumPy's floating-point errors are none. This is the state of the calling thread. The
+    default dtype and the precision of float32 products and convolutions are settings of the process: other threads
+    find torch's defaults meanwhile, and the caller's are restored when the last thread leaves. On CUDA convolutions of
+    the backbone have torch's default, "tf32"; `ops.dispatch.float32_products` sets what else is computed there.
+
+    What remains is rounding: the number of threads, deterministic algorithms and the choice of library (oneDNN, cuDNN)
+    may change the order of sums.
+    """
+    with ExitStack() as stack:
+        _hold_settings()
+        stack.callback(_release_settings)
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if np.geterr() != _NUMPY_ERRORS:
+            stack.enter_context(np.errstate(**_NUMPY_ERRORS))
+        yield
+
+
+def require_float32(module: nn.Module) -> None:
+    """Raise a ValueError where parameters or buffers are of another precision than that which is computed in.
+
+    Of a detector the encoder is left out: it is looked at when it is made fast.
+    """
+    children = [child for name, child in module.named_children() if name != "encoder"]
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for child in children:
+        tensors += itertools.chain(child.parameters(), child.buffers())
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype != FLOAT:
+            raise ValueError(
+                f"the model's weights are {str(tensor.dtype).removeprefix('torch.')}, and it computes in float32: load "
+                "the model again, and leave out half(), bfloat16(), double() and to(dtype)"
+            )
+
+
+def _hold_settings() -> None:
+    """Set what is one setting for all threads, where it is another than torch's default."""
+    global _inside
+    with _lock:
+        _inside += 1
+        if (dtype := torch.get_default_dtype()) != FLOAT:
+            _restore.append(functools.partial(torch.set_default_dtype, dtype))
+            torch.set_default_dtype(FLOAT)
+        products = [(_backends.mkldnn, "matmul", "ieee"), (_backends.mkldnn, "conv", "ieee")]
+        if torch.cuda.is_initialized():
+            products += [(_backends.cuda, "matmul", "ieee"), (_backends.cudnn, "conv", "tf32")]
+        for backend, name, wanted in products:
+            setting = getattr(backend, name)
+            found = setting.fp32_precision
+            if found not in (wanted, "none"):
+                _restore.append(functools.partial(setattr, setting, "fp32_precision", found))
+                setting.fp32_precision = wanted
+
+
+def _release_settings() -> None:
+    """Set them back, if no other call needs them."""
+    global _inside
+    with _lock:
+        _inside -= 1
+        if not _inside:
+            while _restore:
+                _restore.pop()()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, names as they can be shown, sizes in bytes as people write them, hashes."""
+"""Files that are never seen half-written, sizes in bytes as people write them, hashes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import hashlib
 import os
 import re
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .terminal import printable as printable
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -45,23 +47,38 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def printable(name: str | os.PathLike[str]) -> str:
-    """Return a file's name as it can be printed, drawn and written in UTF-8; a name of ordinary characters as it is.
+def read_torch_file(path: str | os.PathLike[str], what: str) -> Any:
+    """Return what a file that `torch.save` wrote holds, on the CPU; nothing in it is executed.
 
-    What has no place in a line of text is escaped as Python writes it: bytes that are no UTF-8 (``\\xf6``), line ends
-    and other control characters (``\\n``, ``\\x1b``), and the marks that turn the direction of writing (``\\u202e``).
-    A backslash stays, as it is a part of paths on Windows.
+    Args:
+        path: the file.
+        what: what it should be, for errors.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
     """
-    return "".join(map(_escaped, os.fspath(name)))
+    if not Path(path).is_file():
+        raise ValueError(f"there is no {what} {printable(path)}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can raise many kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{printable(path)} cannot be read as a {what} ({reason})") from error
 
 
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that Python could not decode (surrogateescape)
-        return f"\\x{code - 0xDC00:02x}"
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d":  # joiners
-        return character.encode("unicode_escape").decode()
-    return character
+def require_tensors(source: str, tensors: Any) -> None:
+    """Raise a ValueError unless `tensors`, read from `source`, is a dict of ordinary tensors of finite numbers."""
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"{source} holds no state dict (a dict of tensors), but a {type(tensors).__name__}")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{source} holds a tensor that is called {name!r}; names are texts")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, and no tensor")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+            raise ValueError(f"{source}: {name} is no tensor of plain numbers")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name} holds a NaN or an infinity")
 
 
 def byte_count(size: int | str | None) -> int | None:

@@ -10,10 +10,11 @@ anything is made that is as large as the file says.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,11 +22,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .environment import plain_torch
 from .files import printable, replacing, tensor_hash
 
 FORMAT = "hgad_fast 1"
 FLOATS = ("F32", "F64", "F16", "BF16")  # what numbers may be saved as; they are computed with in float32
 LONGEST_ERROR = 2000  # characters
+LARGEST_HEADER = 2**24  # bytes: names of 50,000 classes, or of 100,000 tensors
 INTEGERS: dict[torch.dtype, tuple[str, ...]] = {
     torch.int64: ("I64",),
     torch.int32: ("I32", "I64"),  # sums that have outgrown 32 bits
@@ -35,8 +38,38 @@ INTEGERS: dict[torch.dtype, tuple[str, ...]] = {
 
 DEFAULT = "hgad"  # the method where none is named; of presets of one name, its own
 
-METHODS: dict[str, Any] = {}
-"""The model classes by the names of their methods, in the order of their definition."""
+DEFINED_IN = ("gaussian", "hgad", "vqflow")  # modules of `models` with the names of their methods
+
+
+class _Methods(MutableMapping[str, Any]):
+    """The model classes by the names of their methods; they are defined when one is first looked for."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, Any] = {}
+
+    def _defined(self) -> dict[str, Any]:
+        for module in DEFINED_IN:
+            importlib.import_module(f".models.{module}", __package__)
+        return {name: self._classes[name] for name in (*DEFINED_IN, *self._classes)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._defined()[name]
+
+    def __setitem__(self, name: str, model_class: Any) -> None:
+        self._classes[name] = model_class
+
+    def __delitem__(self, name: str) -> None:
+        del self._classes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._defined())
+
+    def __len__(self) -> int:
+        return len(self._defined())
+
+
+METHODS = _Methods()
+"""The model classes by the names of their methods."""
 
 ModelClass = TypeVar("ModelClass", bound=type)
 
@@ -112,7 +145,7 @@ def create(config: Any) -> Any:
     return METHODS[config.method](config)
 
 
-@torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
+@plain_torch()
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> Any:
     """Return a model of any method that `save` wrote.
 
@@ -192,15 +225,20 @@ class ModelFile:
                 f"is damaged: the tensor {name} is of type {self._types[name]}; allowed: {', '.join(allowed)}"
             )
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a tensor, in memory of its own; numbers are float32.
+    def tensor(self, name: str, keep_double: bool = False) -> Tensor:
+        """Return a tensor, in memory of its own.
+
+        Args:
+            name: its name.
+            keep_double: whether float64 stays; otherwise all numbers become float32.
 
         Raises:
             ValueError: it cannot be read, or a number in it is not finite.
         """
         try:
             mapped = self._handle.get_tensor(name)
-            tensor = mapped.to(torch.float32, copy=True) if mapped.is_floating_point() else mapped.clone()
+            kept = not mapped.is_floating_point() or keep_double and mapped.dtype == torch.float64
+            tensor = mapped.clone() if kept else mapped.to(torch.float32, copy=True)
         except Exception as error:  # of many kinds, where the header lies
             raise self.error(f"is damaged: its tensor {name} cannot be read ({error})") from error
         if tensor.is_floating_point() and tensor.numel():
@@ -221,6 +259,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[ModelFile]:
     if not Path(path).is_file():
         raise ValueError(f"there is no model file {printable(path)}")
     try:
+        with open(path, "rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"header too large: {size} bytes; {LARGEST_HEADER} at most")
         handle = safe_open(path, framework="pt")
         file = ModelFile(path, handle)
     except Exception as error:  # of many kinds: no permission, no header, ...
@@ -266,9 +308,6 @@ def describe_file(path: Path) -> dict[str, Any]:
     config, calibration = model.config, model.calibration
     side = "square, side" if config.square else "short side"
     size = f"{side} {config.img_size}" if isinstance(config.img_size, int) else config.img_size
-    rate = "none"
-    if calibration is not None:
-        rate = f"{len(calibration.scores)} images, false-alarm rate {calibration.false_alarm_rate:.1%}"
     return {
         "model file": str(path),
         "size": f"{path.stat().st_size / 1e6:.1f} MB",
@@ -278,7 +317,8 @@ def describe_file(path: Path) -> dict[str, Any]:
         "feature channels": ", ".join(map(str, model.feature_dims)),
         **model.describe(),
         "image size": size + (", centre crop" if config.center_crop else ""),
-        "calibration": rate,
+        **({"calibration": "none"} if calibration is None else calibration.describe(model.groups)),
+        **({"note": note} if calibration is not None and (note := calibration.shortcomings(model.groups)) else {}),
     }
 
 

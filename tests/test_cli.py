@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,21 +17,23 @@ import click
 import numpy as np
 import pytest
 import torch
+import typer.main
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
 import hgad_fast
-from hgad_fast import HGADModel
+from hgad_fast import HGADModel, methods
+from hgad_fast import options as shared_options
 from hgad_fast.cli import app
 from hgad_fast.data.images import read_image
 from hgad_fast.evaluation.evaluate import Evaluation
 from hgad_fast.methods import METHODS
-from hgad_fast.scoring import pipeline
 from hgad_fast.scoring.regions import find_regions
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("train", "score", "eval", "calibrate", "report", "ablate", "data", "bench", "info", "presets", "demo")
+COMMANDS = tuple(typer.main.get_command(app).commands)
+BEGINNINGS = ("reading ", "loading ")  # of what is said at once
 TINY = {
     "backbone_arch": "test_efficientnet",
     "out_indices": [1],
@@ -57,14 +60,15 @@ def succeeds(*args: Any) -> Result:
 
 
 def fails(*args: Any) -> str:
-    """Return the one line of the error; nothing is left on stdout and no exception comes through."""
+    """Return the one line of the error, after what the command begins with; nothing is on stdout, nothing raised."""
     result = hgad(*args)
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("hgad-fast: "), result.stderr
-    return lines[0]
+    *before, line = result.stderr.splitlines()
+    assert line.startswith("hgad-fast: ") and len(before) <= 1, result.stderr
+    assert all(other.startswith(BEGINNINGS) for other in before), result.stderr
+    return line
 
 
 def draw(rng: np.random.Generator, slope: float, defect: bool) -> tuple[Image.Image, Image.Image]:
@@ -121,8 +125,15 @@ def test_train_writes_a_calibrated_model_and_says_where(training):
     output, result = training
     written = {"best.safetensors", "checkpoint.pt", "metrics.jsonl", "model.safetensors", "run.json"}
     assert {path.name for path in output.iterdir()} == written
-    assert result.stdout == f"model: {output / 'model.safetensors'}\n"
-    estimate, warning = result.stderr.splitlines()
+    held_out, *table, model, command = result.stdout.splitlines()
+    assert re.fullmatch(r"held-out normal images: 10, of which \d raise an alarm \(target 1.0%\)", held_out)
+    assert [line.split()[:2] + line.split()[3:5] for line in table[1:]] == [
+        [name, "5", "1.0%", "9.1%"] for name in ("leaning", "upright")
+    ]
+    assert model == f"model: {output / 'model.safetensors'}"
+    assert command == f"next: hgad-fast score {shlex.quote(str(output / 'model.safetensors'))} NEW_IMAGES -o scores"
+    first, estimate, warning = result.stderr.splitlines()
+    assert first.startswith("reading ")
     assert re.fullmatch(
         r"(about|under) .+ on \d+ CPU threads? \(features .+, 6 steps .+, calibration .+\), .+ of memory", estimate
     )
@@ -142,7 +153,7 @@ def test_a_place_gaussian_from_its_preset(data, tmp_path):
     message = fails(*arguments, "--keep-best")
     assert "--keep-best chooses among meta-epochs, and the method 'gaussian' is fitted at once" in message
     trained = succeeds(*arguments, "--false-alarm-rate", "0.2", "--resume")
-    assert trained.stdout == f"model: {output / 'model.safetensors'}\n"
+    assert f"\nmodel: {output / 'model.safetensors'}\n" in trained.stdout
     facts = json.loads(succeeds("info", str(output / "model.safetensors"), "--json").stdout)["model"]
     assert (
         facts["method"] == "gaussian"
@@ -166,8 +177,25 @@ def test_train_resumes_where_it_stood(training, data, tmp_path):
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     other = hgad(*train_arguments(data, tmp_path / "run"), "--resume", "--set", "lr=0.1")
-    (_, message), code = other.stderr.splitlines(), other.exit_code
+    (*_, message), code = other.stderr.splitlines(), other.exit_code
     assert code == 1 and "checkpoint.pt was trained with another configuration: lr 0.0002 -> 0.1" in message
+
+
+def test_a_run_is_never_replaced_unasked(training, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(training[0], tmp_path / "run")
+    for name in ("notes.txt", "report.html"):
+        (folder / name).touch()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arguments = train_arguments(data, folder)
+    assert "run holds a training run (model.safetensors): --resume goes on with it, --overwrite" in fails(*arguments)
+    assert "give one of them" in fails(*arguments, "--resume", "--overwrite")
+    assert "HGADConfig has no field" in fails(*arguments, "--overwrite", "--set", "nothing=1")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")  # of a run that did not end
+    assert "holds a training run (best.safetensors)" in fails(*arguments)
+    succeeds(*arguments, "--overwrite")
+    after = {path.name for path in folder.iterdir()}
+    assert after == before.keys() - {"best.safetensors", "report.html"}
 
 
 def test_train_keeps_features_on_disk_for_the_next_run(data, tmp_path):
@@ -206,7 +234,11 @@ def test_score_prints_a_line_an_image(model, data):
     lines = result.stdout.splitlines()
     trained = HGADModel.load(model)
     expected = trained.score([*sorted(folder.iterdir()), data / "leaning/test/good/000.png"])
-    assert len(lines) == 4 and result.stderr == ""
+    anomalous = int(expected.is_anomalous.sum())
+    first, counts, rates = result.stderr.splitlines()
+    assert len(lines) == 4 and first == f"loading {model}"
+    assert counts == f"4 images: {anomalous} ANOMALOUS, {4 - anomalous} normal"
+    assert rates.startswith("false-alarm rate: 1.0% asked for; the thresholds attain 9.1% of ")
     for i, line in enumerate(lines):
         assert float(line.split()[0]) == pytest.approx(float(expected.image_score[i]), abs=5e-5)
         assert float(line.split()[2]) == pytest.approx(float(expected.p_value[i]), abs=5e-4)
@@ -227,6 +259,8 @@ def test_score_prints_nothing_but_json_when_asked(model, data):
         "threshold": float(expected.threshold),
         "p_value": float(expected.p_value),
         "anomalous": bool(expected.is_anomalous),
+        "target_false_alarm_rate": 0.01,
+        "false_alarm_rate": float(expected.false_alarm_rate),
         "regions": [asdict(region) for region in find_regions(expected.anomaly_map[0], float(expected.threshold))],
     }
 
@@ -256,17 +290,20 @@ def test_score_writes_table_overlays_and_maps(model, data, tmp_path):
     assert [row["file"] for row in rows] == [str(images[0] / f"{i:03}.png") for i in range(3)] + [str(images[1])]
     assert float(rows[3]["score"]) == pytest.approx(float(expected.max()), rel=0.2)
     assert {row["anomalous"] for row in rows} <= {"True", "False"}
+    assert {row["target_false_alarm_rate"] for row in rows} == {"0.01"} and {row["error"] for row in rows} == {""}
+    assert {float(row["false_alarm_rate"]) for row in rows} == {1 / 11}
 
 
 def test_one_image_of_many_names_never_overwrites_another(model, data, tmp_path):
     source = data / "upright" / "test" / "good" / "000.png"
-    files = [tmp_path / name for name in ("a/x.png", "a/x.bmp", "b/x.png", "a-x.png", "y.png")]
+    files = [tmp_path / name for name in ("a/x.png", "a/x.bmp", "b/X.png", "a-x.png", "y.png")]
     for file in files:
         file.parent.mkdir(exist_ok=True)
         Image.open(source).save(file)
-    succeeds("score", model, *files, files[-1], "--output", tmp_path / "out")
+    scored = succeeds("score", model, *files, files[-1], tmp_path / "b", "--output", tmp_path / "out")
+    assert len(scored.stdout.splitlines()) == len(files)  # each once, however often it is given
     names = {path.stem for path in (tmp_path / "out" / "overlays").iterdir()}
-    assert names == {"a-x", "a-x-2", "b-x", "a-x-3", "y", "y-2"}
+    assert names == {"a-x", "a-x-2", "b-X", "a-x-3", "y"}
 
 
 def test_a_bad_image_among_good_ones_is_named_and_the_others_scored(model, data, tmp_path):
@@ -277,11 +314,16 @@ def test_a_bad_image_among_good_ones_is_named_and_the_others_scored(model, data,
     assert result.exit_code == 1
     assert [row["file"] for row in json.loads(result.stdout)] == [str(good)]
     lines = result.stderr.splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith(f"hgad-fast: {bad}: ")
-    assert lines[1] == f"hgad-fast: {tmp_path / 'none.png'}: No such file or directory"
-    assert lines[2] == "hgad-fast: 2 of 3 images could not be read; the others are scored"
-    assert (tmp_path / "out" / "scores.csv").read_text().count("\n") == 2
+    assert lines[1].startswith(f"hgad-fast: {bad}: ")
+    assert lines[2] == f"hgad-fast: {tmp_path / 'none.png'}: No such file or directory"
+    assert re.match(r"3 images: \d ANOMALOUS, \d normal, 2 failed; .*/out/scores.csv, .*/out/overlays/$", lines[3])
+    assert lines[-1] == "hgad-fast: 2 of 3 images could not be scored; the others are scored"
+    with open(tmp_path / "out" / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [str(bad), str(good), str(tmp_path / "none.png")]
+    assert [(row["score"] == "", row["error"] != "") for row in rows] == [(True, True), (False, False), (True, True)]
+    alone = hgad("score", model, bad)
+    assert alone.exit_code == 1 and alone.stderr.endswith("\nhgad-fast: 1 of 1 image could not be scored\n")
 
 
 def test_data_counts_and_names_what_must_be_fixed(data, tmp_path):
@@ -292,7 +334,7 @@ def test_data_counts_and_names_what_must_be_fixed(data, tmp_path):
     (copy / "upright/test/good/000.png").write_bytes(b"")
     actual = hgad("data", data, copy, "--json")
     told = json.loads(actual.stdout)
-    assert actual.exit_code == 1 and actual.stderr.startswith(
+    assert actual.exit_code == 1 and actual.stderr.splitlines()[1].startswith(
         f"hgad-fast: {sum(f['is_error'] for f in told['findings'])} "
     )
     assert list(told["counts"]) == [f"{root.name}-{name}" for root in (data, copy) for name in ("leaning", "upright")]
@@ -335,11 +377,12 @@ def test_images_seen_at_another_size(model, data, tmp_path):
     warned = succeeds("score", model, file, "--img-size", "native", "--json")
     assert "hgad-fast calibrate, makes new ones" in warned.stderr
     native, expected = tmp_path / "native.safetensors", HGADModel.load(model)
-    assert succeeds("calibrate", model, data, "--output", native, "--img-size", "native").stdout == f"model: {native}\n"
+    made = succeeds("calibrate", model, data, "--output", native, "--img-size", "native")
+    assert made.stdout.startswith("held-out normal images: 20, ") and made.stdout.endswith(f"\nmodel: {native}\n")
     expected.calibrate(data, img_size="native", false_alarm_rate=expected.calibration.false_alarm_rate)
     assert torch.equal(HGADModel.load(native).calibration.scores, expected.calibration.scores)
     again = succeeds("score", native, file, "--img-size", "native", "--max-memory", "3GB", "--tiles", "never", "--json")
-    assert again.stderr == ""
+    assert "calibrate" not in again.stderr
     (row,) = json.loads(again.stdout)
     actual = expected.score(file, img_size="native")
     assert (row["score"], row["threshold"]) == (float(actual.image_score), float(actual.threshold))
@@ -381,6 +424,13 @@ def test_a_preset_of_another_method_is_refused(command, data):
     assert "--method is 'patchcore'; allowed are " in message and all(name in message for name in METHODS)
 
 
+@pytest.mark.parametrize("command", ["train", "ablate"])
+def test_the_fields_of_the_configurations_are_listed(command):
+    text = succeeds(command, "--set", "help").stdout  # without the arguments that the command needs
+    for field in ("img_size", "coupling_layers", "n_prototypes", "coarse_dim"):
+        assert re.search(rf"^  {field} +\S+ +\w", text, re.MULTILINE), field
+
+
 def test_presets_are_listed_with_what_they_need(data):
     rows = json.loads(succeeds("presets", "--json").stdout)
     assert {row["method"] for row in rows} == set(METHODS) and all(all(row.values()) for row in rows)
@@ -392,7 +442,8 @@ def test_presets_are_listed_with_what_they_need(data):
 
 def test_train_under_torchrun_says_its_estimate_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr(HGADModel, "fit", lambda *_, **__: None)
-    for rank, lines in (("1", 0), ("0", 1)):
+    monkeypatch.setattr("hgad_fast.training.runs.summary", lambda model: [])
+    for rank, lines in (("1", 0), ("0", 2)):
         monkeypatch.setenv("RANK", rank)
         assert len(succeeds(*train_arguments(data, tmp_path / "run")).stderr.splitlines()) == lines
 
@@ -443,7 +494,9 @@ def test_info_without_triton(monkeypatch):
         (("--set", "img_size"), "--set 'img_size' is no assignment; write --set FIELD=VALUE"),
         (("--set", 'class_names=["a","b"]', "--weights", "random"), "has the classes leaning, upright"),
         (("--backbone", "resnet5O"), "'resnet5O', which this timm"),
-        (("--weights", "none.pth"), "backbone_weights: there is no file none.pth"),
+        (("--weights", "none.pth"), "--weights: there is no file none.pth"),
+        (("--set", "img_sizes=3"), "Did you mean 'img_size'?"),
+        (("--weights", "packged"), "did you mean 'packaged'. Allowed are 'pretrained', 'packaged', 'random' "),
         (("--config", "none.json"), "'none.json'"),
         (("--false-alarm-rate", "0"), "--false-alarm-rate is 0.0; allowed: above 0 and below 1"),
         (("--device", "cuda:99", "--weights", "random"), "device 'cuda:99' cannot be used"),
@@ -497,7 +550,9 @@ def test_bad_arguments_of_score_and_eval_are_named(model, data, tmp_path):
     assert "--maps needs --output" in fails("score", model, file, "--maps")
     assert "--map-format needs --output" in fails("score", model, file, "--map-format", "tiff16")
     assert "--resume needs --output" in fails("score", model, file, "--resume")
-    assert "--map-format is 'gif'; allowed are npy, " in fails("score", model, file, "--map-format", "gif")
+    assert "--map-format is 'gif'; allowed are npy, " in fails(
+        "score", model, file, "--map-format", "gif", "-o", tmp_path / "out"
+    )
     for size in ("big", "0", "-3"):
         assert f"--img-size is '{size}'; give the short side" in fails("score", model, file, "--img-size", size)
     assert "--max-memory is 'lots'; pass bytes, " in fails("score", model, file, "--max-memory", "lots")
@@ -518,16 +573,26 @@ def test_bad_arguments_of_score_and_eval_are_named(model, data, tmp_path):
     assert "classes the model does not know: bent" in fails("eval", model, tmp_path / "other")
 
 
-def test_overlays_without_matplotlib_are_refused_before_anything_is_scored(model, data, tmp_path, monkeypatch):
+def test_without_matplotlib_the_tables_are_written_and_overlays_left_out(model, data, tmp_path, monkeypatch):
     import importlib.util
 
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find_spec(name, *a)
     )
-    monkeypatch.setattr(pipeline, "score_files", lambda *_, **__: pytest.fail("scores"))
-    assert "pip install 'hgad-fast[plot]'" in fails("score", model, data, "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    file, output = data / "upright/test/good/000.png", tmp_path / "out"
+    result = succeeds("score", model, file, "--output", output)
+    assert result.stderr.count("matplotlib: pip install 'hgad-fast[plot]'") == 1
+    assert (output / "scores.csv").read_text().count("\n") == 2 and not (output / "overlays").exists()
+    assert "pip install" not in succeeds("score", model, file, "--output", tmp_path / "b", "--no-overlays").stderr
+    for command in (
+        ("score", model, file, "--output", tmp_path / "c", "--overlays"),
+        ("ablate", data, "--output", tmp_path / "c"),
+        ("bench", "--plot", tmp_path / "c"),
+        ("demo", "--output", tmp_path / "c"),
+    ):
+        assert "needs matplotlib: pip install 'hgad-fast[" in fails(*command)
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_backend_that_cannot_run_is_named(model, data, monkeypatch):
@@ -545,7 +610,7 @@ def test_an_interrupt_ends_with_its_own_code(data, tmp_path, monkeypatch):
     monkeypatch.setattr(HGADModel, "fit", interrupted)
     result = hgad(*train_arguments(data, tmp_path / "run"))
     assert result.exit_code == 130
-    assert result.stderr.splitlines()[1:] == ["hgad-fast: interrupted; every file written so far is whole"]
+    assert result.stderr.splitlines()[2:] == ["hgad-fast: interrupted; every file written so far is whole"]
 
 
 def test_an_error_of_ours_is_not_hidden(data, tmp_path, monkeypatch):
@@ -564,7 +629,32 @@ def test_an_error_of_ours_is_not_hidden(data, tmp_path, monkeypatch):
 def test_every_command_has_help(command):
     text = click.unstyle(succeeds(command, "--help").stdout)
     assert f"Usage: hgad-fast {command}" in text.replace("root", "hgad-fast")
-    assert ("--json" in text) == (command in ("score", "eval", "ablate", "data", "bench", "info", "presets", "demo"))
+    assert ("--json" in text) == (command not in ("train", "calibrate", "report", "weights"))
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_every_word(command):
+    """No word is taken for markup: what is in brackets is shown, too."""
+    words = [command] if command else []
+    text = click.unstyle(succeeds(*words, "--help").stdout)
+    assert succeeds(*words, "-h").stdout == succeeds(*words, "--help").stdout
+    group = typer.main.get_command(app)
+    about = group.commands[command] if command else group
+    told = [about.help, about.epilog or "", *(getattr(p, "help", None) or "" for p in about.params)]
+    assert about.help
+    for part in told:
+        assert "".join(part.split()) in "".join(text.split())  # lines may be broken anywhere
+
+
+def test_the_names_in_help_are_those_of_the_methods():
+    assert (
+        shared_options.METHOD_NAMES == ", ".join(sorted(METHODS)) and shared_options.DEFAULT_METHOD == methods.DEFAULT
+    )
+    assert shared_options.PRESET_NAMES == methods.preset_names()
+
+
+def test_version():
+    assert succeeds("--version").stdout == f"hgad-fast {hgad_fast.__version__}\n"
 
 
 def test_alone_it_lists_its_commands():
@@ -581,8 +671,8 @@ def run(*args: Any) -> subprocess.CompletedProcess[str]:
 def test_as_a_module_it_is_the_same_command(model, data):
     file = data / "upright" / "test" / "good" / "000.png"
     scored = run("score", model, file, "--json")
-    assert scored.returncode == 0 and scored.stderr == ""
+    assert scored.returncode == 0 and scored.stderr.startswith(f"loading {model}\n1 image: ")
     assert json.loads(scored.stdout)[0]["file"] == str(file)
     wrong = run("info", data / "none.safetensors")
     assert wrong.returncode == 1 and wrong.stdout == ""
-    assert wrong.stderr == f"hgad-fast: there is no model file {data / 'none.safetensors'}\n"
+    assert wrong.stderr.splitlines()[1:] == [f"hgad-fast: there is no model file {data / 'none.safetensors'}"]

@@ -15,7 +15,8 @@ from sklearn.metrics import roc_auc_score
 
 import hgad_fast
 from hgad_fast import GaussianModel, HGADModel, demo
-from hgad_fast.data import datasets, images
+from hgad_fast.data import datasets
+from hgad_fast.data.masks import read_mask
 from hgad_fast.features import packaged
 from hgad_fast.features.backbone import Backbone
 
@@ -78,7 +79,7 @@ def test_folders_are_found_as_a_dataset_and_its_calibration_images(folders: tupl
         for defect in demo.DEFECTS:
             masks = [s.mask for s in of_class if s.defect == defect]
             assert len(masks) == demo.DEFECTS_EACH
-            assert all(mask is not None and 0.005 < images.read_mask(mask).float().mean() < 0.15 for mask in masks)
+            assert all(mask is not None and 0.005 < read_mask(mask).float().mean() < 0.15 for mask in masks)
 
 
 @pytest.mark.parametrize("kind", demo.DEFECTS)

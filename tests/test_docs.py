@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from hgad_fast.cli import _config, app
+from hgad_fast.cli import app
+from hgad_fast.options import configuration
 
 DOCS = Path(__file__).parents[1] / "docs"
 COMMANDS = re.findall(r"^hgad-fast .*$", "\n".join(p.read_text() for p in sorted(DOCS.glob("*.md"))), re.MULTILINE)
@@ -21,7 +22,7 @@ def test_commands_parse_and_their_settings_are_fields(line):
     context = typer.main.get_command(app).commands[name].make_context(name, arguments)
     method, preset = context.params.get("method"), context.params.get("preset")
     assignments = context.params.get("set_")
-    _config(method, preset, ("a", "b", "c"), None, assignments, None, None)
+    configuration(method, preset, ("a", "b", "c"), None, assignments, None, None)
 
 
 @pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]), ids=lambda page: page.name)

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hgad_fast"
 
 # From the top of the house to its ground: a room may use those above it, and itself. `hgad_fast` is the package's face.
-ORDER = ("importing", "environment", "files", "data", "features", "ops", "kernels", "modules", "protocol", "methods")
-ORDER += ("scoring", "training", "evaluation", "models", "hgad_fast", "demo", "bench", "cli", "__main__")
+ORDER = ("importing", "environment", "terminal", "files", "data", "features", "ops", "kernels", "modules", "protocol")
+ORDER += ("methods", "scoring", "training", "evaluation", "models", "hgad_fast", "demo", "bench", "options", "cli")
+ORDER += ("__main__",)
 
 
 def sources() -> dict[str, Path]:

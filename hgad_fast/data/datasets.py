@@ -30,13 +30,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .images import IMAGE_SUFFIXES, ImageError, list_images, read_image, read_mask, visible
+from ..files import printable
+from .images import WHITE_LEVEL, ImageError, read_image
+from .listing import IMAGE_SUFFIXES, endings, files_below, is_image, list_images, passed_over, visible
+from .masks import read_mask
 
 GOOD = "good"
 _NORMAL_LABELS = ("good", "normal", "ok", "0")
+_NORMAL_FOLDERS = ("good", "normal", "normals", "ok")
 _NOT_A_CLASS = ("ground_truth", "__MACOSX", "@eaDir")
 
 
@@ -68,8 +72,11 @@ class Dataset:
 
     `train` and `validation` are all normal; `validation` is empty where a dataset publishes none. It is used only on
     request: `model.fit(dataset, calibration=dataclasses.replace(dataset, train=dataset.validation))` trains on all of
-    `train` and calibrates on `validation`. `layout` names the layouts of the dataset, and `stray_masks` are mask files
-    that belong to none of the images.
+    `train` and calibrates on `validation`. `layout` names the layouts of the dataset.
+
+    What lies there and is not used: `stray_masks` are mask files that belong to none of the images,
+    `normal_masks` those of normal images, `unused` images that lie in a folder of training images beside the normal
+    ones, and `passed_over` the endings of files that are no images, each with the number of files.
     """
 
     root: Path
@@ -79,6 +86,9 @@ class Dataset:
     validation: tuple[Sample, ...] = ()
     layout: str = "MVTec AD"
     stray_masks: tuple[Path, ...] = ()
+    normal_masks: tuple[Path, ...] = ()
+    unused: tuple[Path, ...] = ()
+    passed_over: dict[str, int] = field(default_factory=dict, hash=False)
 
 
 Root = str | os.PathLike[str] | Dataset
@@ -87,11 +97,14 @@ Root = str | os.PathLike[str] | Dataset
 def discover(root: Root | Sequence[Root]) -> Dataset:
     """Return the dataset at `root`, in one of the layouts of this module; for several roots, their `union`.
 
-    Classes are sorted by name, images by class and path. Below the folders that a layout names, files may lie in
-    subfolders, the same for an image and its mask. In CSV files a relative path starts at the folder of the file,
-    `split` is train, validation or test, and the labels good, normal, ok and 0 stand for normal images, any other label
-    for a defect. Hidden files, and files with none of the `IMAGE_SUFFIXES`, are ignored. Files are listed, not opened:
-    `check_images` and `hgad_fast.data.survey` check that they can be decoded.
+    Classes are sorted by name, images by class and path. What cannot be shown of a folder's name is escaped in that of
+    its class (`files.printable`). Below the folders that a layout names, files may lie in
+    subfolders, the same for an image and its mask. The folder of normal images in `train` may be called good, normal,
+    normals or ok, in small or capital letters. In CSV files a relative path starts at the folder of the file, and may
+    have backslashes; `split` is train, validation or test, and the labels good, normal, ok and 0 stand for normal
+    images, any other label for a defect. Hidden files, files with none of the `IMAGE_SUFFIXES`, and links to a folder
+    above are ignored. Files are listed, not opened: `check_images` and `hgad_fast.data.survey` check that they can be
+    decoded.
 
     Args:
         root: the folder of a dataset or of one class of it, or a CSV file; several of them in a list, or in a string
@@ -102,6 +115,13 @@ def discover(root: Root | Sequence[Root]) -> Dataset:
         DatasetError: a folder or file is missing, a class has no training images, the place of an image does not say
             whether it is normal, the masks of a defect fit none of its images, or a list cannot be read.
     """
+    dataset = _discovered(root)
+    names = tuple(map(printable, dataset.class_names))
+    return dataset if names == dataset.class_names else replace(dataset, class_names=names)
+
+
+def _discovered(root: Root | Sequence[Root]) -> Dataset:
+    """Return what `discover` does, its classes named as the folders are, even where such names cannot be shown."""
     if isinstance(root, Dataset):
         return root
     if isinstance(root, Sequence) and not isinstance(root, str):
@@ -112,7 +132,12 @@ def discover(root: Root | Sequence[Root]) -> Dataset:
     if path.is_file() and path.suffix.lower() == ".csv":
         return _csv_dataset(path)
     if not path.is_dir():
-        raise DatasetError(f"{path}: no such folder; give the folder that holds one folder a class, or a CSV file")
+        kind = "no such folder"
+        if path.suffix.lower() == ".csv":
+            kind = "no such CSV file"
+        elif path.is_file():
+            kind = f"{'an image' if is_image(path) else 'a file'}, and no dataset"
+        raise DatasetError(f"{printable(path)}: {kind}; give the folder that holds one folder a class, or a CSV file")
     if (path / "split_csv").is_dir() or any((folder / "Data" / "Images").is_dir() for folder in _folders(path)):
         return _visa_dataset(path)
     if parts := _realiad_parts(path):
@@ -120,6 +145,18 @@ def discover(root: Root | Sequence[Root]) -> Dataset:
     if (path / "1cls").is_dir():
         return discover(path / "1cls")  # VisA's own preparation makes it, beside its splits for other tasks
     return _folder_dataset(path)
+
+
+def notes_on(dataset: Dataset) -> list[str]:
+    """Return a line for each kind of files that lie in the dataset's folders and are not used: what, and how many."""
+    notes = [passed_over(dataset.passed_over)] if dataset.passed_over else []
+    if dataset.unused:
+        places = dict.fromkeys(printable(path.parent) for path in dataset.unused)
+        notes.append(
+            f"not used: {len(dataset.unused)} images in {', '.join(list(places)[:3])}, beside the normal ones; "
+            "move them to these, or to test"
+        )
+    return notes
 
 
 def union(datasets: Sequence[Dataset]) -> Dataset:
@@ -155,9 +192,15 @@ def union(datasets: Sequence[Dataset]) -> Dataset:
         raise ValueError(f"two of the datasets have a class {repeated[0]!r}: rename the folder of one of them")
     root = Path(os.path.commonpath([os.path.abspath(dataset.root) for dataset in datasets]))
     layouts = " + ".join(dict.fromkeys(dataset.layout for dataset in datasets))
-    stray = tuple(mask for dataset in datasets for mask in dataset.stray_masks)
+    unused = {
+        name: tuple(path for dataset in datasets for path in getattr(dataset, name))
+        for name in ("stray_masks", "normal_masks", "unused")
+    }
+    others: Counter[str] = Counter()
+    for dataset in datasets:
+        others.update(dataset.passed_over)
     train, test, validation = map(tuple, splits.values())
-    return Dataset(root, tuple(names), train, test, validation, layouts, stray)
+    return Dataset(root, tuple(names), train, test, validation, layouts, **unused, passed_over=dict(others))
 
 
 @dataclass(frozen=True)
@@ -198,11 +241,13 @@ def _folder_dataset(root: Path) -> Dataset:
     if classes:
         for folder in folders:
             if folder not in classes and list_images(folder):
-                raise DatasetError(f"{folder}: images, but no train/{GOOD}; add it, or move the folder away")
+                raise DatasetError(f"{printable(folder)}: images, but no train/{GOOD}; add it, or move the folder away")
         return _classes_dataset(root, classes)
     if datasets := [folder for folder in folders if _holds_classes(folder)]:
-        or_all = f", or all of them: {'+'.join(map(str, datasets))}" if len(datasets) > 1 else ""
-        raise DatasetError(f"{root}: no classes, but folders of classes; give {datasets[0]}{or_all}")
+        or_all = f", or all of them: {printable('+'.join(map(str, datasets)))}" if len(datasets) > 1 else ""
+        raise DatasetError(
+            f"{printable(root)}: no classes, but folders of classes; give {printable(datasets[0])}{or_all}"
+        )
     return _normals_dataset(root, folders)
 
 
@@ -221,73 +266,141 @@ def _classes_dataset(root: Path, classes: dict[Path, _Layout]) -> Dataset:
     train: list[Sample] = []
     validation: list[Sample] = []
     test: list[Sample] = []
-    stray: list[Path] = []
+    masks = _UnusedMasks([], [])
+    unused: list[Path] = []
+    others: Counter[str] = Counter()
     for class_id, (folder, layout) in enumerate(classes.items()):
-        normal = Path(layout.normal) / layout.image_folder
+        layout = replace(layout, normal=_normal_folder(folder / "train", layout.normal))
         test_folder, mask_folder = folder / layout.test, folder / layout.masks
-        train += _normals(folder / "train" / normal, class_id)
+        train += _normals(folder / "train" / layout.normal / layout.image_folder, class_id)
+        unused += _besides(folder / "train", layout.normal)
         if (folder / "validation").is_dir():
-            validation += _normals(folder / "validation" / normal, class_id, "validation")
+            normal = _normal_folder(folder / "validation", layout.normal)
+            validation += _normals(folder / "validation" / normal / layout.image_folder, class_id, "validation")
         for entry in visible(test_folder) if test_folder.is_dir() else []:
             if not entry.is_dir():
                 _require_no_image(entry, layout)
             elif entry.name not in _NOT_A_CLASS:
-                samples, unused_masks = _test_samples(folder, entry, layout, class_id)
-                test += samples
-                stray += unused_masks
+                test += _test_samples(folder, entry, layout, class_id, masks)
         for masks_of_kind in _folders(mask_folder) if mask_folder.is_dir() else []:
             if not (test_folder / masks_of_kind.name).is_dir():
-                stray += list_images(masks_of_kind)
+                masks.stray.extend(list_images(masks_of_kind))
+        others.update(endings(files_below(folder)))
     # abspath names the class of `discover(".")`, and leaves the names of linked folders as they are
     names = tuple(os.path.basename(os.path.abspath(folder)) for folder in classes)
     layouts = " + ".join(dict.fromkeys(layout.name for layout in classes.values()))
-    return Dataset(root, names, tuple(train), tuple(test), tuple(validation), layouts, tuple(stray))
+    return Dataset(
+        root,
+        names,
+        tuple(train),
+        tuple(test),
+        tuple(validation),
+        layouts,
+        tuple(masks.stray),
+        tuple(masks.of_normal),
+        tuple(unused),
+        dict(others),
+    )
+
+
+@dataclass
+class _UnusedMasks:
+    """Masks that belong to no image, and those of normal images."""
+
+    stray: list[Path]
+    of_normal: list[Path]
+
+
+def _normal_folder(folder: Path, usual: str) -> str:
+    """Return the name of the folder of normal images in `folder`: the usual one, or the one that means the same."""
+    if (folder / usual).is_dir() or not folder.is_dir():
+        return usual
+    names = [entry.name for entry in visible(folder) if entry.is_dir() and entry.name.lower() in _NORMAL_FOLDERS]
+    if len(names) > 1:
+        raise DatasetError(
+            f"{printable(folder)}: {' and '.join(map(printable, names))}; put all normal images into {usual}"
+        )
+    return names[0] if names else usual
+
+
+def _besides(folder: Path, normal: str) -> list[Path]:
+    """Return the images in `folder` that do not lie in its folder of normal images."""
+    entries = [entry for entry in visible(folder) if entry.name != normal]
+    return [file for entry in entries for file in (list_images(entry) if entry.is_dir() else [entry]) if is_image(file)]
 
 
 def _normals_dataset(root: Path, classes: list[Path]) -> Dataset:
     """Return a dataset of training images alone, which lie directly in the folders of their classes."""
     if not classes:
-        raise DatasetError(f"{root}: no class folders; put the normal images into {root / '<class>'}")
+        raise DatasetError(
+            f"{printable(root)}: no class folders; put the normal images into {printable(root / '<class>')}"
+        )
     if root / GOOD in classes:
-        raise DatasetError(f"{root / GOOD}: this is no class; move it to {root / '<class>' / 'train' / GOOD}")
+        place = printable(root / "<class>" / "train" / GOOD)
+        raise DatasetError(f"{printable(root / GOOD)}: this is no class; move it to {place}")
     train: list[Sample] = []
+    others: Counter[str] = Counter()
     for class_id, folder in enumerate(classes):
         samples = _normals(folder, class_id)
         for sample in samples:
             if sample.path.parent != folder:
                 raise DatasetError(
-                    f"{sample.path.parent}: nothing says whether these images are normal; "
-                    f"put normal ones directly into {folder}, or into {folder / 'train' / GOOD}"
+                    f"{printable(sample.path.parent)}: nothing says whether these images are normal; "
+                    f"put normal ones directly into {printable(folder)}, or into {printable(folder / 'train' / GOOD)}"
                 )
         train += samples
-    return Dataset(root, tuple(folder.name for folder in classes), tuple(train), (), layout="normals")
+        others.update(endings(files_below(folder)))
+    names = tuple(folder.name for folder in classes)
+    return Dataset(root, names, tuple(train), (), layout="normals", passed_over=dict(others))
 
 
 def _normals(folder: Path, class_id: int, split: str = "training") -> list[Sample]:
     """Return the normal images below `folder`; a DatasetError where there are none."""
     images = list_images(folder) if folder.is_dir() else []
     if not images:
-        raise DatasetError(f"{folder}: no {split} images; put normal ones here ({' '.join(IMAGE_SUFFIXES)})")
+        text = f"no {split} images; put normal ones here ({' '.join(IMAGE_SUFFIXES)})"
+        if folder.is_dir() and (line := passed_over(endings(files_below(folder)))):
+            text += f"; {line}"
+        above = folder.parent
+        if (
+            elsewhere := _besides(above, folder.name)
+            if above.name in ("train", "validation") and above.is_dir()
+            else []
+        ):
+            places = dict.fromkeys(printable(file.parent) for file in elsewhere)
+            text += f"; {len(elsewhere)} images lie in {', '.join(list(places)[:3])}: move those that are normal"
+        raise DatasetError(f"{printable(folder)}: {text}")
     return [Sample(path, class_id) for path in images]
 
 
 def _require_no_image(entry: Path, layout: _Layout) -> None:
     """Raise a DatasetError if `entry`, which lies in the test folder itself, is an image: its kind is unknown."""
-    if entry.suffix.lower() in IMAGE_SUFFIXES:
+    if is_image(entry):
         normal, defect = (entry.parent / kind / layout.image_folder for kind in (layout.normal, "<defect>"))
-        raise DatasetError(f"{entry}: nothing says whether this image is normal; move it to {normal} or {defect}")
+        raise DatasetError(
+            f"{printable(entry)}: nothing says whether this image is normal; move it to {printable(normal)} or "
+            f"{printable(defect)}"
+        )
 
 
-def _test_samples(class_folder: Path, folder: Path, layout: _Layout, class_id: int) -> tuple[list[Sample], list[Path]]:
-    """Return the test images of one kind, normal or a defect, which lie in `folder`, and the masks that fit none."""
-    defect = GOOD if folder.name == layout.normal else folder.name
+def _test_samples(
+    class_folder: Path, folder: Path, layout: _Layout, class_id: int, unused: _UnusedMasks
+) -> list[Sample]:
+    """Return the test images of one kind, normal or a defect, which lie in `folder`; add masks that are not used."""
+    defect = GOOD if folder.name.lower() == layout.normal.lower() else folder.name
     if defect != GOOD and defect.lower() in _NORMAL_LABELS:
-        raise DatasetError(f"{folder}: is this a defect? Normal images belong into {folder.with_name(layout.normal)}")
+        place = printable(folder.with_name(layout.normal))
+        raise DatasetError(f"{printable(folder)}: is this a defect? Normal images belong into {place}")
     if layout.image_folder and not (folder / layout.image_folder).is_dir():
-        raise DatasetError(f"{folder / layout.image_folder}: no such folder; put the images of {folder.name!r} here")
+        raise DatasetError(
+            f"{printable(folder / layout.image_folder)}: no such folder; put the images of {folder.name!r} here"
+        )
     images = list_images(folder / layout.image_folder)
     mask_folder = class_folder / layout.masks / folder.name / layout.masks_of_kind
-    masks = _masks(mask_folder) if defect != GOOD and mask_folder.is_dir() else {}
+    masks = _masks(mask_folder) if mask_folder.is_dir() else {}
+    if defect == GOOD:
+        unused.of_normal.extend(dict.fromkeys(masks.values()))
+        masks = {}
     folders_of_parts = {mask.parent.relative_to(mask_folder): mask.parent for mask in masks.values()}
     samples = []
     for image in images:
@@ -296,9 +409,11 @@ def _test_samples(class_folder: Path, folder: Path, layout: _Layout, class_id: i
     used = {sample.mask for sample in samples}
     if masks and samples and used == {None}:
         raise DatasetError(
-            f"{mask_folder}: no mask fits an image of {folder}; that of {images[0].name} is {images[0].stem}_mask.png"
+            f"{printable(mask_folder)}: no mask fits an image of {printable(folder)}; that of "
+            f"{printable(images[0].name)} is {printable(images[0].stem)}_mask.png"
         )
-    return samples, [mask for mask in dict.fromkeys(masks.values()) if used.isdisjoint((mask, mask.parent))]
+    unused.stray.extend(mask for mask in dict.fromkeys(masks.values()) if used.isdisjoint((mask, mask.parent)))
+    return samples
 
 
 def _masks(folder: Path) -> dict[Path, Path]:
@@ -324,43 +439,58 @@ class _Row:
     mask: Path | None
 
 
+_BACKSLASHES = " (backslashes are a part of names here; neither is there a file with / in their place)"
+
+
+def _listed_path(folder: Path, name: str) -> Path:
+    """Return the path that a list in `folder` names, which may have been written with the backslashes of Windows."""
+    path = folder / name  # an absolute path stays as it is
+    if "\\" in name and not path.exists():
+        slashed = folder / name.replace("\\", "/")
+        return slashed if slashed.exists() else path
+    return path
+
+
 def _listed_dataset(source: Path, root: Path, layout: str, rows: Iterable[_Row]) -> Dataset:
     """Return the dataset of the images that the rows of `source` name."""
     rows = sorted(rows, key=lambda row: (row.class_name, row.path))
     if not rows:
-        raise DatasetError(f"{source}: names no images")
+        raise DatasetError(f"{printable(source)}: names no images")
     names = tuple(dict.fromkeys(row.class_name for row in rows))
     splits: dict[str, list[Sample]] = {"train": [], "validation": [], "test": []}
     for row in rows:
+        image = printable(row.path)
         if row.split not in splits:
             raise DatasetError(f"{row.line}: the split is {row.split!r}; allowed are {', '.join(splits)}")
         if not row.class_name or not row.label:
-            raise DatasetError(f"{row.line}: {'label' if row.class_name else 'class'} is empty; say what {row.path} is")
+            raise DatasetError(f"{row.line}: {'label' if row.class_name else 'class'} is empty; say what {image} is")
         defect = GOOD if row.label.lower() in _NORMAL_LABELS else row.label
         if defect != GOOD and row.split != "test":
-            raise DatasetError(
-                f"{row.line}: {row.path} is labelled {defect!r}, and {row.split} holds normal images only"
-            )
+            raise DatasetError(f"{row.line}: {image} is labelled {defect!r}, and {row.split} holds normal images only")
         mask = None if defect == GOOD else row.mask
         splits[row.split].append(Sample(row.path, names.index(row.class_name), defect, mask))
     files = [file for row in rows for file in (row.path, row.mask) if file is not None]
     if missing := [file for file in dict.fromkeys(files) if not file.is_file()]:
         raise DatasetError(
-            f"{source}: {len(missing)} of the {len(files)} files that it names do not exist; "
-            f"add them, or take them off the list. The first: {missing[0]}"
+            f"{printable(source)}: {len(missing)} of the {len(files)} files that it names do not exist; "
+            f"add them, or take them off the list. The first: {printable(missing[0])}"
+            + (_BACKSLASHES if "\\" in str(missing[0]) and os.sep == "/" else "")
         )
     trained_ids = {sample.class_id for sample in splits["train"]}
     if untrained := [name for k, name in enumerate(names) if k not in trained_ids]:
-        raise DatasetError(f"{source}: no training images of {', '.join(untrained)}; name some normal ones")
+        raise DatasetError(
+            f"{printable(source)}: no training images of {', '.join(map(printable, untrained))}; name some normal ones"
+        )
     train, validation, test = map(tuple, splits.values())
-    return Dataset(root, names, train, test, validation, layout)
+    normal_masks = tuple(row.mask for row in rows if row.mask is not None and row.label.lower() in _NORMAL_LABELS)
+    return Dataset(root, names, train, test, validation, layout, normal_masks=normal_masks)
 
 
 def _csv_dataset(path: Path) -> Dataset:
     rows: list[_Row] = []
     for line, row in _table(path, ("path", "class", "split", "label")):
-        image = path.parent / row["path"]  # an absolute path stays as it is
-        mask = path.parent / row["mask"] if row.get("mask") else None
+        image = _listed_path(path.parent, row["path"])
+        mask = _listed_path(path.parent, row["mask"]) if row.get("mask") else None
         rows.append(_Row(line, image, row["class"], row["split"], row["label"], mask))
     return _listed_dataset(path, path.parent, "CSV", rows)
 
@@ -368,11 +498,13 @@ def _csv_dataset(path: Path) -> Dataset:
 def _visa_dataset(root: Path) -> Dataset:
     path = root / "split_csv" / "1cls.csv"
     if not path.is_file():
-        raise DatasetError(f"{path}: no such file; it comes with VisA and says which images are for training")
+        raise DatasetError(
+            f"{printable(path)}: no such file; it comes with VisA and says which images are for training"
+        )
     rows: list[_Row] = []
     for line, row in _table(path, ("object", "split", "label", "image", "mask")):
-        mask = root / row["mask"] if row["mask"] else None
-        rows.append(_Row(line, root / row["image"], row["object"], row["split"], row["label"], mask))
+        mask = _listed_path(root, row["mask"]) if row["mask"] else None
+        rows.append(_Row(line, _listed_path(root, row["image"]), row["object"], row["split"], row["label"], mask))
     dataset = _listed_dataset(path, root, "VisA", rows)
     mask_folders = [root / name / "Data" / "Masks" for name in dataset.class_names]
     used = {sample.mask for sample in dataset.test}
@@ -390,12 +522,15 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, 
             reader = csv.DictReader(file, delimiter=delimiter, restval="", skipinitialspace=True)
             if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
                 raise DatasetError(
-                    f"{path}: no column {', '.join(missing)}; the first line must name {','.join(columns)}"
+                    f"{printable(path)}: no column {', '.join(missing)}; the first line must name {','.join(columns)}"
                 )
             for row in reader:
-                yield f"{path}:{reader.line_num}", {name: value.strip() for name, value in row.items() if name}
+                yield (
+                    f"{printable(path)}:{reader.line_num}",
+                    {name: value.strip() for name, value in row.items() if name},
+                )
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: no CSV file in UTF-8: {error}") from error
+        raise DatasetError(f"{printable(path)}: no CSV file in UTF-8: {error}") from error
 
 
 def _realiad_parts(root: Path) -> tuple[Path, Path, Path] | None:
@@ -409,7 +544,8 @@ def _realiad_parts(root: Path) -> tuple[Path, Path, Path] | None:
         lists = lists / "realiad_jsons"
     sizes = {folder: size[1] for folder in _folders(base) if (size := re.fullmatch(r"realiad_(\d+|raw)", folder.name))}
     if not sizes:
-        raise DatasetError(f"{base / 'realiad_1024'}: no such folder; put Real-IAD's images here, or those of a size")
+        place = printable(base / "realiad_1024")
+        raise DatasetError(f"{place}: no such folder; put Real-IAD's images here, or those of a size")
     largest = max(sizes, key=lambda folder: float(sizes[folder].replace("raw", "inf")))
     return base, lists, root if root in sizes else largest
 
@@ -424,28 +560,31 @@ def _realiad_dataset(root: Path, lists: Path, image_root: Path) -> Dataset:
             base = next((folder for folder in bases if (folder / first_image).is_file()), bases[0])
             for split in ("train", "test"):
                 for i, item in enumerate(listed[split]):
-                    line, image = f"{path}: {split}[{i}]", base / item["image_path"]
+                    line, image = f"{printable(path)}: {split}[{i}]", base / item["image_path"]
                     mask = base / item["mask_path"] if item.get("mask_path") else None
                     rows.append(_Row(line, image, path.stem, split, str(item["anomaly_class"]), mask))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise DatasetError(f"{path}: no list as Real-IAD has them ({type(error).__name__}: {error})") from error
+            raise DatasetError(
+                f"{printable(path)}: no list as Real-IAD has them ({type(error).__name__}: {error})"
+            ) from error
     return _listed_dataset(lists, root, "Real-IAD", rows)
 
 
 def check_images(
-    samples: Sequence[Sample], *, skip_bad: bool = False
+    samples: Sequence[Sample], *, skip_bad: bool = False, white_level: int = WHITE_LEVEL
 ) -> tuple[tuple[Sample, ...], tuple[ImageError, ...]]:
     """Decode every image and mask; return the sound samples in their order, and what is wrong with the others.
 
-    A mask must have the size of its image. Files are decoded to their last pixel, since a header says nothing about a
-    truncated file. Damage inside a JPEG stream that decodes without an error goes unseen.
+    A mask must have the size of its image, and 16-bit values be no larger than `white_level`. Files are decoded to
+    their last pixel, since a header says nothing about a truncated file. Damage inside a JPEG stream that decodes
+    without an error goes unseen.
 
     Raises:
         DatasetError: files cannot be used, each with its reason; with `skip_bad` only if a class has no others.
     """
     # Decoding releases the GIL. Few threads: each holds one decoded image, which may be of gigabytes.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        faults = list(pool.map(_fault, samples))
+        faults = list(pool.map(lambda sample: _fault(sample, white_level), samples))
     sound = tuple(sample for sample, fault in zip(samples, faults, strict=True) if fault is None)
     errors = tuple(fault for fault in faults if fault is not None)
     listing = "".join(f"\n  {error}" for error in errors)
@@ -459,13 +598,13 @@ def check_images(
     return sound, errors
 
 
-def _fault(sample: Sample) -> ImageError | None:
+def _fault(sample: Sample, white_level: int) -> ImageError | None:
     """Return why an image or its mask cannot be used; None if both can."""
     try:
-        image = read_image(sample.path)
+        image = read_image(sample.path, white_level)
         if sample.mask is not None and (mask := read_mask(sample.mask)).shape != image.shape[1:]:
             sizes = f"(height, width) {tuple(mask.shape)}, its image {tuple(image.shape[1:])}"
-            raise ImageError(sample.mask, f"the mask has {sizes}; draw it on {sample.path}")
+            raise ImageError(sample.mask, f"the mask has {sizes}; draw it on {printable(sample.path)}")
     except ImageError as error:
         return error
     return None

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import random
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import printable
+
 if TYPE_CHECKING:
     import PIL.Image
+    import PIL.ImageFile
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 MAX_IMAGE_PIXELS = 2**29
 """More pixels than these are refused as a decompression bomb: 23170 x 23170, 6.4 GB as a float32 tensor."""
 
-# Pillow would otherwise try every format it knows, and hand PostScript in a file named .png to Ghostscript.
-_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
-_warned_of_16_bits = False
+WHITE_LEVEL = 65535
+"""The value of white in 16-bit words, unless a camera of fewer bits wrote them."""
+
+CAMERA_LEVELS = (255, 1023, 4095, 16383)
+"""The largest values of cameras of 8, 10, 12 and 14 bits."""
+
+# Pillow would otherwise try every format it knows, and hand PostScript in a file named .png to Ghostscript. Those that
+# it knows at once come first.
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "GIF", "DIB", "TIFF", "WEBP", "JPEG2000")
+_FORMATS_BY_SUFFIX = {".tga": "TGA", ".avif": "AVIF"}  # files of the first show by nothing else what they are
+
+_SAFE_PIXELS = 2**26  # 268 MB in Pillow: so many are tried to decode, whatever the size of the file
+_JPEG_PIXELS = 512  # that a byte of a JPEG can hold at most: a bit for a block of 64
+_DEFLATE, _LZW = 1032, 2731  # bytes of pixels that a byte of a file can hold at most; WebP and others know no bound
+_RATIOS = {"PNG": _DEFLATE, "GIF": _LZW, "PPM": 1}
+_TIFF_RATIOS = {"raw": 1, "packbits": 64, "tiff_lzw": _LZW, "tiff_adobe_deflate": _DEFLATE, "tiff_deflate": _DEFLATE}
+
+said: set[str] = set()  # what `warn_once` has said
 
 
 class ImageError(ValueError):
@@ -35,60 +57,239 @@ class ImageError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{printable(self.path)}: {self.reason}"
 
 
-def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the image files at any depth below `folder`, sorted by name within each folder, without hidden ones."""
-    images = []
-    for entry in visible(Path(folder)):
-        if entry.is_dir():
-            images += list_images(entry)
-        elif entry.suffix.lower() in IMAGE_SUFFIXES:
-            images.append(entry)
-    return images
+@dataclass(frozen=True)
+class Pixels:
+    """The values of an upright image as its file has them.
+
+    Attributes:
+        values: grey (H, W) or colour (H, W, 3); uint8, uint16 (or 32 bits in its range), or float32 in [0, 1].
+        alpha: (H, W) uint8, or None where there is none.
+        palette: (H, W) uint8, the indices from which `values` were looked up, or None.
+        lossy: whether it comes from a JPEG, whose edges ring.
+    """
+
+    values: np.ndarray
+    alpha: np.ndarray | None = None
+    palette: np.ndarray | None = None
+    lossy: bool = False
+
+    def tensor(self, white_level: int = WHITE_LEVEL, name: str = "an image") -> Tensor:
+        """Return the image as (3, H, W) float32 in [0, 1]; `white_level` is the value of white in 16-bit words.
+
+        A warning calls the image by `name`.
+
+        Raises:
+            ValueError: a 16-bit value is above the white level.
+        """
+        values = self.values
+        if values.dtype == np.uint16:
+            check_white_level(values, white_level, name)
+            values = values.astype(np.float32)
+            values /= np.float32(white_level)
+        if values.ndim == 2:
+            tensor = torch.from_numpy(np.array(values)).to(torch.float32).repeat(3, 1, 1)
+        else:
+            tensor = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))).to(torch.float32)
+        return tensor.div_(255) if values.dtype == np.uint8 else tensor
 
 
-def visible(folder: Path) -> list[Path]:
-    """Return the files and folders in `folder`, sorted by name, without hidden ones."""
-    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return sorted(entries, key=lambda entry: entry.name)  # paths themselves sort without case on Windows
+def check_white_level(values: np.ndarray, white_level: int, name: str = "an image") -> None:
+    """Raise a ValueError if a 16-bit value is above the white level; warn, once a process, if all are far below it."""
+    peak = int(values.max(initial=0))
+    suggested = suggested_white_level(peak)
+    if peak > white_level:
+        raise ValueError(
+            f"16-bit values reach {peak}, and white_level is {white_level}: is this another camera? Scale its values, "
+            f"or train with white_level={suggested} (--set white_level={suggested})"
+        )
+    if white_level == WHITE_LEVEL and 0 < peak <= 4095:
+        warn_once(
+            "dark",
+            f"{name}: 16-bit values reach {peak}, and white is taken as {WHITE_LEVEL}, so that it is almost black; if "
+            f"it is of a camera of fewer bits, train with white_level={suggested} (--set white_level={suggested})",
+        )
 
 
-def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read an image file as (3, H, W) float32 in [0, 1], upright, its values converted as by `from_pil`.
+def suggested_white_level(peak: int) -> int:
+    """Return the white level that images whose largest 16-bit value is `peak` suggest: of `CAMERA_LEVELS`, or 65535."""
+    return next((level for level in CAMERA_LEVELS if peak <= level), WHITE_LEVEL)
 
-    Of a file with several pages the first is read. 16-bit colour is cut to 8 bits, with one warning per process.
+
+def warn_once(subject: str, message: str) -> None:
+    """Warn, once per process for each subject."""
+    if subject not in said:
+        said.add(subject)
+        warnings.warn(message, stacklevel=4)
+
+
+def read_image(path: str | os.PathLike[str], white_level: int = WHITE_LEVEL) -> Tensor:
+    """Read an image file as (3, H, W) float32 in [0, 1], upright, red first, its values converted as by `from_pil`.
+
+    Of a file with several pages the first is read. Colour of 16 bits in PNG and TIFF keeps them all; in other formats
+    it is cut to 8, with one warning per process. A JPEG that lacks nothing but its end marker is read, which is known
+    of baseline JPEGs of one scan without restart markers.
+
+    Args:
+        path: the file.
+        white_level: the value of white in 16-bit words: 4095 for those of a camera of 12 bits.
 
     Raises:
         ImageError: the file is missing, in an unknown format, damaged or truncated anywhere, its values are refused by
             `from_pil`, or it has more than `MAX_IMAGE_PIXELS` pixels.
     """
-    with _opened(Path(path)) as image:
-        _warn_of_16_bit_colour(Path(path), image)
-        return from_pil(image)
+    try:
+        return read_pixels(path).tensor(white_level, printable(path))
+    except ImageError:
+        raise
+    except ValueError as error:
+        raise ImageError(Path(path), str(error)) from error
 
 
-def _warn_of_16_bit_colour(path: Path, image: PIL.Image.Image) -> None:
-    """Warn, once per process, if an image has 16 bits per colour; it must not be decoded yet.
+def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixels:
+    """Read an image file as `Pixels`, with alpha and the indices of a palette only `for_mask`.
+
+    Raises:
+        ImageError: as `read_image`, except for the white level.
+    """
+    path = Path(path)
+    with _opened(path) as image:
+        _require_bytes(image, path.stat().st_size)
+        if bits_of_colour(image) == 16:
+            if (pixels := _colour_of_16_bits(path, image)) is not None:
+                return pixels
+            warn_once(
+                "colour",
+                f"{printable(path)} has 16 bits a colour, of which the upper 8 are read; so for all such files",
+            )
+        whole: PIL.Image.Image | None = image
+        try:
+            image.load()
+        except OSError:
+            if image.format not in ("JPEG", "MPO") or (whole := _without_end_marker(path.read_bytes())) is None:
+                raise
+        assert whole is not None
+        return replace(_pixels(whole, for_mask), lossy=image.format in ("JPEG", "MPO"))
+
+
+def _require_bytes(image: PIL.Image.Image, size: int) -> None:
+    """Raise a ValueError if a file of `size` bytes cannot hold as many pixels as its header claims.
+
+    Pillow takes the memory of all pixels before it decodes the first.
+    """
+    ratio = _RATIOS.get(image.format or "")
+    compression = image.info.get("compression", "raw")
+    if image.format == "TIFF":
+        ratio = _TIFF_RATIOS.get(compression)
+    elif image.format in ("BMP", "DIB") and compression in (0, 3):  # the others are of run lengths
+        ratio = 1
+    pixels = image.width * image.height
+    bits = 1 if image.mode in ("1", "L", "P", "LA", "PA") else 12  # of a pixel, at least
+    most = math.inf if ratio is None else 8 * ratio * size // bits
+    if image.format in ("JPEG", "MPO"):
+        most = _JPEG_PIXELS * size
+    if pixels > most and (ratio == 1 or pixels > _SAFE_PIXELS):
+        raise ValueError(f"damaged or truncated: {size} bytes cannot hold {image.width} x {image.height} pixels")
+
+
+def bits_of_colour(image: PIL.Image.Image) -> int:
+    """Return 16 for an image of 16 bits a colour, which must not be decoded yet, and 8 for any other.
 
     Only the decoder that Pillow chose tells: Pillow's mode is RGB for 8 and for 16 bits.
     """
-    global _warned_of_16_bits
-    raw_modes = "".join(str(tile.args) for tile in getattr(image, "tile", []))  # "RGB;16B", or ("RGBA;16L", ...)
-    if image.mode.startswith("RGB") and ";16" in raw_modes and not _warned_of_16_bits:
-        _warned_of_16_bits = True
-        warnings.warn(
-            f"{path} has 16 bits a colour, of which Pillow reads the upper 8; so for all such files. To keep all, "
-            "score arrays of uint16, or store grey images of 16 bits",
-            stacklevel=3,
-        )
+    bits = getattr(image, "tag_v2", {}).get(258, ())  # of each sample of a TIFF, whose planes may lie apart
+    raw_modes = "".join(str(tile[3]) for tile in getattr(image, "tile", []))  # "RGB;16B", or ("RGBA;16L", ...)
+    colour = image.mode.startswith("RGB") or image.mode in ("LA", "CMYK")
+    return 16 if colour and (";16" in raw_modes or isinstance(bits, tuple) and 16 in bits) else 8
+
+
+def _colour_of_16_bits(path: Path, image: PIL.Image.Image) -> Pixels | None:
+    """Return the upright image with colours, or with grey beside alpha, of 16 bits; None where Pillow has 8 only.
+
+    Pillow's images of colour have 8 bits, and of 16 it takes the upper byte. So the file is decoded twice, the second
+    time as if its bytes were in the other order. Of alpha the upper byte is enough.
+    """
+    from PIL import ImageOps
+
+    if getattr(image, "tag_v2", {}).get(284) == 2:
+        raise ValueError("16-bit colour in separate planes; store the colours of a pixel side by side (planar: contig)")
+    with _opened(path) as other:
+        raw_modes = {tile[3][0] if isinstance(tile[3], tuple) else tile[3] for tile in other.tile}
+        raw_mode = str(raw_modes.pop()) if len(raw_modes) == 1 else ""
+        if raw_mode == "LA;16B" and image.mode == "RGBA":  # the four bytes of grey and alpha, as four colours
+            other.tile = [_with_raw_mode(tile, "RGBA") for tile in other.tile]
+            channels = np.asarray(ImageOps.exif_transpose(other))
+            return Pixels(channels[..., 0].astype(np.uint16) << 8 | channels[..., 1], channels[..., 2])
+        name, _, order = raw_mode.rpartition(";16")
+        if name not in ("RGB", "RGBA", "RGBX") or order not in ("B", "L", "N"):
+            return None
+        big = order == "B" or order == "N" and sys.byteorder == "big"
+        other.tile = [_with_raw_mode(tile, f"{name};16{'L' if big else 'B'}") for tile in other.tile]
+        upper, lower = (np.asarray(ImageOps.exif_transpose(half)) for half in (image, other))
+        colours = upper[..., :3].astype(np.uint16) << 8 | lower[..., :3]
+        return Pixels(colours, upper[..., 3] if name == "RGBA" else None)
+
+
+def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
+    """Return one of Pillow's tiles (decoder, extents, offset, arguments) with another first argument."""
+    changed = (raw_mode, *tile[3][1:]) if isinstance(tile[3], tuple) else raw_mode
+    return tile._replace(args=changed) if hasattr(tile, "_replace") else (*tile[:3], changed)
+
+
+_bits = random.Random(0)
+_CONTINUATIONS = [
+    b"",
+    *(bytes([32 * first + _bits.randrange(31), *(_bits.randrange(255) for _ in range(255))]) for first in range(8)),
+]
+
+
+def _without_end_marker(content: bytes) -> PIL.Image.Image | None:
+    """Return the image of a JPEG that lacks its end marker, if all of its pixels are there; None if that is unknown.
+
+    Whatever bits follow, the pixels of a complete scan are the same; where a part is missing, the bits that follow
+    stand for it. Each of the continuations, which begin with all triples of bits, leaves a missing block as it was with
+    a probability of a quarter at most, as a block is two codes or more. That says nothing of further scans, nor of what
+    follows a restart marker.
+    """
+    from PIL import Image
+
+    if not _is_one_scan(content):
+        return None
+    content = content.rstrip(b"\xff")  # the first byte of the marker may be there
+    first: PIL.Image.Image | None = None
+    for following in _CONTINUATIONS:
+        with Image.open(io.BytesIO(content + following + b"\xff\xd9"), formats=("JPEG",)) as image:
+            image.load()
+            if first is None:
+                first = image.copy()
+            elif image.tobytes() != first.tobytes():
+                return None
+    return first
+
+
+def _is_one_scan(content: bytes) -> bool:
+    """Return whether a JPEG is sequential (SOF0, SOF1), of one scan of all components, without restart intervals."""
+    components, at = 0, 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        body = content[at + 4 : at + 2 + length]
+        if marker == 0xDA:
+            return components > 0 and body[:1] == bytes([components])
+        if marker in (0xC0, 0xC1):
+            components = body[5] if len(body) > 5 else 0
+        elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8) or marker == 0xDD and any(body):
+            return False
+        at += 2 + length
+    return False
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:
-    """Return height, width and Pillow's mode of an image file, without decoding its pixels.
+    """Return height, width and mode of an image file, without decoding its pixels.
 
-    Height and width are those of the upright image, unless the orientation stands behind the pixels or only in XMP.
+    Height and width are those of the upright image, unless the orientation stands behind the pixels or only in XMP. The
+    mode is Pillow's, with ``;16`` where that has 8 bits a colour and the file has 16.
 
     Raises:
         ImageError: as in `read_image`, but not for damage within the pixels.
@@ -97,25 +298,31 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:
         width, height = image.size
         if "exif" in image.info and image.getexif().get(0x0112, 1) >= 5:  # TIFFs have none: Pillow turns their size
             width, height = height, width
-        return height, width, image.mode
+        return height, width, image.mode + (";16" if bits_of_colour(image) == 16 else "")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[PIL.Image.Image]:
+def _opened(path: Path) -> Iterator[PIL.ImageFile.ImageFile]:
     """Yield the opened image, not decoded yet; an error inside the block becomes an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
+    formats: tuple[str, ...] = _FORMATS
+    if further := _FORMATS_BY_SUFFIX.get(path.suffix.lower()):
+        Image.init()
+        formats += (further,) if further in Image.OPEN else ()
     try:
         # By file name Pillow would map uncompressed grey TIFFs into memory, and scramble those to be rotated.
-        with _unlimited_pixels(), open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+        with _unlimited_pixels(), open(path, "rb") as file, Image.open(file, formats=formats) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels, more than hgad_fast.data.images.MAX_IMAGE_PIXELS = "
                     f"{MAX_IMAGE_PIXELS}: cut it into tiles, unless it is a decompression bomb"
                 )
             yield image
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
-        reason = f"no image, or a truncated or damaged one; read are {', '.join(_FORMATS)}"
+        reason = f"no image, or a truncated or damaged one; read are {', '.join(formats)}"
         if path.stat().st_size == 0:
             reason = "the file is empty"
         raise ImageError(path, reason) from error
@@ -125,20 +332,26 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
         raise ImageError(path, str(error) or type(error).__name__) from error
 
 
-def from_pil(image: PIL.Image.Image) -> Tensor:
-    """Convert a Pillow image of any mode to (3, H, W) float32 in [0, 1], rotated as its EXIF orientation says.
+def from_pil(image: PIL.Image.Image, white_level: int = WHITE_LEVEL) -> Tensor:
+    """Convert a Pillow image of any mode to (3, H, W) float32 in [0, 1], red first, rotated as its EXIF says.
 
     - 8 bits per channel are divided by 255. Grey is repeated over the channels, a palette is looked up.
-    - 16-bit grey is divided by 65535, its whole range: 12-bit values in 16-bit words stay dark.
-    - 16-bit colour is cut to 8 bits (the upper byte): Pillow reads no more of it.
+    - 16-bit grey is divided by `white_level`, by default its whole range: 12-bit values in 16-bit words stay dark then.
+    - Colour has 8 bits in Pillow's images; `read_image` reads 16-bit colour from files.
     - 32-bit integers must lie in 0..65535 and count as 16-bit. Floats must lie in [0, 1] and are kept.
     - Alpha is dropped, as `convert("RGB")` does: a pixel is what the camera wrote. Some leave the fourth byte of their
       32-bit pixels zero, so that compositing would blank the image.
     - CMYK is converted without colour management; embedded ICC profiles are not applied.
 
     Raises:
-        ValueError: values are outside these ranges, or the image is a 16-bit TIFF whose white is zero.
+        ValueError: values are outside these ranges or above the white level, or the image is a 16-bit TIFF whose white
+            is zero.
     """
+    return _pixels(image).tensor(white_level)
+
+
+def _pixels(image: PIL.Image.Image, for_mask: bool = False) -> Pixels:
+    """Return the upright values of a Pillow image; see `read_pixels`."""
     from PIL import ImageOps
 
     white_is_zero = getattr(image, "tag_v2", {}).get(262) == 0  # the TIFF tag PhotometricInterpretation
@@ -146,16 +359,16 @@ def from_pil(image: PIL.Image.Image) -> Tensor:
         raise ValueError("16-bit TIFF whose white is zero, which Pillow reads inverted; store black as zero")
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        return _grey(_within(np.array(image), 1.0))
+        return Pixels(_within(np.array(image), 1.0))
     if image.mode.startswith("I"):
-        return _grey(_within(np.array(image), 65535.0).astype(np.float32) / np.float32(65535))
+        return Pixels(_within(np.array(image), 65535.0).astype(np.uint16))
+    alpha = palette = None
+    if for_mask:
+        if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        palette = np.asarray(image) if image.mode == "P" else None
     image.info.pop("transparency", None)  # or Pillow warns that RGB has no room for the alpha of a palette
-    channels = np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-    return torch.from_numpy(channels).to(torch.float32).div_(255)
-
-
-def _grey(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values).repeat(3, 1, 1)
+    return Pixels(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")), alpha, palette)
 
 
 def _within(values: np.ndarray, upper: float) -> np.ndarray:
@@ -194,24 +407,6 @@ def _unlimited_pixels() -> Iterator[None]:
             _decoding -= 1
             if _decoding == 0:
                 Image.MAX_IMAGE_PIXELS = _pillow_limit
-
-
-def read_mask(path: str | os.PathLike[str]) -> Tensor:
-    """Read a mask file as (H, W) bool: true where any channel is above zero (0/1, 0/255, coloured masks).
-
-    In a JPEG, whose edges ring, the bound is one half. For a folder, return the union of the masks in it.
-
-    Raises:
-        ImageError: as in `read_image`, and for a folder without masks or with masks of several sizes.
-    """
-    if os.path.isdir(path):
-        masks = [read_mask(file) for file in list_images(path)]
-        if len({mask.shape for mask in masks}) != 1:
-            reason = "its masks differ in size" if masks else "there is no mask in this folder"
-            raise ImageError(Path(path), f"{reason}; they belong to one image, and have its size")
-        return torch.stack(masks).any(0)
-    lossy = Path(path).suffix.lower() in (".jpg", ".jpeg")
-    return (read_image(path) > (0.5 if lossy else 0.0)).any(0)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:

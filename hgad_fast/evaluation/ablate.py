@@ -25,7 +25,7 @@ from ..data.images import read_image
 from ..environment import environment
 from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import image_features
-from ..files import replacing
+from ..files import printable, replacing
 from ..protocol import Densities, Detector, ProportionsError
 from ..scoring.calibration import (
     Calibration,
@@ -35,7 +35,9 @@ from ..scoring.calibration import (
     required_calibration,
 )
 from ..scoring.densities import densities
+from ..scoring.lettering import drawable
 from ..scoring.score import first_official
+from ..training import runs
 from . import metrics
 from .evaluate import Features, mean, seen_mask, test_set, without_nan
 
@@ -43,6 +45,7 @@ SETTINGS = ("official", "class given", "class inferred")
 FUSIONS = ("product", "standardised")
 SPLITS = 5  # draws of calibration images from the held-out ones, to measure the false-alarm rate
 RATES = (0.05, 0.01)  # target false-alarm rates
+RESULTS, HISTOGRAM = "ablation.json", "log-density.png"
 STRIDE = 2  # the pixel AUROC takes every second pixel in both directions
 
 
@@ -112,7 +115,7 @@ def run(
     normals = features or feature_set(base, dataset, progress=progress)
     training_rows, held_out_rows = _drawn(normals.class_ids, dataset.class_names, training_images, config.seed)
     say("features of the test images")
-    features_of = features_of or (lambda sample: image_features(base, read_image(sample.path)))
+    features_of = features_of or (lambda sample: image_features(base, read_image(sample.path, config.white_level)))
     test = [list(features_of(sample)) for sample in progress(dataset.test, "test images")]
     shared = _Data(dataset, normals.subset(training_rows), normals.subset(held_out_rows), test)
     report: dict[str, Any] = environment(torch.device(device))
@@ -128,10 +131,37 @@ def run(
             continue
         say(f"{name}: comparing")
         report["variants"][name] = _compare(model, shared, folder, progress)
-        with replacing(Path(output) / "ablation.json") as file:
-            file.write_text(json.dumps(report, indent=2) + "\n")
+        with replacing(Path(output) / RESULTS) as file:
+            file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     say(table(report))
     return report
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Raise a ValueError where a folder holds an ablation, and it is not said what to do with that."""
+    if resume and overwrite:
+        raise ValueError("--resume goes on with the trainings in OUTPUT and --overwrite removes them: give one of them")
+    if not resume and not overwrite and (found := _variant_folders(output)):
+        raise ValueError(
+            f"{output} holds an ablation ({found[0].name}): --resume keeps its trainings and goes on, --overwrite "
+            "removes them; or give another --output"
+        )
+
+
+def clear_output(output: Path) -> None:
+    """Remove an ablation from a folder: the results, and of each variant the training and the histogram."""
+    for folder in _variant_folders(output):
+        runs.remove(folder)
+        (folder / HISTOGRAM).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    (output / RESULTS).unlink(missing_ok=True)
+
+
+def _variant_folders(output: Path) -> list[Path]:
+    """Return the folders of the variants whose trainings an ablation left in a folder."""
+    folders = sorted(path for path in output.iterdir() if path.is_dir()) if output.is_dir() else []
+    return [folder for folder in folders if any((folder / name).is_file() for name in runs.WRITTEN)]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -147,8 +177,30 @@ def table(report: dict[str, Any]) -> str:
     for name, maps in rows:
         cells = (maps[kind]["mean"] if kind in maps else [None] for kind in columns)
         texts = (" / ".join("-" if auroc is None else f"{100 * auroc:.1f}" for auroc in cell) for cell in cells)
-        lines.append(f"{name:<38}" + "".join(f"{text:>16}" for text in texts))
-    return "\n".join(lines)
+        lines.append(f"{printable(name):<38}" + "".join(f"{text:>16}" for text in texts))
+    settings = dict.fromkeys(setting for results in report["variants"].values() for setting in results["figures"])
+    return "\n".join([*lines, "", *_legend(columns, list(settings))])
+
+
+def _legend(columns: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """Return what rows and columns of the table mean."""
+    lines = ["Rows: a variant, and how its maps are normalised and whether the class of an image is known:"]
+    lines += [f"  {setting:<16} {text}" for setting, text in _SETTINGS.items() if setting in settings]
+    lines.append("Columns: the map that the AUROCs are of, mean over the classes:")
+    texts = {kind: _FUSIONS.get(kind, "the part of the density of that name alone") for kind in columns}
+    return lines + [f"  {kind:<16} {text}" for kind, text in texts.items()]
+
+
+_SETTINGS = {
+    "official": "as published: the class is given, maps by maxima over the test images of the class (flatters)",
+    "class given": "constants from held-out normal images, the class of each image given",
+    "class inferred": "constants from held-out normal images, the class inferred: as in use",
+}
+_FUSIONS = {
+    "sum": "all parts together, as the method was published",
+    "product": "all parts multiplied, as published",
+    "standardised": "sum of all parts, each in units of the peaks of normal images",
+}
 
 
 def _drawn(class_ids: Tensor, names: Sequence[str], count: int | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -223,7 +275,7 @@ def _compare(model: Detector, shared: _Data, folder: Path, progress: ShowProgres
         {
             "figures": figures,
             "confusion": confusion,
-            "log_density_overlap": _histogram(model, shared, given, folder / "log-density.png"),
+            "log_density_overlap": _histogram(model, shared, given, folder / HISTOGRAM),
             "false_alarms": _false_alarms(model, shared, held_out, inferred, progress),
         }
     )
@@ -378,7 +430,8 @@ def _histogram(model: Detector, shared: _Data, given: list[Densities], path: Pat
             density, *_ = axes.hist(values, edges, density=True, histtype="stepfilled", alpha=0.5, label=label)
             shares.append(density * np.diff(edges))
         overlap[name] = float(np.minimum(*shares).sum()) if len(shares) == 2 else math.nan
-        axes.set(title=name, xlabel="log-density / C", yticks=[])
+        axes.set(xlabel="log-density / C", yticks=[])
+        axes.set_title(drawable(name), parse_math=False)
     axes.legend()
     with replacing(path) as file:
         figure.savefig(file, dpi=100)

@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -26,9 +27,13 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import Dataset, Sample, discover
-from ..data.images import read_image, read_mask, resize_mask
+from ..data.images import read_image, resize_mask
+from ..data.masks import read_mask
+from ..data.survey import mask_warnings
+from ..environment import plain_torch
 from ..features.extract import ShowProgress
 from ..features.preprocess import image_features, preprocess, seeing
+from ..files import printable
 from ..methods import load
 from ..protocol import Densities, Detector
 from ..scoring.calibration import required_calibration
@@ -73,7 +78,7 @@ class ScoredImage:
     """A test image with its score and verdict under one protocol.
 
     Attributes:
-        path: relative to the dataset's root if the image lies below it.
+        path: relative to the dataset's root if the image lies below it; what cannot be shown of it is escaped.
         class_name, inferred_class: the image's own class, and the class (or other group) that the model takes it for.
         score: the image score; each class has its own scale, so compare scores within a class only.
         p_value, threshold, is_flagged: None without a threshold, as always under the official protocol.
@@ -236,7 +241,9 @@ class Evaluation:
             lines.append(f"{'':<22}" + "".join(f"{head:>9}" for head in _HEADS))
             summary = {"mean": self.mean(protocol), "pooled": self.pooled[protocol]}
             for row_name, row in (*by_class.items(), *summary.items()):
-                lines.append(f"{row_name:<22}" + "".join(f"{_percent(getattr(row, name)):>9}" for name in FIGURES))
+                lines.append(
+                    f"{printable(row_name):<22}" + "".join(f"{_percent(getattr(row, name)):>9}" for name in FIGURES)
+                )
             lines.append("")
         if self.knows_classes:
             total = self.n_normal + self.n_anomalous
@@ -245,7 +252,7 @@ class Evaluation:
             lines.append(
                 f"groups: purity {_percent(self.purity)}% (images whose class is the most frequent one of their group)"
             )
-            sizes = [f"{name} {sum(row.values())}" for name, row in self.groups.items()]
+            sizes = [f"{printable(name)} {sum(row.values())}" for name, row in self.groups.items()]
             others = f", and {len(sizes) - _GROUPS} smaller groups" if len(sizes) > _GROUPS else ""
             lines.append(f"images a group: {', '.join(sizes[:_GROUPS])}{others}")
         if not (math.isnan(self.recall) and math.isnan(self.false_alarm_rate)):
@@ -265,6 +272,7 @@ _GROUPS = 40  # groups that a table names
 _HEADS = ("i-AUROC", "i-AP", "i-F1max", "p-AUROC", "p-AP", "p-F1max", "AUPRO.3", "AUPRO.05")
 
 
+@plain_torch()
 @torch.no_grad()
 def evaluate(
     model: Detector,
@@ -281,7 +289,7 @@ def evaluate(
     Maps and masks are compared at the size that scores are computed on (`msk_size`), after the model's own
     preprocessing. With another `img_size` the maps of the honest protocol grow with it, as in `score`; those of the
     official one do not. Without calibration only the official protocol is reported. An anomalous image without a mask
-    counts for the image figures alone.
+    counts for the image figures alone. Masks that look like a mistake (see `hgad_fast.data.survey`) are warned of.
 
     Args:
         model: the detector.
@@ -296,6 +304,8 @@ def evaluate(
         ValueError: the dataset's classes are not the model's, or it has no test images.
     """
     dataset = test_set(model, data)
+    for text in mask_warnings(dataset):
+        warnings.warn(text, stacklevel=3)
     _, cells = seen_at(model, img_size)
     model = seeing(model, img_size)
     official = model if official is None else seeing(official, img_size)
@@ -432,7 +442,7 @@ def _classes(model: Detector, dataset: Dataset) -> Iterator[tuple[str, Tensor | 
 
 def _features(model: Detector, sample: Sample) -> list[Tensor]:
     """Return the features of a test image, computed anew."""
-    return image_features(model, read_image(sample.path))
+    return image_features(model, read_image(sample.path, model.config.white_level))
 
 
 def test_set(model: Detector, data: Dataset | str | os.PathLike[str]) -> Dataset:
@@ -471,10 +481,9 @@ class _Tally:
             if sample.mask or not sample.is_anomalous:
                 self.maps.append(anomaly_map.numpy())
                 self.masks.append(seen_mask(self.model, sample, anomaly_map).numpy())
-            path = sample.path
-            if path.is_relative_to(self.dataset.root):
-                path = path.relative_to(self.dataset.root)
-            images.append(ScoredImage(path.as_posix(), class_name, group, sample.defect, sample.is_anomalous, score))
+            path = shown_path(sample, self.dataset)
+            defect = printable(sample.defect)
+            images.append(ScoredImage(path, class_name, group, defect, sample.is_anomalous, score))
         if self.judged:
             self._judge(images, scores)
         self.images += images
@@ -558,6 +567,12 @@ class _Shelf(Sequence[np.ndarray]):
         self.file.flush()
         offset, shape = self.places[i]
         return np.memmap(self.file, self.dtype, "r", offset, shape)
+
+
+def shown_path(sample: Sample, dataset: Dataset) -> str:
+    """Return the path of an image as `ScoredImage` has it."""
+    path = sample.path
+    return printable((path.relative_to(dataset.root) if path.is_relative_to(dataset.root) else path).as_posix())
 
 
 def seen_mask(model: Detector, sample: Sample, anomaly_map: Tensor) -> Tensor:

@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from ..data.datasets import GOOD, Dataset, discover, fingerprint
-from ..data.images import read_image, read_mask, resize_image, resize_mask
+from ..data.images import read_image, resize_image, resize_mask
+from ..data.masks import read_mask
 from ..environment import VERSION, package_versions
 from ..features.extract import ShowProgress
-from ..files import replacing
+from ..files import printable, replacing
 from ..methods import load
 from ..protocol import Detector
 from ..scoring import plot
@@ -35,7 +36,8 @@ from ..scoring.calibration import Calibration
 from ..scoring.score import score_images
 from ..training.checkpoint import BEST, METRICS, MODEL, RUN
 from . import charts
-from .evaluate import Evaluation, ScoredImage, evaluate, test_set
+from .evaluate import Evaluation, ScoredImage, evaluate, shown_path, test_set
+from .remarks import remarks
 from .report_figures import (
     curve_panels,
     figure_tables,
@@ -191,6 +193,7 @@ def _page(
     page: dict[str, Any] = {
         "title": f"Anomaly detection report: {folder.resolve().name}",
         "lead": _lead(model, evaluation),
+        "remarks": remarks(model, evaluation, dataset),
         "missing": missing,
         "tiles": None,
         "figures": None,
@@ -210,7 +213,13 @@ def _page(
         page["curves"] = curve_panels(evaluation)
         page["mistakes"] = _mistakes(model, dataset, evaluation)
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(template).render(page)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_text)
+    return environment.from_string(template).render(page)
+
+
+def _text(value: Any) -> Any:
+    """Return a value as the page takes it: texts hold names of files and classes, of which not all can be shown."""
+    return printable(value) if type(value) is str else value
 
 
 def _lead(model: Detector, evaluation: Evaluation | None) -> str:
@@ -260,7 +269,7 @@ def _scores(model: Detector, evaluation: Evaluation | None) -> dict[str, Any] | 
                 words += f", {sum(ratio > 1 for ratio in defective)} of {len(defective)} defective ones"
             words += "."
         x, mark = ("score / threshold", 1.0) if judged else ("score", None)
-        svg = charts.histogram(normal, defective, x, f"Histogram of the scores of {name}. {words}", mark)
+        svg = charts.histogram(normal, defective, x, f"Histogram of the scores of {printable(name)}. {words}", mark)
         panels.append(panel(svg, name, words))
     legend = [("normal", "", "normal images")]
     legend += [("defect", "", "defective images")] if evaluation else []
@@ -304,7 +313,7 @@ class _AtRate:
     """Test images called defective by the thresholds for a target false-alarm rate; images without one do not count."""
 
     target: float
-    attainable: float  # the rate that the thresholds stand for, mean over the normal images
+    attained: float  # the rate that the thresholds stand for, mean over the normal images
     false_alarms: int
     normal: int
     found: int
@@ -312,10 +321,10 @@ class _AtRate:
 
     @property
     def expected(self) -> tuple[int, int]:
-        """Bounds of the number of false alarms in `BAND` of all cases, if they occur at the attainable rate."""
+        """Bounds of the number of false alarms in `BAND` of all cases, if they occur at the attained rate."""
         from scipy.stats import binom
 
-        low, high = binom.interval(BAND, self.normal, self.attainable)
+        low, high = binom.interval(BAND, self.normal, self.attained)
         return int(low), int(high)
 
 
@@ -323,7 +332,7 @@ def _at_rate(model: Detector, calibration: Calibration, evaluation: Evaluation, 
     """Return what the thresholds for a target false-alarm rate do to the test images."""
     calibration = replace(calibration, false_alarm_rate=rate)
     counts: dict[bool, tuple[int, int]] = {}  # images flagged, of images with a threshold
-    attainable = math.nan
+    attained = math.nan
     for is_anomalous in (False, True):
         images = [image for image in evaluation.images["honest"] if image.is_anomalous == is_anomalous]
         scores = torch.tensor([image.score for image in images], dtype=torch.float64)
@@ -332,19 +341,19 @@ def _at_rate(model: Detector, calibration: Calibration, evaluation: Evaluation, 
         known = thresholds.isfinite()
         counts[is_anomalous] = int(flags[known].sum()), int(known.sum())
         if not is_anomalous and known.any():
-            attainable = float(rates[known].mean())
-    return _AtRate(rate, attainable, *counts[False], *counts[True])
+            attained = float(rates[known].mean())
+    return _AtRate(rate, attained, *counts[False], *counts[True])
 
 
 def _rates_table(rows: list[_AtRate]) -> dict[str, Any]:
     """Return the table of false alarms and defects found at several target false-alarm rates."""
     return {
         "caption": "What other target rates would do to these test images",
-        "heads": ["Target rate", "Attainable rate", "False alarms", "Expected (95 %)", "Defects found"],
+        "heads": ["Rate asked for", "Rate attained", "False alarms", "Expected (95 %)", "Defects found"],
         "rows": [
             [
                 percent(row.target),
-                percent(row.attainable),
+                percent(row.attained),
                 _share(row.false_alarms, row.normal),
                 "{} to {}".format(*row.expected) if row.normal else "–",
                 _share(row.found, row.defective),
@@ -380,7 +389,8 @@ def _threshold_table(model: Detector, calibration: Calibration, evaluation: Eval
     rows = []
     for name, count, threshold, rate in zip(model.groups, counts, thresholds.tolist(), rates.tolist(), strict=True):
         images = f"{count}, borrows" if model.groups.index(name) in calibration.borrowers else str(count)
-        row = [name, images, f"{threshold:.4g}" if math.isfinite(threshold) else "–", percent(rate)]
+        limit = f"{threshold:.4g}" if math.isfinite(threshold) else "–"
+        row = [name, images, limit, percent(calibration.false_alarm_rate), percent(rate)]
         if evaluation is not None:
             judged = [
                 image
@@ -393,7 +403,7 @@ def _threshold_table(model: Detector, calibration: Calibration, evaluation: Eval
                 row.append(_share(sum(map(bool, flags)), len(flags)))
         rows.append(row)
     kind = "Class" if model.groups_are_classes else "Group"
-    heads = [kind, "Calibration images", "Threshold", "Attainable rate"]
+    heads = [kind, "Calibration images", "Threshold", "Rate asked for", "Rate attained"]
     heads += ["False alarms", "Defects found"] if evaluation else []
     return {"caption": f"What the threshold of each {kind.lower()} rests on", "heads": heads, "rows": rows}
 
@@ -426,9 +436,8 @@ def _mistakes(model: Detector, dataset: Dataset, evaluation: Evaluation) -> dict
 
 def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, Any]:
     """Return an image and its anomaly map as small JPEGs, and what the page says about them."""
-    path = dataset.root / scored.path
-    sample = next(sample for sample in dataset.test if sample.path == path)
-    image = read_image(path)
+    sample = next(sample for sample in dataset.test if shown_path(sample, dataset) == scored.path)
+    image = read_image(sample.path, model.config.white_level)
     scale = min(1.0, THUMBNAIL / max(image.shape[1:]))
     height, width = (max(1, round(side * scale)) for side in image.shape[1:])
     case = plot.Case(
@@ -445,7 +454,7 @@ def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, 
     verdict = "called defective" if scored.is_flagged else "called normal"
     if case.is_wrong:
         verdict = "missed" if scored.is_anomalous else "false alarm"
-    images = ["data:image/jpeg;base64," + base64.b64encode(jpeg).decode() for jpeg in plot.thumbnails(case)]
+    images = [_data_uri(jpeg) for jpeg in plot.thumbnails(case)]
     return {
         "images": images,
         "width": width,
@@ -459,6 +468,13 @@ def _shown(model: Detector, dataset: Dataset, scored: ScoredImage) -> dict[str, 
         "file": scored.path,
         "has_mask": case.mask is not None,
     }
+
+
+def _data_uri(jpeg: bytes) -> Any:
+    """Return a JPEG as the address of an image on the page."""
+    from markupsafe import Markup
+
+    return Markup("data:image/jpeg;base64," + base64.b64encode(jpeg).decode())
 
 
 def _truth(image: ScoredImage) -> str:

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..environment import one_thread
-from ..files import printable
+from ..environment import one_thread, require_float32
+from ..files import printable, read_torch_file, require_tensors
 from ..importing import uncollected
 from . import joining, tiles
 from .hub import PREFIXES, ask_hub, reaching_hub, without_hub
@@ -325,6 +325,7 @@ class Backbone(nn.Module):
     def _fast(self) -> _Fast:
         """Return the network as it is run on images, made anew when its weights have changed or moved."""
         if self._made_fast is None or not self._made_fast[0].unchanged():
+            require_float32(self)
             # a network with positions depends on where a tile lies, if only by very little as long as it is untrained
             self._made_fast = _Weights(self.net), _Fast(self.net, maybe_local=self.multiple == 1)
         return self._made_fast[1]
@@ -419,7 +420,7 @@ def streamlined(net: Any) -> nn.Module:
     left out. The copy is tried on noise: if its error against float64 is worse than that of the network itself, or the
     network takes images of one size only, a plain copy is returned.
     """
-    plain = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
     *path, last = net.feature_info.module_name()[-1].split(".")
     with suppress(AttributeError):
@@ -431,7 +432,7 @@ def streamlined(net: Any) -> nn.Module:
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
     try:
         _fold_batch_norms(fast, noise)
-        exact = copy.deepcopy(net).double()(noise.double())
+        exact = copy.deepcopy(net).eval().double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
             if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
                 return plain
@@ -582,14 +583,14 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise many kinds for a damaged file
+            state: Any = load_file(file)
+        else:
+            state = read_torch_file(file, "state dict")
+    except Exception as error:  # safetensors raises kinds of its own
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"backbone_weights: {file} cannot be read as a state dict ({reason})") from error
+        raise ValueError(f"backbone_weights: {printable(file)} cannot be read as a state dict ({reason})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"backbone_weights: {file} holds no state dict (a dict of tensors)")
+    require_tensors(f"backbone_weights: {printable(file)}", state)
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..data.datasets import Dataset, Sample, check_images, content_hash, content_hashes, discover, fingerprint
-from ..data.images import ImageError, read_header, read_image
-from ..files import byte_count, readable, state_hash
+from ..data.images import WHITE_LEVEL, ImageError, read_header, read_image
+from ..data.levels import warn_of_white_level
+from ..files import byte_count, printable, readable, state_hash
 from .backbone import Backbone
 from .cache import (
     SHARD_BYTES,
@@ -76,6 +77,13 @@ class FeatureSet:
             raise ValueError(f"features must be one (n, C, h, w) tensor a level with one n; the shapes are {shapes}")
         images = [[channels_last(level) for level in image] for image in zip(*levels, strict=True)]
         return cls(images, torch.as_tensor(class_ids))
+
+    def name(self, i: int) -> str:
+        """Return what errors call image `i`: its file, or its number among the features that were given."""
+        images = self.images
+        while isinstance(images, _Selected):
+            i, images = images.indices[i], images.items
+        return printable(images.files[i][1]) if isinstance(images, _Images) else f"image {i}"
 
     def subset(self, indices: Tensor) -> FeatureSet:
         """Return the set of the images at `indices`, in this order."""
@@ -187,6 +195,7 @@ def feature_set(
         )
     dataset = data if isinstance(data, Dataset) else discover(data)
     model.adopt_classes(dataset.class_names, str(dataset.root))
+    warn_of_white_level(dataset.train, model.config.white_level)
     store: Cache | None = None
     if cache == "ram":
         store = MemoryCache(limit)
@@ -199,7 +208,7 @@ def feature_set(
 
     def report(content: str, error: ImageError) -> None:
         if not skip_bad:
-            check_images(dataset.train)  # raises an error that lists them all
+            check_images(dataset.train, white_level=model.config.white_level)  # raises an error that lists them all
             raise error
         errors[content] = error
 
@@ -346,6 +355,8 @@ class _Extractor:
             "device": self.model.device.type,  # each type of device rounds in its own way
             "dtype": str(self.dtype),
         }
+        if config.white_level != WHITE_LEVEL:
+            key["white_level"] = config.white_level
         if self.model.preparation:
             key["preparation"] = self.model.preparation
         if config.square:
@@ -361,7 +372,7 @@ class _Extractor:
             ImageError: the file cannot be read, or scoring the image would take too much memory.
         """
         try:
-            image = read_image(path)
+            image = read_image(path, self.model.config.white_level)
             may_cut(self.model, self.model.config, (image.shape[1], image.shape[2]))  # for its errors and warnings
             return preprocess(image, self.model.config)
         except ImageError:

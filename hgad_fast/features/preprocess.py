@@ -29,6 +29,7 @@ class ImageSettings(BackboneSettings, Protocol):
     """The fields of a configuration that say how images are seen."""
 
     img_size: int | str
+    white_level: int
     center_crop: bool
     batch_size: int
 

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from ..features.composite import weights_of
 from .fields import is_count, is_indices, is_int, is_number, plain, shown
@@ -16,8 +16,8 @@ LOSS_TERMS = ("L_g", "L_mi", "L_e", "L_g_intra", "L_z")  # the last two are thos
 
 # The largest values of the fields of a kind: beyond what anybody trains, and a model file cannot ask for more.
 MAX_GROUPS = 100_000  # classes, centres, codes, clusters
-MAX_LEVELS = 100
-MAX_LAYERS = 1000
+MAX_LEVELS = 32
+MAX_LAYERS = 128  # coupling blocks of a flow
 MAX_WIDTH = 2**16  # channels
 MAX_SIDE = 2**16  # pixels
 MAX_STEPS = 10**6  # epochs, images of a batch
@@ -68,34 +68,37 @@ class Config:
     method: ClassVar[str]
     square: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    added: ClassVar[dict[str, Any]] = {"grid_stride": 16}
+    added: ClassVar[dict[str, Any]] = {"grid_stride": 16, "white_level": 65535}
     preset_notes: ClassVar[dict[str, PresetNote]] = {}
     without_effect: ClassVar[dict[str, Any]] = {
         "accumulate": 1,  # only the last bits differ
         "backbone_weights": None,  # weights count by value, not by path
     }
 
-    n_classes: int = 15
-    class_names: tuple[str, ...] | None = None  # None: "class 0", "class 1", ...
+    n_classes: Annotated[int, "number of classes (products)"] = 15
+    class_names: Annotated[tuple[str, ...] | None, 'their names; None: "class 0", "class 1", ...'] = None
     _: KW_ONLY
-    backbone_arch: str | None = "tf_efficientnet_b6"  # a timm model, or several: "a+b"; None: features are given
-    backbone_weights: str | None = "pretrained"  # or "packaged" (see features.packaged), a state dict, None: random
-    feature_levels: int = 3  # S
-    feature_dims: tuple[int, ...] | None = None  # channels of each level; from the backbone where there is one
-    feature_mode: str = "image_pyramid"  # or "stages" (out_indices) of one pass, or "joined": these on one grid
-    out_indices: tuple[Any, ...] = (3,)  # the layer of each stage, or a tuple of layers, whose mean is normalised
-    grid_stride: int = 16  # pixels per cell of the grid on which stages are joined: that of the nearest stage
-    img_size: int | str = 1024  # short side (of a square: each) of what the backbone sees, pixels, or "native": its own
-    msk_size: int = 256  # short side of the anomaly map that scores are computed on, pixels
-    center_crop: bool = False  # True: the official protocol, which sees the centre square of the image only
-    lr: float = 2e-4
-    meta_epochs: int = 25
-    sub_epochs: int = 8
-    batch_size: int = 8  # images per step, of all processes together
-    accumulate: int = 1  # parts in which a batch is processed: the same step in less memory
-    clip_grad_norm: float | None = None  # largest norm of a gradient, beyond which it is scaled down; None: any
-    calibration_fraction: float = 0.1  # normal training images held out for thresholds; 0: none
-    seed: int = 0
+    backbone_arch: Annotated[str | None, 'a timm model, hf-hub:owner/name, or "a+b"; None: features are given'] = (
+        "tf_efficientnet_b6"
+    )
+    backbone_weights: Annotated[str | None, '"packaged", a file, or None: random'] = "pretrained"
+    feature_levels: Annotated[int, "S, number of feature maps"] = 3
+    feature_dims: Annotated[tuple[int, ...] | None, "channels of each level; those of the backbone"] = None
+    feature_mode: Annotated[str, 'or "stages" of one pass, or "joined": these on one grid'] = "image_pyramid"
+    out_indices: Annotated[tuple[Any, ...], "the layer of each stage, or several, which are averaged"] = (3,)
+    grid_stride: Annotated[int, "pixels per cell of the grid on which stages are joined"] = 16
+    img_size: Annotated[int | str, 'short side of what the backbone sees, pixels; "native": its own'] = 1024
+    msk_size: Annotated[int, "short side of the anomaly map that scores are computed on, pixels"] = 256
+    white_level: Annotated[int, "white in 16-bit images; 1023, 4095, 16383 of cameras of 10, 12, 14 bits"] = 65535
+    center_crop: Annotated[bool, "True: the official protocol, which sees the centre square of the image only"] = False
+    lr: Annotated[float, "learning rate at its highest"] = 2e-4
+    meta_epochs: Annotated[int, "rounds of the training, after each of which a checkpoint is written"] = 25
+    sub_epochs: Annotated[int, "passes over all training images in a round"] = 8
+    batch_size: Annotated[int, "images per step, of all processes together"] = 8
+    accumulate: Annotated[int, "parts in which a batch is processed: the same step in less memory"] = 1
+    clip_grad_norm: Annotated[float | None, "largest norm of a gradient, to which it is scaled down; None: any"] = None
+    calibration_fraction: Annotated[float, "normal training images held out for thresholds; 0: none"] = 0.1
+    seed: Annotated[int, "of initial weights, order of images and split"] = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -110,6 +113,8 @@ class Config:
             size == "native" if isinstance(size, str) else is_count(size, MAX_SIDE),
             f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)",
         )
+        level = self.white_level
+        self._require("white_level", is_int(level) and 1 <= level <= 65535, "a whole number from 1 to 65535")
         self._require("seed", is_int(self.seed) and 0 <= self.seed < 2**63, "a whole number from 0 below 2**63")
         self._require(
             "accumulate",
@@ -319,24 +324,22 @@ class HGADConfig(Config):
         ),
     }
 
-    n_intra_centers: int = 10  # M, Gaussian centres of each class
-    flow_arch: str = "conditional_flow_model"  # or "flow_model": without positions
-    coupling_layers: int = 12  # L
-    clamp_alpha: float = 1.9
-    pos_embed_dim: int = 256  # P
-    lambda1: float = 1.0  # weight of the inter-class likelihood (paper, equation 10)
-    lambda2: float = 100.0  # weight of the mutual information
-    label_smoothing: float = 0.02
-    loss_terms: tuple[str, ...] = LOSS_TERMS  # those minimised; an ablation leaves some out
-    fusion: str = "standardised"  # of likelihood and entropy map (see `Calibration`), "product" (official), or one map
-    feature_scaling: str = "none"  # "std": divided by each stage's standard deviation; "whiten": PCA of each level
-    map_levels: int | None = (
-        None  # levels, from the first, of the map and the inferred class; scores take all. None: all
-    )
-    pixels_per_step: int | float | None = None  # of each image and level, or a share, drawn for each step; None: all
-    precision: str = "fp32"  # fp32 | tf32 | bf16
-    memory: str = "auto"  # standard | reversible | auto: reversible on CUDA, standard on a CPU
-    checkpoint_every: int = 0  # blocks from one kept input to the next when memory is reversible; 0: none
+    n_intra_centers: Annotated[int, "M, Gaussian centres of each class"] = 10
+    flow_arch: Annotated[str, 'or "flow_model": without positions'] = "conditional_flow_model"
+    coupling_layers: Annotated[int, "L, coupling blocks of each flow"] = 12
+    clamp_alpha: Annotated[float, "bound of the log-scales of a coupling block"] = 1.9
+    pos_embed_dim: Annotated[int, "P, channels of the code of a position"] = 256
+    lambda1: Annotated[float, "weight of the inter-class likelihood (paper, equation 10)"] = 1.0
+    lambda2: Annotated[float, "weight of the mutual information"] = 100.0
+    label_smoothing: Annotated[float, "of the classes in the mutual information"] = 0.02
+    loss_terms: Annotated[tuple[str, ...], "those minimised; an ablation leaves some out"] = LOSS_TERMS
+    fusion: Annotated[str, 'of likelihood and entropy map; "product" (official), or one map'] = "standardised"
+    feature_scaling: Annotated[str, '"std": by standard deviations of stages; "whiten": PCA of each level'] = "none"
+    map_levels: Annotated[int | None, "levels of map and inferred class; scores take all. None: all"] = None
+    pixels_per_step: Annotated[int | float | None, "of each image and level, or a share; None: all"] = None
+    precision: Annotated[str, "of the products in the flow: fp32 | tf32 | bf16"] = "fp32"
+    memory: Annotated[str, "standard | reversible | auto: reversible on CUDA, standard on a CPU"] = "auto"
+    checkpoint_every: Annotated[int, "blocks from one kept input to the next when memory is reversible; 0: none"] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -392,8 +395,8 @@ class HGADConfig(Config):
 
     @property
     def least_tensors(self) -> int:
-        """One and more for each block."""
-        return self.feature_levels * self.coupling_layers
+        """Those of the blocks, by their official names."""
+        return 8 * self.feature_levels * self.coupling_layers
 
 
 @dataclass(kw_only=True)
@@ -461,42 +464,38 @@ class VQFlowConfig(Config):
     }
 
     backbone_arch: str | None = "convnextv2_base"
-    feature_levels: int = 4  # those with a flow, and the top level, which only conditions
-    feature_mode: str = "stages"
+    feature_levels: Annotated[int, "those with a flow, and the top level, which only conditions"] = 4
+    feature_mode: Annotated[str, "VQ-Flow reads stages of one pass"] = "stages"
     out_indices: tuple[int, ...] = (0, 1, 2, 3)
-    img_size: int | str = 384  # side of the square that an image is resized to, a multiple of 32
+    img_size: Annotated[int | str, "side of the square that an image is resized to, a multiple of 32"] = 384
     msk_size: int = 384
     lr: float = 1e-4
     meta_epochs: int = 30
     sub_epochs: int = 2
     batch_size: int = 16
     clip_grad_norm: float | None = 2.0
-    n_prototypes: int = 32  # K_p, of images; each has a threshold
-    n_patterns: int = 512  # K_s, of pixels, at each level
-    prototype_dim: int = 512  # D_p
-    pos_embed_dim: int = 64  # D_e
-    concat_pos: bool = True  # False: patterns do not know the position
-    quantize_type: str = "residual"  # patterns describe what prototype and position do not; or "naive": everything
-    pool_type: str = "avg"  # of all levels but the top one: avg | max | none
-    coupling_layers: tuple[int, ...] = (2, 5, 8)  # of each level
-    hidden_channels: int | None = None  # between the convolutions of a subnet; None: as many as it reads
-    clamp_alpha: float = 1.9
-    commitment: float = 1.0  # weight of the distance of vectors to their codes
-    prior_logdet: bool = (
-        True  # False (official): the loss lacks the prior's log-determinant, and can fall without bound
-    )
-    prior_std: str = "softplus"  # positive; or "signed" (official): may cross zero
-    vq_init: str = (
-        "kmeans"  # codes are seeded from data; or "randn0" (official): random, and the first step collapses them
-    )
-    vq_revive: bool = True  # codes that are hardly used move to vectors of the batch; False: official
-    nll_reduction: str = "per_dim"  # or "sum" (official): gradients so large that clipping takes away their length
-    lr_schedule: str = "cosine"  # or "constant" (official), after a warm-up
-    score_norm: str = "calibrated"  # by normal images; or "image_max" (official): by each image's own best place
-    score_density: str = "full"  # of a pixel: with its part of the log-determinant; or "latent" (official): without
-    score_share: float = 0.03  # of the map's pixels, the largest ones, whose mean is the image score; 0: their maximum
-    map: str = "mul"  # which of the published maps normalization="official" gives; or "add"
-    pro: str = "exact"  # AUPRO of the official protocol; or "official800": its approximation with 800 thresholds
+    n_prototypes: Annotated[int, "K_p, of images; each has a threshold"] = 32
+    n_patterns: Annotated[int, "K_s, of pixels, at each level"] = 512
+    prototype_dim: Annotated[int, "D_p, channels of a prototype"] = 512
+    pos_embed_dim: Annotated[int, "D_e, channels of the code of a position"] = 64
+    concat_pos: Annotated[bool, "False: patterns do not know the position"] = True
+    quantize_type: Annotated[str, 'patterns: what prototype and position leave; or "naive": everything'] = "residual"
+    pool_type: Annotated[str, "of all levels but the top one: avg | max | none"] = "avg"
+    coupling_layers: Annotated[tuple[int, ...], "coupling blocks of each level's flow"] = (2, 5, 8)
+    hidden_channels: Annotated[int | None, "between the convolutions of a subnet; None: as many as it reads"] = None
+    clamp_alpha: Annotated[float, "bound of the log-scales of a coupling block"] = 1.9
+    commitment: Annotated[float, "weight of the distance of vectors to their codes"] = 1.0
+    prior_logdet: Annotated[bool, "False (official): a loss without the prior's part, and without bound"] = True
+    prior_std: Annotated[str, 'positive; or "signed" (official): may cross zero'] = "softplus"
+    vq_init: Annotated[str, 'codes seeded from data; or "randn0" (official): random, soon collapsed'] = "kmeans"
+    vq_revive: Annotated[bool, "codes that are hardly used move to vectors of the batch; False: official"] = True
+    nll_reduction: Annotated[str, 'or "sum" (official): of gradients only the direction is left'] = "per_dim"
+    lr_schedule: Annotated[str, 'or "constant" (official), after a warm-up'] = "cosine"
+    score_norm: Annotated[str, 'by normal images; or "image_max" (official): by the image itself'] = "calibrated"
+    score_density: Annotated[str, 'of a pixel, with its log-determinant; or "latent" (official): without'] = "full"
+    score_share: Annotated[float, "share of the map, its largest pixels, whose mean is the score; 0: one"] = 0.03
+    map: Annotated[str, 'which published map normalization="official" gives; or "add"'] = "mul"
+    pro: Annotated[str, 'AUPRO of the official protocol; or "official800": by 800 thresholds'] = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -550,8 +549,8 @@ class VQFlowConfig(Config):
 
     @property
     def least_tensors(self) -> int:
-        """One and more for each block."""
-        return sum(self.coupling_layers)
+        """Those of the blocks."""
+        return 9 * sum(self.coupling_layers)
 
 
 @dataclass(kw_only=True)
@@ -596,20 +595,19 @@ class GaussianConfig(Config):
 
     backbone_arch: str | None = "tf_efficientnet_lite0"
     feature_levels: int = 1
-    feature_mode: str = "joined"
+    feature_mode: Annotated[str, "stages share the places of a grid"] = "joined"
     out_indices: tuple[Any, ...] = (2, 3, 4)
     img_size: int | str = 256
-    meta_epochs: int = 1
-    sub_epochs: int = 1
-    map_stages: int | None = None  # stages, from the first, that the anomaly map is made of; None: those not coarser
-    # than the grid, or all that the user brings
-    dim: int = 80  # d, principal components of these stages; all of them where they have fewer channels
-    coarse_dim: int = 80  # of what the other stages have beyond them, for the image score alone; 0: it is the map's
-    shrinkage: float = 0.5  # of the covariance of a place towards the mean of those of its class
-    floor: float = 0.02  # added to variances, in those of the whitened features
-    grouping: str = "class"  # a Gaussian at each place for each class; or "one" for all images; or "clusters"
-    n_clusters: int = 10  # of images, found by k-means without labels (grouping="clusters")
-    grids: tuple[Any, ...] | None = None  # (h, w) of each level, for each group; from the training images
+    meta_epochs: Annotated[int, "without effect, as are lr, sub_epochs and batch_size"] = 1
+    sub_epochs: Annotated[int, "without effect"] = 1
+    map_stages: Annotated[int | None, "stages, from the first, of the map; None: those not too coarse"] = None
+    dim: Annotated[int, "d, principal components of these stages; at most all their channels"] = 80
+    coarse_dim: Annotated[int, "of the other stages, for the image score alone; 0: the score is the map's"] = 80
+    shrinkage: Annotated[float, "of the covariance of a place towards the mean of those of its class"] = 0.5
+    floor: Annotated[float, "added to variances, in those of the whitened features"] = 0.02
+    grouping: Annotated[str, 'Gaussians for each class and place; "one": for all images; or "clusters"'] = "class"
+    n_clusters: Annotated[int, 'of images, found by k-means without labels (grouping="clusters")'] = 10
+    grids: Annotated[tuple[Any, ...] | None, "(h, w) of each level of each group; from the training images"] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..environment import one_thread
+from ..environment import one_thread, plain_torch
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
@@ -29,6 +29,7 @@ from ..scoring.calibration import Calibration, calibrate
 from ..scoring.maps import official_maps
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_features, score_images
+from ..scoring.stored import stored_calibration
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
 from .config import Config, Settings
@@ -78,6 +79,7 @@ class Detector(nn.Module):
     stages: Mapping[int, str] = {}
     variant_options: ClassVar[tuple[str, ...]] = ()
 
+    @plain_torch()
     def __init__(self, config: Any, encoder: nn.Module | None = None) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -320,9 +322,9 @@ class Detector(nn.Module):
         """Train on normal images, calibrate on held-out ones; see `hgad_fast.training.fit.fit` for the arguments."""
         return fit(self, data, **options)
 
-    def calibrate(self, data: Any, **options: Any) -> None:
+    def calibrate(self, data: Any, **options: Any) -> tuple[str, ...]:
         """Set normalisation constants and thresholds from normal images; see `scoring.calibration.calibrate`."""
-        calibrate(self, data, **options)
+        return calibrate(self, data, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:
         """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments."""
@@ -383,7 +385,7 @@ class Detector(nn.Module):
             return cls.from_file(file, device)
 
     @classmethod
-    @torch.inference_mode(False)  # whoever asks: the model may be calibrated or trained later
+    @plain_torch()
     @one_thread()
     def from_file(
         cls: type[Model], file: ModelFile, device: str | torch.device | None = None, *, outline: bool = False
@@ -533,13 +535,18 @@ def _calibration_in(file: ModelFile, model: Detector) -> Calibration | None:
     if not names and "calibration" not in file.metadata:
         return None
     settings = file.json("calibration", dict) if "calibration" in file.metadata else {}
-    tensors = {name.removeprefix(CALIBRATION): file.tensor(name) for name in names}
+    tensors = {name.removeprefix(CALIBRATION): file.tensor(name, keep_double=True) for name in names}
     try:
-        calibration = Calibration.from_tensors(tensors, **settings)
-        calibration.check(len(model.groups), model.density_levels, model.density_parts, model.fusion)
+        return stored_calibration(
+            tensors,
+            settings,
+            groups=len(model.groups),
+            levels=model.density_levels,
+            parts=model.density_parts,
+            fusion=model.fusion,
+        )
     except ValueError as error:
         raise file.error(f"is damaged: in its calibration {error}") from error
-    return calibration
 
 
 def varied(

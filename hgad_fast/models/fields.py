@@ -1,7 +1,9 @@
-"""The values of a configuration's fields: their plain forms, their kinds, and how they come from a command line."""
+"""The fields of configurations: plain forms and kinds of their values, and how a command line gives and lists them."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -67,3 +69,33 @@ def shown(value: Any) -> str:
     text = repr(value)
     half = LONGEST_SHOWN // 2
     return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} ... {text[-half:]}"
+
+
+def field_table(base: type[Any], methods: Sequence[type[Any]]) -> str:
+    """Return the fields of configurations with their defaults and meanings, for people.
+
+    Args:
+        base: the configuration that all methods share.
+        methods: those of the methods, of which fields are listed that `base` lacks or has another default for.
+    """
+    shared = {name: default for name, default, _ in _described(base)}
+    parts = [("every method", _described(base))]
+    for config in methods:
+        own = [row for row in _described(config) if row[0] not in shared or row[1] != shared[row[0]]]
+        parts.append((config.method, own))
+    lines = ["--set FIELD=VALUE, where VALUE is JSON (null, true, [1, 2], 0.5) or a word; fields with their defaults:"]
+    for title, rows in parts:
+        lines += ["", title, *(f"  {name:<20} {default:<24} {meaning}" for name, default, meaning in rows)]
+    return "\n".join(lines)
+
+
+def _described(config: type[Any]) -> list[tuple[str, str, str]]:
+    """Return name, default and meaning of each field; a field that is defined anew may keep its meaning."""
+    meanings: dict[str, str] = {}
+    for owner in reversed(config.__mro__):
+        for name, hint in inspect.get_annotations(owner, eval_str=True).items():
+            if hasattr(hint, "__metadata__"):
+                meanings[name] = hint.__metadata__[0]
+    return [
+        (field.name, json.dumps(field.default), meanings.get(field.name, "")) for field in dataclasses.fields(config)
+    ]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..environment import plain_torch
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.extract import FeatureSet, feature_set
 from ..features.joining import joined
@@ -245,7 +246,8 @@ class GaussianModel(Detector):
             counts = torch.bincount(feature_set.class_ids, minlength=self.config.n_classes).tolist()
             if few := [name for name, count in zip(self.groups, counts, strict=True) if count < 2]:
                 raise ValueError(
-                    f"class {few[0]!r} has fewer than 2 training images, beside those held out; a covariance takes 2"
+                    f"class {few[0]!r} has fewer than 2 training images, beside those held out; a covariance takes 2: "
+                    "give the class more images, leave it out, or pass the held-out ones as calibration="
                 )
         sizes = self._fit_whitenings(feature_set)
         self.gaussians = nn.ModuleList()  # clusters are formed anew
@@ -255,7 +257,7 @@ class GaussianModel(Detector):
                 f"no group has 2 of the {len(feature_set)} training images, and a covariance takes 2: give more "
                 "images, or fewer clusters"
             )
-        self.config = self.config.replace(grids=self._grids(sizes, members))
+        self.config = self.config.replace(grids=self._grids(feature_set, sizes, members))
         self._make_gaussians()
         self.gaussians.to(self._whitenings[0].mean)
         self._add(feature_set, members)
@@ -264,6 +266,7 @@ class GaussianModel(Detector):
         """Solve for the Gaussians; of several processes, all have the sums of the first by now."""
         self._solve()
 
+    @plain_torch()
     @torch.no_grad()
     def add(self, data: Any) -> None:
         """Add normal images to those that the Gaussians know. The whitening stays, and so do the thresholds.
@@ -298,7 +301,10 @@ class GaussianModel(Detector):
             sizes.append(tuple((x.shape[2], x.shape[3]) for x in maps))
             for x, level_moments in zip(maps, moments, strict=True):
                 if not x.isfinite().all():
-                    raise ValueError(f"image {i} of those fitted has a NaN or an infinity in its features")
+                    raise ValueError(
+                        f"{feature_set.name(i)} has a NaN or an infinity in its features: look at the image, or at the "
+                        "weights of the backbone"
+                    )
                 step = max(1, int(math.sqrt(x[0, 0].numel() / quota)))
                 first = [min(step, n) // 2 for n in x.shape[2:]]
                 level_moments.add(x[0, :, first[0] :: step, first[1] :: step].flatten(1).T)
@@ -346,7 +352,9 @@ class GaussianModel(Detector):
         ids[order] = kmeans.fit_predict(vectors[order])
         return torch.from_numpy(ids)
 
-    def _grids(self, sizes: Sequence[tuple[tuple[int, int], ...]], members: list[list[int]]) -> tuple[Any, ...]:
+    def _grids(
+        self, feature_set: FeatureSet, sizes: Sequence[tuple[tuple[int, int], ...]], members: list[list[int]]
+    ) -> tuple[Any, ...]:
         """Return the grid of each level of each group: the most frequent size of its images, and of equals the least.
 
         Raises:
@@ -359,11 +367,15 @@ class GaussianModel(Detector):
             counts = own or everywhere  # a cluster may be empty
             grid = min(counts, key=lambda size: (-counts[size], size))
             for size in own:
-                misfits = [pair for pair in zip(size, grid, strict=True) if not grid_fits(*pair)]
+                misfits = [level for level, pair in enumerate(zip(size, grid, strict=True)) if not grid_fits(*pair)]
                 if misfits:
+                    two = " and ".join(
+                        f"{self._in_pixels(each[misfits[0]], misfits[0])} ({feature_set.name(sizes.index(each))})"
+                        for each in (size, grid)
+                    )
                     raise ProportionsError(
-                        f"training images of {name!r} have feature maps of {' and of '.join(map(_times, misfits[0]))} "
-                        "cells: their proportions differ by more than 5%, so that their places do not correspond. Give "
+                        f"training images of {name!r} have {two}, height x width as they are seen: their "
+                        "proportions differ by more than 5%, so that their places do not correspond. Give "
                         f"{'each class' if self.groups_are_classes else 'all'} images of one shape, or set "
                         "center_crop=True"
                     )
@@ -389,7 +401,7 @@ class GaussianModel(Detector):
         for level, (y, size) in enumerate(self._whitened_image(feature_set, i)):
             grid = self._gaussians[level].grids[group]
             if not grid_fits(size, grid):
-                raise ProportionsError(self._misfit(size, [group], level))
+                raise ProportionsError(f"{feature_set.name(i)}: {self._misfit(size, [group], level)}")
             on_grids.append(y if size == grid else y[places(grid, size, y.device)])
         return on_grids
 
@@ -420,12 +432,26 @@ class GaussianModel(Detector):
     def _misfit(self, size: tuple[int, int], groups: Sequence[int], level: int = 0) -> str:
         """Return the error for a feature map whose places are not those of any of the groups."""
         gaussians = self._gaussians[level]
-        grids = ", ".join(sorted({_times(gaussians.grids[k]) for k in groups}))
+        fitted = {gaussians.grids[k] for k in groups if int(gaussians.images[k])}
+        grids = ", ".join(self._in_pixels(grid, level) for grid in sorted(fitted)) or "none"
+        subject = "an image seen at" if self._knows_pixels else "a feature map of"
         return (
-            f"a feature map of {_times(size)} cells (height x width) has other proportions, by more than 5%, than the "
-            f"{grids} that the model was fitted to, so that its places do not correspond: crop or pad the image to the "
-            "shape of the training images, or train with center_crop=True"
+            f"{subject} {self._in_pixels(size, level)} (height x width) has other proportions, by more than 5%, than "
+            f"the {grids} that the model was fitted to, so that its places do not correspond: crop or pad the image to "
+            "the shape of the training images, or train with center_crop=True"
         )
+
+    @property
+    def _knows_pixels(self) -> bool:
+        """Whether the size of an image as it is seen follows, to a cell, from that of its feature map."""
+        return type(self.encoder) is Backbone
+
+    def _in_pixels(self, size: tuple[int, int], level: int) -> str:
+        """Return the size of an image as it is seen, or where that is not known of its feature map."""
+        if self.encoder is None or not self._knows_pixels:
+            return f"{_times(size)} cells"
+        stride = self.encoder.strides[level]
+        return f"about {_times([n * stride for n in size])} pixels"
 
     # ---- scoring
 

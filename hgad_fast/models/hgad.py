@@ -208,7 +208,8 @@ class HGADModel(OfficialSurface, Detector):
             for level, (level_moments, features) in enumerate(zip(moments, maps, strict=True)):
                 if not features.isfinite().all():
                     raise ValueError(
-                        f"image {i} of those trained on has a NaN or an infinity in its features of level {level}"
+                        f"{feature_set.name(i)} has a NaN or an infinity in its features of level {level}: look at the "
+                        "image, or at the weights of the backbone"
                     )
                 level_moments.add(features)
         for level_scaling, level_moments in zip(scaling, moments, strict=True):

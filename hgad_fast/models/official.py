@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..files import printable, read_torch_file, require_tensors
 from ..modules.flow import ConditionalFlow
 from ..modules.mixture import HierarchicalMixture
 from ..training.step import make_optimizer
@@ -175,21 +176,20 @@ class OfficialSurface:
         Raises:
             ValueError: the file is no such checkpoint, or was made with other sizes; the model is left as it was.
         """
-        name = "the checkpoint" if isinstance(checkpoint, dict) else str(checkpoint)
+        name = "the checkpoint" if isinstance(checkpoint, dict) else printable(checkpoint)
         if not isinstance(checkpoint, dict):
-            if not Path(checkpoint).is_file():
-                raise ValueError(f"there is no file {checkpoint}")
-            try:
-                checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch.load raises many kinds for a foreign file
-                raise ValueError(f"{name} cannot be read as a PyTorch checkpoint: {error}") from error
+            checkpoint = read_torch_file(checkpoint, "PyTorch checkpoint")
         parts = ("nfs", "mus", "mu_deltas", "phi_inters", "phi_intras")
         if not isinstance(checkpoint, dict) or any(part not in checkpoint for part in parts):
             raise ValueError(f"{name} is no official HGAD checkpoint: it must hold {', '.join(parts)}")
-        state = {
-            f"nfs.{level}.{key}": tensor for level, flow in enumerate(checkpoint["nfs"]) for key, tensor in flow.items()
-        }
+        if not isinstance(checkpoint["nfs"], (list, tuple)):
+            raise ValueError(f"{name} is no official HGAD checkpoint: nfs is no list of a state dict for each level")
+        state: dict[str, Tensor] = {}
+        for level, flow in enumerate(checkpoint["nfs"]):
+            require_tensors(name, flow)
+            state |= {f"nfs.{level}.{key}": tensor for key, tensor in flow.items()}
         for part in parts[1:]:
+            require_tensors(name, checkpoint[part])
             state |= {f"mixture.{part}.{level}": tensor for level, tensor in checkpoint[part].items()}
         own = {key: tensor for key, tensor in self.state_dict().items() if key.startswith(("nfs.", "mixture."))}
         misfits = [key for key in own.keys() | state.keys() if _shape(own, key) != _shape(state, key)]

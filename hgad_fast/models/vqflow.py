@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import re
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -330,7 +332,8 @@ class VQFlowModel(Detector):
                 for level, x in enumerate(image):
                     if not x.isfinite().all():
                         raise ValueError(
-                            f"image {i} of those trained on has a NaN or an infinity in its features of level {level}"
+                            f"{feature_set.name(i)} has a NaN or an infinity in its features of level {level}: look at "
+                            "the image, or at the weights of the backbone"
                         )
             by_level = list(zip(*images, strict=True))
             for maps in by_level:
@@ -536,16 +539,35 @@ class VQFlowLoss(nn.Module):
 def _evaluating(model: VQFlowModel) -> Iterator[None]:
     """Put the model in evaluation mode: neither batch norms nor codebooks learn from what is scored.
 
-    Afterwards every part has the mode that it had.
+    When the last of the threads that score leaves, every part has the mode that it had.
     """
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
+    with _mode_lock:
+        evaluated = _evaluated.setdefault(model.conditions, _Evaluated())  # copies of a model share this part
+        evaluated.calls += 1
+        evaluated.training += [module for module in model.modules() if module.training]
+        if evaluated.training:
+            model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _mode_lock:
+            evaluated.calls -= 1
+            if not evaluated.calls:
+                del _evaluated[model.conditions]
+                for module in evaluated.training:
+                    module.training = True
+
+
+@dataclass
+class _Evaluated:
+    """How many calls have put a model in evaluation mode, and the parts that were in training mode before."""
+
+    calls: int = 0
+    training: list[nn.Module] = field(default_factory=list)
+
+
+_mode_lock = threading.Lock()
+_evaluated: weakref.WeakKeyDictionary[nn.Module, _Evaluated] = weakref.WeakKeyDictionary()
 
 
 def _require_one_size(sizes: Iterable[tuple[int, int]]) -> None:

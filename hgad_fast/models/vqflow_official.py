@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import printable, read_torch_file, require_tensors
 
 # Official names -> ours. The official module "sigma" gives the mean of the prior, and "mu" its standard deviation.
 RENAMED = (
@@ -38,13 +39,16 @@ def official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: 
     Raises:
         ValueError: it is missing or damaged, or does not fit the model, or two levels have the same number of channels.
     """
-    source = "the checkpoint" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
-    given = dict(checkpoint) if isinstance(checkpoint, Mapping) else _read(Path(checkpoint))
+    source = "the checkpoint" if isinstance(checkpoint, Mapping) else printable(checkpoint)
+    given = checkpoint if isinstance(checkpoint, Mapping) else read_torch_file(checkpoint, "checkpoint")
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{source} holds a {type(given).__name__}, and no checkpoint")
     tensors: dict[str, Tensor] = {}
     for part in PARTS:
         if isinstance(given.get(part), Mapping):
             tensors |= {f"{part}.{name}": tensor for name, tensor in given[part].items()}
-        tensors |= {name: tensor for name, tensor in given.items() if name.startswith(f"{part}.")}
+        tensors |= {name: tensor for name, tensor in given.items() if str(name).startswith(f"{part}.")}
+    require_tensors(source, tensors)
     state: dict[str, Tensor] = {}
     fused = [name for name in own if re.match(r"fusion_flow\.permutation_\d+$", name)]
     channels = {own[name].shape[0]: name for name in fused}
@@ -55,8 +59,6 @@ def official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: 
             "checkpoint tells which permutation of the fusion flow belongs to which level"
         )
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, and no tensor")
         if name.endswith(("w_perm_inv", "perm_inv")):
             continue
         for pattern, replacement in RENAMED:
@@ -83,22 +85,7 @@ def official_state(checkpoint: str | os.PathLike[str] | Mapping[str, Any], own: 
                 f"{source} does not fit this model: {name} is {tuple(tensor.shape)} in it, and "
                 f"{tuple(own[name].shape)} here"
             )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source}: {name} holds a NaN or an infinity")
     return state
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file can raise many kinds
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, and no checkpoint")
-    return content
 
 
 def _permutation(name: str, one_hot: Tensor, source: str) -> Tensor:

@@ -77,7 +77,11 @@ class ConditionalFlow(nn.Module):
         self.memory = "auto"
         self.checkpoint_every = 0
         self.precision = "fp32"
-        blocks = Blocks.stack([_initial_block(channels, position_dim) for _ in range(coupling_layers)])
+        first = _initial_block(channels, position_dim)
+        made = (
+            first if first.w1.is_meta else _initial_block(channels, position_dim) for _ in range(coupling_layers - 1)
+        )
+        blocks = Blocks.stack([first, *made])  # without memory, all are one
         *trained, w_perm = blocks
         self.w1, self.b1, self.w2, self.b2, self.global_scale, self.global_offset = map(nn.Parameter, trained)
         self.register_buffer("w_perm", w_perm)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..data.datasets import Dataset, Sample, discover
+from ..environment import plain_torch
 from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
+from ..files import printable
 from ..protocol import Densities, Detector
 from .densities import densities
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
+from .rates import MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
 
 TENSORS = ("level_max", "scores", "class_ids")  # that a calibration has
-OPTIONAL_TENSORS = ("weights", "score_weights")
-MIN_POOLED = 3  # images a group needs for its scores to be pooled: the others standardise each, a spread takes two
+WEIGHT_TENSORS = ("weights", "score_weights")  # and may have
+POOLED_TENSORS = ("pooled_scores", "pooled_ids")
 
 
 class _References(NamedTuple):
@@ -70,6 +76,9 @@ class Calibration:
         score_weights: (G, parts) of the parts in that map, made like `weights`; None where it is the anomaly map. Both
             maps are in units of the peaks of normal images then, so that the threshold of the scores says of a pixel of
             the anomaly map, too, how far beyond the normal it is.
+        pooled_scores: (m,) float64, on the scale of the group, and ascending: what the scores of groups are compared
+            with that kept their thresholds when others were renewed (`renewed`).
+        pooled_ids: (m,) their groups. Both are None where nothing was renewed.
     """
 
     level_max: Tensor
@@ -82,7 +91,10 @@ class Calibration:
     share: float = 0.0
     scored_on: str = "map"
     score_weights: Tensor | None = None
+    pooled_scores: Tensor | None = None
+    pooled_ids: Tensor | None = None
     _references: _References | None = field(default=None, init=False, repr=False, compare=False)
+    _told: set[int] = field(default_factory=set, init=False, repr=False, compare=False)  # groups warned of
 
     def maps(self, densities: Densities, msk_size: int, cells: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the `calibrated_maps` of densities, (B, h, w), and the image scores, (B,)."""
@@ -102,14 +114,16 @@ class Calibration:
     def _write(self, out: Tensor, densities: Densities, grid: tuple[int, int]) -> Tensor:
         """Fill `out` (B, H, W) with the maps, and return the image scores (B,)."""
         if self.scored_on == "map":
-            return write_calibrated(out, densities, self.level_max, grid, self.weights, self.share)
-        write_calibrated(out, densities, self.level_max, grid, self.weights)
-        return self._scores(densities, grid).to(out)
+            scores = write_calibrated(out, densities, self.level_max, grid, self.weights, self.share)
+            return _numbers(scores, densities)
+        largest = write_calibrated(out, densities, self.level_max, grid, self.weights)
+        return self._scores(densities, grid).to(out).where(largest.isfinite(), math.nan)
 
     def _scores(self, densities: Densities, grid: tuple[int, int]) -> Tensor:
         """Return the image scores (B,)."""
         weights = self.weights if self.scored_on == "map" else self.score_weights
-        return write_calibrated(None, densities, self.level_max, grid, weights, self.share, self.scored_on)
+        scores = write_calibrated(None, densities, self.level_max, grid, weights, self.share, self.scored_on)
+        return _numbers(scores, densities)
 
     def judge(self, image_score: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return p-value, verdict, threshold and attainable false-alarm rate, (B,) each, of B images."""
@@ -123,11 +137,82 @@ class Calibration:
             rows = group_ids == k
             as_high = n - torch.searchsorted(reference, scores[rows])  # reference scores that are at least as high
             p_value[rows] = (1 + as_high).double() / (n + 1)
-            alarms = math.floor(self.false_alarm_rate * (n + 1) + 1e-9)  # that n + 1 normal images may raise
-            threshold[rows] = reference[n - min(max(alarms, 1), n)]
-            rate[rows] = max(self.false_alarm_rate, 1 / (n + 1))
+            threshold[rows] = self.threshold(k)
+            rate[rows] = self.attained_rate(k)
         # A score that is not a number passes every threshold.
         return p_value, ~(scores <= threshold) & threshold.isfinite(), threshold, rate
+
+    def threshold(self, k: int) -> float:
+        """Return the score above which an image of group k is called anomalous; NaN if nothing is known of the group.
+
+        It is the largest one of its kind that calls no more than the target share of normal images anomalous, or where
+        the images are too few for that, the largest score of all that images are compared with.
+        """
+        reference = self._known_reference(k)
+        return float(reference[len(reference) - self._alarms(len(reference))]) if len(reference) else math.nan
+
+    def attained_rate(self, k: int) -> float:
+        """Return the false-alarm rate of group k's threshold; NaN if it has none.
+
+        It is the largest p-value of an image that is called anomalous. Of n + 1 exchangeable normal images, n of them
+        those that the threshold rests on, each is as likely as any other to be among the k highest: the rate is
+        k / (n + 1), k at least 1, the largest that is no more than the target, or else 1 / (n + 1), which is more. With
+        ties among the scores it is an upper bound.
+        """
+        n = len(self._known_reference(k))
+        return self._alarms(n) / (n + 1) if n else math.nan
+
+    def _alarms(self, n: int) -> int:
+        """Return how many of n + 1 normal images a threshold from n of them may call anomalous."""
+        return min(max(math.floor(self.false_alarm_rate * (n + 1) + 1e-9), 1), n)
+
+    def rates(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return a row for each group, of its name in `names`: what its threshold rests on, and what it stands for.
+
+        Its keys:
+            group: the name.
+            images: the number of its own calibration images.
+            reference: the number of images that the threshold rests on; more than `images` where they are pooled.
+            pooled: whether the threshold rests on scores of other groups, too: pooled, or borrowed.
+            target: the false-alarm rate asked for.
+            attained: that of the threshold, see `attained_rate`; NaN where there is none.
+            threshold: the image score above which an image is called anomalous; NaN: never.
+        """
+        counts = self.counts
+        return [
+            {
+                "group": name,
+                "images": counts[k],
+                "reference": len(self._known_reference(k)),
+                "pooled": len(self._known_reference(k)) > counts[k],
+                "target": self.false_alarm_rate,
+                "attained": self.attained_rate(k),
+                "threshold": self.threshold(k),
+            }
+            for k, name in enumerate(names)
+        ]
+
+    def describe(self, names: Sequence[str]) -> dict[str, str]:
+        """Return what `rates` says of groups with these names, by titles, for people (`rates.described`)."""
+        return described(self.rates(names), len(self.scores), self.false_alarm_rate)
+
+    def shortcomings(self, names: Sequence[str]) -> str:
+        """Return what users should know of the thresholds, and the remedy; empty: nothing (`rates.shortcomings`)."""
+        return shortcomings(self.rates(names), self.false_alarm_rate, self.borrowing)
+
+    def warn_of_silence(self, names: Sequence[str], group_ids: Tensor) -> None:
+        """Warn, once for each group, where images of these groups can raise no alarm."""
+        for k in sorted(set(group_ids.tolist()) - self._told):
+            if len(self._known_reference(k)):
+                continue
+            self._told.add(k)
+            if len(self.scores):
+                text = f"{names[k]!r} has no threshold, as it has no calibration images: no image of it is called "
+                text += "anomalous, whatever its score; calibrate it (model.calibrate, hgad-fast calibrate)"
+            else:
+                self._told.update(range(len(names)))
+                text = NO_THRESHOLDS.format("no image")
+            warnings.warn(text, stacklevel=5)
 
     def _known_reference(self, k: int) -> Tensor:
         """Return `_reference`, made anew where what it is made of has changed: a camera loop asks for each frame."""
@@ -146,22 +231,58 @@ class Calibration:
 
     def _reference(self, k: int) -> Tensor:
         """Return the sorted scores that images of group k are compared with, on the scale of its own scores."""
-        own, *others = (self.scores[self.class_ids == j].double() for j in self._reference_groups(k))
+        if k in self.borrowers:
+            return self.scores.double().sort().values
+        own = self.scores[self.class_ids == k].double()
+        if len(own) < MIN_POOLED or (len(own) + 1) * self.false_alarm_rate >= 1 - 1e-9:
+            return own.sort().values
+        return self._pool(k)
+
+    def renewed(self, other: Calibration, groups: Sequence[int]) -> Calibration:
+        """Return the calibration that takes some groups from another one; the others keep all that they have.
+
+        What their scores are pooled with, too, is what it was: `pooled_scores`.
+
+        Raises:
+            ValueError: the two make maps and scores by different rules.
+        """
+        rules = [
+            (each.share, each.scored_on, each.weights is None, each.score_weights is None) for each in (self, other)
+        ]
+        if rules[0] != rules[1]:
+            raise ValueError("the model was calibrated by other rules than it has now: calibrate all its classes")
+        own = torch.ones(len(self.level_max), dtype=torch.bool)
+        own[list(groups)] = False
+
+        def joined(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return mine if mine is None or theirs is None else torch.where(own[:, None], mine, theirs)
+
+        level_max = joined(self.level_max, other.level_max)
+        assert level_max is not None
+        mine, theirs = own[self.class_ids], ~own[other.class_ids]
+        pools = {k: self._pool(k) for k, count in enumerate(self.counts) if own[k] and count >= MIN_POOLED}
+        sizes = torch.tensor([len(pool) for pool in pools.values()], dtype=torch.int64)
+        return replace(
+            self,
+            level_max=level_max,
+            scores=torch.cat([self.scores[mine], other.scores[theirs]]),
+            class_ids=torch.cat([self.class_ids[mine], other.class_ids[theirs]]),
+            weights=joined(self.weights, other.weights),
+            score_weights=joined(self.score_weights, other.score_weights),
+            pooled_scores=torch.cat([torch.empty(0, dtype=torch.float64), *pools.values()]),
+            pooled_ids=torch.tensor(list(pools), dtype=torch.int64).repeat_interleave(sizes),
+        )
+
+    def _pool(self, k: int) -> Tensor:
+        """Return the pooled scores that images of group k are compared with where its own are too few, sorted."""
+        if self.pooled_scores is not None and self.pooled_ids is not None and (self.pooled_ids == k).any():
+            return self.pooled_scores[self.pooled_ids == k]
+        groups = [k, *(j for j, count in enumerate(self.counts) if j != k and count >= MIN_POOLED)]
+        own, *others = (self.scores[self.class_ids == j].double() for j in groups)
         if not others:
             return own.sort().values
-        if k in self.borrowers:
-            return torch.cat([own, *others]).sort().values
         pooled = torch.cat([_standardised(scores, len(own)) for scores in (own, *others)])
         return (pooled * own.std() + own.mean()).sort().values
-
-    def _reference_groups(self, k: int) -> list[int]:
-        """Return the groups whose scores images of group k are compared with, k first."""
-        counts = self.counts
-        if k in self.borrowers:
-            return [k, *(j for j in range(len(counts)) if j != k)]
-        if counts[k] < MIN_POOLED or (counts[k] + 1) * self.false_alarm_rate >= 1 - 1e-9:
-            return [k]
-        return [k, *(j for j, count in enumerate(counts) if j != k and count >= MIN_POOLED)]
 
     @property
     def counts(self) -> list[int]:
@@ -173,16 +294,10 @@ class Calibration:
         """The groups that borrow from the others."""
         return few(self.counts) if self.borrowing else []
 
-    def attainable_rate(self, k: int) -> float:
-        """Return the lowest false-alarm rate, at least the target, that group k can have; NaN if it has no scores."""
-        n = sum(int((self.class_ids == j).sum()) for j in self._reference_groups(k))
-        return max(self.false_alarm_rate, 1 / (n + 1)) if n else math.nan
-
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors, as a model file holds them."""
-        tensors = {"level_max": self.level_max, "scores": self.scores, "class_ids": self.class_ids}
-        weights = {"weights": self.weights, "score_weights": self.score_weights}
-        return tensors | {name: tensor for name, tensor in weights.items() if tensor is not None}
+        tensors = {name: getattr(self, name) for name in (*TENSORS, *WEIGHT_TENSORS, *POOLED_TENSORS)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def settings(self) -> dict[str, Any]:
         """Return everything but the tensors, as a model file holds it; the last three only where they are so."""
@@ -192,74 +307,10 @@ class Calibration:
             rules["scored_on"] = self.scored_on
         return settings | {name: value for name, value in rules.items() if value}
 
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], **settings: Any) -> Calibration:
-        """Return the calibration that `tensors` and `settings` came from.
 
-        Raises:
-            ValueError: one of them is missing or unknown, or cannot be; the message names it.
-        """
-        known = {attribute.name for attribute in fields(cls) if attribute.init} - {*TENSORS, *OPTIONAL_TENSORS}
-        for name in TENSORS:
-            if name not in tensors:
-                raise ValueError(f"the tensor {name} is missing")
-        if unknown := sorted({*tensors} - {*TENSORS, *OPTIONAL_TENSORS}) + sorted({*settings} - known):
-            raise ValueError(f"{unknown[0]!r} is unknown")
-        given: dict[str, Any] = {**tensors, **settings}
-        calibration = cls(**given)
-        calibration._check_settings()
-        return calibration
-
-    def _check_settings(self) -> None:
-        """Raise a ValueError for a setting that cannot be; the message names it."""
-
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-        rate, size, share = self.false_alarm_rate, self.img_size, self.share
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        for name, holds, allowed in (
-            ("false_alarm_rate", is_number(rate) and 0 < rate < 1, "a number above 0 and below 1"),
-            ("img_size", size is None or size == "native" or whole, "a whole number from 1, 'native', or null"),
-            ("borrowing", isinstance(self.borrowing, bool), "true or false"),
-            ("share", is_number(share) and 0 <= share <= 1, "a number from 0 to 1"),
-            ("scored_on", self.scored_on in ("map", "all"), "'map' or 'all'"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {str(getattr(self, name))[:100]!r}; allowed: {allowed}")
-
-    def check(self, groups: int, levels: int, parts: int, fusion: str) -> None:
-        """Check the tensors.
-
-        Args:
-            groups: G, the number of groups of the model.
-            levels: S, that of the levels of its densities.
-            parts: that of the parts of its densities.
-            fusion: its rule that makes one map of them.
-
-        Raises:
-            ValueError: one of them is missing, or is not that of such a model; the message names it.
-        """
-        needed = fusion != "product" and (parts > 1 or self.scored_on != "map")
-        if needed and self.weights is None:
-            raise ValueError(f"the tensor weights is missing, without which maps cannot be fused ({fusion})")
-        if needed and self.scored_on != "map" and self.score_weights is None:
-            raise ValueError(f"the tensor score_weights is missing, without which maps cannot be fused ({fusion})")
-        images = (self.class_ids.numel(),)
-        shapes = {"level_max": (groups, levels), "scores": images, "class_ids": images}
-        shapes |= dict.fromkeys(OPTIONAL_TENSORS, (groups, parts))
-        for name, tensor in self.tensors().items():
-            shape, floating = tuple(tensor.shape), name != "class_ids"
-            if shape != shapes[name]:
-                raise ValueError(f"{name} has shape {shape}; expected is {shapes[name]}")
-            if tensor.is_floating_point() != floating or not floating and tensor.dtype != torch.int64:
-                raise ValueError(f"{name} is of type {tensor.dtype}; it must be {'floating' if floating else 'int64'}")
-            if floating and not tensor.isfinite().all():
-                raise ValueError(f"{name} holds a NaN or an infinity")
-            if name in OPTIONAL_TENSORS and (tensor < 0).any():
-                raise ValueError(f"{name} holds a number below 0")
-        if not ((self.class_ids >= 0) & (self.class_ids < groups)).all():
-            raise ValueError(f"class_ids holds a number that is none of the {groups} groups, from 0 on")
+def rate_table(model: Detector) -> list[dict[str, Any]]:
+    """Return the `Calibration.rates` of a model's groups; empty where it is not calibrated."""
+    return required_calibration(model).rates(model.groups) if model.calibration is not None else []
 
 
 def few(counts: Sequence[int]) -> list[int]:
@@ -278,30 +329,94 @@ def _standardised(scores: Tensor, count: int) -> Tensor:
     return (scores - others.mean(1)) / others.std(1).clamp(min=1e-12)
 
 
+def _numbers(scores: Tensor, densities: Densities) -> Tensor:
+    """Return image scores (B,), NaN where a log-density is NaN or +inf: a map takes +inf for what is most normal."""
+    highest = torch.stack([level.amax((1, 2)) for level in densities.logps]).amax(0)
+    return scores.where((highest < math.inf).to(scores.device), math.nan)
+
+
 def required_calibration(model: Detector) -> Calibration:
     """Return the calibration of a model that is calibrated."""
     assert isinstance(model.calibration, Calibration), "the caller has checked that the model is calibrated"
     return model.calibration
 
 
-def calibrate(model: Detector, data: Any, *, false_alarm_rate: float = 0.01, img_size: int | str | None = None) -> None:
-    """Set `model.calibration` from normal images that were not trained on.
+@plain_torch()
+def calibrate(
+    model: Detector, data: Any, *, false_alarm_rate: float | None = None, img_size: int | str | None = None
+) -> tuple[str, ...]:
+    """Set `model.calibration` from normal images that were not trained on: of all classes, or of some.
+
+    Images of some classes alone, e.g. from a new camera for one product, renew those of a model that is calibrated.
+    The others keep constants, scores and thresholds; where a threshold rests on pooled scores, those of the renewed
+    classes are pooled with what the others have. Groups that a method forms by itself are renewed all together.
 
     Args:
         model: a trained detector.
         data: a dataset root or `Dataset` (its training images are used) or a `FeatureSet`.
-        false_alarm_rate: target share of normal images that may be called anomalous.
+        false_alarm_rate: target share of normal images that may be called anomalous, one for all classes; None: the
+            model's own, or 0.01 where it is not calibrated.
         img_size: short side at which the images are seen, or ``"native"``: the one at which images will be scored;
             default the model's.
 
+    Returns:
+        the names of the groups that were renewed.
+
     Raises:
-        ValueError: the classes are not the model's, or one has no images.
+        ValueError: a class is not one of the model's, or has no images and is not calibrated; or images of some classes
+            alone are to have another rate or size than the others.
     """
+    known = model.calibration
+    if false_alarm_rate is None:
+        false_alarm_rate = 0.01 if known is None else known.false_alarm_rate
     check_false_alarm_rate(false_alarm_rate)
     resized = seeing(model, img_size)
-    features = feature_set(resized, data)
-    model.config = model.config.replace(class_names=resized.config.class_names)
-    calibrate_on(model, features, false_alarm_rate, img_size=resized.config.img_size)
+    features = feature_set(resized, _of_these_classes(resized, data) if known is not None else data)
+    present = sorted(set(features.class_ids.tolist()))
+    if known is None or not present or not model.groups_are_classes or len(present) == len(model.groups):
+        model.config = model.config.replace(class_names=resized.config.class_names)
+        calibrate_on(model, features, false_alarm_rate, img_size=resized.config.img_size)
+        return model.groups
+    renewed, others = ([name for k, name in enumerate(model.groups) if (k in present) == own] for own in (True, False))
+    for title, own, wanted in (
+        ("false_alarm_rate", known.false_alarm_rate, false_alarm_rate),
+        ("img_size", known.img_size or model.config.img_size, resized.config.img_size),
+    ):
+        if own != wanted:
+            raise ValueError(
+                f"{title} is {wanted}, and there are images of {listed(renewed)} alone: {listed(others)} would stay "
+                f"calibrated at {own}; give images of all classes, or leave {title} as it is"
+            )
+    model.calibration = known.renewed(
+        calibration_from(model, features, false_alarm_rate, None, resized.config.img_size, known.level_max), present
+    )
+    warn_of_shortcomings(model)
+    return tuple(renewed)
+
+
+def _of_these_classes(model: Detector, data: Any) -> Any:
+    """Return a dataset of some of the model's classes as one of all of them; anything else, and all, as it is.
+
+    Raises:
+        ValueError: it has a class that the model does not know.
+    """
+    own = model.config.class_names
+    if own is None or not model.groups_are_classes or not isinstance(data, (str, os.PathLike, Dataset)):
+        return data
+    dataset = data if isinstance(data, Dataset) else discover(data)
+    if unknown := [name for name in dataset.class_names if name not in own]:
+        raise ValueError(
+            f"{printable(str(dataset.root))} has images of {listed(unknown)}, and the model was made for "
+            f"{', '.join(own)}; give images of these classes, or of some of them, in folders of these names"
+        )
+    ids = [own.index(name) for name in dataset.class_names]
+    samples = sorted((replace(sample, class_id=ids[sample.class_id]) for sample in dataset.train), key=_place)
+    return replace(dataset, class_names=own, train=tuple(samples), test=(), validation=())
+
+
+def _place(sample: Sample) -> tuple[int, Path]:
+    """Return the place of a sample in a dataset."""
+    return sample.class_id, sample.path
 
 
 def calibrate_on(
@@ -311,12 +426,36 @@ def calibrate_on(
     stand_in: FeatureSet | None = None,
     img_size: int | str | None = None,
 ) -> None:
-    """Set `model.calibration` from features of held-out normal images.
+    """Set `model.calibration` to the `calibration_from` features of held-out normal images, and warn of `shortcomings`.
+
+    Raises:
+        ValueError: as `calibration_from`.
+    """
+    model.calibration = calibration_from(model, held_out, false_alarm_rate, stand_in, img_size)
+    warn_of_shortcomings(model)
+
+
+def warn_of_shortcomings(model: Detector) -> None:
+    """Warn of thresholds that the calibration of a model cannot give as they were asked for."""
+    if text := required_calibration(model).shortcomings(model.groups):
+        warnings.warn(text, stacklevel=3)
+
+
+def calibration_from(
+    model: Detector,
+    held_out: FeatureSet,
+    false_alarm_rate: float = 0.01,
+    stand_in: FeatureSet | None = None,
+    img_size: int | str | None = None,
+    level_max: Tensor | None = None,
+) -> Calibration:
+    """Return the calibration that features of held-out normal images give.
 
     `stand_in` (training images) gives the normalisation constants of a class of which no image was held out; such a
     class has no p-values. It gives the weights of the maps, too, if no image at all was held out. Where a method forms
     the groups by itself, `stand_in` is used only in that case, and a group with few images borrows from the others, see
-    `Calibration`. `img_size` is the size at which the images were seen, default the model's.
+    `Calibration`. `img_size` is the size at which the images were seen, default the model's. `level_max` (G, S) holds
+    the constants of classes that have no images in either.
 
     Raises:
         ValueError: a class has no normal images, or one has no finite density.
@@ -326,29 +465,30 @@ def calibrate_on(
     image_densities = held_out_densities(model, held_out)
     stand_ins = [] if image_densities or stand_in is None else held_out_densities(model, stand_in)
     sample = image_densities or stand_ins
-    if model.groups_are_classes:
-        level_max = largest_densities(model, sample)
-        missing = set(range(len(model.groups))).difference(int(image.group_ids) for image in sample)
-        for k in sorted(missing):
-            rows = [] if stand_in is None else (stand_in.class_ids == k).nonzero().flatten().tolist()
-            if not rows:
-                raise ValueError(
-                    f"calibration needs normal images of every class; there is none of {model.groups[k]!r}"
-                )
-            assert stand_in is not None
-            for i in rows:
-                level_max[k] = torch.maximum(level_max[k], _level_max(_image_densities(model, stand_in, i)))
-    else:
-        if not sample:
-            raise ValueError("calibration needs normal images; there are none")
-        level_max = largest_densities(model, sample)
+    if not sample and not model.groups_are_classes:
+        raise ValueError("calibration needs normal images; there are none")
+    known, level_max = level_max, largest_densities(model, sample)
+    missing = set(range(len(model.groups))).difference(int(image.group_ids) for image in sample)
+    for k in sorted(missing) if model.groups_are_classes else ():
+        if known is not None:
+            level_max[k] = known[k]
+            continue
+        if stand_in is None or not (stand_in.class_ids == k).any():
+            raise ValueError(f"calibration needs normal images of every class; there is none of {model.groups[k]!r}")
+        for i in (stand_in.class_ids == k).nonzero().flatten().tolist():
+            level_max[k] = torch.maximum(level_max[k], _level_max(_image_densities(model, stand_in, i)))
     if not level_max.isfinite().all():
         k = int((~level_max.isfinite()).nonzero()[0, 0])
         raise ValueError(f"normal images of {model.groups[k]!r} have no finite density: the training diverged")
     calibration = calibration_of(model, image_densities, level_max, img_size, stand_ins=stand_ins)
+    if not calibration.scores.isfinite().all():
+        i = int((~calibration.scores.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{held_out.name(i)}, a normal image of {model.groups[int(calibration.class_ids[i])]!r}, has the score "
+            f"{float(calibration.scores[i])}: the model's weights are broken, or the training diverged"
+        )
     calibration.false_alarm_rate = false_alarm_rate
-    _warn_of_unattainable_rates(model, calibration)
-    model.calibration = calibration
+    return calibration
 
 
 def held_out_densities(
@@ -461,40 +601,6 @@ def _image_densities(model: Detector, features: FeatureSet, i: int) -> Densities
     maps = [level[None].to(model.device) for level in images[i]]
     (image,) = densities(model, maps, features.class_ids[i : i + 1].cpu() if model.groups_are_classes else None)
     return image
-
-
-def _warn_of_unattainable_rates(model: Detector, calibration: Calibration) -> None:
-    """Warn of groups whose images are too few for the target false-alarm rate, unless there are no images at all.
-
-    Classes are named. Of groups that a method forms by itself, which may be many, those are counted that have images
-    and yet borrow; groups without any are what a method leaves unused.
-    """
-    target = calibration.false_alarm_rate
-    rates = {name: calibration.attainable_rate(k) for k, name in enumerate(model.groups)}
-    if not model.groups_are_classes:
-        texts = []
-        used = [k for k, count in enumerate(calibration.counts) if count]
-        if borrowers := set(calibration.borrowers) & set(used):
-            texts.append(
-                f"{len(borrowers)} of {len(used)} groups have fewer than {MIN_POOLED} of them and borrow constants and "
-                "scores from the others"
-            )
-        if above := [rate for k, rate in enumerate(rates.values()) if k in used and rate > target]:
-            texts.append(
-                f"thresholds of {len(above)} groups stand for a false-alarm rate of up to {max(above):.1%} instead of "
-                f"{target:.1%}"
-            )
-        if texts and len(calibration.scores):
-            warnings.warn(f"too few calibration images: {'; '.join(texts)}", stacklevel=3)
-        return
-    exceptions = [f"{name} {rate:.1%}" for name, rate in rates.items() if rate > target]
-    exceptions += [f"{name} has no threshold" for name, rate in rates.items() if math.isnan(rate)]
-    if exceptions and len(calibration.scores):
-        warnings.warn(
-            f"too few calibration images for a false-alarm rate of {target:.1%}; thresholds stand for: "
-            + ", ".join(exceptions),
-            stacklevel=3,
-        )
 
 
 def split(class_ids: Tensor, fraction: float, seed: int, at_least: int = 8) -> tuple[Tensor, Tensor]:

@@ -2,77 +2,142 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import from_pil, list_images, read_image
+from ..data.images import WHITE_LEVEL, check_white_level, from_pil, read_image
+from ..data.listing import images_to_score
 from ..protocol import Detector
 
 MAX_NUMBERED = 8  # groups without names of their own that an error lists
 
 
-def as_images(images: Any) -> Iterable[Tensor]:
+def as_images(images: Any, white_level: int = WHITE_LEVEL) -> Iterable[Tensor]:
     """Yield images in any accepted form as (3, H, W) float32 tensors in [0, 1] on the CPU, one by one.
 
+    Channels are in the order red, green, blue. OpenCV's are blue first, which no value tells:
+    ``cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)`` turns them. `white_level` is the value of white in 16-bit words, of
+    files, arrays and tensors.
+
     Raises:
-        ValueError: something is no image, cannot be read, or has values outside [0, 1].
+        ValueError: something is no image, cannot be read, or has values outside [0, 1] or above the white level.
     """
     if isinstance(images, (str, os.PathLike)):
-        path = Path(images)
-        for file in list_images(path) if path.is_dir() else [path]:
-            yield read_image(file)
+        files, notes = images_to_score([images])
+        for note in notes:
+            warnings.warn(note, stacklevel=4)
+        for file in files:
+            yield read_image(file, white_level)
     elif isinstance(images, Tensor):
-        yield from _from_tensor(images)
+        yield from _from_tensor(images, white_level)
     elif hasattr(images, "getbands"):  # a PIL image
-        yield from_pil(images)
+        yield from_pil(images, white_level)
     elif hasattr(images, "__array_interface__"):
-        yield from _from_array(images)
-    elif isinstance(images, Iterable):
+        yield from _from_array(images, white_level)
+    elif isinstance(images, Iterable) and not isinstance(images, (bytes, bytearray, memoryview, Mapping)):
         for image in images:
-            yield from as_images(image)
+            yield from as_images(image, white_level)
     else:
-        raise ValueError(f"cannot score a {type(images).__name__}; pass tensors, arrays, PIL images, or paths")
+        raise ValueError(f"cannot score a {type(images).__name__}; {_remedy(images)}")
 
 
-def _from_tensor(images: Tensor) -> Iterable[Tensor]:
-    """Yield the images of a tensor (B, 3, H, W) or (3, H, W) of floats in [0, 1]."""
-    if images.dim() not in (3, 4) or images.shape[-3] != 3 or 0 in images.shape[-2:]:
-        raise ValueError(f"an image tensor has shape {tuple(images.shape)}; expected (B, 3, H, W) or (3, H, W)")
+def _remedy(images: Any) -> str:
+    """Return what to pass instead of something that is no image."""
+    if isinstance(images, (bytes, bytearray, memoryview)):
+        return "decode a file's content first: PIL.Image.open(io.BytesIO(content))"
+    if isinstance(images, Mapping):
+        return "pass its images: list(images.values())"
+    if images is None:
+        return "no image came; cv2.imread gives None for a file that it cannot read"
+    return "pass tensors, arrays, PIL images, or paths"
+
+
+def _from_tensor(images: Tensor, white_level: int) -> Iterable[Tensor]:
+    """Yield the images of a tensor (B, 3, H, W) or (3, H, W) of floats in [0, 1], or of unsigned 8 or 16 bits."""
+    shape = tuple(images.shape)
+    if images.dim() not in (3, 4) or images.shape[-3] != 3 or 0 in shape[-2:]:
+        hint = ""
+        if 0 not in shape and images.dim() in (3, 4) and shape[-1] == 3:
+            hint = "; the channels come last: .movedim(-1, -3), or pass an array"
+        elif 0 not in shape and images.dim() in (3, 4) and shape[-3] == 1:
+            hint = "; repeat grey: .expand(*x.shape[:-3], 3, *x.shape[-2:])"
+        elif 0 not in shape and images.dim() in (3, 4) and shape[-3] == 4:
+            hint = "; drop alpha: x[..., :3, :, :]"
+        raise ValueError(f"an image tensor has shape {shape}; expected (B, 3, H, W) or (3, H, W){hint}")
+    if images.dtype in (torch.uint8, torch.uint16):
+        yield from _from_array(images.detach().cpu().movedim(-3, -1).numpy(), white_level)
+        return
     if not images.is_floating_point():
         raise ValueError(
-            f"an image tensor is {images.dtype}; pass floats in [0, 1] (divide 8-bit values by 255), or an array"
+            f"an image tensor is {images.dtype}; pass floats in [0, 1], or unsigned integers of 8 or 16 bits"
         )
     for image in images.detach() if images.dim() == 4 else [images.detach()]:
-        image = image.to("cpu", torch.float32)
-        if not (image.min() >= 0 and image.max() <= 1):  # a NaN fails both
-            raise ValueError(
-                f"image values run from {float(image.min()):.7g} to {float(image.max()):.7g}; they must lie in "
-                "[0, 1] (divide 8-bit values by 255; do not normalise, the model does)"
-            )
-        yield image
+        yield _checked_values(image.to("cpu", torch.float32))
 
 
-def _from_array(images: Any) -> Iterable[Tensor]:
-    """Yield the images of an array (B, H, W, 3), (H, W, 3) or (H, W) of unsigned integers, or floats in [0, 1]."""
+def _checked_values(image: Tensor) -> Tensor:
+    """Return an image (3, H, W) float32 if its values lie in [0, 1]; raise a ValueError otherwise."""
+    low, high = float(image.min()), float(image.max())
+    if low >= 0 and high <= 1:
+        return image
+    if math.isnan(low) or math.isnan(high):
+        count = int(image.isnan().any(0).sum())
+        raise ValueError(f"{count} pixels of an image are NaN; values must lie in [0, 1]: find the origin of the NaN")
+    remedy = "do not normalise, the model does" if low < 0 else "clip them"
+    if low >= 0 and 2 <= high <= 65535:
+        divisor = 255 if high <= 255 else "the value of white"
+        remedy = f"divide by {divisor}; do not normalise, the model does"
+    raise ValueError(f"image values run from {low:.7g} to {high:.7g}; they must lie in [0, 1] ({remedy})")
+
+
+def _from_array(images: Any, white_level: int) -> Iterable[Tensor]:
+    """Yield the images of an array of unsigned integers, or floats in [0, 1].
+
+    It is (B, H, W, 3), (H, W, 3), (H, W), or with a last axis of 1 grey.
+    """
     array = np.asarray(images)
+    shape, kind = array.shape, array.dtype
     if array.ndim == 2:
-        array = np.broadcast_to(array[..., None], (*array.shape, 3))
-    if array.ndim not in (3, 4) or array.shape[-1] != 3:
-        raise ValueError(f"an image array has shape {array.shape}; expected (B, H, W, 3), (H, W, 3) or (H, W)")
-    if array.dtype.kind not in "uf":
-        raise ValueError(f"an image array is {array.dtype}; pass unsigned integers of full range, or floats in [0, 1]")
+        array = array[..., None]
+    if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3) or 0 in array.shape[-3:-1]:
+        hint = ""
+        if 0 in shape:
+            hint = "; it is empty"
+        elif array.ndim in (3, 4) and array.shape[-1] == 4:
+            hint = "; drop alpha: image[..., :3]"
+        elif array.ndim in (3, 4) and array.shape[-3] in (1, 3):
+            hint = "; the channels come first: np.moveaxis(image, -3, -1), or pass a tensor"
+        raise ValueError(f"an image array has shape {shape}; expected (B, H, W, 3), (H, W, 3) or (H, W){hint}")
+    if kind.kind not in "uf":
+        hint = "image.astype(np.uint8) if its values are of 0 to 255, np.uint16 if of 0 to 65535"
+        if kind.kind == "b":
+            hint = "image.astype(np.float32)"
+        elif kind.kind not in "i":
+            hint = "numbers are needed"
+        raise ValueError(
+            f"an image array is {kind}; pass unsigned integers of full range, or floats in [0, 1] ({hint})"
+        )
     for image in array if array.ndim == 4 else [array]:
+        if kind.kind == "u" and kind.itemsize == 2:
+            check_white_level(image, white_level)
+        full = white_level if kind == np.uint16 else np.iinfo(kind).max if kind.kind == "u" else 1
+        if kind.kind == "u" and kind.itemsize > 2 and 0 < (peak := int(image.max())) <= 65535:
+            raise ValueError(
+                f"an image array is {kind} of values to {peak}, whose white would be {full}; pass "
+                f"image.astype(np.{'uint8' if peak <= 255 else 'uint16'})"
+            )
         chw = np.array(image.transpose(2, 0, 1), np.float32, order="C")
-        if array.dtype.kind == "u":
-            chw /= np.float32(np.iinfo(array.dtype).max)
-        yield from _from_tensor(torch.from_numpy(chw))
+        if kind.kind == "u":
+            chw /= np.float32(full)
+        yield _checked_values(torch.from_numpy(chw if len(chw) == 3 else chw.repeat(3, 0)))
 
 
 def checked_features(model: Detector, features: Sequence[Tensor]) -> list[Tensor]:

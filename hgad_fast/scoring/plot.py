@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..files import replacing
+from .lettering import Lettering, font_of
 from .regions import Region, find_regions
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.ImageFont import FreeTypeFont
 
 SCALE_END = 2.0  # the last score on the colour scale, in multiples of the threshold
 SHEET_SIDE = 2000
@@ -36,6 +36,7 @@ _COLOUR_MAP = "inferno"  # of scores
 _TRUE, _FOUND = "#00c8f0", "#ff2a1a"  # lines around the true defect, and around what the model finds
 _RIGHT, _WRONG, _QUIET, _DARK = "#0a7d38", "#c00000", "#555555", "#111111"  # text
 _LEGEND_WIDTH = 760
+_HEAD, _LINE = 42, 26  # heights of the title and of the note below it
 
 Pixels = NDArray[np.float32]  # (h, w, 3) in [0, 1], a panel
 
@@ -119,13 +120,15 @@ def overlay(
     *,
     path: str | os.PathLike[str],
     title: str = "",
+    note: str = "",
     regions: Sequence[Region] | None = None,
 ) -> Path:
     """Write a PNG of an image, its heat map, and the outlines of what reaches the threshold and of the true defect.
 
     An image with a side above `SHEET_SIDE` is shown reduced, with numbered boxes around its `CROPS` worst regions, and
     these regions are shown below at full resolution. `regions` are those of the map at the image's size, in the order
-    of their numbers; None: they are searched for. The other arguments are as in `Case`. Returns the path.
+    of their numbers; None: they are searched for. `note` is a second line below the title, for a name. The other
+    arguments are as in `Case`. Returns the path.
 
     Raises:
         ValueError: an argument has a shape or a value that cannot be drawn.
@@ -135,12 +138,12 @@ def overlay(
         if regions is None:
             full_map = _resized(np.asarray(case.anomaly_map, np.float32), case.size)
             regions = find_regions(full_map, threshold)
-        return _sheet_of_crops(case, regions, title).save(path)
+        return _sheet_of_crops(case, regions, title, note).save(path)
     rows, columns = case.size
-    height, gap, top, below = 360, 12, 90 if title else 48, 84
+    height, gap, top, below = 360, 12, 48 + _HEAD * bool(title) + _LINE * bool(note), 84
     width = round(height * min(max(columns / rows, 0.5), 3.0))
     page = _Page(max(3 * width + 4 * gap, _LEGEND_WIDTH), top + height + below)
-    page.text(gap, 36, title, size=12, bold=True)
+    page.head(gap, title, note, size=12)
     x = gap
     for name, draw in (("image", _image_panel), ("score", _score_panel), ("found", _found_panel)):
         page.text(x + width // 2, top - 12, name, size=10, align="m", colour=_QUIET)
@@ -223,7 +226,7 @@ def _panels(
         x += side + gap
 
 
-def _sheet_of_crops(case: Case, regions: Sequence[Region], title: str) -> _Page:
+def _sheet_of_crops(case: Case, regions: Sequence[Region], title: str, note: str) -> _Page:
     """Return a page with the reduced image and heat map, side by side or stacked, and a grid of crops below."""
     rows, columns = case.size
     gap, crop, caption, per_row = 16, 400, 52, 3
@@ -231,13 +234,13 @@ def _sheet_of_crops(case: Case, regions: Sequence[Region], title: str) -> _Page:
     stacked = columns > 1.8 * rows
     height = min(round((inner_width if stacked else (inner_width - gap) // 2) * rows / columns), 900)
     width = max(round(height * columns / rows), 400)  # room for the text above
-    top = 84 if title else 44
+    top = 44 + _HEAD * bool(title) + _LINE * bool(note)
     score_x, score_y = (gap, top + height + 34) if stacked else (gap + width + gap, top)
     headline = score_y + height + 44
     worst = regions[:CROPS]
     bottom = headline + 24 + -(-len(worst) // per_row) * (caption + crop + gap)
     page = _Page(inner_width + 2 * gap, bottom + 84)
-    page.text(gap, 36, title, size=14, bold=True)
+    page.head(gap, title, note, size=14)
     page.text(gap, top - 10, f"image, {columns} x {rows} pixels, reduced", size=10, colour=_QUIET)
     frame = page.panel(gap, top, width, height, case, _found_panel)
     page.boxes(frame, worst)
@@ -336,16 +339,6 @@ def _to_pil(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
 
 
-@functools.cache
-def _font(points: float, bold: bool) -> FreeTypeFont:
-    """Return matplotlib's DejaVu Sans at a size in points, for 120 pixels per inch."""
-    import matplotlib
-    from PIL import ImageFont
-
-    file = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts", "ttf", file), points * 120 / 72)
-
-
 class _Frame(NamedTuple):
     """The place of a panel on the page, and the size (H, W) of the image that it shows."""
 
@@ -376,20 +369,26 @@ class _Page:
         bold: bool = False,
         colour: str = _DARK,
         width: int | None = None,
+        cut: str = "start",
     ) -> int:
         """Write a line of text, and return its width.
 
         With `align` "l", "m" or "r" its left end, middle or right end is at x. Where it is wider than `width` (default
-        for "l": the page), its start is cut off.
+        for "l": the page), its "start" or "end" is cut off.
         """
-        font = _font(size, bold)
+        font = Lettering(size, bold)
         width = self.image.width - x - 8 if width is None and align == "l" else width
-        if width is not None and font.getlength(line) > width:
-            while line and font.getlength(f"\u2026{line}") > width:
-                line = line[1:]
-            line = f"\u2026{line}"
-        self.draw.text((x, y), line, fill=colour, font=font, anchor=f"{align}s")
-        return round(font.getlength(line))
+        if width is not None and font.width(line) > width:
+            line = font.shortened(line, width, cut)
+        length = font.width(line)
+        left = x - {"l": 0.0, "m": length / 2, "r": length}[align]
+        font.write(self.draw, (left, y), line, colour)
+        return round(length)
+
+    def head(self, x: int, title: str, note: str, size: float) -> None:
+        """Write the title of a page, and below it a note."""
+        self.text(x, 36, title, size=size, bold=True, cut="end")
+        self.text(x, 36 + _LINE * bool(title), note, size=size - 2, colour=_QUIET)
 
     def panel(self, x: int, y: int, width: int, height: int, case: Case, draw: PanelFunction) -> _Frame:
         """Draw a case in the middle of a box, as large as its proportions allow, and return where it is."""
@@ -426,7 +425,7 @@ class _Page:
             a, b = (free or clear or clamped)[0]
             taken.append((a, b))
             self.draw.rectangle((a, b, a + side, b + side), fill=_FOUND, outline="white")
-            self.draw.text((a + side / 2, b + 16), str(number), fill="white", font=_font(9.5, True), anchor="ms")
+            self.draw.text((a + side / 2, b + 16), str(number), fill="white", font=font_of(9.5, True), anchor="ms")
 
     def legend(self, x: int, y: int, cases: Sequence[Case]) -> None:
         """Draw the colour scale, and say what the lines mean."""

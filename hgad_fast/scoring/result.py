@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,9 @@ class ScoreResult:
             `false_alarm_rate`; False where there is no threshold.
         threshold: (B,) float64, image score above which an image (and map value above which a pixel) counts as
             anomalous; NaN without calibration images.
-        false_alarm_rate: (B,) the rate that the threshold stands for: the target, or the lowest that the number of
-            calibration images allows.
+        false_alarm_rate: (B,) float64, the false-alarm rate that the threshold attains with its n calibration images:
+            the largest k / (n + 1) that is no more than the target, or 1 / (n + 1), the lowest there is, where that is
+            more than the target (`Calibration.attained_rate`); NaN where there is no threshold.
         logps: per level (B, h, w), log-density under the image's class divided by C, in nats per channel.
         neg_entropy: per level (B, h, w), negative entropy of the class posterior, in nats; empty where the method has
             no posterior.
@@ -53,13 +55,26 @@ class ScoreResult:
         return self
 
 
-def judged(model: Detector, scores: Tensor, group_ids: Tensor, normalization: str) -> ScoreResult:
-    """Return the `ScoreResult` of image scores and groups, (B,) each; its maps are still to be filled in."""
+def judged(
+    model: Detector,
+    scores: Tensor,
+    group_ids: Tensor,
+    normalization: str,
+    name: Callable[[int], str] = "image {}".format,
+) -> ScoreResult:
+    """Return the `ScoreResult` of image scores and groups, (B,) each; its maps are still to be filled in.
+
+    Raises:
+        ValueError: a score is NaN or infinite; `name` gives what it calls an image.
+    """
+    require_numbers(model, scores, group_ids, name)
     if normalization == "official":
         p_value, threshold, rate = torch.full((3, len(scores)), math.nan, dtype=torch.float64)
         is_anomalous = torch.zeros(len(scores), dtype=torch.bool)
     else:
-        p_value, is_anomalous, threshold, rate = required_calibration(model).judge(scores, group_ids)
+        calibration = required_calibration(model)
+        calibration.warn_of_silence(model.groups, group_ids)
+        p_value, is_anomalous, threshold, rate = calibration.judge(scores, group_ids)
     return ScoreResult(
         anomaly_map=[],
         image_score=scores,
@@ -69,3 +84,13 @@ def judged(model: Detector, scores: Tensor, group_ids: Tensor, normalization: st
         threshold=threshold.to(scores.device),
         false_alarm_rate=rate.to(scores.device),
     )
+
+
+def require_numbers(model: Detector, scores: Tensor, group_ids: Tensor, name: Callable[[int], str]) -> None:
+    """Raise a ValueError that names the first image whose score, of scores (B,), is NaN or infinite."""
+    if not scores.isfinite().all():
+        i = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{name(i)} has no score: it is {float(scores[i])} under {model.groups[int(group_ids[i])]!r}. The model's "
+            "weights or constants are broken, or features of the image overflow: load the model again, or train it anew"
+        )

@@ -7,16 +7,20 @@ maps in chunks of a fixed number of rows, so that on a CPU it has the same bits 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..data.listing import list_images
+from ..environment import plain_torch, require_float32
 from ..features.backbone import ALWAYS_WHOLE, TILES, Backbone
 from ..features.preprocess import (
     batch_features,
@@ -28,7 +32,8 @@ from ..features.preprocess import (
     seen_shape,
     working_set,
 )
-from ..protocol import Densities, Detector, OfficialMaps, Settings
+from ..files import printable
+from ..protocol import Densities, Detector, OfficialMaps, ProportionsError, Settings
 from .calibration import required_calibration
 from .densities import densities
 from .inputs import as_images, check_normalization, checked_features, checked_group_ids, checked_map_size
@@ -36,6 +41,7 @@ from .maps import cells_on_map, lay, resample, resampled_fill
 from .result import ScoreResult, judged
 
 
+@plain_torch()
 @torch.no_grad()
 def score_features(
     model: Detector,
@@ -64,12 +70,14 @@ def score_features(
         ValueError: features or class ids do not fit the model, or a model that has to be calibrated is not.
     """
     check_normalization(model, normalization)
+    require_float32(cast(nn.Module, model))
     size = checked_map_size(map_size)
     features = checked_features(model, features)
     ids = checked_group_ids(model, class_ids, len(features[0]))
     batches = densities(model, model.prepare(features), ids, throughput)
     if normalization == "official":
         maps, scores, _ = first_official(model, batches)
+        scores = _numbers_of(maps, scores)
     else:
         calibration = required_calibration(model)
         scored = [calibration.maps(batch, model.config.msk_size) for batch in batches]
@@ -82,6 +90,7 @@ def score_features(
     return result
 
 
+@plain_torch()
 @torch.no_grad()
 def score_images(
     model: Detector,
@@ -130,19 +139,25 @@ def score_images(
             or arguments do not fit.
     """
     check_normalization(model, normalization)
+    require_float32(cast(nn.Module, model))
     size = map_size if map_size == "seen" else checked_map_size(map_size)
     limit = memory_bytes(max_memory)
     config, cells = seen_at(model, img_size)
     if tiles not in TILES:
         raise ValueError(f"tiles is {tiles!r}; allowed are {', '.join(map(repr, TILES))}")
-    image_tensors = list(as_images(images))
+    image_tensors = list(as_images(images, config.white_level))
     if not image_tensors:
         raise ValueError("there are no images to score")
     if map_path is not None and (len(image_tensors) > 1 or Path(map_path).suffix != ".npy"):
         raise ValueError(f"map_path is {os.fspath(map_path)!r}: pass one image, and a name that ends in .npy")
     ids = checked_group_ids(model, class_ids, len(image_tensors))
     sizes = [(image.shape[1], image.shape[2]) for image in image_tensors]
-    cut = {shape: may_cut(model, config, shape, limit, tiles, ids is not None) for shape in set(sizes)}
+    name = functools.partial(_image_name, images, len(sizes))
+    cut = {}
+    for i, shape in enumerate(sizes):
+        if shape not in cut:
+            with _naming(functools.partial(name, i)):
+                cut[shape] = may_cut(model, config, shape, limit, tiles, ids is not None)
     batch_sizes = {
         shape: _batch_size(model, config, shape, limit, cut[shape], ids is not None) if throughput else 1
         for shape in set(sizes)
@@ -150,16 +165,18 @@ def score_images(
     by_index: dict[int, Densities] = {}
     for indices in _same_size(sizes, batch_sizes):
         batch_ids, first = None if ids is None else ids[indices], indices[0]
-        if len(indices) > 1:
-            features = batch_features(model, [image_tensors[i] for i in indices], config)
-            batches = densities(model, features, batch_ids, throughput)
-            by_index |= zip(indices, (image for batch in batches for image in batch.images()), strict=True)
-        else:
-            image_maps = feature_maps(model, preprocess(image_tensors[first], config), cut[sizes[first]])
-            by_index[first] = model.densities(image_maps, batch_ids)
+        with _naming(functools.partial(name, first)):
+            if len(indices) > 1:
+                features = batch_features(model, [image_tensors[i] for i in indices], config)
+                batches = densities(model, features, batch_ids, throughput)
+                by_index |= zip(indices, (image for batch in batches for image in batch.images()), strict=True)
+            else:
+                image_maps = feature_maps(model, preprocess(image_tensors[first], config), cut[sizes[first]])
+                by_index[first] = model.densities(image_maps, batch_ids)
     image_densities = [by_index[i] for i in range(len(image_tensors))]
     if normalization == "official":
         maps, official_scores, _ = first_official(model, image_densities)
+        official_scores = _numbers_of(maps, official_scores)
         fills = [resampled_fill(*image) for image in zip(maps, official_scores, strict=True)]
     else:
         calibration = required_calibration(model)
@@ -167,7 +184,7 @@ def score_images(
     laid_maps = [lay(fill, shape, config, size, map_path) for fill, shape in zip(fills, sizes, strict=True)]
     scores = torch.stack([fill.score for fill in fills])
     group_ids = torch.cat([image.group_ids for image in image_densities])
-    result = judged(model, scores, group_ids, normalization).cpu()
+    result = judged(model, scores, group_ids, normalization, lambda i: name(i) or "the image").cpu()
     same_size = len({laid_map.shape for laid_map in laid_maps}) == 1
     if len(laid_maps) == 1:
         result.anomaly_map = laid_maps[0][None]  # a map in a file stays there
@@ -175,6 +192,33 @@ def score_images(
         result.anomaly_map = torch.stack(laid_maps) if same_size else laid_maps
     result.sizes = sizes
     return result
+
+
+def _image_name(images: Any, count: int, i: int) -> str:
+    """Return what errors call image `i` of `count`: its file, or its number; empty for one image that is no file."""
+    if isinstance(images, (str, os.PathLike)):
+        path = Path(images)
+        return printable(list_images(path)[i] if path.is_dir() else path)
+    if isinstance(images, Sequence) and len(images) == count and isinstance(images[i], (str, os.PathLike)):
+        return printable(images[i])
+    return f"image {i}" if count > 1 else ""
+
+
+@contextmanager
+def _naming(image_name: Callable[[], str]) -> Iterator[None]:
+    """Put the name of an image, if it has one, before the error that it causes."""
+    try:
+        yield
+    except ValueError as error:
+        if not (name := image_name()):
+            raise
+        kind = ProportionsError if isinstance(error, ProportionsError) else ValueError
+        raise kind(f"{name}: {error}") from error
+
+
+def _numbers_of(maps: Tensor, scores: Tensor) -> Tensor:
+    """Return the scores (B,) of maps (B, h, w), NaN where a map holds what is no number."""
+    return scores.where(maps.isfinite().flatten(1).all(1), math.nan)
 
 
 def first_official(model: Detector, batches: Sequence[Densities]) -> OfficialMaps:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..environment import plain_torch
 from ..features.preprocess import ImageSettings, memory_bytes, seeing
 from ..methods import load
 from ..protocol import Detector, ProportionsError
@@ -47,6 +48,8 @@ class FrameScore:
     _config: ImageSettings = field(repr=False)
 
     @functools.cached_property
+    @plain_torch()
+    @torch.no_grad()
     def anomaly_map(self) -> Tensor:
         """The map (h, w), computed on first access."""
         return laid(self._seen_map, self._frame_size, self._config, self.size)
@@ -81,6 +84,7 @@ class Scorer:
             or the model is not calibrated.
     """
 
+    @plain_torch()
     def __init__(
         self,
         model: Detector | str | os.PathLike[str],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import replacing, state_hash
+from ..files import printable, read_torch_file, replacing, require_tensors, state_hash
 from ..protocol import Detector
 
 FORMAT = "hgad_fast training 3"
@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 BEST = "best.safetensors"  # see `evaluation.evaluate.BestCheckpoint`
 FEATURES = "features"
+REMEDY = "; start anew without resume, or resume from a copy that is whole"
 RUN = "run.json"  # {"data": folder of the images or null}, read by the report
 
 
@@ -73,15 +74,34 @@ def read_checkpoint(
     Raises:
         ValueError: the file is missing, damaged, from another run, or does not fit the model or its optimizer.
     """
+    name = printable(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}")
+        raise ValueError(f"there is no checkpoint {name}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"{damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a truncated or foreign file can raise many kinds
-        raise ValueError(f"{path} cannot be read as a training checkpoint: {error}") from error
+        raise ValueError(f"{name} cannot be read as a training checkpoint ({error}){REMEDY}") from error
+    try:
+        state = read_torch_file(path, "training checkpoint")
+    except ValueError as error:
+        raise ValueError(f"{error}{REMEDY}") from error
+    try:
+        return _checked(name, state, model, optimizer, identity, stages_in)
+    except (LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:  # something else in it
+        raise ValueError(f"{name} is no whole training checkpoint ({error!r}){REMEDY}") from error
+
+
+def _checked(
+    path: str,
+    state: Any,
+    model: Detector,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, str],
+    stages_in: Callable[[int], set[int]],
+) -> dict[str, Any]:
+    """Return the state in a checkpoint in the current format, checked as `read_checkpoint` says."""
     if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
         raise ValueError(f"{path} is no training checkpoint of this version of hgad_fast")
     saved_identity = state["identity"]
@@ -104,6 +124,13 @@ def read_checkpoint(
             "precision (cache_dtype); start anew, or give it the same"
         )
     state = _in_current_format(path, model, state)
+    meta_epoch, records = state["meta_epoch"], json.loads(state["history"])
+    if not isinstance(meta_epoch, int) or not 0 <= meta_epoch <= model.config.meta_epochs:
+        raise ValueError(f"{path} says that {meta_epoch!r} of {model.config.meta_epochs} meta-epochs are done{REMEDY}")
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path} holds no history of a training{REMEDY}")
+    torch.Generator().set_state(state["random_state"])  # an error here, and not when half is restored
+    require_tensors(path, state["model"])
     expected_shapes, saved_shapes = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for tensors in (trained_tensors(model), state["model"])
@@ -115,7 +142,7 @@ def read_checkpoint(
     return state
 
 
-def _in_current_format(path: Path, model: Detector, state: dict[str, Any]) -> dict[str, Any]:
+def _in_current_format(path: str, model: Detector, state: dict[str, Any]) -> dict[str, Any]:
     """Return the state, converted if an older version wrote it."""
     try:
         converted = state if state.get("format") == FORMAT else model.convert_checkpoint(state)
@@ -130,14 +157,17 @@ def _in_current_format(path: Path, model: Detector, state: dict[str, Any]) -> di
 
 
 def _check_optimizer(
-    path: Path, model: Detector, optimizer: torch.optim.Optimizer, state: dict[str, Any], stages: set[int]
+    path: str, model: Detector, optimizer: torch.optim.Optimizer, state: dict[str, Any], stages: set[int]
 ) -> None:
     """Raise a ValueError unless the state holds the moments of exactly the parameters that Adam has stepped.
 
     Adam has stepped those of the stages trained so far. torch would silently start missing moments anew.
     """
     saved, own = state["optimizer"], optimizer.state_dict()
-    if [group.get("params") for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+    groups = saved["param_groups"]
+    if not isinstance(groups, list) or [group["params"] for group in groups] != [
+        group["params"] for group in own["param_groups"]
+    ]:
         raise ValueError(f"{path} does not fit this optimizer: it has other parameters")
     names = {parameter: name for name, parameter in model.named_parameters()}
     stepped = {parameter for stage in stages for parameter in model.objective(stage).parameters()}

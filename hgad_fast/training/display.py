@@ -1,27 +1,33 @@
-"""Progress of a training run on the terminal."""
+"""Progress of a training run: bars on the terminal, or lines in a log."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 
+from ..terminal import Count, heartbeat, printable, say
+
 
 class Display:
-    """Progress bars and messages on stderr.
+    """Progress and messages on stderr.
 
     Args:
-        enabled: show bars; None: if stderr is a terminal.
+        enabled: show how far the training is; None: bars if stderr is a terminal, else a line every few seconds.
     """
 
     def __init__(self, enabled: bool | None) -> None:
-        self.enabled = sys.stderr.isatty() if enabled is None else enabled
+        self.enabled = enabled is not False
+        self.bars = enabled is True or (enabled is None and sys.stderr.isatty())
         self.bar: Any = None
+        self.count = Count("starting")
+        self._open = ExitStack()
 
     def __enter__(self) -> Display:
-        if self.enabled:
+        if self.bars:
             from rich.console import Console, Group
             from rich.live import Live
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -35,18 +41,20 @@ class Display:
                 TextColumn("{task.fields[detail]}"),
             )
             self.losses = Text()  # on a line of its own: terminals may have no more than 80 columns
-            self.live = Live(Group(self.bar, self.losses), console=Console(stderr=True))
-            self.live.start()
+            self.live = self._open.enter_context(Live(Group(self.bar, self.losses), console=Console(stderr=True)))
+        elif self.enabled:
+            self._open.enter_context(heartbeat(lambda: self.count.line()))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.live.stop()
+        self._open.close()
 
     def track(self, items: Sequence[Any], title: str) -> Iterable[Any]:
-        """Return the items, with a bar that advances while they are iterated over."""
-        if self.bar is None:
+        """Return the items, and show how far the loop over them is while they are iterated over."""
+        if not self.enabled:
             return items
+        if self.bar is None:
+            return self._counted(items, title)
         return self._tracked(items, self.bar.add_task(title, total=len(items), detail=""))
 
     def _tracked(self, items: Sequence[Any], task: Any) -> Iterator[Any]:
@@ -54,28 +62,38 @@ class Display:
             yield item
             self.bar.advance(task)
 
+    def _counted(self, items: Sequence[Any], title: str) -> Iterator[Any]:
+        self.count = Count(title, len(items))
+        for item in items:
+            yield item
+            self.count.done += 1
+
     def report_bad(self, error: Exception) -> None:
-        """Print that a file was skipped, even where no bars are shown."""
-        print(f"skipped {error}", file=sys.stderr)
+        """Say that a file was skipped, even where no progress is shown."""
+        say(f"skipped {error}")
 
     def say(self, text: str) -> None:
-        """Print a line above the bars; nothing where none are shown."""
+        """Say above the bars what is done now; in a log the next line says so, if it takes that long."""
+        self.count = Count(text)
         if self.bar is not None:
-            self.live.console.print(text)
+            self.live.console.print(printable(text), markup=False)
 
     def tell(self, text: str) -> None:
         """Print a line, above the bars if they are shown."""
         if self.bar is None:
-            print(text, file=sys.stderr)
-        self.say(text)
+            say(text)
+        else:
+            self.say(text)
 
     def start(self, steps: int, done: int) -> None:
-        """Show the bar of the training's steps, of which `done` were made by an earlier run."""
+        """Show how many of the training's steps are made; `done` were made by an earlier run."""
+        self.count = Count("training, steps", steps, done)
         if self.bar is not None:
             self.training = self.bar.add_task("training", total=steps, completed=done, detail="")
 
     def advance(self, steps: int, losses: dict[str, Tensor], rate: float, speed: float, meta_epoch: int) -> None:
-        """Advance the training's bar, and show the last step's loss terms and learning rate, and images per second."""
+        """Advance by steps, and show the last step's loss terms and learning rate, and images per second."""
+        self.count.done += steps
         if self.bar is None:
             return
         self.losses.plain = "  ".join(f"{name} {float(value):.3f}" for name, value in losses.items())

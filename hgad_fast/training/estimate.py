@@ -31,6 +31,7 @@ from ..features.preprocess import preprocess, seen_features, seen_shape
 from ..files import byte_count, readable
 from ..protocol import Detector, Progress
 from ..scoring.calibration import calibration_of, held_out_densities, largest_densities, split
+from ..terminal import duration
 from .checkpoint import trained_tensors
 from .drawing import pixel_count
 from .processes import Processes
@@ -236,8 +237,13 @@ class _Measurement:
     def _features(self) -> tuple[float, float, list[_Probe]]:
         """Return the seconds of reading an image and of its features, and the features of images of growing size."""
         path = self.sample[len(self.sample) // 2]
-        image = read_image(path)
-        reading = self._timed(lambda: (content_hash(path), preprocess(read_image(path), self.config)), warm=True)
+        image = read_image(path, self.config.white_level)
+
+        def read() -> None:
+            content_hash(path)
+            preprocess(read_image(path, self.config.white_level), self.config)
+
+        reading = self._timed(read, warm=True)
         seen = preprocess(image, self.config)
         probes: list[_Probe] = []
         rungs = []
@@ -439,19 +445,6 @@ def extrapolated(points: Sequence[tuple[float, float]], size: float) -> float:
     first_size, first_seconds = points[-2]
     slope = (last_seconds - first_seconds) / (last_size - first_size) if last_size > first_size else proportional
     return last_seconds + max(slope, proportional / 2) * (size - last_size)
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it: ``under 1 s``, ``40 s``, ``12 min``, ``3.5 h``, ``6 days``."""
-    if seconds < 0.95:
-        return "under 1 s"
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    if seconds < 59.5 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 47.5 * 3600:
-        return f"{float(f'{seconds / 3600:.2g}'):g} h"
-    return f"{seconds / 86400:.0f} days"
 
 
 def process_bytes() -> int:

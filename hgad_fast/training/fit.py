@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.datasets import Dataset
+from ..environment import plain_torch, require_float32
 from ..features.extract import FeatureSet, feature_set
 from ..files import replacing
 from ..protocol import Detector, Progress
-from ..scoring.calibration import calibrate_on, check_false_alarm_rate, split
+from ..scoring.calibration import calibration_from, check_false_alarm_rate, split, warn_of_shortcomings
 from .checkpoint import (
     CHECKPOINT,
     FEATURES,
@@ -50,7 +51,7 @@ class History:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-@torch.inference_mode(False)
+@plain_torch()
 @torch.enable_grad()
 def fit(
     model: Detector,
@@ -74,7 +75,7 @@ def fit(
     A method that has a closed form (`Detector.closed_form`) takes no steps: there is no checkpoint to resume from, and
     the history is empty.
 
-    Gradients are computed whatever the caller's mode is (`torch.no_grad`, `torch.inference_mode`).
+    It computes as in a fresh process, whatever the caller's state of torch is (`environment.plain_torch`).
 
     Batches of `batch_size` (or of all images, where there are fewer) depend on the configuration's seed alone: the
     global random state is neither used nor changed.
@@ -107,7 +108,7 @@ def fit(
         callbacks: called with each record of the history.
         false_alarm_rate: target false-alarm rate, the share of normal images that the thresholds may call anomalous.
         skip_bad: leave out images that cannot be decoded, and report them, instead of stopping.
-        progress: show a progress bar; None: if stderr is a terminal.
+        progress: show a bar on stderr; None: if that is a terminal, and else say every 10 s how far the training is.
         cuda_graphs: record steps as CUDA graphs, which saves a launch for each kernel; for one process, and images of
             few sizes: four shapes of a batch in each stage. The gain has not been measured.
 
@@ -122,6 +123,7 @@ def fit(
         LostProcessError: another of the processes that train together ended, or does not answer.
     """
     check_false_alarm_rate(false_alarm_rate)
+    require_float32(cast(nn.Module, model))
     if model.config.accumulate > 1 and not model.pointwise:
         raise ValueError(
             f"accumulate is {model.config.accumulate}: the method {model.config.method!r} looks at a batch as a whole, "
@@ -166,7 +168,7 @@ def fit(
             history = run.history
         if processes.is_first:
             display.say("calibrating")
-            calibrate_on(model, held_out, false_alarm_rate, stand_in=training)
+            model.calibration = calibration_from(model, held_out, false_alarm_rate, stand_in=training)
         model.calibration = processes.from_first(model.calibration)
         if folder is not None:
             with writing(folder / RUN), replacing(folder / RUN) as file:
@@ -175,6 +177,8 @@ def fit(
                 file.write_text(json.dumps({"data": os.path.abspath(root) if is_path else None}) + "\n")
             with writing(folder / MODEL):
                 model.save(folder / MODEL)
+        if processes.is_first:
+            warn_of_shortcomings(model)  # at the end: the model is kept where warnings are errors
     return history
 
 

@@ -20,9 +20,10 @@ from hgad_fast.data.datasets import (
     content_hash,
     discover,
     fingerprint,
+    notes_on,
     union,
 )
-from hgad_fast.data.images import list_images, read_mask
+from hgad_fast.data.masks import read_mask
 from hgad_fast.data.survey import survey
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -392,7 +393,7 @@ def test_csv_that_cannot_be_used(tmp_path: Path, text: str | bytes, message: str
     [
         ([], "", r"no class folders; put the normal images into .*<class>"),
         (["1.png"], "", r"no class folders"),
-        (["nut/train/good/1.raw"], "nut/train/good", "no training images; put normal ones here .*png"),
+        (["nut/train/good/1.raw"], "nut/train/good", "no training images; put normal ones here .*png.*over: 1 .raw"),
         (["nut/train/1.png"], "nut/train/good", "no training images"),
         (["test/hole/1.png", "ground_truth/hole/1.png"], "train/good", "no training images"),
         (["bolt/1.png", "nut/1.raw"], "nut", "no training images"),
@@ -426,16 +427,77 @@ def test_what_is_missing_is_named(tmp_path: Path, files: list[str], place: str, 
 
 
 def test_root_that_is_no_folder(tmp_path: Path) -> None:
-    for root in (tmp_path / "absent", write(tmp_path / "data.zip")):
-        with pytest.raises(DatasetError, match="no such folder; give the folder that holds"):
+    for root, kind in (
+        (tmp_path / "absent", "no such folder"),
+        (write(tmp_path / "data.zip"), "a file, and no dataset"),
+        (write(tmp_path / "a.PNG"), "an image, and no dataset"),
+        (tmp_path / "list.csv", "no such CSV file"),
+    ):
+        with pytest.raises(DatasetError, match=f": {kind}; give the folder that holds .*, or a CSV file") as error:
             discover(root)
+        assert str(error.value).startswith(str(root))
 
 
-def test_images_below_linked_folders_are_listed(tmp_path: Path) -> None:
-    write(tmp_path / "store" / "1.png")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "lot").symlink_to(tmp_path / "store", target_is_directory=True)
-    assert list_images(tmp_path / "set") == [tmp_path / "set" / "lot" / "1.png"]
+@pytest.mark.parametrize("name", ["OK", "ok", "Good", "normal", "Normals"])
+def test_the_folder_of_normal_images_may_have_other_names(tmp_path: Path, name: str) -> None:
+    build(tmp_path, "MVTec AD")
+    expected = discover(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / "bolt" / split / "good").rename(tmp_path / "bolt" / split / name)
+    actual = discover(tmp_path)
+    assert [len(split) for split in (actual.train, actual.test)] == [len(expected.train), len(expected.test)]
+    assert sorted(sample.defect for sample in actual.test) == ["bent", "good", "hole"]
+    assert actual.train[0] == Sample(tmp_path / "bolt/train" / name / "0.png", 0)
+
+
+def test_two_folders_of_normal_images_are_one_too_many(tmp_path: Path) -> None:
+    write(tmp_path / "bolt/train/OK/1.png")
+    write(tmp_path / "bolt/train/normal/1.png")
+    with pytest.raises(DatasetError, match=r"bolt/train: OK and normal; put all normal images into good"):
+        discover(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bolt/train/1.png", "bolt/train/fine/1.png"])
+def test_images_elsewhere_in_train_are_mentioned(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name)
+    with pytest.raises(DatasetError, match="no training images; put normal ones here") as error:
+        discover(tmp_path)
+    assert str(error.value).endswith(f"1 images lie in {path.parent}: move those that are normal")
+    write(tmp_path / "bolt/train/good/1.png")
+    dataset = discover(tmp_path)
+    assert dataset.unused == (path,)
+    assert [note.startswith(f"not used: 1 images in {path.parent}, beside") for note in notes_on(dataset)] == [True]
+
+
+def test_masks_of_normal_images_and_files_that_are_none_are_kept_in_mind(tmp_path: Path) -> None:
+    build(tmp_path / "a", "MVTec AD")
+    mask = write(tmp_path / "a/bolt/ground_truth/good/0_mask.png")
+    write(tmp_path / "a/bolt/train/good/2.heic")
+    dataset = discover(tmp_path / "a")
+    assert dataset.normal_masks == (mask,) and dataset.passed_over == {".heic": 1}
+    listed = write(tmp_path / "list.csv", "path,class,split,label,mask\nm.png,c,train,good,\nm.png,c,test,ok,m.png\n")
+    write(tmp_path / "m.png")
+    assert discover(listed).normal_masks == (tmp_path / "m.png",)
+    both = discover([tmp_path / "a", listed])
+    assert both.normal_masks == (mask, tmp_path / "m.png") and both.passed_over == {".heic": 1}
+
+
+def test_a_csv_may_have_the_backslashes_of_windows(tmp_path: Path) -> None:
+    image = write(tmp_path / "lot 1/a.png")
+    mask = write(tmp_path / "masks/a.png")
+    rows = "path,class,split,label,mask\nlot 1\\a.png,c,train,good,\nlot 1\\a.png,c,test,hole,masks\\a.png\n"
+    actual = discover(write(tmp_path / "list.csv", rows))
+    assert actual.train == (Sample(image, 0),) and actual.test == (Sample(image, 0, "hole", mask),)
+    with pytest.raises(
+        DatasetError, match=r"b.png \(backslashes are a part of names here; neither is there a file with /"
+    ):
+        discover(write(tmp_path / "list.csv", "path,class,split,label\nlot\\b.png,c,train,good\n"))
+
+
+def test_names_that_no_terminal_shows_are_escaped_in_errors(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as error:
+        discover(tmp_path / "n\udcf6\nne")
+    assert str(error.value).startswith(f"{tmp_path}/n\\xf6\\nne: no such folder")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import random
 import struct
 import weakref
 import zlib
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision import transforms
 
@@ -23,12 +25,13 @@ from hgad_fast.data.images import (
     from_pil,
     read_header,
     read_image,
-    read_mask,
     resize_image,
     resize_mask,
     whole_image,
     whole_image_size,
 )
+from hgad_fast.data.listing import list_images
+from hgad_fast.data.masks import read_mask
 
 GREY8 = np.array([[0, 1, 127], [128, 254, 255]], np.uint8)
 GREY16 = np.array([[0, 1, 255], [256, 40000, 65535]], np.uint16)
@@ -110,33 +113,117 @@ def test_grey_of_12_bits_in_a_pgm_is_scaled_by_its_own_maximum(tmp_path: Path) -
     np.testing.assert_allclose(image[0].numpy(), levels / 4095.0, atol=1 / 65535)
 
 
-def test_16_bit_colour_keeps_the_upper_byte_and_the_first_file_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    monkeypatch.setattr(images, "_warned_of_16_bits", False)
-    pixels = np.array([[[0, 255, 256], [511, 40000, 65535]]], ">u2")
-    path = write(tmp_path / "a.png", png(2, 1, 16, 2, b"\0" + pixels.tobytes()))
-    read_image(draw(tmp_path / "grey.png", GREY16))
-    read_image(draw(tmp_path / "8.png", COLOUR))
+UPRIGHT = {  # what a viewer shows for each EXIF orientation of the stored pixels
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}
+
+COLOUR16 = np.array([[[0, 255, 256], [511, 40000, 65535]], [[9, 4095, 3], [1, 2, 60000]]], np.uint16)
+
+
+def tiff(samples: np.ndarray, byte_order: str, *, planar: int = 1, orientation: int = 1) -> bytes:
+    """An uncompressed TIFF of 16-bit samples (H, W, 3 or 4) by its specification."""
+    height, width, channels = samples.shape
+    stored = samples if planar == 1 else samples.transpose(2, 0, 1)
+    data = stored.astype(f"{byte_order}u2").tobytes()
+    strips = 1 if planar == 1 else channels
+    values = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * channels), (259, 3, [1]), (262, 3, [2])]
+    values += [(273, 4, [8 + i * len(data) // strips for i in range(strips)]), (274, 3, [orientation])]
+    values += [(277, 3, [channels]), (278, 4, [height]), (279, 4, [len(data) // strips] * strips), (284, 3, [planar])]
+    values += [(338, 3, [2])] if channels == 4 else []
+    content, entries = bytearray(8 + len(data)), b""
+    content[8:] = data
+    for tag, kind, numbers in values:
+        packed = struct.pack(f"{byte_order}{len(numbers)}{'_..HI'[kind]}", *numbers)
+        field = packed.ljust(4, b"\0")
+        if len(packed) > 4:
+            field = struct.pack(f"{byte_order}I", len(content))
+            content += packed
+        entries += struct.pack(f"{byte_order}HHI", tag, kind, len(numbers)) + field
+    magic = b"II*\0" if byte_order == "<" else b"MM\0*"
+    content[:8] = magic + struct.pack(f"{byte_order}I", len(content))
+    return bytes(content + struct.pack(f"{byte_order}H", len(values)) + entries + bytes(4))
+
+
+def in_rows(samples: np.ndarray) -> bytes:
+    """The rows of a PNG, relative to the pixel before (filter 1): the decoder must know the bytes of a pixel."""
+    rows = samples.astype(">u2").reshape(len(samples), -1).view(np.uint8)
+    pixel = 2 * samples.shape[2]
+    return b"".join(b"\1" + (row - np.r_[np.zeros(pixel, np.uint8), row[:-pixel]]).tobytes() for row in rows)
+
+
+def with_alpha(samples: np.ndarray) -> np.ndarray:
+    return np.concatenate([samples, np.full_like(samples[..., :1], 777)], -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", png(2, 2, 16, 2, in_rows(COLOUR16))),
+        ("a.png", png(2, 2, 16, 6, in_rows(with_alpha(COLOUR16)))),
+        ("a.tif", tiff(COLOUR16, "<")),
+        ("a.tif", tiff(COLOUR16, ">")),
+        ("a.tif", tiff(with_alpha(COLOUR16), "<")),
+    ],
+    ids=["png", "png, alpha", "tiff", "tiff, big-endian", "tiff, alpha"],
+)
+@pytest.mark.filterwarnings("error")
+def test_colour_of_16_bits_is_kept(tmp_path: Path, name: str, content: bytes) -> None:
+    path = write(tmp_path / name, content)
+    expected = torch.from_numpy(COLOUR16.astype(np.float32)).permute(2, 0, 1) / 65535
+    assert read_image(path).equal(expected) and read_image(path).is_contiguous()
+    assert read_header(path)[2] in ("RGB;16", "RGBA;16")
+    with pytest.raises(ImageError, match="reach 65535, and white_level is 4095"):
+        read_image(path, 4095)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_colour_of_16_bits_is_turned_upright(tmp_path: Path, orientation: int) -> None:
+    path = write(tmp_path / "a.tif", tiff(COLOUR16[:1], "<", orientation=orientation))
+    expected = UPRIGHT[orientation](COLOUR16[:1]).astype(np.float32) / np.float32(65535)
+    np.testing.assert_array_equal(read_image(path).permute(1, 2, 0).numpy(), expected)
+
+
+def test_grey_of_16_bits_beside_alpha(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.png", png(3, 2, 16, 4, in_rows(with_alpha(GREY16[..., None]))))
+    assert_grey(read_image(path), GREY16.astype(np.float32) / np.float32(65535))
+
+
+def test_colour_of_16_bits_in_planes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="separate planes; store the colours of a pixel side by side"):
+        read_image(write(tmp_path / "a.tif", tiff(COLOUR16, "<", planar=2)))
+
+
+def test_white_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    monkeypatch.setattr(images, "said", set())
+    levels = np.array([[0, 16, 2000], [4094, 4095, 7]], np.uint16)
+    path = draw(tmp_path / "a.png", levels)
+    assert_grey(read_image(path, 4095), levels.astype(np.float32) / np.float32(4095))
+    assert_grey(read_image(draw(tmp_path / "8.png"), 4095), GREY8.astype(np.float32) / np.float32(255))
     assert not recwarn
-    assert_colour(read_image(path), pixels >> 8)
-    read_image(path)
-    assert [str(w.message) for w in recwarn] == [str(recwarn[0].message)]
-    assert str(recwarn[0].message).startswith(f"{path} has 16 bits a colour, of which Pillow reads the upper 8")
+    for _ in range(2):
+        assert_grey(read_image(path), levels.astype(np.float32) / np.float32(65535))
+    (warning,) = recwarn  # of all images one
+    assert "values reach 4095" in str(warning.message) and "--set white_level=4095" in str(warning.message)
+    with pytest.raises(
+        ImageError, match="values reach 4095, and white_level is 1023: .*--set white_level=4095"
+    ) as error:
+        read_image(path, 1023)
+    assert error.value.path == path
 
 
-def test_16_bit_colour_in_a_tiff_is_named_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    monkeypatch.setattr(images, "_warned_of_16_bits", False)
-    pixels = np.array([[[0, 255, 256], [511, 40000, 65535]]], "<u2")
-    values = {256: (3, 1, 2), 257: (3, 1, 1), 258: (3, 3, 158), 259: (3, 1, 1), 262: (3, 1, 2), 273: (4, 1, 164)}
-    values |= {277: (3, 1, 3), 278: (3, 1, 1), 279: (4, 1, 12), 339: (3, 1, 1)}
-    entries = b"".join(struct.pack("<HHII", tag, *value) for tag, value in values.items())
-    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4)
-    content = head.ljust(158, b"\0") + struct.pack("<3H", 16, 16, 16) + pixels.tobytes()
-    assert_colour(read_image(write(tmp_path / "a.tif", content)), pixels >> 8)
-    assert len(recwarn) == 1 and str(recwarn[0].message).startswith(f"{tmp_path / 'a.tif'} has 16 bits a colour")
+@pytest.mark.parametrize(
+    ("peak", "level"),
+    [(200, 255), (1000, 1023), (1024, 4095), (4095, 4095), (16000, 16383), (16384, 65535), (65535, 65535)],
+)
+def test_white_level_that_a_value_suggests(peak: int, level: int) -> None:
+    assert images.suggested_white_level(peak) == level
 
 
 def test_floats_in_the_unit_interval_are_kept(tmp_path: Path) -> None:
@@ -173,18 +260,6 @@ def test_cmyk(tmp_path: Path, name: str) -> None:
     Image.new("CMYK", (16, 16), (255, 51, 0, 0)).save(tmp_path / name)
     image = read_image(tmp_path / name)
     np.testing.assert_allclose(image[:, 5, 5].numpy() * 255, [0, 204, 255], atol=3)
-
-
-UPRIGHT = {  # what a viewer shows for each EXIF orientation of the stored pixels
-    1: lambda a: a,
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: a[::-1].swapaxes(0, 1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: a[:, ::-1].swapaxes(0, 1),
-}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -270,11 +345,11 @@ def test_truncated_file(tmp_path: Path, name: str, options: dict, kept: float) -
         (b"", "the file is empty"),
         (b"not an image at all", "no image, or a truncated or damaged one; read are PNG, JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "no image"),
-        (b"GIF89a\1\0\1\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;", "no image"),
+        (b"\xd7\xcd\xc6\x9a" + bytes(40), "no image"),
         (png(0, 0, 8, 0, b""), "no image"),
         (png(60000, 60000, 8, 0, b"\0"), "60000 x 60000 pixels, more than .*MAX_IMAGE_PIXELS = 536870912"),
     ],
-    ids=["empty", "text", "postscript", "gif", "zero size", "bomb"],
+    ids=["empty", "text", "postscript", "metafile", "zero size", "bomb"],
 )
 def test_file_that_is_no_image(tmp_path: Path, content: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason) as error:
@@ -325,30 +400,161 @@ def test_image_error_survives_another_process() -> None:
     assert (error.path, error.reason, str(error)) == (Path("a.png"), "it is broken", "a.png: it is broken")
 
 
-# masks
+# what cameras leave out, and what damage makes of files
 
 
-@pytest.mark.parametrize("on", [1, 3, 255])
-def test_mask_is_true_above_zero(tmp_path: Path, on: int) -> None:
-    expected = np.array([[False, True, False], [True, True, False]])
-    mask = read_mask(draw(tmp_path / "a_mask.png", expected.astype(np.uint8) * np.uint8(on)))
-    assert mask.dtype == torch.bool
-    np.testing.assert_array_equal(mask.numpy(), expected)
+def jpeg(pixels: np.ndarray, **options) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "JPEG", **options)
+    return content.getvalue()
 
 
-def test_mask_of_one_colour_of_16_bits_and_of_one_bit(tmp_path: Path) -> None:
-    expected = np.array([[False, True, False], [True, True, False]])
-    blue = np.zeros((2, 3, 3), np.uint8)
-    blue[expected, 2] = 200
-    for name, pixels in (("c.png", blue), ("d.png", expected.astype(np.uint16)), ("e.png", expected)):
-        np.testing.assert_array_equal(read_mask(draw(tmp_path / name, pixels)).numpy(), expected)
+@pytest.mark.parametrize(
+    "pixels", [NOISE, NOISE[..., 0], np.full((64, 80, 3), 90, np.uint8)], ids=["rgb", "grey", "flat"]
+)
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 100, "subsampling": 0}])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(tmp_path: Path, pixels: np.ndarray, options: dict) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = jpeg(pixels, exif=exif, **options)
+    expected = read_image(write(tmp_path / "a.jpg", whole))
+    for missing in (1, 2):
+        assert read_image(write(tmp_path / "b.jpg", whole[:-missing])).equal(expected)
 
 
-def test_mask_in_a_jpeg_does_not_ring(tmp_path: Path) -> None:
-    disc = np.hypot(*np.mgrid[-20:20, -30:30]) < 14.5
-    path = draw(tmp_path / "a.jpg", disc.astype(np.uint8) * np.uint8(255), quality=90)
-    assert (np.asarray(Image.open(path)) > 0).sum() > disc.sum()  # there is something to suppress
-    np.testing.assert_array_equal(read_mask(path).numpy(), disc)
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"quality": 100, "subsampling": 0}])
+def test_a_jpeg_that_lacks_pixels_is_refused(tmp_path: Path, options: dict) -> None:
+    flat_below = NOISE.copy()
+    flat_below[8:] = 90  # what a decoder makes of missing blocks: they go on as the last one
+    for pixels in (NOISE, flat_below):
+        whole = jpeg(pixels, **options)
+        start = whole.index(b"\xff\xda") + 14
+        for end in np.linspace(start, len(whole) - 4, 12).astype(int):
+            with pytest.raises(ImageError, match="truncated"):
+                read_image(write(tmp_path / "a.jpg", whole[:end]))
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_blocks": 2}])
+def test_a_jpeg_whose_missing_parts_would_not_show_is_refused(tmp_path: Path, options: dict) -> None:
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(write(tmp_path / "a.jpg", jpeg(NOISE, **options)[:-2]))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "exact"),
+    [
+        *((suffix, "JPEG", False) for suffix in (".jpe", ".jfif", ".JIF", ".mpo")),
+        *((suffix, "JPEG2000", True) for suffix in (".jp2", ".j2k", ".JPX")),
+        *((suffix, "PPM", True) for suffix in (".pnm", ".ppm")),
+        *((".gif", "GIF", True), (".dib", "DIB", True), (".tga", "TGA", True), (".apng", "PNG", True)),
+        (".avif", "AVIF", False),
+    ],
+)
+def test_endings_that_are_read(tmp_path: Path, suffix: str, kind: str, exact: bool) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        return  # this Pillow lacks the codec
+    pixels = NOISE[:8, :8] if exact else np.full((16, 16, 3), (200, 30, 90), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}", format=kind)
+    (path,) = list_images(tmp_path)
+    np.testing.assert_allclose(read_image(path) * 255, pixels.transpose(2, 0, 1), atol=0.001 if exact else 3)
+
+
+SOUND = {
+    "png": [png(60, 40, 8, 2, b"".join(b"\0" + row.tobytes() for row in NOISE)), png(2, 2, 16, 2, in_rows(COLOUR16))],
+    "jpg": [jpeg(NOISE), jpeg(NOISE)[:-2], jpeg(NOISE, progressive=True)],
+    "tif": [tiff(NOISE.astype(np.uint16), "<"), tiff(NOISE.astype(np.uint16), ">")],
+    "bmp": [],
+}
+
+
+def mutated(content: bytes, draw_from: random.Random) -> bytes:
+    """A file with a fault: flipped bits, an end that is missing, bytes put in, or a header that claims too much."""
+    changed, fault = bytearray(content), draw_from.randrange(4)
+    if fault == 0:
+        for _ in range(draw_from.randrange(1, 9)):
+            changed[draw_from.randrange(len(changed))] ^= 1 << draw_from.randrange(8)
+    elif fault == 1:
+        del changed[draw_from.randrange(len(changed)) :]
+    elif fault == 2:
+        at = draw_from.randrange(len(changed))
+        changed[at:at] = draw_from.randbytes(draw_from.randrange(1, 200))
+    else:
+        at = draw_from.randrange(40)
+        number = draw_from.choice([0, 22000, 30000, 2**16, 2**31 - 1, 2**32 - 1])
+        changed[at : at + 4] = number.to_bytes(4, draw_from.choice(["little", "big"]))
+        if content.startswith(b"\x89PNG"):
+            changed[29:33] = struct.pack(">I", zlib.crc32(changed[12:29]))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("suffix", SOUND)
+@pytest.mark.filterwarnings("ignore")
+def test_of_damaged_files_each_is_an_image_or_an_error_that_names_it(tmp_path: Path, suffix: str) -> None:
+    contents = list(SOUND[suffix])
+    for options in {"bmp": [{}], "tif": [{}, {"compression": "tiff_lzw"}, {"compression": "jpeg"}]}.get(suffix, []):
+        contents.append(draw(tmp_path / f"sound.{suffix}", NOISE, **options).read_bytes())
+    draw_from, outcomes = random.Random(suffix), set()
+    for i in range(75):
+        path = write(tmp_path / f"{i}.{suffix}", mutated(contents[i % len(contents)], draw_from))
+        for read in (read_header, read_image, read_mask):
+            try:
+                read(path)
+                outcomes.add("an image")
+            except ImageError as error:
+                assert error.path == path and str(error).startswith(f"{path}: ") and error.reason
+                outcomes.add("an error")
+    assert outcomes == {"an image", "an error"}
+
+
+def claiming(content: bytes, side: int) -> bytes:
+    """The PNG, JPEG or BMP with a header of side x side pixels."""
+    changed = bytearray(content)
+    if content.startswith(b"\x89PNG"):
+        changed[16:24] = struct.pack(">II", side, side)
+        changed[29:33] = struct.pack(">I", zlib.crc32(changed[12:29]))
+    elif content.startswith(b"BM"):
+        changed[18:26] = struct.pack("<II", side, side)
+    else:
+        at = content.index(b"\xff\xc0") + 5
+        changed[at : at + 4] = struct.pack(">HH", side, side)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp"])
+def test_a_header_that_claims_more_pixels_than_the_file_can_hold_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Nothing is decoded then, for which Pillow would take the memory of all pixels."""
+    path = write(tmp_path / name, claiming(draw(tmp_path / name, NOISE).read_bytes(), 22000))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("was decoded"))
+    with pytest.raises(ImageError, match="bytes cannot hold 22000 x 22000 pixels"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("shape", [(2000, 1500), (2000, 1500, 3)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.png", {}),
+        *(("a.tif", {"compression": f"tiff_{name}"}) for name in ("adobe_deflate", "lzw")),
+        *(("a.jpg", options) for options in ({}, {"optimize": True}, {"progressive": True}, {"subsampling": 2})),
+        *((("a.webp"), {"lossless": lossless}) for lossless in (False, True)),
+        ("a.gif", {}),
+    ],
+)
+def test_a_small_file_may_hold_many_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: dict, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(images, "_SAFE_PIXELS", 1000)
+    path = draw(tmp_path / name, np.full(shape, 255, np.uint8), **options)
+    assert path.stat().st_size < 2000 * 1500 / 30
+    assert read_header(path)[:2] == read_mask(path).shape == shape[:2]
+
+
+def test_names_that_no_terminal_shows_are_escaped_in_errors(tmp_path: Path) -> None:
+    error = ImageError(tmp_path / "a\udcf6\n.png", "it is broken")
+    assert str(error) == f"{tmp_path}/a\\xf6\\n.png: it is broken"
 
 
 # geometry

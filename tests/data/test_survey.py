@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hgad_fast.data.datasets import Dataset, discover
-from hgad_fast.data.survey import Counts, Survey, survey
+from hgad_fast.data.survey import Counts, Survey, mask_warnings, survey
 
 
 def draw(path: Path, pixels: np.ndarray) -> None:
@@ -65,7 +66,7 @@ def broken_mask(root: Path) -> None:
 
 
 def wide_mask(root: Path) -> None:
-    draw(root / "nut/ground_truth/dent/1_mask.png", np.ones((8, 13), np.uint8))
+    draw(root / "nut/ground_truth/dent/1_mask.png", np.eye(8, 13, dtype=np.uint8))
 
 
 def blank_mask(root: Path) -> None:
@@ -96,6 +97,27 @@ def no_image(root: Path) -> None:
     (root / "nut/test/dent/1.png").unlink()
 
 
+def inverted_mask(root: Path) -> None:
+    mask = np.full((8, 12), 255, np.uint8)
+    mask[2:4, 3:5] = 0
+    draw(root / "nut/ground_truth/dent/1_mask.png", mask)
+
+
+def noisy_mask(root: Path) -> None:
+    mask = np.arange(96, dtype=np.uint8).reshape(8, 12) % 3
+    mask[2:4, 3:5] = 255
+    draw(root / "nut/ground_truth/dent/1_mask.png", mask)
+
+
+def mask_of_a_normal_image(root: Path) -> None:
+    draw(root / "nut/ground_truth/good/0_mask.png", np.zeros((8, 12), np.uint8))  # as some are published
+    draw(root / "nut/ground_truth/good/1_mask.png", np.eye(8, 12, dtype=np.uint8))
+
+
+def outside_of_good(root: Path) -> None:
+    draw(root / "nut/train/x.png", np.eye(8, 12, dtype=np.uint8))
+
+
 def few(root: Path) -> None:
     (root / "bolt/train/good/0.png").unlink()
 
@@ -122,6 +144,15 @@ def untested(root: Path) -> None:
         (twice, "same image twice", "nut/train/good/3.png and {root}/nut/train/good/x.png", False),
         (no_mask, "defect without mask", "nut/test/dent/1.png: counts for image metrics only", False),
         (no_image, "mask without image", "nut/ground_truth/dent/1_mask.png", False),
+        (
+            inverted_mask,
+            "mask that covers most of its image",
+            "nut/ground_truth/dent/1_mask.png marks 96% of its image: inverted?",
+            False,
+        ),
+        (noisy_mask, "mask of more than two levels", "1_mask.png: 4 levels; 62 pixels of 1 to 8 of 255", False),
+        (mask_of_a_normal_image, "mask of a normal image", "good/1_mask.png marks 8 pixels and is ignored", False),
+        (outside_of_good, "image that is not used", "nut/train/x.png: it lies beside the normal images", False),
         (few, "few training images", "bolt: 15; calibration would hold half of them out", False),
         (untested, "nothing to evaluate on", "bolt: no normal test images", False),
     ],
@@ -168,3 +199,56 @@ def test_a_leak_between_datasets_is_found(root: Path, tmp_path: Path) -> None:
     assert set(actual.counts) == {"bolt", "set-nut", "other-nut"}
     assert kinds(actual) == ["same image in two places"] * 21
     assert "(set-nut and other-nut)" in actual.findings[0].detail
+
+
+def test_a_camera_of_12_bits_is_recognised(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(50):  # of which 20 are looked at; the brightest pixel is in all
+        image = rng.integers(0, 3000, (8, 12), dtype=np.uint16)
+        image[0, 0] = 4000
+        draw(tmp_path / f"cam/train/good/{i}.png", image)
+    actual = survey(discover(tmp_path))
+    (finding,) = (finding for finding in actual.findings if finding.kind == "white level")
+    assert "16-bit images reach 4000 (in 20 that were looked at), as those of a camera of 12 bits" in finding.detail
+    assert "--set white_level=4095" in finding.detail and not finding.is_error
+
+
+def test_images_of_8_and_16_bits_in_a_mixture_are_reported(root: Path) -> None:
+    draw(root / "bolt/test/good/0.png", np.full((8, 12), 60000, np.uint16))
+    (finding,) = survey(discover(root)).findings
+    assert finding.kind == "mixed depths" and finding.detail.startswith("1 images have 16 bits and 41 fewer")
+
+
+def test_what_was_passed_over_is_said(root: Path) -> None:
+    (root / "nut/train/good/a.heic").write_bytes(b"")
+    (root / "nut/notes.txt").write_bytes(b"")
+    actual = survey(discover(root))
+    assert actual.findings == () and actual.table().splitlines()[-1] == "passed over: 1 .heic, 1 .txt"
+    assert actual.to_dict()["passed_over"] == {".heic": 1, ".txt": 1}
+
+
+def test_names_of_any_bytes_can_be_printed(root: Path) -> None:
+    name = os.fsdecode(b"n\xf6t\n")
+    try:
+        (root / "nut").rename(root / name)
+    except OSError:
+        return  # a file system of UTF-8 names
+    for fault in ("train/good/0.png", "ground_truth/dent/1_mask.png"):
+        (root / name / fault).write_bytes(b"")
+    actual = survey(discover(root))
+    for text in (actual.table(), json.dumps(actual.to_dict(), ensure_ascii=False)):
+        text.encode()
+    assert "n\\xf6t\\n/train/good/0.png: the file is empty" in actual.table()
+    assert not any(line.startswith("/train") for line in actual.table().splitlines())
+
+
+def test_eval_says_the_same_of_masks_in_a_line_for_each_kind(root: Path) -> None:
+    inverted_mask(root)
+    shutil.copy(root / "nut/ground_truth/dent/1_mask.png", root / "nut/ground_truth/dent/2_mask.png")
+    mask_of_a_normal_image(root)
+    lines = mask_warnings(discover(root))
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        f"mask that covers most of its image, 2 of them, the first: {root}/nut/ground_truth/dent/1"
+    )
+    assert lines[1].startswith(f"mask of a normal image, 1 of them, the first: {root}/nut/ground_truth/good/1_mask.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,3 +270,29 @@ def test_what_cannot_be(root, tmp_path):
             ablate.run(root, CONFIG, tmp_path, training_images=count, say=lambda text: None)
     with pytest.raises(ValueError, match="n_intra_centers"):
         HGADModel.variants(CONFIG, centres=[5, 0])
+
+
+def test_an_ablation_is_never_replaced_unasked(tmp_path: Path) -> None:
+    """What it wrote is removed on request, and nothing else."""
+    ablate.check_output(tmp_path / "none", False, False)
+    written = ["hgad/model.safetensors", "hgad/log-density.png", "single-gaussian/checkpoint.pt", "ablation.json"]
+    mine = ["hgad/notes.txt", "other/a.png"]
+    for name in written + mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"holds an ablation \(hgad\): --resume keeps its trainings"):
+        ablate.check_output(tmp_path, False, False)
+    ablate.check_output(tmp_path, True, False)
+    ablate.check_output(tmp_path, False, True)
+    ablate.clear_output(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == mine
+    ablate.check_output(tmp_path, False, False)
+
+
+def test_the_table_has_a_legend() -> None:
+    cells = {"mean": [0.9, 0.8]}
+    figures = {"official": {"likelihood": cells, "product": cells}, "class inferred": {"likelihood": cells}}
+    table = ablate.table({"variants": {"hgad": {"figures": figures}}})
+    assert table.count("\n  official ") == table.count("\n  class inferred ") == table.count("\n  product ") == 1
+    assert "\n  class given " not in table and "\n  standardised " not in table
+    assert "\n  likelihood       the part of the density of that name alone" in table

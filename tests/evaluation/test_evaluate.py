@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sklearn.metrics import auc, roc_auc_score
 
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.data import datasets, images
+from hgad_fast.data.masks import read_mask
 from hgad_fast.evaluation import metrics
 from hgad_fast.evaluation.evaluate import FIGURES, BestCheckpoint, Evaluation, evaluate
 from hgad_fast.features import preprocess
@@ -206,7 +208,7 @@ def test_each_figure_is_that_of_metrics(whole, model, root):
             maps.setdefault(name, []).append(actual.anomaly_map[0])
             mask = torch.zeros(maps[name][-1].shape, dtype=torch.bool)
             if sample.mask:
-                seen = images.whole_image(images.read_mask(sample.mask), model.config.img_size)
+                seen = images.whole_image(read_mask(sample.mask), model.config.img_size)
                 mask = images.resize_mask(seen, tuple(mask.shape))
             masks.setdefault(name, []).append(mask)
     for name in (None, *dataset.class_names):
@@ -374,3 +376,13 @@ def test_a_method_that_knows_classes_may_have_several_procedures(model, root, mo
     assert Evaluation.from_dict(result.to_dict()).table() == result.table()
     once, twice = result.figures["official"]["bolt"], result.figures["official twice"]["bolt"]
     assert once.pixel_aupro_30 == twice.pixel_aupro_30  # doubling changes no order, and thresholds double too
+
+
+def test_masks_that_look_like_a_mistake_are_warned_of(model, root, tmp_path):
+    shutil.copytree(root / "bolt", tmp_path / "bolt")
+    for path in (tmp_path / "bolt/ground_truth/hole").iterdir():
+        write(path, 255 - np.asarray(Image.open(path)))
+    with pytest.warns(
+        UserWarning, match="mask that covers most of its image, 3 of them, the first: .*0_mask.png marks"
+    ):
+        evaluate(model, tmp_path, details=False)

@@ -6,6 +6,7 @@ import copy
 import signal
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def test_a_warm_cache_decodes_nothing(model, woods, on_disk, computed, monkeypat
     feature_set(model, woods, **on_disk)
     assert len(computed) == 4
     fresh = feature_set(model, woods)
-    monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    monkeypatch.setattr(extract, "read_image", lambda path, white_level: pytest.fail(f"{path} was decoded"))
     assert_same_bits(feature_set(model, woods, **on_disk), fresh)
 
 
@@ -296,8 +297,8 @@ def test_a_damaged_image_beyond_the_limit_is_found_too(model, woods, monkeypatch
 def test_an_image_that_changes_under_our_hands_is_not_cached(model, woods, on_disk, monkeypatch):
     read = images.read_image
 
-    def read_old(path):
-        image = read(path)
+    def read_old(path, white_level):
+        image = read(path, white_level)
         if path.name == "1.png":
             Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(path)
         return image
@@ -358,7 +359,7 @@ def test_processes_share_the_work_and_one_that_is_killed_harms_none(model, tmp_p
             process.kill()
     assert log.read_text().split().count("other") == 10  # all but the victim's first shard
     expected = feature_set(model, tmp_path / "woods")
-    monkeypatch.setattr(extract, "read_image", lambda path: pytest.fail(f"{path} was decoded"))
+    monkeypatch.setattr(extract, "read_image", lambda path, white_level: pytest.fail(f"{path} was decoded"))
     assert_same_bits(feature_set(model, tmp_path / "woods", cache="disk", cache_dir=kept), expected)
 
 
@@ -473,3 +474,52 @@ def test_an_encoder_of_the_users_own_trains_and_is_put_back_after_loading(woods,
     loaded.encoder = OwnEncoder()
     file = woods / "ash" / "0.png"
     assert torch.equal(loaded.score(file).anomaly_map, model.score(file).anomaly_map)
+
+
+# the white level of 16-bit images
+
+
+@pytest.fixture
+def cameras(tmp_path) -> Path:
+    """Images of 12 bits in 16-bit words."""
+    generator = np.random.default_rng(0)
+    for i in range(2):
+        (tmp_path / "ash").mkdir(exist_ok=True)
+        Image.fromarray(generator.integers(0, 4096, (32, 48), dtype=np.uint16)).save(tmp_path / f"ash/{i}.png")
+    return tmp_path
+
+
+def seeing_white_at(model: HGADModel, level: int) -> HGADModel:
+    other = copy.copy(model)
+    other.config = model.config.replace(white_level=level, n_classes=1, class_names=("ash",))
+    return other
+
+
+def test_a_white_level_that_images_suggest_is_warned_of_before_it_is_set(model, cameras, monkeypatch):
+    monkeypatch.setattr(images, "said", set())
+    with pytest.warns(UserWarning) as caught:
+        dark = feature_set(seeing_white_at(model, 65535), cameras, cache=None)
+    assert ["--set white_level=4095" in str(warning.message) for warning in caught][:1] == [True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bright = feature_set(seeing_white_at(model, 4095), cameras, cache=None)
+    pixels = torch.from_numpy(np.array(Image.open(cameras / "ash/0.png")).astype(np.float32))
+    for features, level in ((dark, 65535), (bright, 4095)):
+        expected = preprocess.image_features(model, (pixels / level).repeat(3, 1, 1))
+        for actual, right in zip(features.images[0], expected, strict=True):
+            assert actual.equal(right[0])
+
+
+def test_features_of_another_white_level_are_not_taken_from_a_cache(model, cameras, tmp_path_factory):
+    options = {"cache": "disk", "cache_dir": tmp_path_factory.mktemp("cache")}
+    at_4095, at_5000 = seeing_white_at(model, 4095), seeing_white_at(model, 5000)
+    first, second = feature_set(at_4095, cameras, **options), feature_set(at_5000, cameras, **options)
+    again = feature_set(at_4095, cameras, **options)
+    assert not first.images[0][0].equal(second.images[0][0])
+    assert first.images[0][0].equal(again.images[0][0])
+
+
+def test_values_above_the_white_level_are_listed(model, cameras):
+    with pytest.raises(ValueError, match="2 of 2 images cannot be used") as error:
+        feature_set(seeing_white_at(model, 1023), cameras)
+    assert str(error.value).count("and white_level is 1023: is this another camera?") == 2

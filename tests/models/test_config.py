@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hgad_fast import HGADConfig
+from hgad_fast import GaussianConfig, HGADConfig, VQFlowConfig
+from hgad_fast.models.config import Config
+from hgad_fast.models.fields import field_table
 
 COUNTS = (
     "n_classes",
@@ -50,6 +53,7 @@ BAD = {
     "pixels_per_step": ("64", 0, -1, 64.0, (64,), 0.0, 1.0, -0.5),
     "map_levels": ("1", 0, -1, 4, 1.0, (1,)),
     "checkpoint_every": (None, "0", -1, 4.0, (4,)),
+    "white_level": (None, "4095", 0, -1, 65536, 4095.0, (4095,)),
     "center_crop": (None, "False", 0, 1, 1.0),
     "class_names": (3, "abc", (), ("a", "b"), ("a", "b", "b"), ("a", "b", 3), ("a", "b", ["c"]), ("a", "b", "")),
     "backbone_arch": ("", 3, ("tf_efficientnet_b6",)),
@@ -144,7 +148,7 @@ def test_json_round_trip():
 
 def test_fields_that_were_added_are_in_json_where_they_differ():
     """So that files of before them are the files of today: they compare and hash alike."""
-    added = {"grid_stride": 8, "feature_scaling": "std", "pixels_per_step": 0.5, "map_levels": 2}
+    added = {"grid_stride": 8, "white_level": 4095, "feature_scaling": "std", "pixels_per_step": 0.5, "map_levels": 2}
     assert HGADConfig.added.keys() == added.keys()
     assert not json.loads(HGADConfig().to_json()).keys() & added.keys()
     config = HGADConfig(**added)
@@ -175,9 +179,55 @@ def test_one_class_has_no_entropy_map():
         HGADConfig(n_classes=1, fusion="entropy")
 
 
-def test_an_unknown_field_is_named():
-    with pytest.raises(ValueError, match="HGADConfig has no field 'image_size'; it has n_classes, .*img_size"):
-        HGADConfig.from_fields({"image_size": 512})
+@pytest.mark.parametrize(
+    ("config", "slip", "near"),
+    [(HGADConfig, "image_size", "img_size"), (GaussianConfig, "gruping", "grouping"), (VQFlowConfig, "LR", None)],
+)
+def test_a_slip_of_the_pen_gets_the_field_that_is_near(config, slip, near):
+    with pytest.raises(ValueError, match=f"{config.__name__} has no field {slip!r}; it has n_classes, ") as error:
+        config.from_fields({slip: 3})
+    assert str(error.value).endswith(f". Did you mean {near!r}?" if near else "pro")
+
+
+def test_values_beyond_all_measure_are_refused_before_anything_is_made():
+    for config, field, value in (
+        (HGADConfig, "n_classes", 10**9),
+        (HGADConfig, "msk_size", 65537),
+        (HGADConfig, "coupling_layers", 10**6),
+        (VQFlowConfig, "n_patterns", 10**7),
+        (GaussianConfig, "coarse_dim", 100_000),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{config.__name__}\.{field} is {value}; allowed: a whole number from \d to"
+        ):
+            config(**{field: value})
+    long = "x" * 10**6
+    with pytest.raises(ValueError, match=r"HGADConfig\.fusion is 'xxx.* \.\.\. x+'; allowed: 'product'") as error:
+        HGADConfig(fusion=long)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("grids", [3, ((4, 4),) * 3, (((4, 4),),), (((4, 0),),) * 3, (((4, 4), (4, 4)),) * 3])
+def test_grids_of_other_groups_are_refused(grids):
+    settings = {"n_classes": 3, "backbone_arch": None, "feature_dims": (4,)}
+    GaussianConfig(**settings, grids=(((4, 5),),) * 3)
+    GaussianConfig(**settings, grouping="one", grids=[[[4, 5]]])
+    with pytest.raises(
+        ValueError, match=r"GaussianConfig\.grids is .*; allowed: for each of 3 groups \(grouping='class'"
+    ):
+        GaussianConfig(**settings, grids=grids)
+
+
+def test_every_field_is_listed_with_its_default_and_its_meaning():
+    configs = (HGADConfig, VQFlowConfig, GaussianConfig)
+    shared, *own = field_table(Config, configs).split("\n\n")[1:]
+    for part, config in zip(own, configs, strict=True):
+        title, *lines = part.splitlines()
+        assert title == config.method
+        listed = {line.split()[0]: line for line in (*shared.splitlines()[1:], *lines)}
+        for field in dataclasses.fields(config):
+            _, default, meaning = re.fullmatch(r"  (\S+) +(\[.*?\]|\".*?\"|\S+) +(\S.*)", listed[field.name]).groups()
+            assert json.loads(default) == json.loads(json.dumps(field.default)) and len(meaning) > 5
 
 
 def test_replace_checks_again_and_leaves_the_original():

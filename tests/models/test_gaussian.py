@@ -89,7 +89,7 @@ def test_a_class_needs_two_images_and_features_are_finite():
     with pytest.raises(ValueError, match="'class 1' has fewer than 2 training images, beside"):
         model.fit(FeatureSet([features.images[i] for i in (0, 1, 2, 3, 5, 6)], torch.tensor([0, 1, 2, 0, 2, 0])))
     features.images[4][1][0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="image 4 of those fitted has a NaN"):
+    with pytest.raises(ValueError, match="image 4 has a NaN"):
         small_model().fit(features, calibration=feature_set(30, seed=1))
     with pytest.raises(ValueError, match="call fit on normal images first"):
         small_model().densities(FeatureMaps.of(class_features(1)), None)

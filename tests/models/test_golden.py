@@ -170,7 +170,7 @@ def test_official_checkpoint_of_another_size_is_refused():
         model.load_official_checkpoint(FOLDER / "hgad_official_checkpoint.pt")
     with pytest.raises(ValueError, match="no official HGAD checkpoint"):
         model.load_official_checkpoint({"nfs": []})
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match="there is no PyTorch checkpoint"):
         model.load_official_checkpoint(FOLDER / "none.pt")
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

@@ -119,10 +119,10 @@ def test_a_field_beyond_all_measure_is_named(method: str, field: str, value: Any
     [
         ("hgad", {"n_classes": 100_000, "class_names": None}),
         ("hgad", {"n_intra_centers": 100_000}),
-        ("hgad", {"coupling_layers": 1000}),
+        ("hgad", {"coupling_layers": 128}),
         ("hgad", {"pos_embed_dim": 65536}),
         ("vqflow", {"n_patterns": 100_000, "prototype_dim": 65536}),
-        ("vqflow", {"coupling_layers": [1000, 1000, 1000]}),
+        ("vqflow", {"coupling_layers": [128, 128, 128]}),
         ("gaussian", {"grids": [[[65536, 65536]]] * 3}),
         ("gaussian", {"grids": [[[i, 1]] for i in range(1, 60_001)], "n_classes": 60_000, "class_names": None}),
     ],
@@ -205,6 +205,12 @@ def test_a_text_of_the_metadata_is_named(name: str, text: str, named: str, good:
     assert named in refused(changed(good, "hgad", tmp_path, texts={name: text}))
 
 
+def test_a_header_as_large_as_no_model_has_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    path.write_bytes((50 * 10**6).to_bytes(8, "little") + b"{}")
+    assert "large.safetensors is no whole safetensors file (header too large: 50000000 bytes; " in refused(path)
+
+
 def test_what_is_no_model_file_is_named(tmp_path: Path, good: Path) -> None:
     text, cut = tmp_path / "text.txt", tmp_path / "cut.safetensors"
     text.write_text("root:x:0:0:root:/root:/bin/bash\n" * 10)
@@ -213,6 +219,31 @@ def test_what_is_no_model_file_is_named(tmp_path: Path, good: Path) -> None:
         assert f"{path} is no whole safetensors file (" in refused(path)
     for path in (tmp_path, tmp_path / "none", tmp_path / "new\nline"):
         assert "there is no model file " in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nfs": 3}, "nfs is no list"),
+        ({"nfs": [3, 4]}, r"holds no state dict \(a dict of tensors\), but a int"),
+        ({"nfs": [{3: torch.zeros(2)}]}, "holds a tensor that is called 3"),
+        ({"mus": [torch.zeros(2)]}, r"holds no state dict \(a dict of tensors\), but a list"),
+        ({"mus": {"0": [0.0]}}, "0 is a list, and no tensor"),
+        ({"mus": {"0": torch.full((3, 12), torch.nan)}}, "0 holds a NaN or an infinity"),
+        ({"mus": {"0": torch.zeros(3, 12).to_sparse()}}, "0 is no tensor of plain numbers"),
+        ({"mus": {"9": torch.zeros(3, 12)}}, "does not fit this model"),
+    ],
+)
+def test_an_official_checkpoint_of_something_else_is_named(changes: Any, message: str, tmp_path: Path) -> None:
+    content = {"nfs": [], "mus": {}, "mu_deltas": {}, "phi_inters": {}, "phi_intras": {}} | changes
+    torch.save(content, tmp_path / "official.pt")
+    with pytest.raises(ValueError, match=rf"official\.pt.* {message}"):
+        HGADModel(HGADConfig(**SMALL, backbone_arch=None, feature_dims=(12, 9))).load_official_checkpoint(
+            tmp_path / "official.pt"
+        )
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "official.pt").read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"cut\.pt cannot be read as a PyTorch checkpoint"):
+        hgad()[0].load_official_checkpoint(tmp_path / "cut.pt")
 
 
 # ---------------------------------------------------------------------------------------------------- backbones

@@ -94,7 +94,7 @@ def test_constant_features_are_left_as_they_are_in_scale(kind):
 def test_features_that_are_not_finite_are_named(kind):
     data = make_data()
     data.images[3][1][2, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="image 3 of those trained on has a NaN or an infinity in its features of lev"):
+    with pytest.raises(ValueError, match="image 3 has a NaN or an infinity in its features of lev"):
         make_model(feature_scaling=kind).begin(data)
 
 

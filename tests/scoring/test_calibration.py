@@ -15,6 +15,7 @@ from hgad_fast import HGADConfig, HGADModel, protocol
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.scoring import densities, maps
 from hgad_fast.scoring.calibration import Calibration, _weights, calibrate_on, split
+from hgad_fast.scoring.stored import stored_calibration
 
 DISTRIBUTIONS = {
     "normal": lambda *shape: torch.randn(*shape),
@@ -36,6 +37,13 @@ def calibration(*scores, rate=0.01) -> Calibration:
     ids = torch.tensor([k for k, own in enumerate(scores) for _ in own], dtype=torch.int64)
     flat = torch.tensor([float(s) for own in scores for s in own])
     return Calibration(torch.zeros(len(scores), 1), flat, ids, rate)
+
+
+def stored(given: Calibration) -> Calibration:
+    """As a model file gives it back."""
+    settings = json.loads(json.dumps(given.settings()))
+    groups, levels = given.level_max.shape
+    return stored_calibration(given.tensors(), settings, groups=groups, levels=levels, parts=1, fusion="product")
 
 
 def judge(actual, scores, k=0):
@@ -66,18 +74,21 @@ def test_p_values_by_hand_with_ties():
     assert p_value.tolist() == [n / 10 for n in (10, 10, 9, 7, 6, 3, 3, 2, 1)]
     assert threshold.tolist() == [5] * 9  # three of ten may raise an alarm: those above the third largest
     assert is_anomalous.tolist() == [False] * 5 + [True] * 4
-    assert rate.tolist() == [0.3] * 9
+    assert rate.tolist() == [3 / 10] * 9
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 99, 250])
 @pytest.mark.parametrize("rate", [0.01, 0.07, 0.29, 0.5])
-def test_p_value_floor_and_attainable_rate(n, rate):
+def test_p_value_floor_and_attained_rate(n, rate):
     actual = calibration(torch.randn(n).tolist(), rate=rate)
     p_value, is_anomalous, threshold, attained = judge(actual, [1e9, -1e9])
     assert p_value.tolist() == [1 / (n + 1), 1]
     assert is_anomalous.tolist() == [True, False]
-    assert attained.tolist() == [max(rate, 1 / (n + 1))] * 2 == [actual.attainable_rate(0)] * 2
-    assert 0 < (actual.scores > threshold[0]).sum() + 1 <= max(rate, 1 / (n + 1)) * (n + 1) + 1e-9
+    alarms = int((actual.scores > threshold[0]).sum()) + 1  # of n + 1 images that are all alike: at most the target's
+    assert attained.tolist() == [alarms / (n + 1)] * 2 == [actual.attained_rate(0)] * 2
+    assert alarms == 1 or alarms / (n + 1) <= rate + 1e-9
+    assert (alarms + 1) / (n + 1) > rate  # and one more would be too many
+    assert float(threshold[0]) == actual.threshold(0)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
@@ -120,7 +131,7 @@ def test_pooled_scores_are_standardised_by_class(counts):
         at_least = (expected[None] >= tests.double().numpy()[:, None]).sum(1)
         assert np.allclose(p_value, (1 + at_least) / (total + 1), atol=1e-12)
         assert np.allclose(threshold, expected[total - max(1, int(0.01 * (total + 1) + 1e-9))])
-        assert np.allclose(rate, max(0.01, 1 / (total + 1)))
+        assert np.allclose(rate, max(1, int(0.01 * (total + 1) + 1e-9)) / (total + 1))
 
 
 def test_a_class_with_enough_images_is_compared_with_its_own_alone():
@@ -135,7 +146,7 @@ def test_classes_with_none_one_or_two_images():
     actual = calibration([], [1.0], [1.0, 2.0], [1.0, 2.0, 4.0], torch.randn(40).tolist())
     for k, (n, rate) in enumerate([(0, math.nan), (1, 1 / 2), (2, 1 / 3), (43, 1 / 44), (43, 1 / 44)]):
         p_value, is_anomalous, threshold, attained = judge(actual, [100.0], k)
-        assert np.array_equal([actual.attainable_rate(k), float(attained)], [rate, rate], equal_nan=True)
+        assert np.array_equal([actual.attained_rate(k), float(attained)], [rate, rate], equal_nan=True)
         assert bool(is_anomalous) == (n > 0)
         assert math.isnan(p_value) if n == 0 else float(p_value) == 1 / (n + 1)
         assert math.isnan(threshold) == (n == 0)
@@ -156,7 +167,7 @@ def test_groups_with_few_images_borrow():
         p_value, is_anomalous, threshold, rate = judge(borrowing, [0.0, 4.0, 8.0, 8.5, 100.0], k)
         assert p_value.tolist() == [(1 + sum(s >= x for s in union)) / 12 for x in (0.0, 4.0, 8.0, 8.5, 100.0)]
         assert threshold.tolist() == [8.0] * 5 and is_anomalous.tolist() == [False] * 3 + [True] * 2
-        assert rate.tolist() == [0.2] * 5 == [borrowing.attainable_rate(k)] * 5
+        assert rate.tolist() == [2 / 12] * 5 == [borrowing.attained_rate(k)] * 5
     alone = calibration(*scores, rate=0.2)
     for k in (0, 4):  # with images of their own, nothing changes
         for one, other in zip(judge(borrowing, [1.0, 7.0, 9.0], k), judge(alone, [1.0, 7.0, 9.0], k), strict=True):
@@ -185,9 +196,29 @@ def test_groups_that_borrow_take_the_largest_weights():
 def test_whether_groups_borrow_is_stored_with_the_settings():
     one = calibration([1.0, 2.0])
     assert one.settings() == {"false_alarm_rate": 0.01, "img_size": None}  # as it always was
-    assert not Calibration.from_tensors(one.tensors(), **one.settings()).borrowing
+    assert not stored(one).borrowing
     other = dataclasses.replace(one, borrowing=True)
-    assert Calibration.from_tensors(other.tensors(), **json.loads(json.dumps(other.settings()))).borrowing
+    assert stored(other).borrowing
+
+
+def test_the_table_of_rates_says_what_each_threshold_rests_on():
+    actual = calibration([], [1.0], [1.0, 2.0, 4.0], list(range(30)), list(range(30, 150)), rate=0.01)
+    rows = actual.rates("abcde")
+    assert [row["group"] for row in rows] == list("abcde")
+    assert [row["images"] for row in rows] == [0, 1, 3, 30, 120]
+    assert [row["reference"] for row in rows] == [0, 1, 153, 153, 120]
+    assert [row["pooled"] for row in rows] == [False, False, True, True, False]
+    attained = [math.nan, 1 / 2, 1 / 154, 1 / 154, 1 / 121]
+    assert np.array_equal([row["attained"] for row in rows], attained, equal_nan=True)
+    assert rows[4]["threshold"] == 149 and math.isnan(rows[0]["threshold"])
+    facts = actual.describe("abcde")
+    assert list(facts) == ["calibration", *(f"threshold, {name}" for name in "abcde")]
+    assert "never" not in facts["threshold, b"] and "no image is ever called anomalous" in facts["threshold, a"]
+    assert "153 images (3 its own); it attains 0.6%, 1.0% asked for" in facts["threshold, c"]
+    many = calibration(*([float(i)] * 9 for i in range(30)), [], rate=0.2)
+    assert many.describe([str(i) for i in range(31)])["thresholds"] == (
+        "30 of 31 groups, from 9 to 9 images each; they attain 20.0% to 20.0%"
+    )
 
 
 def test_scores_without_spread():
@@ -208,9 +239,7 @@ def test_normal_images_raise_no_more_alarms_than_allowed(name, n, rate):
         p_value, is_anomalous, _, attained = judge(calibration(draw[:n].tolist(), rate=rate), draw[n:])
         flagged.append(float(is_anomalous.double().mean()))
         small.append(float((p_value <= 0.2).double().mean()))
-    attained = float(attained[0])
-    exact = math.floor(attained * (n + 1) + 1e-9) / (n + 1)
-    assert np.mean(flagged) == pytest.approx(exact, abs=4 * np.std(flagged) / 200**0.5)
+    assert np.mean(flagged) == pytest.approx(float(attained[0]), abs=4 * np.std(flagged) / 200**0.5)
     assert np.mean(small) <= 0.2 + 4 * np.std(small) / 200**0.5
 
 
@@ -222,7 +251,8 @@ def test_pooling_raises_no_more_alarms_than_allowed(name, counts):
     for _ in range(100):
         draws = [DISTRIBUTIONS[name](n) * 3.0 ** (k % 4) + k for k, n in enumerate(counts)]
         _, is_anomalous, _, attained = judge(calibration(*draws), DISTRIBUTIONS[name](200))
-        assert float(attained[0]) == max(0.01, 1 / (sum(counts) + 1))
+        total = sum(counts) + 1
+        assert float(attained[0]) == max(1, int(0.01 * total)) / total
         flagged.append(float(is_anomalous.double().mean()))
     assert np.mean(flagged) <= float(attained[0]) + 3 * np.std(flagged) / 100**0.5
 
@@ -390,7 +420,8 @@ def test_without_held_out_images_those_trained_on_give_the_weights(fusion):
     """So that a fusion is the same sum, or the same part alone, whether or not there are thresholds."""
     normal = normal_features([0, 1, 0, 1, 1])
     model = detector(fusion=fusion, calibration_fraction=0)
-    model.fit(normal, progress=False)
+    with pytest.warns(UserWarning, match="there are no thresholds"):
+        model.fit(normal, progress=False)
     actual = model.score_features(batches(normal), normal.class_ids)
     assert actual.p_value.isnan().all()
     with pytest.warns(UserWarning, match="too few"):
@@ -451,7 +482,9 @@ def test_fit_save_and_load(tmp_path, fraction):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(normal_features([0, 1] * 10), progress=False, false_alarm_rate=0.02)
-    assert len(caught) == (1 if fraction else 0)
+    (warning,) = caught
+    expected = "too few calibration images" if fraction else "no image of 'class 0', 'class 1' is ever called anomalous"
+    assert expected in str(warning.message)
     assert model.calibration.class_ids.bincount(minlength=2).tolist() == ([5, 5] if fraction else [0, 0])
     images = batches(normal_features([0, 1, 0]))
     before = model.score_features(images)

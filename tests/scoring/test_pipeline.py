@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
+import math
 import os
 import signal
 import socket
@@ -119,9 +121,9 @@ def test_no_more_pixels_are_decoded_than_allowed(
     decoded, most = 0, 0
     finish = pipeline._finished
 
-    def read(path: Path) -> torch.Tensor:
+    def read(path: Path, white_level: int) -> torch.Tensor:
         nonlocal decoded, most
-        image = read_image(path)
+        image = read_image(path, white_level)
         decoded += image[0].numel()
         most = max(most, decoded)
         return image
@@ -263,7 +265,10 @@ def test_ctrl_c_leaves_whole_files_and_a_table_and_the_rest_can_follow(model_fil
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    assert errors == "hgad-fast: interrupted; every file written so far is whole\n"
+    first, *later = errors.splitlines()
+    assert first == f"loading {model_file}"
+    assert later[-1] == "hgad-fast: interrupted; every file written so far is whole"
+    assert all(line.startswith("scoring: ") for line in later[:-1])
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert 3 <= len(table) < 300 and [Path(row["file"]).stem for row in table] == [f"{i:03}" for i in range(len(table))]
@@ -301,3 +306,179 @@ def test_two_ranks_share_the_files_and_merge_in_order(model_file: Path, files: l
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
     names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*")}
     assert {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*")} == names
+
+
+# ---------------------------------------------------------------------------------------------- names of files
+
+
+NAMES = {  # as bytes, and as they are shown
+    b"plain.png": "plain.png",
+    b"Gr\xf6\xdfe.png": r"Gr\xf6\xdfe.png",
+    b"two\nlines\r\x1b[31m.png": r"two\nlines\r\x1b[31m.png",
+    "部品\u202e😀.png".encode(): "部品\\u202e😀.png",
+    b"x" * 251 + b".png": "x" * 251 + ".png",
+    b"$x_2$ [red].png": "$x_2$ [red].png",
+    b"\\xf6.png": r"\xf6.png",
+    b"\xf6.png": r"\xf6.png",
+}
+
+
+@pytest.fixture
+def odd_files(tmp_path: Path) -> list[Path]:
+    source = write_image(tmp_path / "source.png", 1).read_bytes()
+    (tmp_path / "in").mkdir()
+    files = [tmp_path / "in" / os.fsdecode(name) for name in NAMES]
+    for number, file in enumerate(files):
+        file.write_bytes(source)
+        os.utime(file, ns=(number, number))
+    return files
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_names_of_any_kind_are_written_and_printed(
+    encoding: str, model_file: Path, odd_files: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    result = CliRunner(charset=encoding).invoke(
+        app, ["score", str(model_file), *map(str, odd_files), "-o", str(output)]
+    )
+    assert result.exit_code == 0 and len(result.stdout_bytes.splitlines()) == len(NAMES)
+    with open(output / "scores.csv", newline="", encoding="utf-8") as file:
+        shown = [Path(row["file"]).name for row in csv.DictReader(file)]
+    assert shown == list(NAMES.values())
+    overlays = list((output / "overlays").iterdir())
+    assert len(overlays) == len(NAMES) and {len(read_image(path).shape) for path in overlays} == {3}
+    for path in output.rglob("*"):
+        path.name.encode("utf-8")
+        assert len(os.fsencode(path.name)) <= 255 and path.name.isprintable() and "\\" not in path.name
+
+
+def test_a_resumed_run_knows_files_of_any_name_again(
+    model: HGADModel, odd_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = score_files(model, odd_files, Job(output=tmp_path / "out"))
+    monkeypatch.setattr(pipeline, "_finished", lambda *_: pytest.fail("scored again"))
+    again = score_files(model, odd_files, Job(output=tmp_path / "out", resume=True))
+    assert rows_of(again) == rows_of(first)
+
+
+def test_an_overlay_that_cannot_be_drawn_costs_itself_alone(
+    model_file: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = pipeline.overlay
+
+    def broken(*arguments: Any, path: Path, **options: Any) -> Path:
+        if path.stem == "01":
+            raise RuntimeError("no font")
+        return overlay(*arguments, path=path, **options)
+
+    output = tmp_path / "out"
+    monkeypatch.setattr(pipeline, "overlay", broken)
+    result = score(model_file, *files[:3], "--output", output)
+    assert result.exit_code == 0 and result.stdout.count("\n") == 3
+    assert f"hgad-fast: {files[1]}: no overlay could be drawn (RuntimeError: no font)\n" in result.stderr
+    assert (output / "scores.csv").read_text().count("\n") == 4
+    assert sorted(path.stem for path in (output / "overlays").iterdir()) == ["00", "02"]
+    monkeypatch.undo()
+    assert score(model_file, *files[:3], "--output", output, "--resume").exit_code == 0  # tries it again
+    assert sorted(path.stem for path in (output / "overlays").iterdir()) == ["00", "01", "02"]
+
+
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
+    names = ["=cmd|' -C calc'!A0.png", "+1.png", "-1.png", "@x.png", "a=b.png"]
+    row = {"class": "=a", "score": -1.5, "regions": []}
+    records = [pipeline.Record(pipeline.Task(Path(name), name, None), row | {"file": name}) for name in names]
+    pipeline.write_tables(tmp_path, records)
+    with open(tmp_path / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"./{name}" for name in names[:4]] + names[4:]
+    assert {(row["class"], row["score"]) for row in rows} == {("'=a", "-1.5")}
+
+
+def test_a_score_that_is_no_number_is_a_failure(model: HGADModel, files: list[Path], tmp_path: Path) -> None:
+    broken = copy.deepcopy(model)
+    broken.calibration.level_max[:] = math.nan
+    (record,) = score_files(broken, files[:1], Job(output=tmp_path / "out"))
+    assert record.row is None and "its score is nan, which is no number" in str(record.error)
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["anomalous"] == "" and row["error"] == str(record.error)
+
+
+# ---------------------------------------------------------------------------------------------- whose folder it is
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_holds_a_run_is_refused_or_becomes_the_new_runs(
+    model: HGADModel, files: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    score_files(model, files[:3], Job(output=output, maps="npy"))
+    before = contents(output)
+    with pytest.raises(ValueError, match=r"out holds the results of an earlier run \(scores.csv\): --resume .* --over"):
+        score_files(model, files[4:5], Job(output=output))
+    with pytest.raises(ValueError, match=r"out holds results of 3 images that are not given now, such as .*00.png"):
+        score_files(model, files[4:5], Job(output=output, maps="npy", resume=True))
+    assert contents(output) == before
+    mine = ["notes.txt", "overlays/mine.png", "scores-old.jsonl"]
+    for name in mine:
+        (output / name).write_text("mine")
+    (output / "overlays" / ".00-abc123_x.png").touch()  # what a kill leaves of a write
+    score_files(model, files[4:5], Job(output=output, overwrite=True))
+    score_files(model, files[4:5], Job(output=tmp_path / "fresh"))
+    after = contents(output)
+    assert {name: after.pop(name) for name in mine} == dict.fromkeys(mine, b"mine")
+    assert after.keys() == contents(tmp_path / "fresh").keys() == {
+        *("scores.csv", "regions.csv", "scores.jsonl", "overlays/04.png")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("left", ["scores.csv", "regions.csv", "scores.jsonl", "scores-rank2.jsonl", "overlays/00.png"])
+def test_anything_that_a_run_leaves_shows_it(left: str, model: HGADModel, files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).touch()
+    with pytest.raises(ValueError, match="holds the results of an earlier run"):
+        score_files(model, files[:1], Job(output=tmp_path))
+
+
+def test_a_resumed_run_leaves_nothing_of_images_that_are_gone(
+    model: HGADModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = [write_image(tmp_path / "in" / f"{i}.png", i) for i in range(3)]
+    output = tmp_path / "out"
+    score_files(model, mine, Job(output=output, maps="npy"))
+    mine.pop(1).unlink()
+    (tmp_path / "in" / "other").mkdir()
+    mine.append(write_image(tmp_path / "in" / "other" / "2.png", 5))  # "2" is no name for one of them any more
+    records = score_files(model, mine, Job(output=output, maps="npy", resume=True))
+    names = {record.task.name for record in records}
+    assert names == {"0", "in-2", "in-other-2"} or names == {"0", "2", "other-2"}
+    for folder in ("overlays", "maps"):
+        assert {path.stem for path in (output / folder).iterdir()} == names
+
+
+def test_a_journal_of_an_earlier_version_is_scored_anew(model: HGADModel, files: list[Path], tmp_path: Path) -> None:
+    score_files(model, files[:2], Job(output=tmp_path / "new"))
+    settings, *entries = map(json.loads, (tmp_path / "new" / "scores.jsonl").read_text().splitlines())
+    del settings["names"]
+    for entry in entries:
+        del entry["path"], entry["row"]["false_alarm_rate"], entry["row"]["target_false_alarm_rate"]
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [settings, *entries]))
+    score_files(model, files[:2], Job(output=old, resume=True))
+    for name in ("scores.csv", "scores.jsonl"):
+        assert (old / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]\n", '{"model": 1}\n{"name": "a"}\n', '{}\n{"name": "a", "state": 1, "row": 2}\n']
+)
+def test_a_damaged_journal_is_named(text: str, model: HGADModel, files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "scores.jsonl").write_text(text)
+    for job in (Job(output=tmp_path, resume=True), Job(output=tmp_path, overwrite=True)):
+        with pytest.raises(ValueError, match=r"scores.jsonl is damaged \(.*\): delete it, or"):
+            score_files(model, files[:1], job)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from hgad_fast.scoring import lettering
 from hgad_fast.scoring.plot import Case, contact_sheet, overlay
 
 GREY = 0.5  # of test images, so that panels can be found on the white page
@@ -184,3 +185,62 @@ def test_contact_sheet_of_several_models_has_the_maps_of_each(tmp_path: Path) ->
     assert sheet(quiet).shape[1] < neither.shape[1]
     with pytest.raises(ValueError, match="the models have 1 and 2 cases; give each those of the same images"):
         contact_sheet({"first": [quiet], "second": [quiet, loud]}, tmp_path / "no.png")
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def ink(text: str, points: float = 12) -> np.ndarray:
+    """Return the pixels of a line of text, cut to what is drawn."""
+    image = Image.new("L", (1200, 60), 255)
+    lettering.Lettering(points).write(ImageDraw.Draw(image), (10, 40), text, "black")
+    pixels = np.asarray(image) < 200
+    rows, columns = (np.flatnonzero(pixels.any(axis)) for axis in (1, 0))
+    return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def test_names_in_any_script_are_drawn_or_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A box for a missing character is never drawn: without a font that has it, its number stands there."""
+    monkeypatch.setattr(lettering, "_fonts", tuple)
+    lettering._font_with.cache_clear()
+    assert np.array_equal(ink("a部.png"), ink(r"a\u90e8.png"))
+    assert np.array_equal(ink("a\udcf6\n\x1b.png"), ink(r"a\xf6\n\x1b.png"))
+    assert not np.array_equal(ink("Größe"), ink(r"Gr\xf6\xdfe")) and not np.array_equal(ink("قطعة"), ink("صورة"))
+    monkeypatch.undo()
+    lettering._font_with.cache_clear()
+
+
+def test_a_font_that_has_a_character_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = lettering._characters(None), str(Path(lettering.font_of(12, True).path))
+    monkeypatch.setattr(lettering, "_fonts", lambda: (str(tmp_path / "no font.ttf"), other))
+    monkeypatch.setattr(lettering, "_characters", lambda path: own - {ord("b")} if path is None else real(path))
+    lettering._font_with.cache_clear()
+    fonts = [Path(font.path).name for font, _ in lettering.Lettering(12)._runs("abc")]
+    assert fonts == ["DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans.ttf"]
+    monkeypatch.undo()
+    lettering._font_with.cache_clear()
+
+
+real = lettering._characters
+
+
+@pytest.mark.parametrize("cut", ["start", "end"])
+def test_long_lines_are_cut(cut: str) -> None:
+    font, line = lettering.Lettering(12), "".join(map(str, range(2000)))
+    shortened = font.shortened(line, 300, cut)
+    kept = shortened.strip("\u2026")
+    assert font.width(shortened) <= 300 < font.width(shortened + "0") + 15
+    assert (line.startswith(kept), shortened.endswith("\u2026")) == ((cut == "end"), (cut == "end"))
+    assert line.endswith(kept) == (cut == "start")
+
+
+def test_title_and_note_are_above_the_panels(tmp_path: Path) -> None:
+    image, scores = np.full((32, 32), GREY), np.zeros((8, 8))
+    plain, titled = (
+        read(overlay(image, scores, 1.0, path=tmp_path / "a.png", **words))
+        for words in ({}, {"title": "ANOMALOUS: score 2", "note": "部品/$x$.png"})
+    )
+    added = len(titled) - len(plain)
+    assert added > 40 and np.array_equal(titled[added + 24 :], plain[24:])
+    for rows in (slice(10, 42), slice(48, 70)):
+        assert (titled[rows] < 150).any()

@@ -36,6 +36,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
+from hgad_fast import environment
 from hgad_fast.features import extract
 from hgad_fast.modules.flow import sinusoidal_position
 from hgad_fast.ops import blocks
@@ -180,6 +181,7 @@ def _computing(rounding: _Rounding) -> Iterator[None]:
         with (
             mock.patch.object(blocks, "_operand", rounding.operand),
             mock.patch.object(torch, "load", _read(torch.load)),
+            mock.patch.object(environment, "FLOAT", torch.float64),
             mock.patch.object(extract, "FEATURES", (torch.float32, torch.float64)),
             rounding,
         ):

@@ -305,7 +305,7 @@ def test_a_broken_feature_is_named(tmp_path: Path, level: int, vq_init: str) -> 
     if isinstance(error.value, NonFiniteLossError):
         assert "of level 0 is nan at step " in str(error.value)
     else:
-        message = f"image 7 of those trained on has a NaN or an infinity in its features of level {level}"
+        message = f"image 7 has a NaN or an infinity in its features of level {level}"
         assert message in str(error.value)
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())

@@ -1,0 +1,142 @@
+"""Masks of defects: which pixels a mask file marks, and what in it does not look like a mask."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import printable
+from .images import ImageError, read_pixels
+from .listing import list_images
+
+NOISE = 8 / 255
+"""Values up to this are background in a mask that reaches one half, unless they form areas as labels do."""
+
+_MOST = 0.5  # a mask that marks a larger share of its image may be inverted
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask as it was read.
+
+    Attributes:
+        marked: (H, W) bool, true where there is a defect.
+        remarks: what in it does not look like a mask, by kind: what was made of it, and which pixels hang on that.
+    """
+
+    marked: Tensor
+    remarks: dict[str, str]
+
+
+def read_mask(path: str | os.PathLike[str]) -> Tensor:
+    """Read a mask file as (H, W) bool: true where any channel is above zero (0/1, 0/255, grey levels, colours).
+
+    - Where the colour is the same everywhere and alpha is not, alpha is the mask. Where both differ, pixels that are
+      wholly transparent are unmarked.
+    - In a palette, colours count, and not indices; but if no colour that the mask uses is black, index 0 is the
+      background, if it has most of the image's border.
+    - Values up to 8 of 255 beside values of one half or more are noise, and unmarked, unless they form areas as labels
+      do (a quarter of them have four neighbours of their own value, and other pixels are zero).
+    - In a JPEG, whose edges ring, the bound is one half.
+
+    For a folder, return the union of the masks in it. `inspect_mask` tells what is doubtful about a mask.
+
+    Raises:
+        ImageError: as in `read_image`, and for a folder without masks or with masks of several sizes.
+    """
+    return inspect_mask(path).marked
+
+
+def inspect_mask(path: str | os.PathLike[str]) -> Mask:
+    """Read a mask as `read_mask` does, and remark on what in it may be a mistake.
+
+    Raises:
+        ImageError: as `read_mask`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        parts = [_inspected(file) for file in list_images(path)]
+        if len({part.marked.shape for part in parts}) != 1:
+            reason = "its masks differ in size" if parts else "there is no mask in this folder"
+            raise ImageError(path, f"{reason}; they belong to one image, and have its size")
+        remarks = {kind: text for part in parts for kind, text in part.remarks.items()}
+        mask = Mask(torch.stack([part.marked for part in parts]).any(0), remarks)
+    else:
+        mask = _inspected(path)
+    share = float(mask.marked.float().mean())
+    if share > _MOST:
+        text = f"{printable(path)} marks {share:.0%} of its image: inverted? The defect is above zero, the rest zero"
+        return Mask(mask.marked, {"mask that covers most of its image": text, **mask.remarks})
+    return mask
+
+
+def _inspected(path: Path) -> Mask:
+    """Return the mask of one file, without a look at how much it covers."""
+    pixels = read_pixels(path, for_mask=True)
+    values = _levels(pixels.values)
+    remarks: dict[str, str] = {}
+    alpha = pixels.alpha
+    if alpha is not None and alpha.min() < alpha.max():
+        if _is_one_colour(pixels.values):
+            values = _levels(alpha)
+        else:
+            if (hidden := int(((values > 0) & (alpha == 0)).sum())) and (values == 0).any():
+                remarks["mask with colours that are transparent"] = (
+                    f"{printable(path)}: {hidden} coloured pixels are wholly transparent, and count as background"
+                )
+            values = np.where(alpha > 0, values, 0)
+    elif pixels.palette is not None and values.all() and _is_background(pixels.palette, 0):
+        values = np.where(pixels.palette == 0, 0, values)
+    if pixels.lossy:
+        return Mask(torch.from_numpy(values > 0.5), remarks)
+    marked = values > 0
+    faint = marked & (values <= NOISE)
+    if faint.any() and values.max() >= 0.5 and not _form_areas(values, faint):
+        marked &= ~faint
+    if ((values > values.min()) & (values < values.max())).any():
+        remarks["mask of more than two levels"] = f"{printable(path)}: {_on_levels(values, marked)}"
+    return Mask(torch.from_numpy(marked), remarks)
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Return the largest of the channels, (H, W) float32, as a share of the type's range."""
+    grey = values.max(-1) if values.ndim == 3 else values
+    full = np.iinfo(values.dtype).max if values.dtype.kind == "u" else 1
+    return grey.astype(np.float32) / np.float32(full)
+
+
+def _is_one_colour(values: np.ndarray) -> bool:
+    return bool((values == values[:1, :1]).all())
+
+
+def _is_background(palette: np.ndarray, index: int) -> bool:
+    """Return whether more than half of the border has the index, and not all of the image."""
+    border = np.concatenate([palette[0], palette[-1], palette[:, 0], palette[:, -1]])
+    return bool((border == index).mean() > 0.5 and (palette != index).any())
+
+
+def _form_areas(values: np.ndarray, faint: np.ndarray) -> bool:
+    """Return whether a quarter of the faint pixels have four neighbours of their own value, and others are zero."""
+    padded = np.pad(values, 1, mode="edge")
+    same = np.ones_like(faint)
+    for rows, columns in ((slice(0, -2), slice(1, -1)), (slice(2, None), slice(1, -1))):
+        same &= (padded[rows, columns] == values) & (padded[columns, rows] == values)
+    return bool((values == 0).any() and same[faint].mean() >= 0.25)
+
+
+def _on_levels(values: np.ndarray, marked: np.ndarray) -> str:
+    """Return what a mask of more than two levels was taken for, and how many pixels hang on it."""
+    levels, highest = len(np.unique(values)), values.max()
+    between, low = (int((marked & (values < bound)).sum()) for bound in (highest, highest / 2))
+    text = f"{levels} levels; "
+    if noise := int(((values > 0) & ~marked).sum()):
+        text += f"{noise} pixels of 1 to 8 of 255 are taken for noise, and are background; "
+    return text + (
+        f"{between} marked pixels are below the highest level, {low} of them below half of it: right for labels, too "
+        "wide for soft edges and noise"
+    )
