@@ -307,7 +307,6 @@ def score(
         regions=as_json or output is not None,
         overlays=with_overlays,
         overwrite=overwrite,
-        regions=as_json or output is not None,
     )
     with progress(len(files), "scoring") if is_first() else nullcontext(lambda: None) as advance:
 

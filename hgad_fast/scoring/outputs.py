@@ -60,7 +60,6 @@ class Job:
     regions: bool = True
     overlays: bool = True
     overwrite: bool = False
-    regions: bool = True
 
     def paths(self, name: str) -> dict[str, Path]:
         """Return the files that are written about an image, by kind: "overlay" and "map"."""

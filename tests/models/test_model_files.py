@@ -198,7 +198,7 @@ def test_what_a_renewed_calibration_keeps_is_exact_and_in_order(tmp_path: Path) 
     assert torch.equal(hgad_fast.load(tmp_path / "m.safetensors").calibration.pooled_scores, scores)
     model.calibration.pooled_ids = torch.zeros(4, dtype=torch.int64)
     model.save(tmp_path / "m.safetensors")
-    assert "in its calibration the pooled_scores of a group are not in asc" in refused(tmp_path / "m.safetensors")
+    assert "in its calibration pooled_scores do not ascend in group 0" in refused(tmp_path / "m.safetensors")
     model.calibration.pooled_ids = None
     model.save(tmp_path / "m.safetensors")
     assert "one of the tensors pooled_scores and pooled_ids is missing" in refused(tmp_path / "m.safetensors")

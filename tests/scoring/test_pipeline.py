@@ -399,7 +399,7 @@ def test_a_score_that_is_no_number_is_a_failure(model: HGADModel, files: list[Pa
     broken = copy.deepcopy(model)
     broken.calibration.level_max[:] = math.nan
     (record,) = score_files(broken, files[:1], Job(output=tmp_path / "out"))
-    assert record.row is None and "its score is nan, which is no number" in str(record.error)
+    assert record.row is None and "the image has no score: it is nan" in str(record.error)
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["anomalous"] == "" and row["error"] == str(record.error)
