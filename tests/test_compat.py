@@ -157,7 +157,7 @@ def test_a_checkpoint_of_format_2_that_lacks_something_is_refused_by_name(lost: 
 
 
 def test_a_scoring_run_goes_on_from_an_old_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings and rows are those of today: nothing is scored again, and the tables are made of what it holds."""
+    """Settings are those of today: nothing is scored again, and rows get the rates that they lack."""
     shutil.copytree(COMPAT / "journal", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     files = [Path("images/one.png"), Path("images/two.png")]
@@ -170,5 +170,6 @@ def test_a_scoring_run_goes_on_from_an_old_journal(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("hgad_fast.scoring.pipeline._score_batch", lambda *_: pytest.fail("scored again"))
     records = score_files(model, files, Job(output=Path("."), resume=True))
     lines = [json.loads(line) for line in (COMPAT / "journal" / "scores.jsonl").read_text().splitlines()]
-    assert [record.row for record in records] == [line["row"] for line in lines[1:]]
+    rates = {"target_false_alarm_rate": 0.2, "false_alarm_rate": model.calibration.attained_rate(0)}
+    assert [record.row for record in records] == [rates | line["row"] for line in lines[1:]]
     assert (tmp_path / "scores.csv").read_text().count("\n") == 3

@@ -24,7 +24,8 @@ from .rates import percent
 from .regions import Region
 
 MAP_FORMATS = {"npy": ".npy", "tiff16": ".tif", "tiff32": ".tif"}
-FIGURES = ("file", "class", "score", "threshold", "p_value", "anomalous", "target_false_alarm_rate", "false_alarm_rate")
+VERDICT = ("file", "class", "score", "threshold", "p_value", "anomalous")
+FIGURES = (*VERDICT, "target_false_alarm_rate", "false_alarm_rate")
 COLUMNS = (*FIGURES, "error")
 JOURNAL, SCORES, REGIONS = "scores.jsonl", "scores.csv", "regions.csv"
 OVERLAYS, MAPS = "overlays", "maps"
@@ -257,7 +258,7 @@ class Journal:
     def read(self, tasks: Sequence[Task]) -> dict[Task, Record]:
         """Return the records of those tasks that the journals of all ranks hold, in the order of the tasks.
 
-        Rows of earlier versions that lack a column are passed over.
+        Rows of earlier versions may lack the rates.
 
         Raises:
             ValueError: a journal was written with other settings, or is damaged.
@@ -274,7 +275,7 @@ class Journal:
             rows |= {
                 (entry["name"], *entry["state"], _path_of(entry)): entry["row"]
                 for entry in entries
-                if entry["state"] is not None and set(FIGURES) <= set(entry["row"])
+                if entry["state"] is not None and set(VERDICT) <= set(entry["row"])
             }
         task_rows = {task: rows.get((task.name, *(task.state or ()), str(task.file))) for task in tasks}
         return {task: Record(task, row) for task, row in task_rows.items() if row}

@@ -19,7 +19,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def score_files(
             if job.output is None
             else Journal(job.output, _settings(model, job), ranks.rank, [task.name for task in tasks])
         )
-        finished = _resumed(journal, tasks, job, ranks) if journal is not None else {}
+        finished = _resumed(model, journal, tasks, job, ranks) if journal is not None else {}
         records: list[Record] = []
         rank_tasks = tasks[ranks.rank :: ranks.size]
         new_records = _scored(model, [task for task in rank_tasks if task not in finished], job)
@@ -117,7 +117,7 @@ def score_files(
     return records
 
 
-def _resumed(journal: Journal, tasks: Sequence[Task], job: Job, ranks: Ranks) -> dict[Task, Record]:
+def _resumed(model: Detector, journal: Journal, tasks: Sequence[Task], job: Job, ranks: Ranks) -> dict[Task, Record]:
     """Return the records of the tasks that a resumed run has finished already, and start the journals of all ranks."""
     finished: dict[Task, Record] = {}
     if ranks.rank == 0:
@@ -127,10 +127,11 @@ def _resumed(journal: Journal, tasks: Sequence[Task], job: Job, ranks: Ranks) ->
         require_all_given(journal.output, tasks)
     ranks.wait()
     if job.resume:
+        groups = {printable(name): k for k, name in enumerate(model.groups)}
         finished = {
-            task: record
+            task: replace(record, row=_rates(model, groups[record.row["class"]]) | record.row)
             for task, record in journal.read(tasks).items()
-            if all(path.is_file() for path in job.paths(task.name).values())
+            if record.row is not None and all(path.is_file() for path in job.paths(task.name).values())
         }
     ranks.wait()  # until all ranks have read the journals
     if ranks.rank == 0:
@@ -236,16 +237,25 @@ def _score_batch(
 
 def _row(model: Detector, task: Task, result: ScoreResult, i: int) -> dict[str, Any]:
     """Return the figures of image i of a result, without its regions."""
-    p_value = _finite(result.p_value[i])
+    p_value, group = _finite(result.p_value[i]), int(result.class_id[i])
     return {
         "file": printable(task.file),
-        "class": printable(model.groups[int(result.class_id[i])]),
+        "class": printable(model.groups[group]),
         "score": float(result.image_score[i]),
         "threshold": _finite(result.threshold[i]),
         "p_value": p_value,
         "anomalous": bool(result.is_anomalous[i]) if p_value is not None else None,
-        "target_false_alarm_rate": required_calibration(model).false_alarm_rate,
-        "false_alarm_rate": _finite(result.false_alarm_rate[i]),
+        **_rates(model, group),
+    }
+
+
+def _rates(model: Detector, group: int) -> dict[str, float | None]:
+    """Return the false-alarm rate that was asked for, and the one that the threshold of a group attains."""
+    calibration = required_calibration(model)
+    attained = calibration.attained_rate(group)
+    return {
+        "target_false_alarm_rate": calibration.false_alarm_rate,
+        "false_alarm_rate": attained if math.isfinite(attained) else None,
     }
 
 
