@@ -32,7 +32,7 @@ from hgad_fast.files import replacing
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {"info": 2.5, "score": 4.0}  # seconds
-CLASSES, IMAGES, SIDE = 5, 200, 16
+CLASSES, SIDE = 5, 16
 
 
 def main() -> None:
@@ -81,27 +81,26 @@ def processor_seconds(arguments: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def drawn(channels: list[int], sides: list[int], seed: int) -> FeatureSet:
+def drawn(channels: list[int], images: int, seed: int) -> FeatureSet:
     """Return features of noise, around a mean of each class."""
     generator = torch.Generator().manual_seed(seed)
-    class_ids = torch.arange(IMAGES) % CLASSES
+    class_ids = torch.arange(images) % CLASSES
     levels = []
-    for c, side in zip(channels, sides, strict=True):
+    for c in channels:
         means = torch.randn(CLASSES, c, 1, 1, generator=torch.Generator().manual_seed(c))
-        levels.append(means[class_ids] + torch.randn(IMAGES, c, side, side, generator=generator))
+        levels.append(means[class_ids] + torch.randn(images, c, SIDE, SIDE, generator=generator))
     return FeatureSet.from_levels(levels, class_ids)
 
 
 def gaussian() -> GaussianModel:
     model = GaussianModel(GaussianConfig.preset("gaussian", n_classes=CLASSES, backbone_weights=None))
-    sides = [SIDE] * len(model.feature_dims)
-    model.fit(drawn(model.feature_dims, sides, 0), calibration=drawn(model.feature_dims, sides, 1))
+    model.fit(drawn(model.feature_dims, 100, 0), calibration=drawn(model.feature_dims, 20, 1))
     return model
 
 
 def fast() -> HGADModel:
     model = HGADModel(HGADConfig.preset("fast", n_classes=CLASSES, backbone_weights=None))
-    model.calibrate(drawn(model.feature_dims, [SIDE] * len(model.feature_dims), 1))
+    model.calibrate(drawn(model.feature_dims, 20, 1))
     return model
 
 
