@@ -129,7 +129,7 @@ def _resumed(model: Detector, journal: Journal, tasks: Sequence[Task], job: Job,
     if job.resume:
         groups = {printable(name): k for k, name in enumerate(model.groups)}
         finished = {
-            task: replace(record, row=_rates(model, groups[record.row["class"]]) | record.row)
+            task: replace(record, row=record.row | _rates(model, groups[record.row["class"]]))
             for task, record in journal.read(tasks).items()
             if record.row is not None and all(path.is_file() for path in job.paths(task.name).values())
         }
