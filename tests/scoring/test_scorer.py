@@ -23,7 +23,7 @@ def model() -> HGADModel:
     config = HGADConfig(
         n_classes=2, class_names=("a", "b"), n_intra_centers=2, backbone_arch="test_efficientnet",
         backbone_weights=None, out_indices=(1,), img_size=40, msk_size=24, feature_levels=1, coupling_layers=2,
-        pos_embed_dim=8,
+        pos_embed_dim=8, fusion="product",
     )  # fmt: skip
     model = HGADModel(config)
     model.calibration = Calibration(torch.full((2, 1), 3.0), torch.linspace(0.1, 0.5, 10), torch.arange(10) % 2, 0.2)
