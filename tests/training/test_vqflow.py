@@ -199,6 +199,7 @@ SCRIPT = """
     import os, sys, warnings
     import torch
     from small_vqflow import class_features, labels, small_model
+    from hgad_fast import environment
     from hgad_fast.features import extract
     from hgad_fast.features.extract import FeatureSet
     from hgad_fast.modules import codebook
@@ -207,7 +208,7 @@ SCRIPT = """
     warnings.simplefilter("ignore")  # so few calibration images
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
-    extract.FEATURES = (torch.float32, torch.float64)
+    extract.FEATURES, environment.FLOAT = (torch.float32, torch.float64), torch.float64
     revived, revive = [], codebook.Codebook._revive
 
     def counted(self, x, total):
