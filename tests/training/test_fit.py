@@ -317,7 +317,7 @@ def image_model(**changes) -> HGADModel:
 @pytest.mark.filterwarnings("ignore:too few calibration images")
 @pytest.mark.parametrize("cache, calls", [("ram", 11), (None, 6 * 4 + 2 * 5)])
 def test_features_are_extracted_once_and_the_backbone_stays(photographs, cache, calls):
-    """Without a cache: 4 of the 6 training images in each of 6 passes, and the 5 held out, to calibrate and to infer their class."""
+    """Without a cache: 4 of the 6 training images in each of 6 passes, and twice the 5 held out."""
     model = image_model()
     before = {k: v.clone() for k, v in model.encoder.state_dict(keep_vars=True).items()}
     seen = []

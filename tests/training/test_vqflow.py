@@ -199,16 +199,16 @@ SCRIPT = """
     import os, sys, warnings
     import torch
     from small_vqflow import class_features, labels, small_model
-    from hgad_fast import environment
     from hgad_fast.features import extract
     from hgad_fast.features.extract import FeatureSet
     from hgad_fast.modules import codebook
+    from hgad_fast.training import fit
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # so few calibration images
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
-    extract.FEATURES, environment.FLOAT = (torch.float32, torch.float64), torch.float64
+    extract.FEATURES, fit.require_float32 = (torch.float32, torch.float64), lambda model: None  # see `double` below
     revived, revive = [], codebook.Codebook._revive
 
     def counted(self, x, total):
