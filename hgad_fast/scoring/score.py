@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data.listing import list_images
+from ..data.listing import images_to_score
 from ..environment import plain_torch, require_float32
 from ..features.backbone import ALWAYS_WHOLE, TILES, Backbone
 from ..features.preprocess import (
@@ -198,7 +198,7 @@ def _image_name(images: Any, count: int, i: int) -> str:
     """Return what errors call image `i` of `count`: its file, or its number; empty for one image that is no file."""
     if isinstance(images, (str, os.PathLike)):
         path = Path(images)
-        return printable(list_images(path)[i] if path.is_dir() else path)
+        return printable(images_to_score([path])[0][i] if path.is_dir() else path)
     if isinstance(images, Sequence) and len(images) == count and isinstance(images[i], (str, os.PathLike)):
         return printable(images[i])
     return f"image {i}" if count > 1 else ""
