@@ -159,7 +159,8 @@ def test_the_image_of_a_folder_is_named_and_not_a_mask_that_is_left_out(fitted: 
     write(tmp_path / "ground_truth" / "dent" / "0.png", 1)
     long = write(tmp_path / "test" / "dent" / "0.png", 2, size=(48, 200))
     write(tmp_path / "test" / "dent" / "1.png", 3)
-    with pytest.warns(UserWarning, match="1 masks"), pytest.raises(ValueError, match=f"^{re.escape(str(long))}: .* proportions"):
+    message = f"^{re.escape(str(long))}: .* proportions"
+    with pytest.warns(UserWarning, match="1 masks"), pytest.raises(ValueError, match=message):
         fitted.score(tmp_path)
 
 
