@@ -57,8 +57,8 @@ def plain_torch() -> Iterator[None]:
     may change the order of sums.
     """
     with ExitStack() as stack:
-        _hold_settings()
         stack.callback(_release_settings)
+        _hold_settings()
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         for device in ("cpu", "cuda", "xpu", "mps"):

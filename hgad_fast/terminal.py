@@ -1,4 +1,4 @@
-"""What is said on the terminal, or into a log: lines in any encoding, and how far a long work is.
+"""What is said on the terminal, or into a log: lines in any encoding, warnings, and how far a long work is.
 
 Nothing here imports torch, so that a first line can be said before that takes its seconds.
 """
@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 EVERY = 10.0  # seconds between two lines about a work that goes on, where stderr is no terminal
+
+_BETWEEN = (__package__, "contextlib", "torch", "concurrent", "threading")  # the user's line and a warning
 
 
 def escape_unprintable() -> None:
@@ -46,6 +49,14 @@ def _escaped(character: str) -> str:
 def say(text: str, file: TextIO | None = None) -> None:
     """Print text at once, on stderr by default; its lines stay lines, whatever else cannot be shown is escaped."""
     print("\n".join(map(printable, text.split("\n"))), file=file or sys.stderr, flush=True)
+
+
+def warn_user(text: str) -> None:
+    """Warn at the line of the user's program: that which called the package, by whatever decorators and threads."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def duration(seconds: float) -> str:

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from hgad_fast import terminal
+from hgad_fast.environment import plain_torch
 from hgad_fast.options import in_options
 from hgad_fast.terminal import Count, heartbeat, progress, say, tracked
 
@@ -91,6 +94,16 @@ def test_a_terminal_has_a_bar_with_the_title_as_it_is(monkeypatch: pytest.Monkey
     for _ in tracked(range(3), "scoring [red]"):
         pass
     assert "scoring [red]" in log.text() and "100%" in log.text()
+
+
+def test_a_warning_is_of_the_users_line() -> None:
+    """Whatever decorators of other packages, and whatever calls within this one, lie between."""
+    names: dict[str, Any] = {"__name__": "hgad_fast.inner", "no_grad": torch.no_grad, "plain_torch": plain_torch}
+    names["warn_user"] = terminal.warn_user
+    exec("@plain_torch()\n@no_grad()\ndef outer(): inner()\ndef inner(): warn_user('look')", names)
+    with pytest.warns(UserWarning, match="look") as caught:
+        names["outer"]()
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import os
 import random
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..files import printable
+from ..terminal import warn_user
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -122,7 +122,7 @@ def warn_once(subject: str, message: str) -> None:
     """Warn, once per process for each subject."""
     if subject not in said:
         said.add(subject)
-        warnings.warn(message, stacklevel=4)
+        warn_user(message)
 
 
 def read_image(path: str | os.PathLike[str], white_level: int = WHITE_LEVEL) -> Tensor:

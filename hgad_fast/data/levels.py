@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 
+from ..terminal import warn_user
 from .datasets import Sample
 from .images import WHITE_LEVEL, ImageError, read_header, read_pixels, said, suggested_white_level
 
@@ -63,10 +63,10 @@ def warn_of_white_level(samples: Sequence[Sample], white_level: int) -> None:
     """Warn if `white_level` is the usual one and the images suggest another, or have 8 and 16 bits in a mixture."""
     found = depths(samples)
     if white_level == WHITE_LEVEL and (advice := white_level_advice(found)):
-        warnings.warn(advice, stacklevel=3)
+        warn_user(advice)
         said.add("dark")  # which would be said of a single image
     if mixture := depth_mixture(found.of_16_bits, found.others):
-        warnings.warn(mixture, stacklevel=3)
+        warn_user(mixture)
 
 
 def has_16_bits(mode: str) -> bool:

@@ -14,7 +14,6 @@ import functools
 import math
 import os
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -40,6 +39,7 @@ from ..scoring.calibration import required_calibration
 from ..scoring.densities import densities, naming
 from ..scoring.result import require_numbers
 from ..scoring.score import first_official, seen_at
+from ..terminal import warn_user
 from . import metrics
 
 Features = Callable[[Sample], Sequence[Tensor]]  # returns prepared features of a test image, (1, C, h, w) a level
@@ -306,7 +306,7 @@ def evaluate(
     """
     dataset = test_set(model, data)
     for text in mask_warnings(dataset):
-        warnings.warn(text, stacklevel=3)
+        warn_user(text)
     _, cells = seen_at(model, img_size)
     model = seeing(model, img_size)
     official = model if official is None else seeing(official, img_size)

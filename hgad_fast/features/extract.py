@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from ..data.datasets import Dataset, Sample, check_images, content_hash, content
 from ..data.images import WHITE_LEVEL, ImageError, read_header, read_image
 from ..data.levels import warn_of_white_level
 from ..files import byte_count, printable, readable, state_hash
+from ..terminal import warn_user
 from .backbone import Backbone
 from .cache import (
     SHARD_BYTES,
@@ -282,10 +282,9 @@ def _fill(
                     groups.append((group, True))
     except CacheFull as error:
         remaining = sum(content not in cache for content in missing)
-        warnings.warn(
+        warn_user(
             f"{error}; the features of {remaining} images are computed anew each time they are needed, which is slow. "
-            "Give the cache more room, or cache_dtype='float16', and start again",
-            stacklevel=3,
+            "Give the cache more room, or cache_dtype='float16', and start again"
         )
 
 

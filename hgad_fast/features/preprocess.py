@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..data.images import centre_crop, centre_crop_geometry, whole_image, whole_image_size
 from ..files import byte_count, readable
+from ..terminal import warn_user
 from .backbone import ALWAYS_WHOLE, Backbone, BackboneSettings, FeatureMaps
 from .interpolate import BAND_PIXELS
 
@@ -243,10 +243,9 @@ def may_cut(
         and not is_local
         and any(len(image_pass.rows) * len(image_pass.columns) > 1 for image_pass in encoder.passes(*seen))
     ):
-        warnings.warn(
+        warn_user(
             f"{encoder.arch} looks at the whole image, so tiles of one of {seen[0]} x {seen[1]} pixels give other "
-            f"features than the whole; tiles='never' and max_memory='{_gigabytes(needs(cut=False))}' score it whole",
-            stacklevel=4,
+            f"features than the whole; tiles='never' and max_memory='{_gigabytes(needs(cut=False))}' score it whole"
         )
     return cut
 

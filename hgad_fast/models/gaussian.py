@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whiteni
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, ProportionsError
 from ..scoring.maps import resized_and_blurred
+from ..terminal import warn_user
 from .config import GaussianConfig
 from .detector import Detector
 
@@ -284,11 +284,7 @@ class GaussianModel(Detector):
             ValueError: the model is not fitted; or as `begin`.
         """
         self._require_fitted()
-
-        def warn(error: Exception) -> None:
-            warnings.warn(str(error), stacklevel=4)
-
-        images = feature_set(cast(Any, self), data, skip_bad=skip_bad, on_bad=warn)
+        images = feature_set(cast(Any, self), data, skip_bad=skip_bad, on_bad=lambda error: warn_user(str(error)))
         before = copy.deepcopy(self.gaussians)
         try:
             self._add(images, self._members(images))

@@ -234,7 +234,7 @@ class PlaceGaussians(nn.Module):
         """Note that the Gaussians are not those of the sums: each is computed when it is next asked for."""
         self._known = [0] * len(self.grids)  # bands
 
-    def require(self, groups: Iterable[int], first_band: bool = False) -> bool:
+    def require(self, groups: Sequence[int], first_band: bool = False) -> bool:
         """Compute the Gaussians of some groups that are not known yet, or what their first band tells of them.
 
         It is done on the CPU in one thread, so that they have the same bits wherever the model is, and in the same way
@@ -249,7 +249,7 @@ class PlaceGaussians(nn.Module):
         bands = 1 if first_band else len(self.bands)
         if all(self._known[k] >= bands for k in groups):
             return False
-        with _SOLVING, one_thread():
+        with one_thread(), _SOLVING:  # in this order: a caller may have the one thread already
             for k in groups:
                 if self._known[k] >= bands:
                     continue

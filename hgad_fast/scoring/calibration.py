@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
 from ..files import printable
 from ..protocol import Densities, Detector
+from ..terminal import warn_user
 from .densities import densities, naming
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
 from .rates import MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
@@ -213,7 +213,7 @@ class Calibration:
             else:
                 self._told.update(range(len(names)))
                 text = NO_THRESHOLDS.format("no image")
-            warnings.warn(text, stacklevel=5)
+            warn_user(text)
 
     def _known_reference(self, k: int) -> Tensor:
         """Return `_reference`, made anew where what it is made of has changed: a camera loop asks for each frame."""
@@ -380,10 +380,7 @@ def calibrate(
     resized = seeing(model, img_size)
     images = _of_these_classes(resized, data) if known is not None else data
 
-    def warn(error: Exception) -> None:
-        warnings.warn(str(error), stacklevel=4)
-
-    features = feature_set(resized, images, skip_bad=skip_bad, on_bad=warn)
+    features = feature_set(resized, images, skip_bad=skip_bad, on_bad=lambda error: warn_user(str(error)))
     present = sorted(set(features.class_ids.tolist()))
     if known is None or not present or not model.groups_are_classes or len(present) == len(model.groups):
         model.config = model.config.replace(class_names=resized.config.class_names)
@@ -450,7 +447,7 @@ def calibrate_on(
 def warn_of_shortcomings(model: Detector) -> None:
     """Warn of thresholds that the calibration of a model cannot give as they were asked for."""
     if text := required_calibration(model).shortcomings(model.groups):
-        warnings.warn(text, stacklevel=3)
+        warn_user(text)
 
 
 def calibration_from(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..data.images import ImageError
 from ..features.backbone import FeatureMaps
 from ..protocol import Densities, Detector, ProportionsError
 
@@ -48,6 +49,8 @@ def naming(image_name: Callable[[], str]) -> Iterator[None]:
     """Put the name of an image, if it has one, before the error that it causes."""
     try:
         yield
+    except ImageError:
+        raise  # it names its file
     except ValueError as error:
         if not (name := image_name()):
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from ..data.images import WHITE_LEVEL, check_white_level, from_pil, read_image
 from ..data.listing import images_to_score
 from ..protocol import Detector
+from ..terminal import warn_user
 
 MAX_NUMBERED = 8  # groups without names of their own that an error lists
 
@@ -33,7 +33,7 @@ def as_images(images: Any, white_level: int = WHITE_LEVEL) -> Iterable[Tensor]:
     if isinstance(images, (str, os.PathLike)):
         files, notes = images_to_score([images])
         for note in notes:
-            warnings.warn(note, stacklevel=4)
+            warn_user(note)
         for file in files:
             yield read_image(file, white_level)
     elif isinstance(images, Tensor):

@@ -320,12 +320,16 @@ def _line(entry: dict[str, Any]) -> str:
 def _read(path: Path) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
     """Return settings, names and entries of a journal, without a line that was cut off while it was written."""
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         settings, *entries = lines
         names = settings.pop("names", [])  # earlier journals have none
         for entry in entries:
-            _path_of(entry), len(entry["name"]), entry["state"], entry["row"].keys()
-        return settings, list(map(str, names)), entries
+            _path_of(entry), entry["state"], entry["row"].keys()
+        for name in (*names, *(entry["name"] for entry in entries)):
+            if name != os.path.basename(name):  # `clear_output` deletes files of these names
+                raise ValueError(f"{name!r} is no name of a file")
+        return settings, names, entries
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or give another --output") from error
 
@@ -371,7 +375,7 @@ def clear_output(output: Path, keep: Sequence[str] | None = None) -> None:
         for path in list(folder.glob(".*")) if folder.is_dir() else []:
             if path.suffix in endings and path.name[: path.name.rfind("-") + 1] in starts:
                 path.unlink(missing_ok=True)
-        if keep is None and folder.is_dir() and not any(folder.iterdir()):
+        if keep is None and folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
     if keep is None:
         for path in (output / SCORES, output / REGIONS, *journals):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data.listing import list_images
+from ..data.listing import images_to_score
 from ..environment import plain_torch, require_float32
 from ..features.backbone import ALWAYS_WHOLE, TILES, Backbone
 from ..features.preprocess import (
@@ -33,6 +32,7 @@ from ..features.preprocess import (
 )
 from ..files import printable
 from ..protocol import Densities, Detector, OfficialMaps, Settings
+from ..terminal import warn_user
 from .calibration import numbers, required_calibration
 from .densities import densities, naming
 from .inputs import as_images, check_normalization, checked_features, checked_group_ids, checked_map_size
@@ -198,7 +198,7 @@ def _image_name(images: Any, count: int, i: int) -> str:
     """Return what errors call image `i` of `count`: its file, or its number; empty for one image that is no file."""
     if isinstance(images, (str, os.PathLike)):
         path = Path(images)
-        return printable(list_images(path)[i] if path.is_dir() else path)
+        return printable(images_to_score([path])[0][i] if path.is_dir() else path)
     if isinstance(images, Sequence) and len(images) == count and isinstance(images[i], (str, os.PathLike)):
         return printable(images[i])
     return f"image {i}" if count > 1 else ""
@@ -227,11 +227,10 @@ def seen_at(model: Detector, img_size: int | str | None) -> tuple[Settings, int 
     """
     config, calibration = seeing(model, img_size).config, model.calibration
     if calibration is not None and calibration.img_size not in (None, config.img_size):
-        warnings.warn(
+        warn_user(
             f"images are seen at img_size = {config.img_size}, the model is calibrated at {calibration.img_size}: "
             "scores are comparable with each other, thresholds and p-values mean little; "
-            f"model.calibrate(normal images, img_size={config.img_size!r}), or hgad-fast calibrate, makes new ones",
-            stacklevel=4,
+            f"model.calibrate(normal images, img_size={config.img_size!r}), or hgad-fast calibrate, makes new ones"
         )
     return config, cells_on_map(model, config.img_size)
 

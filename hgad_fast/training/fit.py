@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..files import replacing
 from ..protocol import Detector, Progress
 from ..scoring.calibration import calibration_from, check_false_alarm_rate, split, warn_of_shortcomings
 from ..scoring.densities import densities
+from ..terminal import warn_user
 from .checkpoint import (
     CHECKPOINT,
     FEATURES,
@@ -220,11 +220,10 @@ def _warn_of_recognition(counts: dict[str, tuple[int, int]]) -> None:
     if right < RECOGNISED * tried:
         worst = sorted(counts, key=lambda name: counts[name][0] / counts[name][1])[:3]
         examples = ", ".join(f"{name} {counts[name][0]} of {counts[name][1]}" for name in worst)
-        warnings.warn(
+        warn_user(
             f"the class of {right} of {tried} held-out images is recognised ({examples}): tell it when you score "
             "(class_ids, --class), as an image that is taken for another class is judged by that class, or train on "
-            "more images of each class",
-            stacklevel=4,
+            "more images of each class"
         )
 
 

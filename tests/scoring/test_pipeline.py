@@ -436,6 +436,16 @@ def test_a_folder_that_holds_a_run_is_refused_or_becomes_the_new_runs(
     }  # fmt: skip
 
 
+def test_a_folder_that_is_a_link_stays(model: HGADModel, files: list[Path], tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    output.mkdir()
+    elsewhere.mkdir()
+    (output / "overlays").symlink_to(elsewhere, target_is_directory=True)
+    for file in files[:2]:
+        score_files(model, [file], Job(output=output, overwrite=True))
+        assert [path.stem for path in elsewhere.iterdir()] == [file.stem] and (output / "overlays").is_symlink()
+
+
 @pytest.mark.parametrize("left", ["scores.csv", "regions.csv", "scores.jsonl", "scores-rank2.jsonl", "overlays/00.png"])
 def test_anything_that_a_run_leaves_shows_it(left: str, model: HGADModel, files: list[Path], tmp_path: Path) -> None:
     (tmp_path / left).parent.mkdir(exist_ok=True)
@@ -475,7 +485,14 @@ def test_a_journal_of_an_earlier_version_is_scored_anew(model: HGADModel, files:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]\n", '{"model": 1}\n{"name": "a"}\n', '{}\n{"name": "a", "state": 1, "row": 2}\n']
+    "text",
+    [
+        "",
+        "[]\n",
+        '{"names": ["../mine"]}\n',
+        '{"model": 1}\n{"name": "a"}\n',
+        '{}\n{"name": "a", "state": 1, "row": 2}\n',
+    ],
 )
 def test_a_damaged_journal_is_named(text: str, model: HGADModel, files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "scores.jsonl").write_text(text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,3 +153,20 @@ def test_wrong_arguments_are_named(fitted: GaussianModel, root: Path) -> None:
                 use(wrong)  # type: ignore[operator]
     with pytest.raises(ValueError, match="img_size is 'foo'; allowed: a whole number from 1: places are"):
         Scorer(fitted, img_size="foo")
+
+
+def test_the_image_of_a_folder_is_named_and_not_a_mask_that_is_left_out(fitted: GaussianModel, tmp_path: Path) -> None:
+    write(tmp_path / "ground_truth" / "dent" / "0.png", 1)
+    long = write(tmp_path / "test" / "dent" / "0.png", 2, size=(48, 200))
+    write(tmp_path / "test" / "dent" / "1.png", 3)
+    message = f"^{re.escape(str(long))}: .* proportions"
+    with pytest.warns(UserWarning, match="1 masks"), pytest.raises(ValueError, match=message):
+        fitted.score(tmp_path)
+
+
+def test_a_damaged_test_image_is_named_once(fitted: GaussianModel, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    damaged = tmp_path / "data" / "dark" / "test" / "dent" / "0.png"
+    damaged.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(damaged))}: no image"):
+        evaluate(fitted, tmp_path / "data")
