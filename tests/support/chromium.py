@@ -2,7 +2,7 @@
 
     python tests/chromium.py demo/report.html docs/images/report.png
 
-takes the image of the README: the report's first part, after `make demo` and `hgad-fast report demo`.
+takes the image of docs/outputs.md: the report's first part, after `make demo` and `hgad-fast report demo`.
 """
 
 from __future__ import annotations
