@@ -198,6 +198,7 @@ def test_a_network_that_pools_over_the_whole_image_is_cut_only_for_want_of_memor
     assert not model.encoder.is_local
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "there are no thresholds")
         whole = native(model, image, tiles="never")
         assert torch.equal(native(model, image).anomaly_map, whole.anomaly_map)
     enough = preprocess.working_set(model, model.config.replace(img_size="native"), (1000, 3000))
