@@ -362,11 +362,8 @@ def _normals(folder: Path, class_id: int, split: str = "training") -> list[Sampl
         if folder.is_dir() and (line := passed_over(endings(files_below(folder)))):
             text += f"; {line}"
         above = folder.parent
-        if (
-            elsewhere := _besides(above, folder.name)
-            if above.name in ("train", "validation") and above.is_dir()
-            else []
-        ):
+        has_kinds = above.name in ("train", "validation") and above.is_dir()
+        if has_kinds and (elsewhere := _besides(above, folder.name)):
             places = dict.fromkeys(printable(file.parent) for file in elsewhere)
             text += f"; {len(elsewhere)} images lie in {', '.join(list(places)[:3])}: move those that are normal"
         raise DatasetError(f"{printable(folder)}: {text}")
