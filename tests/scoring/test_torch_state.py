@@ -112,7 +112,7 @@ def matmul_precision(value: str) -> Iterator[None]:
 def warnings_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", r"the class of \d+ of \d+ held-out images")  # a training so short learns little
+        warnings.filterwarnings("ignore", r"the class of \d+ of \d+ held-out images")  # it is short
         yield
 
 
