@@ -262,7 +262,8 @@ class Journal:
         for path in _journals(self.output):
             settings, _, entries = _read(path)
             if settings != self.settings:
-                differing = ", ".join(key for key in self.settings if settings.get(key) != self.settings[key])
+                keys = {**self.settings, **settings}
+                differing = ", ".join(key for key in keys if settings.get(key) != self.settings.get(key))
                 raise ValueError(
                     f"{path} was written with another {differing}: give what it was written with, another --output, or "
                     "--overwrite, which starts anew"
