@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..files import printable
 from .images import WHITE_LEVEL, ImageError, read_image
@@ -92,6 +93,12 @@ class Dataset:
 
 
 Root = str | os.PathLike[str] | Dataset
+
+
+def are_roots(data: Any) -> bool:
+    """Return whether `discover` may take something: a root, or several of them."""
+    roots = data if isinstance(data, (tuple, list)) else [data]
+    return bool(roots) and all(isinstance(root, (str, os.PathLike, Dataset)) for root in roots)
 
 
 def discover(root: Root | Sequence[Root]) -> Dataset:
