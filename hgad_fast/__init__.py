@@ -47,6 +47,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module(".environment", __name__).VERSION
+    if name.startswith("_"):  # what Python and tools ask any module for; __main__ would run the command line
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         with uncollected():
             module = importlib.import_module(f".{_HOMES.get(name, name)}", __name__)

@@ -33,6 +33,7 @@ from .options import (
     Weights,
     configuration,
     image_size,
+    in_options,
     is_first,
     load_model,
     numbers,
@@ -312,7 +313,7 @@ def score(
 
         def report(record: pipeline.Record) -> None:
             if record.error is not None:
-                say(f"hgad-fast: {record.error}")
+                say(f"hgad-fast: {in_options(str(record.error))}")
             elif record.row is not None and not as_json:
                 say(_score_line(record.row), sys.stdout)
             if record.no_overlay is not None:

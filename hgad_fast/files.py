@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from .terminal import printable as printable
 
+_PLAIN = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool}  # types of plain numbers
+_PLAIN |= {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -71,7 +73,7 @@ def require_tensors(source: str, tensors: Any) -> None:
             raise ValueError(f"{source} holds a tensor that is called {name!r}; names are texts")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{source}: {name} is a {type(tensor).__name__}, and no tensor")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _PLAIN:
             raise ValueError(f"{source}: {name} is no tensor of plain numbers")
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: {name} holds a NaN or an infinity")

@@ -229,13 +229,15 @@ class ModelFile:
         """Return a tensor, in memory of its own; numbers in `dtype`, or with None in that of the file.
 
         Raises:
-            ValueError: it cannot be read, or a number in it is not finite.
+            ValueError: it cannot be read, is of a type that cannot be computed with, or a number in it is not finite.
         """
         try:
             mapped = self._handle.get_tensor(name)
             tensor = mapped.to(dtype, copy=True) if dtype and mapped.is_floating_point() else mapped.clone()
         except Exception as error:  # of many kinds, where the header lies
             raise self.error(f"is damaged: its tensor {name} cannot be read ({error})") from error
+        if tensor.is_floating_point():
+            self.require_type(name, tensor.dtype)  # of 8 bits torch computes nothing
         if tensor.is_floating_point() and tensor.numel():
             if not all(math.isfinite(bound) for bound in torch.stack(tensor.aminmax()).tolist()):  # in one pass
                 raise self.error(f"is damaged: its tensor {name} holds a NaN or an infinity")

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -114,7 +115,7 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             say("hgad-fast: interrupted; every file written so far is whole")
             raise typer.Exit(130) from None
         except Exception as error:
-            if not isinstance(error, _errors_of_use()):
+            if not isinstance(error, (ValueError, OSError, ImportError)) and not _ends_a_training(error):
                 raise
             say(f"hgad-fast: {in_options(str(error))}")
             raise typer.Exit(1) from error
@@ -122,11 +123,11 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _errors_of_use() -> tuple[type[Exception], ...]:
+def _ends_a_training(error: Exception) -> bool:
     from .training.fit import NonFiniteLossError
     from .training.processes import LostProcessError
 
-    return ValueError, OSError, ImportError, NonFiniteLossError, LostProcessError
+    return isinstance(error, (NonFiniteLossError, LostProcessError))
 
 
 def require_package(module: str, what: str, extra: str) -> None:
@@ -142,7 +143,8 @@ def is_first() -> bool:
 
 def quoted(words: Iterable[str | os.PathLike[str]]) -> str:
     """Return a command that can be copied to a shell."""
-    return " ".join(shlex.quote(printable(word)) for word in words)
+    shown = list(map(printable, words))
+    return subprocess.list2cmdline(shown) if os.name == "nt" else shlex.join(shown)
 
 
 def configuration(

@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..files import printable
 from .images import WHITE_LEVEL, ImageError, read_image
@@ -92,6 +93,12 @@ class Dataset:
 
 
 Root = str | os.PathLike[str] | Dataset
+
+
+def are_roots(data: Any) -> bool:
+    """Return whether `discover` may take something: a root, or several of them."""
+    roots = data if isinstance(data, (tuple, list)) else [data]
+    return bool(roots) and all(isinstance(root, (str, os.PathLike, Dataset)) for root in roots)
 
 
 def discover(root: Root | Sequence[Root]) -> Dataset:
@@ -362,11 +369,8 @@ def _normals(folder: Path, class_id: int, split: str = "training") -> list[Sampl
         if folder.is_dir() and (line := passed_over(endings(files_below(folder)))):
             text += f"; {line}"
         above = folder.parent
-        if (
-            elsewhere := _besides(above, folder.name)
-            if above.name in ("train", "validation") and above.is_dir()
-            else []
-        ):
+        has_kinds = above.name in ("train", "validation") and above.is_dir()
+        if has_kinds and (elsewhere := _besides(above, folder.name)):
             places = dict.fromkeys(printable(file.parent) for file in elsewhere)
             text += f"; {len(elsewhere)} images lie in {', '.join(list(places)[:3])}: move those that are normal"
         raise DatasetError(f"{printable(folder)}: {text}")

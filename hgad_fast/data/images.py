@@ -121,8 +121,13 @@ def suggested_white_level(peak: int) -> int:
 def warn_once(subject: str, message: str) -> None:
     """Warn, once per process for each subject."""
     if subject not in said:
-        said.add(subject)
+        take_as_said(subject)
         warn_user(message)
+
+
+def take_as_said(subject: str) -> None:
+    """Let `warn_once` be silent about a subject."""
+    said.add(subject)
 
 
 def read_image(path: str | os.PathLike[str], white_level: int = WHITE_LEVEL) -> Tensor:

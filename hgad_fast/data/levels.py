@@ -10,7 +10,7 @@ import numpy as np
 
 from ..terminal import warn_user
 from .datasets import Sample
-from .images import WHITE_LEVEL, ImageError, read_header, read_pixels, said, suggested_white_level
+from .images import WHITE_LEVEL, ImageError, read_header, read_pixels, suggested_white_level, take_as_said
 
 SAMPLED = 20  # images of a class that are looked at
 
@@ -64,7 +64,7 @@ def warn_of_white_level(samples: Sequence[Sample], white_level: int) -> None:
     found = depths(samples)
     if white_level == WHITE_LEVEL and (advice := white_level_advice(found)):
         warn_user(advice)
-        said.add("dark")  # which would be said of a single image
+        take_as_said("dark")  # which would be said of a single image
     if mixture := depth_mixture(found.of_16_bits, found.others):
         warn_user(mixture)
 

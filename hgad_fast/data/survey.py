@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..files import printable
 from .datasets import Dataset, Sample
@@ -37,6 +37,8 @@ from .masks import inspect_mask
 FEW_TRAINING_IMAGES = 16
 """With fewer, the eight images that calibration holds out would be more than half of a class."""
 _SHOWN = 5  # sizes, and findings of each kind, that a table lists
+
+Place = TypeVar("Place")
 
 
 @dataclass(frozen=True)
@@ -205,28 +207,33 @@ def mask_warnings(dataset: Dataset) -> list[str]:
 
 
 def _duplicates(dataset: Dataset, splits: dict[str, tuple[Sample, ...]]) -> Iterator[Finding]:
-    """Yield a finding for each image whose file has the bytes of another one; only files of equal size are read."""
+    """Yield a finding for each image whose file has the bytes of another one."""
     places = [(split, sample) for split, samples in splits.items() for sample in samples]
-    for same_size in _grouped(places, lambda place: _size(place[1].path)):
-        for same_start in _grouped(same_size, lambda place: _digest(place[1].path, 1 << 16)):
-            for (first_split, first), *others in _grouped(same_start, lambda place: _digest(place[1].path)):
-                for split, sample in others:
-                    pairs = [
-                        (first_split, split),
-                        (dataset.class_names[first.class_id], dataset.class_names[sample.class_id]),
-                        ("normal", "defect") if first.is_anomalous != sample.is_anomalous else ("", ""),
-                    ]
-                    differences = ", ".join(f"{this} and {that}" for this, that in pairs if this != that)
-                    detail = f"{printable(first.path)} and {printable(sample.path)}"
-                    if differences:
-                        yield Finding("same image in two places", f"{detail} ({differences}): remove one", True)
-                    else:
-                        yield Finding("same image twice", detail, False)
+    for (first_split, first), *others in of_same_content(places, lambda place: place[1].path):
+        for split, sample in others:
+            pairs = [
+                (first_split, split),
+                (dataset.class_names[first.class_id], dataset.class_names[sample.class_id]),
+                ("normal", "defect") if first.is_anomalous != sample.is_anomalous else ("", ""),
+            ]
+            differences = ", ".join(f"{this} and {that}" for this, that in pairs if this != that)
+            detail = f"{printable(first.path)} and {printable(sample.path)}"
+            if differences:
+                yield Finding("same image in two places", f"{detail} ({differences}): remove one", True)
+            else:
+                yield Finding("same image twice", detail, False)
 
 
-def _grouped(places: Iterable[Any], key: Callable[[Any], Any]) -> Iterator[list[Any]]:
+def of_same_content(places: Iterable[Place], path_of: Callable[[Place], Path]) -> Iterator[list[Place]]:
+    """Yield those places together, two or more, whose files have the same bytes; only files of equal size are read."""
+    for same_size in _grouped(places, lambda place: _size(path_of(place))):
+        for same_start in _grouped(same_size, lambda place: _digest(path_of(place), 1 << 16)):
+            yield from _grouped(same_start, lambda place: _digest(path_of(place)))
+
+
+def _grouped(places: Iterable[Place], key: Callable[[Place], Any]) -> Iterator[list[Place]]:
     """Return the groups of two or more places with the same key; places whose key is None belong to no group."""
-    groups = defaultdict(list)
+    groups: dict[Any, list[Place]] = defaultdict(list)
     for place in places:
         groups[key(place)].append(place)
     groups.pop(None, None)

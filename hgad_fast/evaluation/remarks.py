@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from operator import itemgetter
 
 from ..data.datasets import Dataset
+from ..data.survey import of_same_content
 from ..files import printable
 from ..protocol import Detector
 from ..scoring.calibration import rate_table
-from ..scoring.rates import percent
+from ..scoring.rates import enumerated, percent
+from ..training.fit import RECOGNISED
 from .evaluate import Evaluation, Figures
 
 CHANCE = 0.6  # AUROC up to which a detector hardly tells anything; below 1 - CHANCE it tells the opposite
-RECOGNISED = 0.9  # share of images whose class should be inferred rightly
 BAND = 0.99  # share of the binomial distribution outside which a number of false alarms is no chance
 LISTED = 3  # images or classes that a sentence names
 
@@ -86,18 +86,18 @@ def _of_rates(model: Detector) -> Iterator[str]:
     if model.calibration is None:
         yield "the model is not calibrated: no image is ever called anomalous; hgad-fast calibrate makes thresholds"
     if without := [row["group"] for row in rows if not row["reference"]]:
-        yield f"no image of {_named(without)} is ever called anomalous, as no normal images were held out of them"
+        yield f"no image of {enumerated(without)} is ever called anomalous, as no normal images were held out of them"
     # An attained rate is a multiple of 1 / (n + 1), below the target if there is one.
     known = [row for row in rows if row["reference"]]
     unlike = [row for row in known if not 0.5 <= row["attained"] / row["target"] <= 1.5]
     if unlike:
         rates = [row["attained"] for row in unlike]
         span = percent(min(rates)) if min(rates) == max(rates) else f"{percent(min(rates))} to {percent(max(rates))}"
-        fewest = min(row["reference"] for row in unlike)
+        names, fewest = enumerated([row["group"] for row in unlike]), min(row["reference"] for row in unlike)
         yield (
-            f"the thresholds of {len(unlike)} {kind} ({_named([row['group'] for row in unlike])}) attain a false-alarm "
-            f"rate of {span} instead of {percent(unlike[0]['target'])}, as they rest on {fewest} normal images: hold "
-            "out more (hgad-fast calibrate)"
+            f"the thresholds of {len(unlike)} {kind} ({names}) attain a false-alarm rate of {span} instead of "
+            f"{percent(unlike[0]['target'])}, as they rest on {fewest} normal images: hold out more (hgad-fast "
+            "calibrate)"
         )
 
 
@@ -127,35 +127,15 @@ def _of_false_alarms(model: Detector, evaluation: Evaluation) -> Iterator[str]:
 
 
 def _of_duplicates(dataset: Dataset) -> Iterator[str]:
-    """Yield a sentence on test images that were trained on; only files of one size are read."""
-    trained, tested = ([sample.path for sample in samples] for samples in (dataset.train, dataset.test))
-    both = {_size(path) for path in trained} & {_size(path) for path in tested} - {0}
-    originals = {_hash(path): path for path in reversed(_of_sizes(trained, both))}
-    pairs = [(originals[_hash(path)], path) for path in _of_sizes(tested, both) if _hash(path) in originals]
+    """Yield a sentence on test images that were trained on."""
+    places = [(sample.path, False) for sample in dataset.train] + [(sample.path, True) for sample in dataset.test]
+    pairs = []
+    for group in of_same_content(places, itemgetter(0)):
+        if trained := [path for path, is_test in group if not is_test]:
+            pairs += [(trained[0], path) for path, is_test in group if is_test]
     if pairs:
         examples = "; ".join(f"{printable(original)} and {printable(copy)}" for original, copy in pairs[:LISTED])
         yield (
             f"test images that are the same files as training images, so that the figures flatter: {len(pairs)}, e.g. "
             f"{examples}; all of them: hgad-fast data DATA"
         )
-
-
-def _of_sizes(paths: Iterable[Path], sizes: set[int]) -> list[Path]:
-    return [path for path in paths if _size(path) in sizes]
-
-
-def _size(path: Path) -> int:
-    """Return the bytes of a file; 0 if it is empty or cannot be read."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _hash(path: Path) -> bytes:
-    return hashlib.blake2b(path.read_bytes()).digest()
-
-
-def _named(names: list[str], most: int = 10) -> str:
-    """Return names with commas; of many the first."""
-    return ", ".join(map(printable, names[:most])) + (f", and {len(names) - most} more" if len(names) > most else "")

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.datasets import Dataset, Sample, check_images, content_hash, content_hashes, discover, fingerprint
+from ..data.datasets import (
+    Dataset,
+    Sample,
+    are_roots,
+    check_images,
+    content_hash,
+    content_hashes,
+    discover,
+    fingerprint,
+)
 from ..data.images import WHITE_LEVEL, ImageError, read_header, read_image
 from ..data.levels import warn_of_white_level
 from ..files import byte_count, printable, readable, state_hash
@@ -193,8 +202,7 @@ def feature_set(
             "cache='disk' tells features by the name and weights of a timm backbone, which an encoder of your own does "
             "not have; take cache='ram'"
         )
-    roots = data if isinstance(data, (tuple, list)) else [data]
-    if not roots or not all(isinstance(root, (str, os.PathLike, Dataset)) for root in roots):
+    if not are_roots(data):
         raise ValueError(
             f"data is a {type(data).__name__}; pass a dataset (a folder with a folder for each class, a CSV file, a "
             "Dataset, or several of these), a FeatureSet, or a pair of features, one (n, C, h, w) tensor a level, and "

@@ -8,6 +8,14 @@ from contextlib import contextmanager, suppress
 from ..importing import uncollected
 
 PREFIXES = ("hf-hub:", "hf_hub:")  # before owner/name; timm takes both
+OWN_WEIGHTS = (
+    "Either download them on a machine with a network and pass the file as backbone_weights (--weights FILE), or pass "
+    "backbone_weights=None for random weights (--weights random)."
+)
+OWN_NAME = (
+    "Without a network give the architecture by timm's name, as backbone_arch (--backbone), and a file as "
+    "backbone_weights (--weights FILE)."
+)
 
 
 def without_hub(arch: str, weights: str | None) -> tuple[str, str | None]:
@@ -29,7 +37,7 @@ def without_hub(arch: str, weights: str | None) -> tuple[str, str | None]:
     repository = arch.partition(":")[2]
     if repository.startswith("timm/") and timm.is_model(repository.removeprefix("timm/")):
         return repository.removeprefix("timm/"), weights  # one of timm's own, whose weights it knows by this name
-    with reaching_hub(arch):
+    with reaching_hub(f"the configuration of {arch!r}", OWN_NAME):
         ask_hub(repository, "config.json")
         _, architecture, options = timm.models.load_model_config_from_hf(repository)
     if options or not timm.is_model(architecture):
@@ -42,17 +50,13 @@ def without_hub(arch: str, weights: str | None) -> tuple[str, str | None]:
 
 
 @contextmanager
-def reaching_hub(name: str) -> Iterator[None]:
-    """Turn any error of the body, which asks the hub for the model `name`, into a ConnectionError with the remedies."""
+def reaching_hub(what: str, remedy: str) -> Iterator[None]:
+    """Turn any error of the body, which asks the hub for something, into a ConnectionError with the remedy."""
     try:
         yield
     except Exception as error:  # timm lets errors of several network libraries through
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConnectionError(
-            f"the pretrained weights of {name!r} could not be had from timm's hub ({reason}). Either download them on "
-            "a machine with a network and pass the file as backbone_weights (--weights FILE), or pass "
-            "backbone_weights=None for random weights (--weights random)."
-        ) from error
+        raise ConnectionError(f"{what} could not be had from timm's hub ({reason}). {remedy}") from error
 
 
 def ask_hub(repository: str, *files: str) -> None:

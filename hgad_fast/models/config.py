@@ -68,9 +68,7 @@ class Config:
 
     method: ClassVar[str]
     square: ClassVar[bool] = False
-    img_sizes: ClassVar[str] = (
-        f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)"  # that are allowed
-    )
+    img_sizes: ClassVar[str] = f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     added: ClassVar[dict[str, Any]] = {"grid_stride": 16, "white_level": 65535}
     preset_notes: ClassVar[dict[str, PresetNote]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.datasets import Dataset, Sample, discover
+from ..data.datasets import Dataset, Sample, are_roots, discover
 from ..environment import plain_torch
 from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
@@ -359,7 +358,7 @@ def calibrate(
 
     Args:
         model: a trained detector.
-        data: a dataset root or `Dataset` (its training images are used) or a `FeatureSet`.
+        data: a dataset root or `Dataset`, or several (their training images are used), or a `FeatureSet`.
         false_alarm_rate: target share of normal images that may be called anomalous, one for all classes; None: the
             model's own, or 0.01 where it is not calibrated.
         img_size: short side at which the images are seen, or ``"native"``: the one at which images will be scored;
@@ -410,7 +409,7 @@ def _of_these_classes(model: Detector, data: Any) -> Any:
         ValueError: it has a class that the model does not know.
     """
     own = model.config.class_names
-    if own is None or not model.groups_are_classes or not isinstance(data, (str, os.PathLike, Dataset)):
+    if own is None or not model.groups_are_classes or not are_roots(data):
         return data
     dataset = data if isinstance(data, Dataset) else discover(data)
     if unknown := [name for name in dataset.class_names if name not in own]:

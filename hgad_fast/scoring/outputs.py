@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..files import printable, replacing
-from .rates import percent
+from .rates import enumerated, percent
 from .regions import Region
 
 MAP_FORMATS = {"npy": ".npy", "tiff16": ".tif", "tiff32": ".tif"}
@@ -122,11 +122,11 @@ def file_names(files: Sequence[Path]) -> list[str]:
     """
     stems = Counter(file.stem.casefold() for file in files)
     paths = [Path(os.path.abspath(file)) for file in files]
-    root = os.path.commonpath([path.parent for path in paths])
+    shared = len(os.path.commonprefix([path.parent.parts for path in paths])) or 1  # 1: of several drives, no drive
     names: dict[str, str] = {}  # by what file systems take them for
     for path in paths:
         repeats = stems[path.stem.casefold()] > 1
-        stem = "-".join(path.relative_to(root).with_suffix("").parts) if repeats else path.stem
+        stem = "-".join(path.with_suffix("").parts[shared:]) if repeats else path.stem
         stem = _last_bytes(printable(stem).replace("\\", "_"), LONGEST)
         name, number = stem, 1
         while name.casefold() in names:
@@ -228,18 +228,13 @@ def _rate_lines(by_class: Mapping[str, tuple[float, float | None]]) -> list[str]
         for name, (asked, attained) in sorted(by_class.items()):
             if asked == target and attained is not None:
                 classes.setdefault(percent(attained), []).append(name)
-        texts = [f"{rate} of {_enumerated(names)}" for rate, names in classes.items()]
+        texts = [f"{rate} of {enumerated(names)}" for rate, names in classes.items()]
         if texts:
             lines.append(f"false-alarm rate: {percent(target)} asked for; the thresholds attain {', '.join(texts)}")
     without = sorted(name for name, (_, attained) in by_class.items() if attained is None)
     if without:
-        lines.append(f"no threshold, as there are no calibration images: {_enumerated(without)}")
+        lines.append(f"no threshold, as there are no calibration images: {enumerated(without)}")
     return lines
-
-
-def _enumerated(names: Sequence[str], most: int = 20) -> str:
-    """Return names with commas; of very many the first, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------- journal
@@ -267,7 +262,8 @@ class Journal:
         for path in _journals(self.output):
             settings, _, entries = _read(path)
             if settings != self.settings:
-                differing = ", ".join(key for key in self.settings if settings.get(key) != self.settings[key])
+                keys = {**self.settings, **settings}
+                differing = ", ".join(key for key in keys if settings.get(key) != self.settings.get(key))
                 raise ValueError(
                     f"{path} was written with another {differing}: give what it was written with, another --output, or "
                     "--overwrite, which starts anew"

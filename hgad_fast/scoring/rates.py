@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..files import printable
+
 MIN_POOLED = 3  # images a group needs for its scores to be pooled: the others standardise each, a spread takes two
-MAX_LISTED = 20  # groups that are described one by one
+MAX_LISTED = 20  # groups that are described, or named, one by one
 NO_THRESHOLDS = (
     "there are no thresholds, as no normal image was held out to calibrate on: {} is ever called anomalous, whatever "
     "its score; calibrate on normal images that were not trained on (model.calibrate, hgad-fast calibrate), or train "
@@ -101,5 +103,10 @@ def _images_for(rate: float) -> int:
 
 def listed(names: Sequence[str]) -> str:
     """Return names in quotes, the first of many."""
+    return enumerated([repr(name) for name in names])
+
+
+def enumerated(names: Sequence[str]) -> str:
+    """Return names with commas; of many the first, and how many more there are."""
     rest = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(map(repr, names[:MAX_LISTED])) + rest
+    return ", ".join(map(printable, names[:MAX_LISTED])) + rest

@@ -89,7 +89,7 @@ def read_checkpoint(
         raise ValueError(f"{error}{REMEDY}") from error
     try:
         return _checked(name, state, model, optimizer, identity, stages_in)
-    except (LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:  # something else in it
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{name} is no whole training checkpoint ({error!r}){REMEDY}") from error
 
 

@@ -161,6 +161,12 @@ def test_a_setting_of_the_calibration_is_named(fields: Any, named: str, good: Pa
         ("hgad", "calibration.class_ids", torch.zeros(9), "class_ids is of type torch.float32; it must be int64"),
         ("hgad", "calibration.level_max", torch.zeros(3, 1), "level_max has shape (3, 1); expected is (3, 2)"),
         ("hgad", "calibration.weights", torch.full((3, 2), -1.0), "weights holds a number below 0"),
+        (
+            "hgad",
+            "calibration.scores",
+            torch.zeros(9, dtype=torch.float8_e5m2),
+            "calibration.scores is of type F8_E5M2",
+        ),
         ("hgad", "calibration.weights", None, "the tensor weights is missing"),
         ("hgad", "calibration.scores", None, "the tensor scores is missing"),
         ("hgad", "calibration.more", torch.zeros(2), "'more' is unknown"),
@@ -245,6 +251,7 @@ def test_what_is_no_model_file_is_named(tmp_path: Path, good: Path) -> None:
         ({"mus": {"0": [0.0]}}, "0 is a list, and no tensor"),
         ({"mus": {"0": torch.full((3, 12), torch.nan)}}, "0 holds a NaN or an infinity"),
         ({"mus": {"0": torch.zeros(3, 12).to_sparse()}}, "0 is no tensor of plain numbers"),
+        ({"mus": {"0": torch.zeros(3, 12, dtype=torch.float8_e4m3fn)}}, "0 is no tensor of plain numbers"),
         ({"mus": {"9": torch.zeros(3, 12)}}, "does not fit this model"),
     ],
 )

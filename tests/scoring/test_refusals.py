@@ -136,6 +136,7 @@ def test_one_camera_is_calibrated_anew(fitted: GaussianModel, root: Path, tmp_pa
         assert fitted.calibrate(tmp_path) == ("light",)
         after = rate_table(fitted)
         assert after[0] == before[0] and after[1]["images"] == 5 and after[1]["threshold"] != before[1]["threshold"]
+        assert fitted.calibrate([tmp_path]) == ("light",) and rate_table(fitted) == after
         write(tmp_path / "blue" / "train" / "good" / "0.png", 1)
         with pytest.raises(ValueError, match="has images of 'blue', and the model was made for dark, light"):
             fitted.calibrate(tmp_path)

