@@ -147,7 +147,7 @@ def train(
     --nproc-per-node=GPUS -m hgad_fast train ...
     """
     require_rate(false_alarm_rate)
-    with _begin(f"reading {data}"):
+    with _begin(f"reading {printable(data)}"):
         from .data.datasets import discover, notes_on
         from .evaluation.evaluate import BestCheckpoint
         from .methods import create
@@ -274,7 +274,7 @@ def score(
     if overlays:
         require_package("matplotlib", "--overlays", "plot")
     with_overlays = importlib.util.find_spec("matplotlib") is not None if overlays is None else overlays
-    with _begin(f"loading {model}"):
+    with _begin(f"loading {printable(model)}"):
         from .data.listing import images_to_score
         from .features.backbone import TILES
         from .features.preprocess import memory_bytes
@@ -294,7 +294,7 @@ def score(
         say(note)
     files = list({os.path.abspath(file): file for file in reversed(found)}.values())[::-1]  # each once
     if not files:
-        raise ValueError(f"there are no images in {', '.join(map(str, images))}")
+        raise ValueError(f"there are no images in {', '.join(map(printable, images))}")
     if output is not None and overlays is None and not with_overlays and is_first():
         say("hgad-fast: overlays are left out, as they need matplotlib: pip install 'hgad-fast[plot]'")
     class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.groups else class_
@@ -352,7 +352,7 @@ def evaluate(
     """Measure AUROC, AP, F1max and AUPRO per class, mean and pooled, by the official and the honest protocol."""
     require_no_folder(output)
     size, details = image_size(img_size), output is not None
-    with _begin(f"loading {model}"):
+    with _begin(f"loading {printable(model)}"):
         from .evaluation.evaluate import evaluate as run
         from .evaluation.evaluate import test_set
         from .evaluation.remarks import remarks
@@ -391,18 +391,18 @@ def calibrate(
     require_no_folder(output)
     require_rate(false_alarm_rate)
     size = image_size(img_size)
-    with _begin(f"loading {model}"):
+    with _begin(f"loading {printable(model)}"):
         from .training import runs
 
         detector = load_model(model, device)
-    with working(f"calibrating on {data}"):
+    with working(f"calibrating on {printable(data)}"):
         renewed = detector.calibrate(data, false_alarm_rate=false_alarm_rate, img_size=size)
     detector.save(output)
     if len(renewed) < len(detector.groups):
         say(f"calibrated anew: {', '.join(renewed)}; the other classes keep what they had", sys.stdout)
     for line in runs.summary(detector):
         say(line, sys.stdout)
-    say(f"model: {output}", sys.stdout)
+    say(f"model: {printable(output)}", sys.stdout)
 
 
 @app.command()
@@ -422,7 +422,7 @@ def report(
     A file OUTPUT is replaced. Needs the packages of: pip install 'hgad-fast[report]'
     """
     require_no_folder(output)
-    with _begin(f"loading {run}"):
+    with _begin(f"loading {printable(run)}"):
         from .evaluation.report import write_report
 
         where = usable_device(device)
@@ -445,14 +445,15 @@ def data(
     The exit code is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same
     image in training and test.
     """
-    with _begin(f"reading {', '.join(map(str, roots))}"):
+    with _begin(f"reading {', '.join(map(printable, roots))}"):
         from .data.datasets import discover
         from .data.survey import survey
 
         result = survey(discover(roots), decode=decode)
     say(json.dumps(result.to_dict(), indent=2) if as_json else result.table(), sys.stdout)
     if result.errors:
-        raise ValueError(f"{len(result.errors)} errors in {result.root}: figures of it are wrong until they are fixed")
+        place = printable(result.root)
+        raise ValueError(f"{len(result.errors)} errors in {place}: figures of it are wrong until they are fixed")
 
 
 @app.command()
@@ -495,7 +496,7 @@ def ablate(
     'hgad-fast[plot]'
     """
     require_package("matplotlib", "the ablation", "plot")
-    with _begin(f"reading {data}"):
+    with _begin(f"reading {printable(data)}"):
         from .data.datasets import discover
         from .evaluation import ablate as ablation
         from .methods import METHODS

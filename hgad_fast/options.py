@@ -176,9 +176,11 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{printable(path)} is no JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}; it must hold the fields of a configuration")
+        raise ValueError(
+            f"{printable(path)} holds a {type(fields).__name__}; it must hold the fields of a configuration"
+        )
     return fields
 
 
@@ -225,7 +227,7 @@ def require_rate(false_alarm_rate: float | None) -> None:
 def require_no_folder(output: Path | None) -> None:
     """Raise a ValueError where --output, which names a file to write, is a folder."""
     if output is not None and output.is_dir():
-        raise ValueError(f"--output is {output}, a folder; name the file to write")
+        raise ValueError(f"--output is {printable(output)}, a folder; name the file to write")
 
 
 def load_model(path: Path, device: str | None, false_alarm_rate: float | None = None) -> Any:
@@ -236,6 +238,6 @@ def load_model(path: Path, device: str | None, false_alarm_rate: float | None = 
     model = load(path, usable_device(device))
     if false_alarm_rate is not None:
         if model.calibration is None:
-            raise ValueError(f"{path} is not calibrated, so --false-alarm-rate means nothing")
+            raise ValueError(f"{printable(path)} is not calibrated, so --false-alarm-rate means nothing")
         model.calibration.false_alarm_rate = false_alarm_rate
     return model

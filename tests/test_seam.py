@@ -538,8 +538,8 @@ def test_the_commands_take_it(grid_run: Path, root: Path, tmp_path: Path) -> Non
     assert done.exit_code == 1 and "there is no variant 'none'; the method has one, grid" in done.stderr
     for options, message in (
         (("--tiles", "always"), "tiles is 'always': the method 'grid' looks at a feature map as a whole"),
-        (("--img-size", "96"), "img_size is 96: the method 'grid' looks at a feature map as a whole"),
-        (("--img-size", "native"), "img_size is 'native': the method 'grid'"),
+        (("--img-size", "96"), "--img-size is 96: the method 'grid' looks at a feature map as a whole"),
+        (("--img-size", "native"), "--img-size is 'native': the method 'grid'"),
     ):
         done = run("score", model, image, *options)
         assert done.exit_code == 1 and message in done.stderr

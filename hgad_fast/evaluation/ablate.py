@@ -143,8 +143,8 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError("--resume goes on with the trainings in OUTPUT and --overwrite removes them: give one of them")
     if not resume and not overwrite and (found := _variant_folders(output)):
         raise ValueError(
-            f"{output} holds an ablation ({found[0].name}): --resume keeps its trainings and goes on, --overwrite "
-            "removes them; or give another --output"
+            f"{printable(output)} holds an ablation ({printable(found[0].name)}): --resume keeps its trainings and "
+            "goes on, --overwrite removes them; or give another --output"
         )
 
 

@@ -399,7 +399,8 @@ class BestCheckpoint:
         self.features_of = features_of or functools.partial(_features, model)
         if not any(_has_both_labels(samples) for *_, samples in _classes(model, self.dataset)):
             raise ValueError(
-                f"{self.dataset.root} has no class with both normal and anomalous test images: no checkpoint is best"
+                f"{printable(self.dataset.root)} has no class with both normal and anomalous test images: no "
+                "checkpoint is best"
             )
         self.best = -math.inf
         if resume and self.path.is_file():
@@ -459,10 +460,10 @@ def test_set(model: Detector, data: Dataset | str | os.PathLike[str]) -> Dataset
     dataset = data if isinstance(data, Dataset) else discover(data)
     unknown = set(dataset.class_names) - set(model.groups)
     if unknown and model.groups_are_classes:
-        raise ValueError(f"{dataset.root} has classes the model does not know: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{printable(dataset.root)} has classes the model does not know: {', '.join(sorted(unknown))}")
     if not dataset.test:
         raise ValueError(
-            f"{dataset.root} has no test images; put them into <class>/test/good and <class>/test/<defect>"
+            f"{printable(dataset.root)} has no test images; put them into <class>/test/good and <class>/test/<defect>"
         )
     return dataset
 

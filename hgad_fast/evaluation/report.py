@@ -92,7 +92,9 @@ def write_report(
     _require_packages()
     folder = Path(run)
     if not (folder / MODEL).is_file():
-        raise ValueError(f"{folder} holds no {MODEL}; give the folder that training wrote, and finish it with --resume")
+        raise ValueError(
+            f"{printable(folder)} holds no {MODEL}; give the folder that training wrote, and finish it with --resume"
+        )
     output = Path(output or folder / REPORT)
     model = load(folder / MODEL, device)
     record = _read_json(folder / RUN)
@@ -118,7 +120,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it: the report can do without") from error
+        raise ValueError(f"{printable(path)} is damaged ({error}); delete it: the report can do without") from error
 
 
 def _test_data(
@@ -142,7 +144,7 @@ def _test_data(
         return None, _WITHOUT_TEST.format(
             f"those of {recorded}, which the model was trained on, do not serve ({error})"
         )
-    return None, _WITHOUT_TEST.format(f"{root} has none")
+    return None, _WITHOUT_TEST.format(f"{printable(root)} has none")
 
 
 _WITHOUT_TEST = (
@@ -492,7 +494,7 @@ def _training(path: Path, model: Detector) -> dict[str, Any]:
     except FileNotFoundError:
         records = []
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it: the report can do without") from error
+        raise ValueError(f"{printable(path)} is damaged ({error}); delete it: the report can do without") from error
     if not records:
         return {"records": 0, "panels": []}
     levels = range(len(records[0]["losses"]))

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files import readable, replacing, tensor_hash
+from ..files import printable, readable, replacing, tensor_hash
 
 FORMAT = "hgad_fast features 2"
 SUFFIX = ".features"
@@ -98,7 +98,9 @@ class DiskCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"the cache folder {self.folder} cannot be made ({error}); give another cache_dir") from error
+            raise OSError(
+                f"the cache folder {printable(self.folder)} cannot be made ({error}); give another cache_dir"
+            ) from error
         self._shards: dict[str, _Shard] = {}  # by content
 
     def __str__(self) -> str:
@@ -185,7 +187,7 @@ class DiskCache:
             self._make_room(_size(features))
             _write_shard(path, tensors, self.key)
         except OSError as error:
-            raise CacheFull(f"{path} cannot be written ({error})") from error
+            raise CacheFull(f"{printable(path)} cannot be written ({error})") from error
         self._add_shards([path], frozenset(features))
 
     def _make_room(self, size: int) -> None:
@@ -206,7 +208,7 @@ class DiskCache:
                     excess -= shard_size
         free = shutil.disk_usage(self.folder).free
         if free < size + SPARE_BYTES:
-            raise CacheFull(f"the disk of {self.folder} has only {readable(free)} left")
+            raise CacheFull(f"the disk of {printable(self.folder)} has only {readable(free)} left")
 
 
 class _Shard:
@@ -228,7 +230,7 @@ class _Shard:
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error})") from error
+            raise ValueError(f"{printable(path)} is no whole safetensors file ({error})") from error
         self._names = self._file.keys()
         self.contents = {name.partition(".")[0] for name in self._names}
 

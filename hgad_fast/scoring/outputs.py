@@ -265,8 +265,8 @@ class Journal:
                 keys = {**self.settings, **settings}
                 differing = ", ".join(key for key in keys if settings.get(key) != self.settings.get(key))
                 raise ValueError(
-                    f"{path} was written with another {differing}: give what it was written with, another --output, or "
-                    "--overwrite, which starts anew"
+                    f"{printable(path)} was written with another {differing}: give what it was written with, another "
+                    "--output, or --overwrite, which starts anew"
                 )
             rows |= {
                 (entry["name"], *entry["state"], _path_of(entry)): entry["row"]
@@ -327,7 +327,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
                 raise ValueError(f"{name!r} is no name of a file")
         return settings, names, entries
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, or give another --output") from error
+        raise ValueError(f"{printable(path)} is damaged ({error}): delete it, or give another --output") from error
 
 
 # ---------------------------------------------------------------------------------------------- whose folder
@@ -339,8 +339,8 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError("--resume keeps what lies in OUTPUT and --overwrite removes it: give one of them")
     if not resume and not overwrite and (found := next(_of_a_run(output), None)) is not None:
         raise ValueError(
-            f"{output} holds the results of an earlier run ({found.name}): --resume keeps what fits and goes on, "
-            "--overwrite removes what that run wrote; or give another --output"
+            f"{printable(output)} holds the results of an earlier run ({found.name}): --resume keeps what fits and "
+            "goes on, --overwrite removes what that run wrote; or give another --output"
         )
 
 
@@ -385,6 +385,6 @@ def require_all_given(output: Path, tasks: Sequence[Task]) -> None:
     left_out = [path for path in finished if os.path.abspath(path) not in given and os.path.exists(path)]
     if left_out:
         raise ValueError(
-            f"{output} holds results of {len(left_out)} images that are not given now, such as "
+            f"{printable(output)} holds results of {len(left_out)} images that are not given now, such as "
             f"{printable(left_out[0])}: give all images of the run to --resume, another --output, or --overwrite"
         )

@@ -32,7 +32,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise OSError(
-            f"{path} cannot be written ({error}); free some space or choose another output_dir, and go on with resume"
+            f"{printable(path)} cannot be written ({error}); free some space or choose another output_dir, and go on "
+            "with resume"
         ) from error
 
 

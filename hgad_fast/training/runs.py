@@ -22,8 +22,8 @@ def check(folder: Path, resume: bool, overwrite: bool) -> None:
     found = [name for name in WRITTEN if (folder / name).exists()]
     if found and not resume and not overwrite:
         raise ValueError(
-            f"{folder} holds a training run ({found[0]}): --resume goes on with it, --overwrite replaces it; or give "
-            "another --output"
+            f"{printable(folder)} holds a training run ({found[0]}): --resume goes on with it, --overwrite replaces "
+            "it; or give another --output"
         )
 
 
