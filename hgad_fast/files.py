@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +32,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem[:20]}-{secrets.token_hex(4)}{path.suffix}")
-    temporary.touch(exist_ok=False)  # with the permissions of any new file: those of `tempfile` are private
+    temporary.touch(exist_ok=False)
+    mode = stat.S_IMODE(temporary.stat().st_mode)  # the permissions of any new file
     try:
         yield temporary
+        temporary.chmod(mode)  # some writers make a file of their own, which is private
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
