@@ -184,6 +184,8 @@ def train(
         for line in lines:
             say(line)
         if overwrite:
+            if calibration is not None:
+                discover(calibration)  # what is wrong with it is told before anything is removed
             runs.remove(output)
     model.fit(
         dataset,
