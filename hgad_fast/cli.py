@@ -292,6 +292,9 @@ def score(
             outputs.check_output(output, resume, overwrite)
         detector = load_model(model, device, false_alarm_rate)
         found, notes = images_to_score(images)
+        if output is not None:
+            found, own = outputs.not_written(found, output)
+            notes += [f"left out: {own} overlays and maps in {printable(output)}"] * bool(own)
     for note in notes if is_first() else ():
         say(note)
     files = list({os.path.abspath(file): file for file in reversed(found)}.values())[::-1]  # each once

@@ -20,6 +20,7 @@ MAX_LEVELS = 32
 MAX_LAYERS = 128  # coupling blocks of a flow
 MAX_WIDTH = 2**16  # channels
 MAX_SIDE = 2**16  # pixels
+MAX_MAP_SIDE = 2**12  # pixels: of the map that every score is computed on
 MAX_STEPS = 10**6  # epochs, images of a batch
 
 _HUB = "timm's hub, or --weights FILE"  # where the weights of a preset come from
@@ -107,7 +108,8 @@ class Config:
             setattr(self, field.name, plain(getattr(self, field.name)))
         self._require_counts(MAX_GROUPS, "n_classes")
         self._require_counts(MAX_LEVELS, "feature_levels")
-        self._require_counts(MAX_SIDE, "msk_size", "grid_stride")
+        self._require_counts(MAX_MAP_SIDE, "msk_size")
+        self._require_counts(MAX_SIDE, "grid_stride")
         self._require_counts(MAX_STEPS, "meta_epochs", "sub_epochs", "batch_size")
         size: Any = self.img_size
         self._require(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -35,6 +36,8 @@ from ..training.schedule import warmed_up_cosine
 from .config import Config, Settings
 
 CALIBRATION, ENCODER = "calibration.", "encoder."  # before the names of their tensors in a model file
+
+MAX_CALIBRATION = 10**7  # numbers in the calibration of a model file
 
 Model = TypeVar("Model", bound="Detector")
 
@@ -540,6 +543,8 @@ def _calibration_in(file: ModelFile, model: Detector) -> Calibration | None:
     if not names and "calibration" not in file.metadata:
         return None
     settings = file.json("calibration", dict) if "calibration" in file.metadata else {}
+    if (numbers := sum(math.prod(file.shapes[name]) for name in names)) > MAX_CALIBRATION:
+        raise file.error(f"is damaged: its calibration holds {numbers} numbers; {MAX_CALIBRATION} are allowed")
     tensors = {name.removeprefix(CALIBRATION): file.tensor(name, None) for name in names}
     try:
         return stored_calibration(

@@ -21,7 +21,7 @@ from ..protocol import Densities, Detector
 from ..terminal import warn_user
 from .densities import densities, naming
 from .maps import Fill, calibrated_maps, cells_on_map, map_grid, write_calibrated
-from .rates import MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
+from .rates import MAX_LISTED, MIN_POOLED, NO_THRESHOLDS, described, listed, shortcomings
 
 TENSORS = ("level_max", "scores", "class_ids")  # that a calibration has
 WEIGHT_TENSORS = ("weights", "score_weights")  # and may have
@@ -166,8 +166,10 @@ class Calibration:
         """Return how many of n + 1 normal images a threshold from n of them may call anomalous."""
         return min(max(math.floor(self.false_alarm_rate * (n + 1) + 1e-9), 1), n)
 
-    def rates(self, names: Sequence[str]) -> list[dict[str, Any]]:
+    def rates(self, names: Sequence[str], thresholds: bool = True) -> list[dict[str, Any]]:
         """Return a row for each group, of its name in `names`: what its threshold rests on, and what it stands for.
+
+        Without `thresholds` these are left out, which takes no time even where there are very many groups.
 
         Its keys:
             group: the name.
@@ -178,27 +180,42 @@ class Calibration:
             attained: that of the threshold, see `attained_rate`; NaN where there is none.
             threshold: the image score above which an image is called anomalous; NaN: never.
         """
-        counts = self.counts
         return [
             {
                 "group": name,
-                "images": counts[k],
-                "reference": len(self._known_reference(k)),
-                "pooled": len(self._known_reference(k)) > counts[k],
+                "images": images,
+                "reference": n,
+                "pooled": n > images,
                 "target": self.false_alarm_rate,
-                "attained": self.attained_rate(k),
-                "threshold": self.threshold(k),
+                "attained": self._alarms(n) / (n + 1) if n else math.nan,
+                **({"threshold": self.threshold(k)} if thresholds else {}),
             }
-            for k, name in enumerate(names)
+            for k, (name, images, n) in enumerate(zip(names, self.counts, self._reference_sizes(), strict=True))
         ]
+
+    def _reference_sizes(self) -> list[int]:
+        """Return the number of scores in `_reference` of each group."""
+        counts = self.counts
+        pooled = sum(count for count in counts if count >= MIN_POOLED)
+        frozen = [0] * len(counts)
+        if self.pooled_ids is not None:
+            frozen = torch.bincount(self.pooled_ids, minlength=len(counts)).tolist()
+        return [
+            len(self.scores) if self.borrowing and n < MIN_POOLED else n if self._suffice(n) else frozen[k] or pooled
+            for k, n in enumerate(counts)
+        ]
+
+    def _suffice(self, n: int) -> bool:
+        """Return whether a group of n images is compared with them alone: they do, or pooling takes more."""
+        return n < MIN_POOLED or (n + 1) * self.false_alarm_rate >= 1 - 1e-9
 
     def describe(self, names: Sequence[str]) -> dict[str, str]:
         """Return what `rates` says of groups with these names, by titles, for people (`rates.described`)."""
-        return described(self.rates(names), len(self.scores), self.false_alarm_rate)
+        return described(self.rates(names, len(names) <= MAX_LISTED), len(self.scores), self.false_alarm_rate)
 
     def shortcomings(self, names: Sequence[str]) -> str:
         """Return what users should know of the thresholds, and the remedy; empty: nothing (`rates.shortcomings`)."""
-        return shortcomings(self.rates(names), self.false_alarm_rate, self.borrowing)
+        return shortcomings(self.rates(names, thresholds=False), self.false_alarm_rate, self.borrowing)
 
     def warn_of_silence(self, names: Sequence[str], group_ids: Tensor) -> None:
         """Warn, once for each group, where images of these groups can raise no alarm."""
@@ -234,9 +251,7 @@ class Calibration:
         if k in self.borrowers:
             return self.scores.double().sort().values
         own = self.scores[self.class_ids == k].double()
-        if len(own) < MIN_POOLED or (len(own) + 1) * self.false_alarm_rate >= 1 - 1e-9:
-            return own.sort().values
-        return self._pool(k)
+        return own.sort().values if self._suffice(len(own)) else self._pool(k)
 
     def renewed(self, other: Calibration, groups: Sequence[int]) -> Calibration:
         """Return the calibration that takes some groups from another one; the others keep all that they have.

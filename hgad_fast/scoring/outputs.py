@@ -342,6 +342,19 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"{printable(output)} holds the results of an earlier run ({found.name}): --resume keeps what fits and "
             "goes on, --overwrite removes what that run wrote; or give another --output"
         )
+    written_by_runs = {folder for journal in _journals(output) for folder, _ in _folders_of(_read(journal)[0])}
+    for folder in (output / OVERLAYS, output / MAPS):
+        if folder.is_symlink():
+            raise ValueError(f"{printable(folder)} is a link; a run writes into a folder of its own: remove the link")
+        if folder.name not in written_by_runs and folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{printable(folder)} holds files that no run wrote: move them, or give another --output")
+
+
+def not_written(files: Sequence[Path], output: Path) -> tuple[list[Path], int]:
+    """Return the files that are no overlays or maps of `output`, and the number of those that are."""
+    own = {os.path.realpath(output / folder) for folder in (OVERLAYS, MAPS)}
+    others = [file for file in files if os.path.dirname(os.path.realpath(file)) not in own]
+    return others, len(files) - len(others)
 
 
 def _of_a_run(output: Path) -> Iterator[Path]:
@@ -359,23 +372,29 @@ def clear_output(output: Path, keep: Sequence[str] | None = None) -> None:
         ValueError: a journal, which says what was written, is damaged.
     """
     journals = _journals(output)
-    written: set[str] = set()
     for journal in journals:
-        _, planned, entries = _read(journal)
-        written |= {*planned, *(entry["name"] for entry in entries)}
-    for folder, endings in ((output / OVERLAYS, {".png"}), (output / MAPS, set(MAP_FORMATS.values()))):
-        for name in written - set(keep or ()):
-            for ending in endings:
-                (folder / f"{name}{ending}").unlink(missing_ok=True)
+        settings, planned, entries = _read(journal)
+        written = {*planned, *(entry["name"] for entry in entries)}
         starts = {f".{name[:20]}-" for name in written}  # of what a killed run left half-written: see `files.replacing`
-        for path in list(folder.glob(".*")) if folder.is_dir() else []:
-            if path.suffix in endings and path.name[: path.name.rfind("-") + 1] in starts:
-                path.unlink(missing_ok=True)
-        if keep is None and folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-            folder.rmdir()
+        for folder, ending in ((output / name, ending) for name, ending in _folders_of(settings)):
+            if folder.is_symlink() or not folder.is_dir():
+                continue
+            for name in written - set(keep or ()):
+                (folder / f"{name}{ending}").unlink(missing_ok=True)
+            for path in list(folder.glob(".*")):
+                if path.suffix == ending and path.name[: path.name.rfind("-") + 1] in starts:
+                    path.unlink(missing_ok=True)
+            if keep is None and not any(folder.iterdir()):
+                folder.rmdir()
     if keep is None:
         for path in (output / SCORES, output / REGIONS, *journals):
             path.unlink(missing_ok=True)
+
+
+def _folders_of(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the folders into which a run of these settings writes, and the endings of its files there."""
+    maps = MAP_FORMATS.get(settings.get("maps") or "")
+    return [(OVERLAYS, ".png"), *([(MAPS, maps)] if maps else [])]
 
 
 def require_all_given(output: Path, tasks: Sequence[Task]) -> None:

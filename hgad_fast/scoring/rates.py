@@ -98,7 +98,7 @@ def _rate_text(row: Mapping[str, Any]) -> str:
 
 def _images_for(rate: float) -> int:
     """Return how many images a threshold of this false-alarm rate takes."""
-    return math.ceil(1 / rate - 1e-9) - 1
+    return math.ceil(min(1 / rate, 1e12) - 1e-9) - 1
 
 
 def listed(names: Sequence[str]) -> str:

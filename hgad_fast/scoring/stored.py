@@ -92,6 +92,8 @@ def _check_tensors(calibration: Calibration, groups: int, levels: int, parts: in
             raise ValueError(f"{name} holds a number below 0")
         if is_ids and not ((tensor >= 0) & (tensor < groups)).all():
             raise ValueError(f"{name} holds a number that is none of the {groups} groups, from 0 on")
-    for k in tensors["pooled_ids"].unique().tolist() if "pooled_ids" in tensors else []:
-        if (tensors["pooled_scores"][tensors["pooled_ids"] == k].diff() < 0).any():
-            raise ValueError(f"pooled_scores do not ascend in group {k}")
+    if "pooled_ids" in tensors:
+        ids, order = tensors["pooled_ids"].sort(stable=True)
+        descending = (tensors["pooled_scores"][order].diff() < 0) & (ids.diff() == 0)
+        if descending.any():
+            raise ValueError(f"pooled_scores do not ascend in group {int(ids[1:][descending][0])}")

@@ -637,3 +637,18 @@ def test_a_score_that_is_no_number_is_refused(value, normalization):
         if normalization == "calibrated":
             with pytest.raises(ValueError, match="'class 1'.* no finite density|image 5, a normal image of 'class 1'"):
                 model.calibrate(normal)
+
+
+@pytest.mark.parametrize("borrowing", [False, True])
+@pytest.mark.parametrize("rate", [0.01, 0.2, 1e-320])
+def test_sizes_in_the_table_are_those_of_what_scores_are_compared_with(borrowing: bool, rate: float) -> None:
+    actual = calibration(range(9), [], [1.0], range(4), rate=rate)
+    actual.borrowing = borrowing
+    actual.pooled_scores, actual.pooled_ids = torch.arange(5, dtype=torch.float64), torch.full((5,), 3)
+    names = ("a", "b", "c", "d")
+    sizes = [len(actual._known_reference(k)) for k in range(4)]
+    assert [row["reference"] for row in actual.rates(names)] == sizes
+    assert [row["attained"] for row in actual.rates(names, thresholds=False) if row["reference"]] == [
+        actual.attained_rate(k) for k in range(4) if sizes[k]
+    ]
+    assert actual.shortcomings(names)

@@ -28,6 +28,7 @@ from hgad_fast.cli import app
 from hgad_fast.data.images import read_image
 from hgad_fast.features.backbone import Backbone
 from hgad_fast.scoring import pipeline
+from hgad_fast.scoring.outputs import not_written
 from hgad_fast.scoring.pipeline import Job, score_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -436,14 +437,30 @@ def test_a_folder_that_holds_a_run_is_refused_or_becomes_the_new_runs(
     }  # fmt: skip
 
 
-def test_a_folder_that_is_a_link_stays(model: HGADModel, files: list[Path], tmp_path: Path) -> None:
-    output, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    output.mkdir()
-    elsewhere.mkdir()
-    (output / "overlays").symlink_to(elsewhere, target_is_directory=True)
-    for file in files[:2]:
-        score_files(model, [file], Job(output=output, overwrite=True))
-        assert [path.stem for path in elsewhere.iterdir()] == [file.stem] and (output / "overlays").is_symlink()
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_no_run_wrote_is_neither_removed_nor_replaced(
+    how: str, model: HGADModel, files: list[Path], tmp_path: Path
+) -> None:
+    output, mine = tmp_path / "out", tmp_path / "mine"
+    score_files(model, files[:1], Job(output=output, overlays=False))
+    mine.mkdir()
+    for folder, name in (("maps", f"{files[0].stem}.npy"), ("overlays", f"{files[0].stem}.png")):
+        (mine / name).write_text("mine")
+        (output / folder).symlink_to(mine, target_is_directory=True)
+        with pytest.raises(ValueError, match=f"{folder} is a link"):
+            score_files(model, files[:1], Job(output=output, **{how: True}))
+        (output / folder).unlink()
+        assert (mine / name).read_text() == "mine"
+    (output / "maps").mkdir()
+    (output / "maps" / f"{files[0].stem}.tif").write_text("mine")
+    with pytest.raises(ValueError, match="maps holds files that no run wrote"):
+        score_files(model, files[:1], Job(output=output, **{how: True}))
+    assert (output / "maps" / f"{files[0].stem}.tif").read_text() == "mine"
+
+
+def test_a_run_below_its_images_does_not_score_its_own_overlays(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "out/overlays/a.png", "out/maps/a.tif", "out/b.png")]
+    assert not_written(files, tmp_path / "out") == ([files[0], files[3]], 2)
 
 
 @pytest.mark.parametrize("left", ["scores.csv", "regions.csv", "scores.jsonl", "scores-rank2.jsonl", "overlays/00.png"])
