@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
 import random
+import stat
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -143,14 +145,18 @@ def read_image(path: str | os.PathLike[str], white_level: int = WHITE_LEVEL) -> 
 
     Raises:
         ImageError: the file is missing, in an unknown format, damaged or truncated anywhere, its values are refused by
-            `from_pil`, or it has more than `MAX_IMAGE_PIXELS` pixels.
+            `from_pil`, it has more than `MAX_IMAGE_PIXELS` pixels or takes more memory than there is, or it is a pipe,
+            a socket or a device.
     """
+    path = Path(path)
     try:
-        return read_pixels(path).tensor(white_level, printable(path))
+        pixels = read_pixels(path)
+        with within_memory(path, pixels.values.shape[:2]):
+            return pixels.tensor(white_level, printable(path))
     except ImageError:
         raise
     except ValueError as error:
-        raise ImageError(Path(path), str(error)) from error
+        raise ImageError(path, str(error)) from error
 
 
 def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixels:
@@ -306,6 +312,31 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:
         return height, width, image.mode + (";16" if bits_of_colour(image) == 16 else "")
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes. A pipe, a socket or a device, which may never end, is an OSError."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, `open` says so itself
+        raise OSError(errno.EINVAL, "no regular file, but a pipe, a socket or a device; give a file", str(path))
+    return open(path, "rb")
+
+
+@contextmanager
+def within_memory(path: Path, size: tuple[int, int] | None = None) -> Iterator[None]:
+    """Turn a failure to allocate memory inside the block into an ImageError; `size` is (height, width), if known."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        text = str(error)
+        pillow = isinstance(error, OSError) and (error.errno == errno.ENOMEM or "out of memory" in text)
+        torch_ = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "bad_alloc" in text)
+        if not (isinstance(error, MemoryError) or pillow or torch_):
+            raise
+        what = "it takes" if size is None else f"{size[1]} x {size[0]} pixels take"
+        raise ImageError(
+            path, f"{what} more memory than there is; cut the image into tiles, or free some memory"
+        ) from error
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[PIL.ImageFile.ImageFile]:
     """Yield the opened image, not decoded yet; an error inside the block becomes an ImageError."""
@@ -317,13 +348,19 @@ def _opened(path: Path) -> Iterator[PIL.ImageFile.ImageFile]:
         formats += (further,) if further in Image.OPEN else ()
     try:
         # By file name Pillow would map uncompressed grey TIFFs into memory, and scramble those to be rotated.
-        with _unlimited_pixels(), open(path, "rb") as file, Image.open(file, formats=formats) as image:
+        with (
+            _unlimited_pixels(),
+            within_memory(path),
+            open_regular(path) as file,
+            Image.open(file, formats=formats) as image,
+        ):
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels, more than hgad_fast.data.images.MAX_IMAGE_PIXELS = "
                     f"{MAX_IMAGE_PIXELS}: cut it into tiles, unless it is a decompression bomb"
                 )
-            yield image
+            with within_memory(path, (image.height, image.width)):
+                yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:

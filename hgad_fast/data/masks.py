@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..files import printable
-from .images import ImageError, read_pixels
+from .images import ImageError, Pixels, read_pixels, within_memory
 from .listing import list_images
 
 NOISE = 8 / 255
@@ -59,25 +59,38 @@ def inspect_mask(path: str | os.PathLike[str]) -> Mask:
         ImageError: as `read_mask`.
     """
     path = Path(path)
-    if path.is_dir():
-        parts = [_inspected(file) for file in list_images(path)]
-        if len({part.marked.shape for part in parts}) != 1:
-            reason = "its masks differ in size" if parts else "there is no mask in this folder"
-            raise ImageError(path, f"{reason}; they belong to one image, and have its size")
-        remarks = {kind: text for part in parts for kind, text in part.remarks.items()}
-        mask = Mask(torch.stack([part.marked for part in parts]).any(0), remarks)
-    else:
-        mask = _inspected(path)
-    share = float(mask.marked.float().mean())
-    if share > _MOST:
-        text = f"{printable(path)} marks {share:.0%} of its image: inverted? The defect is above zero, the rest zero"
-        return Mask(mask.marked, {"mask that covers most of its image": text, **mask.remarks})
-    return mask
+    with within_memory(path):
+        return _with_share(path, _union(path) if path.is_dir() else _inspected(path))
+
+
+def _union(folder: Path) -> Mask:
+    """Return the union of the masks in a folder."""
+    parts = [_inspected(file) for file in list_images(folder)]
+    if len({part.marked.shape for part in parts}) != 1:
+        reason = "its masks differ in size" if parts else "there is no mask in this folder"
+        raise ImageError(folder, f"{reason}; they belong to one image, and have its size")
+    remarks = {kind: text for part in parts for kind, text in part.remarks.items()}
+    return Mask(torch.stack([part.marked for part in parts]).any(0), remarks)
+
+
+def _with_share(path: Path, mask: Mask) -> Mask:
+    """Return the mask with a remark if it marks most of its image."""
+    share = int(mask.marked.count_nonzero()) / mask.marked.numel()
+    if share <= _MOST:
+        return mask
+    text = f"{printable(path)} marks {share:.0%} of its image: inverted? The defect is above zero, the rest zero"
+    return Mask(mask.marked, {"mask that covers most of its image": text, **mask.remarks})
 
 
 def _inspected(path: Path) -> Mask:
     """Return the mask of one file, without a look at how much it covers."""
     pixels = read_pixels(path, for_mask=True)
+    with within_memory(path, pixels.values.shape[:2]):
+        return _judged(path, pixels)
+
+
+def _judged(path: Path, pixels: Pixels) -> Mask:
+    """Return what the pixels of a mask file mark."""
     values = _levels(pixels.values)
     remarks: dict[str, str] = {}
     alpha = pixels.alpha
