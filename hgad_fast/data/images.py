@@ -8,8 +8,10 @@ import math
 import os
 import random
 import stat
+import struct
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +48,13 @@ _JPEG_PIXELS = 512  # that a byte of a JPEG can hold at most: a bit for a block 
 _DEFLATE, _LZW = 1032, 2731  # bytes of pixels that a byte of a file can hold at most; WebP and others know no bound
 _RATIOS = {"PNG": _DEFLATE, "GIF": _LZW, "PPM": 1}
 _TIFF_RATIOS = {"raw": 1, "packbits": 64, "tiff_lzw": _LZW, "tiff_adobe_deflate": _DEFLATE, "tiff_deflate": _DEFLATE}
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_PNG_PASSES = (  # of an interlaced image: the first column and row, and the steps to the next
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
+)  # fmt: skip
+_BLOCK = 1 << 16  # bytes that are read and inflated at a time
 
 said: set[str] = set()  # what `warn_once` has said
 
@@ -170,6 +179,8 @@ def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixe
         _require_bytes(image, path.stat().st_size)
         if bits_of_colour(image) == 16:
             if (pixels := _colour_of_16_bits(path, image)) is not None:
+                if image.format == "PNG":
+                    _require_rows(path)
                 return pixels
             warn_once(
                 "colour",
@@ -182,6 +193,8 @@ def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixe
             if image.format not in ("JPEG", "MPO") or (whole := _without_end_marker(path.read_bytes())) is None:
                 raise
         assert whole is not None
+        if image.format == "PNG" and (image.info.get("interlace") or _ends_black(image)):
+            _require_rows(path)
         return replace(_pixels(whole, for_mask), lossy=image.format in ("JPEG", "MPO"))
 
 
@@ -203,6 +216,61 @@ def _require_bytes(image: PIL.Image.Image, size: int) -> None:
         most = _JPEG_PIXELS * size
     if pixels > most and (ratio == 1 or pixels > _SAFE_PIXELS):
         raise ValueError(f"damaged or truncated: {size} bytes cannot hold {image.width} x {image.height} pixels")
+
+
+def _ends_black(image: PIL.Image.Image) -> bool:
+    """Return whether the last row of a decoded image is zero, as Pillow leaves rows that its file does not have."""
+    return not np.asarray(image.crop((0, image.height - 1, image.width, image.height))).any()
+
+
+def _require_rows(path: Path) -> None:
+    """Raise a ValueError if a PNG's compressed data end before its last row, which Pillow takes for black."""
+    with open_regular(path) as file:
+        file.seek(len(_PNG_SIGNATURE))
+        missing, decompressor = 0, zlib.decompressobj()
+        kind = b""
+        while len(head := file.read(8)) == 8:
+            length, before, kind = int.from_bytes(head[:4], "big"), kind, head[4:]
+            if kind == b"IHDR":
+                missing = _png_bytes(file.read(length))
+            elif kind == b"IDAT":
+                while length and missing > 0:
+                    block = file.read(min(length, _BLOCK))
+                    if not block:
+                        break
+                    length -= len(block)
+                    missing -= _inflated(decompressor, block, missing)
+                if missing <= 0:
+                    return
+                file.seek(length, os.SEEK_CUR)
+            elif before == b"IDAT":  # Pillow reads no further
+                break
+            else:
+                file.seek(length, os.SEEK_CUR)
+            file.seek(4, os.SEEK_CUR)  # the checksum
+    raise ValueError(f"truncated: its rows end early, {missing} bytes of pixels are missing")
+
+
+def _inflated(decompressor: Any, block: bytes, most: int) -> int:
+    """Return to how many bytes a block inflates, counted in parts and up to `most`."""
+    count = 0
+    while block and count < most and not decompressor.eof:
+        part = decompressor.decompress(block, _BLOCK)
+        block = decompressor.unconsumed_tail
+        count += len(part)
+    return count
+
+
+def _png_bytes(header: bytes) -> int:
+    """Return the bytes of all rows, each with its filter's, that the header of a PNG demands."""
+    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header[:13])
+    pixel_bits = bits * _PNG_CHANNELS[colour]
+    total = 0
+    for left, top, step_x, step_y in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // step_x), -((top - height) // step_y)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + (columns * pixel_bits + 7) // 8)
+    return total
 
 
 def bits_of_colour(image: PIL.Image.Image) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +73,63 @@ def test_an_image_for_which_there_is_no_memory_is_named(
             patch.setattr(module, name, fail)
             with pytest.raises(ImageError, match=r"a\.png: 9 x 8 pixels take more memory than there is"):
                 read(path)
+
+
+PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def black_below(width: int, height: int, bits: int, colour: int, interlaced: bool, value: int) -> list[bytes]:
+    """The rows of a PNG of one value, black in the lower half of each pass, each row behind the byte of its filter."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    rows: list[bytes] = []
+    for x, y, dx, dy in PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, count = len(range(x, width, dx)), len(range(y, height, dy))
+        if columns:
+            length = (columns * bits * channels + 7) // 8
+            rows += [b"\0" + bytes([value if 2 * i < count - 1 else 0]) * length for i in range(count)]
+    return rows
+
+
+def png(width: int, height: int, bits: int, colour: int, interlaced: bool, rows: bytes, parts: int = 1) -> bytes:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    content = b"\x89PNG\r\n\x1a\n" + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    )
+    if colour == 3:
+        content += chunk(b"PLTE", bytes(range(48)))
+    data = zlib.compress(rows)
+    size = -(-len(data) // parts)
+    content += b"".join(chunk(b"IDAT", data[i : i + size]) for i in range(0, len(data), size))
+    return content + chunk(b"tEXt", b"a\0b") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "colour"),
+    [(1, 0), (2, 0), (8, 0), (16, 0), (8, 2), (16, 2), (4, 3), (8, 3), (8, 4), (16, 4), (8, 6), (16, 6)],
+)
+def test_a_png_whose_rows_end_early_is_refused_and_one_that_ends_black_is_not(
+    tmp_path: Path, bits: int, colour: int, interlaced: bool
+) -> None:
+    """Pillow leaves rows black that lie behind a whole row which is the last of the file."""
+    path = tmp_path / "a.png"
+    for width, height in ((13, 9), (8, 8), (1, 6), (5, 1), (300, 120)):
+        header = (width, height, bits, colour, interlaced)
+        rows = black_below(*header, value=0 if colour == 3 else 255)
+        whole = b"".join(rows)
+        for parts, further in ((1, b""), (3, b""), (2, b"more")):
+            path.write_bytes(png(*header, whole + further, parts))
+            assert read_image(path).shape == (3, height, width)
+        for kept in {len(rows) - 1, len(rows) // 2} - {0}:
+            rest = b"".join(rows[:kept])
+            path.write_bytes(png(*header, rest))
+            with pytest.raises(ImageError, match=f"truncated: its rows end early, {len(whole) - len(rest)} bytes"):
+                read_image(path)
+
+
+def test_an_animated_png_is_judged_by_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("L", (20, 10), level) for level in (0, 9, 0)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "a.png").max() == 0
