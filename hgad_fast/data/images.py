@@ -79,13 +79,14 @@ class Pixels:
         values: grey (H, W) or colour (H, W, 3); uint8, uint16 (or 32 bits in its range), or float32 in [0, 1].
         alpha: (H, W) uint8, or None where there is none.
         palette: (H, W) uint8, the indices from which `values` were looked up, or None.
-        lossy: whether it comes from a JPEG, whose edges ring.
+        lossy: how it was compressed, as far as the file tells: "JPEG"; "lossy" (WebP, JPEG 2000, both by their
+            headers); "perhaps" (formats that do not tell); "" without loss.
     """
 
     values: np.ndarray
     alpha: np.ndarray | None = None
     palette: np.ndarray | None = None
-    lossy: bool = False
+    lossy: str = ""
 
     def tensor(self, white_level: int = WHITE_LEVEL, name: str = "an image") -> Tensor:
         """Return the image as (3, H, W) float32 in [0, 1]; `white_level` is the value of white in 16-bit words.
@@ -195,7 +196,7 @@ def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixe
         assert whole is not None
         if image.format == "PNG" and (image.info.get("interlace") or _ends_black(image)):
             _require_rows(path)
-        return replace(_pixels(whole, for_mask), lossy=image.format in ("JPEG", "MPO"))
+        return replace(_pixels(whole, for_mask), lossy=_loss(path, image) if for_mask else "")
 
 
 def _require_bytes(image: PIL.Image.Image, size: int) -> None:
@@ -216,6 +217,23 @@ def _require_bytes(image: PIL.Image.Image, size: int) -> None:
         most = _JPEG_PIXELS * size
     if pixels > most and (ratio == 1 or pixels > _SAFE_PIXELS):
         raise ValueError(f"damaged or truncated: {size} bytes cannot hold {image.width} x {image.height} pixels")
+
+
+def _loss(path: Path, image: PIL.Image.Image) -> str:
+    """Return how an image was compressed, as `Pixels.lossy` says it."""
+    if image.format in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+        return "JPEG"
+    if image.format == "AVIF":
+        return "perhaps"
+    if image.format not in ("WEBP", "JPEG2000"):
+        return ""
+    content = path.read_bytes()
+    if image.format == "WEBP":  # the chunk of the first frame's pixels
+        lossy, lossless = content.find(b"VP8 "), content.find(b"VP8L")
+        return "lossy" if lossy >= 0 and (lossless < 0 or lossy < lossless) else ""
+    style = content.find(b"\xff\x52", content.find(b"\xff\x4f\xff\x51") + 4)  # COD, which says which wavelet it is
+    reversible = style < 0 or content[style + 13 : style + 14] == b"\x01"
+    return "perhaps" if reversible else "lossy"  # a reversible wavelet may have been cut short
 
 
 def _ends_black(image: PIL.Image.Image) -> bool:
