@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hgad_fast.data.datasets import DatasetError, content_hash, discover
 from hgad_fast.data.images import ImageError, read_header, read_image
 from hgad_fast.data.masks import read_mask
 from hgad_fast.data.survey import survey
+from hgad_fast.scoring import pipeline
 
 
 def draw(path: Path, seed: int = 0) -> Path:
@@ -133,3 +135,15 @@ def test_an_animated_png_is_judged_by_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("L", (20, 10), level) for level in (0, 9, 0)]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "a.png").max() == 0
+
+
+def test_whatever_goes_wrong_in_decoding_costs_its_image_alone(tmp_path: Path) -> None:
+    task = pipeline.Task.of(draw(tmp_path / "a.png"), "a")
+    decoded: Future[torch.Tensor] = Future()
+    decoded.set_exception(RuntimeError("no such luck"))
+    with ThreadPoolExecutor(1) as pool:
+        batch = [pipeline._Decoding(task, (8, 9), decoded)]
+        (future,) = pipeline._score_batch(None, batch, pipeline.Job(), pool)  # type: ignore[arg-type]
+    record = future.result()
+    assert record.row is None
+    assert str(record.error) == f"{task.file}: it cannot be read: RuntimeError: no such luck"
