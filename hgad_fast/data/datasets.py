@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import printable
-from .images import WHITE_LEVEL, ImageError, read_image
+from .images import WHITE_LEVEL, ImageError, open_regular, read_image
 from .listing import IMAGE_SUFFIXES, endings, files_below, is_image, list_images, passed_over, visible
 from .masks import read_mask
 
@@ -558,7 +558,8 @@ def _realiad_dataset(root: Path, lists: Path, image_root: Path) -> Dataset:
     rows: list[_Row] = []
     for path in sorted(lists.glob("*.json")):
         try:
-            listed = json.loads(path.read_text(encoding="utf-8"))
+            with open_regular(path) as file:
+                listed = json.loads(file.read().decode("utf-8"))
             first_image, prefix = listed["train"][0]["image_path"], listed.get("meta", {}).get("prefix", "")
             bases = [image_root / path.stem, image_root / prefix, root / prefix]
             base = next((folder for folder in bases if (folder / first_image).is_file()), bases[0])
@@ -625,7 +626,11 @@ def content_hash(path: Path) -> str:
     try:
         if path.is_dir():
             return hashlib.sha256("".join(map(content_hash, list_images(path))).encode()).hexdigest()
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with open_regular(path) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
     except OSError:
         return ""
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
 import random
+import stat
+import struct
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -45,6 +49,13 @@ _DEFLATE, _LZW = 1032, 2731  # bytes of pixels that a byte of a file can hold at
 _RATIOS = {"PNG": _DEFLATE, "GIF": _LZW, "PPM": 1}
 _TIFF_RATIOS = {"raw": 1, "packbits": 64, "tiff_lzw": _LZW, "tiff_adobe_deflate": _DEFLATE, "tiff_deflate": _DEFLATE}
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_PNG_PASSES = (  # of an interlaced image: the first column and row, and the steps to the next
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2),
+)  # fmt: skip
+_BLOCK = 1 << 16  # bytes that are read and inflated at a time
+
 said: set[str] = set()  # what `warn_once` has said
 
 
@@ -68,13 +79,14 @@ class Pixels:
         values: grey (H, W) or colour (H, W, 3); uint8, uint16 (or 32 bits in its range), or float32 in [0, 1].
         alpha: (H, W) uint8, or None where there is none.
         palette: (H, W) uint8, the indices from which `values` were looked up, or None.
-        lossy: whether it comes from a JPEG, whose edges ring.
+        lossy: how it was compressed, as far as the file tells: "JPEG"; "lossy" (WebP, JPEG 2000, both by their
+            headers); "perhaps" (formats that do not tell); "" without loss.
     """
 
     values: np.ndarray
     alpha: np.ndarray | None = None
     palette: np.ndarray | None = None
-    lossy: bool = False
+    lossy: str = ""
 
     def tensor(self, white_level: int = WHITE_LEVEL, name: str = "an image") -> Tensor:
         """Return the image as (3, H, W) float32 in [0, 1]; `white_level` is the value of white in 16-bit words.
@@ -143,14 +155,18 @@ def read_image(path: str | os.PathLike[str], white_level: int = WHITE_LEVEL) -> 
 
     Raises:
         ImageError: the file is missing, in an unknown format, damaged or truncated anywhere, its values are refused by
-            `from_pil`, or it has more than `MAX_IMAGE_PIXELS` pixels.
+            `from_pil`, it has more than `MAX_IMAGE_PIXELS` pixels or takes more memory than there is, or it is a pipe,
+            a socket or a device.
     """
+    path = Path(path)
     try:
-        return read_pixels(path).tensor(white_level, printable(path))
+        pixels = read_pixels(path)
+        with within_memory(path, pixels.values.shape[:2]):
+            return pixels.tensor(white_level, printable(path))
     except ImageError:
         raise
     except ValueError as error:
-        raise ImageError(Path(path), str(error)) from error
+        raise ImageError(path, str(error)) from error
 
 
 def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixels:
@@ -164,6 +180,8 @@ def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixe
         _require_bytes(image, path.stat().st_size)
         if bits_of_colour(image) == 16:
             if (pixels := _colour_of_16_bits(path, image)) is not None:
+                if image.format == "PNG":
+                    _require_rows(path)
                 return pixels
             warn_once(
                 "colour",
@@ -176,7 +194,9 @@ def read_pixels(path: str | os.PathLike[str], *, for_mask: bool = False) -> Pixe
             if image.format not in ("JPEG", "MPO") or (whole := _without_end_marker(path.read_bytes())) is None:
                 raise
         assert whole is not None
-        return replace(_pixels(whole, for_mask), lossy=image.format in ("JPEG", "MPO"))
+        if image.format == "PNG" and (image.info.get("interlace") or _ends_black(image)):
+            _require_rows(path)
+        return replace(_pixels(whole, for_mask), lossy=_loss(path, image) if for_mask else "")
 
 
 def _require_bytes(image: PIL.Image.Image, size: int) -> None:
@@ -197,6 +217,78 @@ def _require_bytes(image: PIL.Image.Image, size: int) -> None:
         most = _JPEG_PIXELS * size
     if pixels > most and (ratio == 1 or pixels > _SAFE_PIXELS):
         raise ValueError(f"damaged or truncated: {size} bytes cannot hold {image.width} x {image.height} pixels")
+
+
+def _loss(path: Path, image: PIL.Image.Image) -> str:
+    """Return how an image was compressed, as `Pixels.lossy` says it."""
+    if image.format in ("JPEG", "MPO") or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+        return "JPEG"
+    if image.format == "AVIF":
+        return "perhaps"
+    if image.format not in ("WEBP", "JPEG2000"):
+        return ""
+    content = path.read_bytes()
+    if image.format == "WEBP":  # the chunk of the first frame's pixels
+        lossy, lossless = content.find(b"VP8 "), content.find(b"VP8L")
+        return "lossy" if lossy >= 0 and (lossless < 0 or lossy < lossless) else ""
+    style = content.find(b"\xff\x52", content.find(b"\xff\x4f\xff\x51") + 4)  # COD, which says which wavelet it is
+    reversible = style < 0 or content[style + 13 : style + 14] == b"\x01"
+    return "perhaps" if reversible else "lossy"  # a reversible wavelet may have been cut short
+
+
+def _ends_black(image: PIL.Image.Image) -> bool:
+    """Return whether the last row of a decoded image is zero, as Pillow leaves rows that its file does not have."""
+    return not np.asarray(image.crop((0, image.height - 1, image.width, image.height))).any()
+
+
+def _require_rows(path: Path) -> None:
+    """Raise a ValueError if a PNG's compressed data end before its last row, which Pillow takes for black."""
+    with open_regular(path) as file:
+        file.seek(len(_PNG_SIGNATURE))
+        missing, decompressor = 0, zlib.decompressobj()
+        kind = b""
+        while len(head := file.read(8)) == 8:
+            length, before, kind = int.from_bytes(head[:4], "big"), kind, head[4:]
+            if kind == b"IHDR":
+                missing = _png_bytes(file.read(length))
+            elif kind == b"IDAT":
+                while length and missing > 0:
+                    block = file.read(min(length, _BLOCK))
+                    if not block:
+                        break
+                    length -= len(block)
+                    missing -= _inflated(decompressor, block, missing)
+                if missing <= 0:
+                    return
+                file.seek(length, os.SEEK_CUR)
+            elif before == b"IDAT":  # Pillow reads no further
+                break
+            else:
+                file.seek(length, os.SEEK_CUR)
+            file.seek(4, os.SEEK_CUR)  # the checksum
+    raise ValueError(f"truncated: its rows end early, {missing} bytes of pixels are missing")
+
+
+def _inflated(decompressor: Any, block: bytes, most: int) -> int:
+    """Return to how many bytes a block inflates, counted in parts and up to `most`."""
+    count = 0
+    while block and count < most and not decompressor.eof:
+        part = decompressor.decompress(block, _BLOCK)
+        block = decompressor.unconsumed_tail
+        count += len(part)
+    return count
+
+
+def _png_bytes(header: bytes) -> int:
+    """Return the bytes of all rows, each with its filter's, that the header of a PNG demands."""
+    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", header[:13])
+    pixel_bits = bits * _PNG_CHANNELS[colour]
+    total = 0
+    for left, top, step_x, step_y in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -((left - width) // step_x), -((top - height) // step_y)
+        if columns > 0 and rows > 0:
+            total += rows * (1 + (columns * pixel_bits + 7) // 8)
+    return total
 
 
 def bits_of_colour(image: PIL.Image.Image) -> int:
@@ -306,6 +398,31 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, int, str]:
         return height, width, image.mode + (";16" if bits_of_colour(image) == 16 else "")
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes. A pipe, a socket or a device, which may never end, is an OSError."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, `open` says so itself
+        raise OSError(errno.EINVAL, "no regular file, but a pipe, a socket or a device; give a file", str(path))
+    return open(path, "rb")
+
+
+@contextmanager
+def within_memory(path: Path, size: tuple[int, int] | None = None) -> Iterator[None]:
+    """Turn a failure to allocate memory inside the block into an ImageError; `size` is (height, width), if known."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        text = str(error)
+        pillow = isinstance(error, OSError) and (error.errno == errno.ENOMEM or "out of memory" in text)
+        torch_ = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "bad_alloc" in text)
+        if not (isinstance(error, MemoryError) or pillow or torch_):
+            raise
+        what = "it takes" if size is None else f"{size[1]} x {size[0]} pixels take"
+        raise ImageError(
+            path, f"{what} more memory than there is; cut the image into tiles, or free some memory"
+        ) from error
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[PIL.ImageFile.ImageFile]:
     """Yield the opened image, not decoded yet; an error inside the block becomes an ImageError."""
@@ -317,13 +434,19 @@ def _opened(path: Path) -> Iterator[PIL.ImageFile.ImageFile]:
         formats += (further,) if further in Image.OPEN else ()
     try:
         # By file name Pillow would map uncompressed grey TIFFs into memory, and scramble those to be rotated.
-        with _unlimited_pixels(), open(path, "rb") as file, Image.open(file, formats=formats) as image:
+        with (
+            _unlimited_pixels(),
+            within_memory(path),
+            open_regular(path) as file,
+            Image.open(file, formats=formats) as image,
+        ):
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels, more than hgad_fast.data.images.MAX_IMAGE_PIXELS = "
                     f"{MAX_IMAGE_PIXELS}: cut it into tiles, unless it is a decompression bomb"
                 )
-            yield image
+            with within_memory(path, (image.height, image.width)):
+                yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -33,7 +33,8 @@ _NOT_SCORED = {"ground_truth": None, "gt": "rgb", "xyz": "rgb", "masks": "images
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the image files at any depth below `folder`, sorted by name within each folder, without hidden ones.
 
-    Links are followed, except those that lead upwards: a folder is entered once on a way down, by whichever names.
+    Links are followed, except those that lead upwards. Each real folder is entered once, by the path with the fewest
+    links, the shortest of these, and of these the first; files that are links are listed by all their names.
     """
     return [file for file in files_below(Path(folder)) if is_image(file)]
 
@@ -49,23 +50,45 @@ def files_below(folder: Path, left_out: Mapping[str, str | None] | None = None) 
     `left_out` are the names (in small letters) of folders that are not entered, each with the name that must stand
     beside it, or None.
     """
-    yield from _files_below(folder, (os.path.realpath(folder),), left_out or {})
+    entries_of = _entered(folder, left_out or {})
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        if path in entries_of:
+            waiting += reversed(entries_of[path])
+        elif not path.is_dir():  # a folder that is not entered here is left out, or entered by another path
+            yield path
 
 
-def _files_below(folder: Path, way: tuple[str, ...], left_out: Mapping[str, str | None]) -> Iterator[Path]:
-    """Yield the files below `folder`, to which the real folders of `way` lead."""
-    entries = visible(folder)
-    names = {entry.name.lower() for entry in entries}
-    for entry in entries:
-        if not entry.is_dir():
-            yield entry
+def _entered(folder: Path, left_out: Mapping[str, str | None]) -> dict[Path, list[Path]]:
+    """Return the entries of `folder` and of all folders below it, each real folder under one path only.
+
+    That path has as few links as possible, so that folders and links are each looked at once.
+    """
+    entries_of: dict[Path, list[Path]] = {}
+    known: set[str] = set()
+    waiting = deque([(folder, os.path.realpath(folder))])
+    links: deque[Path] = deque()
+    while waiting or links:
+        if waiting:
+            path, real = waiting.popleft()
+        else:
+            path = links.popleft()
+            real = os.path.realpath(path)
+        if real in known:
             continue
-        name = entry.name.lower()
-        if name in left_out and left_out[name] in (None, *names):
-            continue
-        real = os.path.realpath(entry)
-        if real not in way:
-            yield from _files_below(entry, (*way, real), left_out)
+        known.add(real)
+        entries_of[path] = entries = _visible(path, real)
+        names = {entry.name.lower() for entry in entries}
+        for entry in entries:
+            name = entry.name.lower()
+            if not entry.is_dir() or name in left_out and left_out[name] in (None, *names):
+                continue
+            if entry.is_symlink():
+                links.append(entry)
+            else:
+                waiting.append((entry, os.path.join(real, entry.name)))
+    return entries_of
 
 
 def visible(folder: Path) -> list[Path]:
@@ -73,14 +96,22 @@ def visible(folder: Path) -> list[Path]:
 
     A link leads upwards if its target is `folder` itself or a folder that holds it.
     """
-    real = os.path.realpath(folder)
-    above = {real, *map(str, Path(real).parents)}
+    return _visible(folder, os.path.realpath(folder))
+
+
+def _visible(folder: Path, real: str) -> list[Path]:
+    """Return what `visible` does, of a folder whose real path is known."""
     entries = [
         entry
         for entry in folder.iterdir()
-        if not entry.name.startswith(".") and not (entry.is_symlink() and os.path.realpath(entry) in above)
+        if not entry.name.startswith(".") and not (entry.is_symlink() and _holds(os.path.realpath(entry), real))
     ]
     return sorted(entries, key=lambda entry: entry.name)  # paths themselves sort without case on Windows
+
+
+def _holds(folder: str, path: str) -> bool:
+    """Return whether `path` is `folder` or below it; both are real paths."""
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def endings(files: Iterable[Path]) -> dict[str, int]:

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from ..files import printable
 from .datasets import Dataset, Sample
-from .images import ImageError, read_header, read_pixels
+from .images import ImageError, open_regular, read_header, read_pixels
 from .levels import depth_mixture, depths, has_16_bits, white_level_advice
 from .listing import passed_over
 from .masks import inspect_mask
@@ -251,7 +251,7 @@ def _size(path: Path) -> int | None:
 def _digest(path: Path, size: int = -1) -> bytes | None:
     """Return a hash of the first `size` bytes, or of all; None if the file cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.blake2b(file.read(size)).digest()
     except OSError:
         return None

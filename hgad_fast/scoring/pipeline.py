@@ -210,6 +210,9 @@ def _score_batch(
             images[decoding.task] = decoding.image.result()
         except ImageError as error:
             errors[decoding.task] = error
+        except Exception as error:  # whatever it is, it costs this image only
+            reason = f"{type(error).__name__}: {error}"
+            errors[decoding.task] = ValueError(f"{printable(decoding.task.file)}: it cannot be read: {reason}")
     rows: dict[Task, tuple[dict[str, Any], Tensor]] = {}
     waiting = [list(images)] if images else []
     while waiting:

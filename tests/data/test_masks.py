@@ -139,6 +139,70 @@ def test_a_jpeg_does_not_ring_whatever_its_name(tmp_path: Path, name: str) -> No
     check(path, disc)
 
 
+DISC = np.hypot(*np.mgrid[-20:20, -30:30]) < 14.5
+
+
+@pytest.mark.parametrize("colour", [(100, 100, 100), (128, 0, 0), (0, 0, 128), (40, 40, 40)])
+def test_the_bound_of_a_lossy_mask_is_half_of_its_own_maximum(tmp_path: Path, colour: tuple[int, ...]) -> None:
+    pixels = np.where(DISC[..., None], colour, 0).astype(np.uint8)
+    for name, options in (
+        ("a.jpg", {"quality": 95, "subsampling": 0}),
+        ("a.tif", {"compression": "jpeg", "quality": 95}),
+        ("a.jp2", {"irreversible": True, "quality_mode": "rates", "quality_layers": [8]}),
+    ):
+        marked = read_mask(draw(tmp_path / name, pixels, **options)).numpy()
+        assert (marked ^ DISC).sum() <= 8 and marked[20, 30] and not marked[:3].any(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.webp", {"quality": 60}),
+        ("a.jp2", {"irreversible": True, "quality_mode": "rates", "quality_layers": [5]}),
+        ("a.jp2", {"quality_mode": "rates", "quality_layers": [5]}),
+    ],
+)
+def test_what_a_lossy_format_adds_is_not_marked(tmp_path: Path, name: str, options: dict) -> None:
+    path = draw(tmp_path / name, DISC.astype(np.uint8) * np.uint8(255), **options)
+    assert (np.asarray(Image.open(path).convert("L")) > 8).sum() > DISC.sum() + 8  # there is something to suppress
+    assert (read_mask(path).numpy() ^ DISC).sum() <= 8
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.webp", {"lossless": True}), ("a.jp2", {})])
+def test_labels_in_a_format_that_lost_nothing_stay(tmp_path: Path, name: str, options: dict) -> None:
+    labels = np.zeros((40, 60, 3), np.uint8)
+    labels[4:12, 5:50], labels[16:24, 5:50], labels[28:34, 5:50] = 1, 2, 3
+    np.testing.assert_array_equal(read_mask(draw(tmp_path / name, labels, **options)).numpy(), labels.any(-1))
+
+
+def test_a_jpeg_of_ringing_alone_is_blank(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 12, (24, 32), dtype=np.uint8)
+    path = draw(tmp_path / "a.jpg", noise, quality=90)
+    assert 0 < np.asarray(Image.open(path)).max() <= 16
+    check(path, np.zeros((24, 32), bool))
+
+
+def test_a_palette_of_one_colour_marks_by_its_indices(tmp_path: Path) -> None:
+    for off, on in ((0, 1), (0, 2), (1, 2), (2, 1), (1, 0)):
+        indices = np.where(DEFECT, on, off)
+        path = draw(tmp_path / "a.png", palette([BLACK] * 3, indices))
+        check(path, indices > 0 if on == 0 else DEFECT, *([COVERS] if on == 0 else []))
+
+
+@pytest.mark.parametrize(
+    ("on", "off"),
+    [
+        ((0, 0, 0, 255), (255, 255, 255, 0)),
+        ((0, 0, 0, 90), (7, 0, 200, 0)),
+        ((0, 0, 0, 255), (0, 0, 0, 128)),
+    ],
+)
+def test_what_is_opaque_is_marked_where_colour_marks_nothing(
+    tmp_path: Path, on: tuple[int, ...], off: tuple[int, ...]
+) -> None:
+    check(draw(tmp_path / "a.png", coloured(on, off)), DEFECT)
+
+
 def test_parts_of_a_mask(tmp_path: Path) -> None:
     draw(tmp_path / "000" / "0.png", grey(200))
     draw(tmp_path / "000" / "1.png", grey(0, 255))
