@@ -666,12 +666,6 @@ def test_images_have_their_scores_under_autocast_too(seeing: VQFlowModel, root: 
     assert_same_state(trained.state_dict(), seeing.state_dict())
 
 
-def test_a_model_in_float64_takes_features_in_float32() -> None:
-    model = small_model().double().eval()
-    result = model.score_features(class_features(2), normalization="official")
-    assert result.image_score.dtype == torch.float64 and result.image_score.isfinite().all()
-
-
 def test_many_prototypes_are_not_listed_one_by_one() -> None:
     model = small_model(n_prototypes=12)
     with pytest.raises(ValueError, match=r"knows prototype 0, prototype 1, \.\.\., prototype 11 \(0 to 11\)"):

@@ -92,9 +92,14 @@ def start(folder: Path, case: str, processes: int) -> list[subprocess.Popen]:
 
 
 def outcomes(running: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Return the exit code and the last line of stderr of each; a process that hangs raises after ten minutes."""
+    """Return the exit code of each, and of one that failed the last line of stderr.
+
+    One that succeeds may have said how far it was. A process that hangs raises after ten minutes.
+    """
     try:
-        return [(process.wait(timeout=600), process.stderr.read().strip().rpartition("\n")[2]) for process in running]
+        codes = [process.wait(timeout=600) for process in running]
+        lines = [process.stderr.read().strip().rpartition("\n")[2] for process in running]
+        return [(code, line if code else "") for code, line in zip(codes, lines, strict=True)]
     finally:
         for process in running:
             process.kill()
