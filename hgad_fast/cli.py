@@ -160,6 +160,11 @@ def train(
         dataset = discover(data)
         settings = configuration(method, preset, dataset.class_names, config, set_, backbone, weights)
         model = create(settings).to(usable_device(device))
+    if resume and model.closed_form and output.is_dir() and (found := runs.written(output)):
+        raise ValueError(
+            f"{printable(output)} holds a training run ({found[0]}), and the method {settings.method!r} is fitted at "
+            "once: there is nothing to resume, and --overwrite fits it anew"
+        )
     if keep_best and model.closed_form:
         raise ValueError(f"--keep-best chooses among meta-epochs, and the method {settings.method!r} is fitted at once")
     callbacks = [BestCheckpoint(model, dataset, output / BEST, resume=resume)] if keep_best else []

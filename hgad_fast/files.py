@@ -63,8 +63,10 @@ def read_torch_file(path: str | os.PathLike[str], what: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file can raise many kinds
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{printable(path)} cannot be read as a {what} ({reason})") from error
+        raise ValueError(
+            f"{printable(path)} cannot be read as a {what}: it is no whole file of torch.save, or holds more than "
+            f"tensors and plain values ({type(error).__name__})"
+        ) from error
 
 
 def require_tensors(source: str, tensors: Any) -> None:

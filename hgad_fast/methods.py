@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .data.images import WHITE_LEVEL
 from .environment import plain_torch
 from .files import printable, replacing, tensor_hash
 
@@ -313,6 +314,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         "backbone": config.backbone_arch,
         "feature channels": ", ".join(map(str, model.feature_dims)),
         **model.describe(),
+        **({"white level": config.white_level} if config.white_level != WHITE_LEVEL else {}),
         "image size": size + (", centre crop" if config.center_crop else ""),
         **({"calibration": "none"} if calibration is None else calibration.describe(model.groups)),
         **({"note": note} if calibration is not None and (note := calibration.shortcomings(model.groups)) else {}),

@@ -167,6 +167,9 @@ def test_a_place_gaussian_from_its_preset(data, tmp_path):
     recalibrated = tmp_path / "recalibrated.safetensors"
     succeeds("calibrate", str(output / "model.safetensors"), str(data), "-o", str(recalibrated))
     assert recalibrated.is_file()
+    before = (output / "model.safetensors").read_bytes()
+    assert "there is nothing to resume, and --overwrite fits it anew" in fails(*arguments, "--resume")
+    assert (output / "model.safetensors").read_bytes() == before
 
 
 def test_train_resumes_where_it_stood(training, data, tmp_path):

@@ -104,7 +104,7 @@ class Pixels:
         if values.ndim == 2:
             tensor = torch.from_numpy(np.array(values)).to(torch.float32).repeat(3, 1, 1)
         else:
-            tensor = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))).to(torch.float32)
+            tensor = torch.from_numpy(np.array(values.transpose(2, 0, 1), order="C")).to(torch.float32)
         return tensor.div_(255) if values.dtype == np.uint8 else tensor
 
 

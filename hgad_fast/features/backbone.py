@@ -24,9 +24,9 @@ from ..environment import one_thread, require_float32
 from ..files import printable, read_torch_file, require_tensors
 from ..importing import uncollected
 from . import joining, tiles
-from .hub import OWN_WEIGHTS, PREFIXES, ask_hub, reaching_hub, without_hub
+from .hub import IN_A_PACKAGE, OWN_WEIGHTS, PREFIXES, ask_hub, reaching_hub, without_hub
 from .interpolate import between, bilinear
-from .packaged import packaged_state_dict
+from .packaged import PACKAGED, packaged_state_dict
 
 TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile: a constant, so that the tiles depend on the image's size alone."""
@@ -524,7 +524,7 @@ def _create(config: BackboneSettings, arch: str, weights: str | None) -> tuple[A
     except Exception:
         if not pretrained:
             raise
-        with reaching_hub(f"the pretrained weights of {arch!r}", OWN_WEIGHTS):
+        with reaching_hub(f"the pretrained weights of {arch!r}", IN_A_PACKAGE if arch in PACKAGED else OWN_WEIGHTS):
             raise
     if state is not None:
         _load_weights(net, state, config)

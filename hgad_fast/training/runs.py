@@ -15,11 +15,16 @@ ABOUT_IT = ("evaluation.json", "report.html")  # what `hgad-fast report` adds
 MAX_LISTED = 40  # groups that have a line each
 
 
+def written(folder: Path) -> list[str]:
+    """Return the names of the files in a folder that a training run writes."""
+    return [name for name in WRITTEN if (folder / name).exists()]
+
+
 def check(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise a ValueError where a folder holds a training run, and it is not said what to do with that."""
     if resume and overwrite:
         raise ValueError("--resume goes on with the run in OUTPUT and --overwrite removes it: give one of them")
-    found = [name for name in WRITTEN if (folder / name).exists()]
+    found = written(folder)
     if found and not resume and not overwrite:
         raise ValueError(
             f"{printable(folder)} holds a training run ({found[0]}): --resume goes on with it, --overwrite replaces "

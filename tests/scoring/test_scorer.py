@@ -132,3 +132,17 @@ def test_mistakes_are_named_before_the_first_frame(model: HGADModel) -> None:
         Scorer(model, class_id="c")
     with pytest.raises(ValueError, match="2 frames at once"):
         Scorer(model)(np.zeros((2, 30, 50, 3), np.uint8))
+
+
+def test_a_rate_that_cannot_be_had_is_told(model: HGADModel) -> None:
+    (frame,) = frames(1)
+    with pytest.warns(UserWarning, match="too few calibration images for a false-alarm rate of 1.0%"):
+        scorer = Scorer(model, false_alarm_rate=0.01)
+    result = scorer(frame)
+    assert result.false_alarm_rate == scorer.model.calibration.attained_rate(result.class_id) > 0.01
+
+
+@pytest.mark.parametrize("size", [64, "ab", (64,), (0, 64)])
+def test_a_frame_size_that_is_none_is_refused(model: HGADModel, size: Any) -> None:
+    with pytest.raises(ValueError, match="frame_size is"):
+        Scorer(model, frame_size=size)
