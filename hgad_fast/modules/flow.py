@@ -44,7 +44,10 @@ def _initial_block(channels: int, position_dim: int) -> Block:
 
 def _random_rotation(channels: int) -> Tensor:
     """Return a uniform draw from SO(C): Q of a Gaussian matrix's QR, made unique by diag(R) > 0, with determinant 1."""
-    q, r = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))
+    draws = torch.randn(channels, channels, dtype=torch.float64)
+    if draws.is_meta:  # shapes alone are wanted; of decompositions torch has them after importing its compiler
+        return draws.float()
+    q, r = torch.linalg.qr(draws)
     q *= r.diagonal().sign()
     q[:, 0] *= torch.linalg.det(q).sign()
     return q.float()
