@@ -81,10 +81,11 @@ class ConditionalFlow(nn.Module):
         self.checkpoint_every = 0
         self.precision = "fp32"
         first = _initial_block(channels, position_dim)
-        made = (
-            first if first.w1.is_meta else _initial_block(channels, position_dim) for _ in range(coupling_layers - 1)
-        )
-        blocks = Blocks.stack([first, *made])  # without memory, all are one
+        if first.w1.is_meta:  # shapes alone are wanted
+            blocks = Blocks._make(tensor.new_empty(coupling_layers, *tensor.shape) for tensor in first)
+        else:
+            others = (_initial_block(channels, position_dim) for _ in range(coupling_layers - 1))
+            blocks = Blocks.stack([first, *others])
         *trained, w_perm = blocks
         self.w1, self.b1, self.w2, self.b2, self.global_scale, self.global_offset = map(nn.Parameter, trained)
         self.register_buffer("w_perm", w_perm)

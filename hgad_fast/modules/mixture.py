@@ -77,6 +77,8 @@ def initial_centres(n_classes: int, channels: int) -> Tensor:
         directions = nn.functional.normalize(torch.randn(n_classes, channels), dim=1)
         return directions * (5 / math.sqrt(2))
     centres = torch.zeros(n_classes, channels)
+    if centres.is_meta:  # shapes alone are wanted, and for `eye` torch would import its compiler
+        return centres
     repeats = channels // n_classes
     spread = 5 / math.sqrt(2 * channels // n_classes)
     centres[:, : repeats * n_classes] = torch.eye(n_classes).repeat(1, repeats) * spread
