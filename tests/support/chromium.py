@@ -1,8 +1,8 @@
 """A headless Chromium, driven through its debugging pipe: a page's layout, console and image, without a driver.
 
-    python tests/chromium.py demo/report.html docs/images/report.png
+    python tests/support/chromium.py demo/report.html report.png
 
-takes the image of docs/outputs.md: the report's first part, after `make demo` and `hgad-fast report demo`.
+takes an image of the report's first part, after `make demo` and `hgad-fast report demo`.
 """
 
 from __future__ import annotations
