@@ -6,13 +6,12 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..data.datasets import Dataset, Sample, are_roots, discover
+from ..data.datasets import Dataset, are_roots, discover
 from ..environment import plain_torch
 from ..features.extract import FeatureSet, ShowProgress, feature_set
 from ..features.preprocess import seeing
@@ -159,7 +158,10 @@ class Calibration:
         k / (n + 1), k at least 1, the largest that is no more than the target, or else 1 / (n + 1), which is more. With
         ties among the scores it is an upper bound.
         """
-        n = len(self._known_reference(k))
+        return self._rate_from(len(self._known_reference(k)))
+
+    def _rate_from(self, n: int) -> float:
+        """Return the false-alarm rate of a threshold that rests on n images; NaN for none."""
         return self._alarms(n) / (n + 1) if n else math.nan
 
     def _alarms(self, n: int) -> int:
@@ -187,7 +189,7 @@ class Calibration:
                 "reference": n,
                 "pooled": n > images,
                 "target": self.false_alarm_rate,
-                "attained": self._alarms(n) / (n + 1) if n else math.nan,
+                "attained": self._rate_from(n),
                 **({"threshold": self.threshold(k)} if thresholds else {}),
             }
             for k, (name, images, n) in enumerate(zip(names, self.counts, self._reference_sizes(), strict=True))
@@ -433,13 +435,9 @@ def _of_these_classes(model: Detector, data: Any) -> Any:
             f"{', '.join(own)}; give images of these classes, or of some of them, in folders of these names"
         )
     ids = [own.index(name) for name in dataset.class_names]
-    samples = sorted((replace(sample, class_id=ids[sample.class_id]) for sample in dataset.train), key=_place)
+    samples = [replace(sample, class_id=ids[sample.class_id]) for sample in dataset.train]
+    samples.sort(key=lambda sample: (sample.class_id, sample.path))
     return replace(dataset, class_names=own, train=tuple(samples), test=(), validation=())
-
-
-def _place(sample: Sample) -> tuple[int, Path]:
-    """Return the place of a sample in a dataset."""
-    return sample.class_id, sample.path
 
 
 def calibrate_on(
