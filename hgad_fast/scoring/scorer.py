@@ -109,8 +109,8 @@ class Scorer:
             detector = copy.copy(detector)  # shares the weights
             if calibration is not None:
                 detector.calibration = replace(calibration, false_alarm_rate=false_alarm_rate)
-                if text := detector.calibration.shortcomings(detector.groups):
-                    warn_user(text)
+                if len(calibration.scores) and (text := detector.calibration.shortcomings(detector.groups)):
+                    warn_user(text)  # that there are no thresholds at all, the first score says
         self.model: Detector = detector
         self.class_id, self.map_size = class_id, checked_map_size(map_size)
         self._config = seeing(self.model, img_size).config
