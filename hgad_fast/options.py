@@ -75,7 +75,7 @@ ImgSize = Annotated[
 _IN_PYTHON: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"--skip-bad, skip_bad=True": "--skip-bad",
     r"model\.calibrate, hgad-fast calibrate": "hgad-fast calibrate",
-    r"backbone_weights=None \(--weights random\)": "--weights random",
+    r"backbone_weights=None (for random weights )?\(--weights random\)": "--weights random",
     r"backbone_weights='packaged' \(--weights packaged\)": "--weights packaged",
     r"backbone_weights \(--weights FILE\)": "--weights FILE",
     r"backbone_weights=None": "--weights random",

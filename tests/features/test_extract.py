@@ -22,7 +22,7 @@ from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.data import datasets, images
 from hgad_fast.features import extract, preprocess
 from hgad_fast.features.extract import FeatureSet, feature_set
-from hgad_fast.files import readable
+from hgad_fast.files import readable, replacing
 
 
 def levels(n: int = 3) -> list[Tensor]:
@@ -300,7 +300,8 @@ def test_an_image_that_changes_under_our_hands_is_not_cached(model, woods, on_di
     def read_old(path, white_level):
         image = read(path, white_level)
         if path.name == "1.png":
-            Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(path)
+            with replacing(path) as changed:  # other threads may be reading it
+                Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(changed)
         return image
 
     monkeypatch.setattr(extract, "read_image", read_old)
