@@ -145,6 +145,15 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+@functools.cache
+def bfloat16_instructions() -> str:
+    """Return the name of this processor's instructions that multiply bfloat16 numbers; empty if it has none."""
+    capabilities = torch.cpu.get_capabilities()
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "bf16": "BF16"}  # the last: ARM's
+    found = [name for key, name in names.items() if capabilities.get(key)]
+    return found[0] if found and torch.backends.mkldnn.is_available() else ""
+
+
 def package_versions(*packages: str) -> dict[str, str | None]:
     """Return the version of each package, None where it is not installed."""
     versions: dict[str, str | None] = {}

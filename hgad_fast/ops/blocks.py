@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..environment import bfloat16_instructions
 from .coupling import affine_coupling, affine_coupling_backward
 from .dispatch import float32_products, fused, in_float32, kernels, no_double_backward, path
 
@@ -99,11 +100,11 @@ def flow_definition(
     conditions = _conditions(position)
     in_order = Blocks.stack(blocks).each()
     for block in reversed(in_order) if inverse else in_order:
-        gain = _gain(block)
+        gain = _gain(block.global_scale)
         if inverse:
             x = (x @ block.w_perm - block.global_offset) / gain
         x1, x2 = x[:, :c1], x[:, c1:]
-        _, a = _subnet(x1, block, conditions, precision)
+        a = _subnet_definition(x1, block, conditions, precision)
         y2, coupling_log_det = affine_coupling(x2, a, clamp, inverse=inverse, backend="torch")
         x = torch.cat([x1, y2], 1)
         if not inverse:
@@ -138,7 +139,9 @@ def flow(
         checkpoint_every: with reversible memory, the input of every so many blocks is kept too (4 C bytes per pixel
             each in float32), so that rounding errors of the rebuilt activations grow from there only; 0 keeps none.
         precision: operands of the subnets' products: ``"fp32"``, ``"tf32"`` (rounded to nearest) or ``"bf16"``, all
-            with float32 accumulation. Rotations stay in float32, on CUDA in tf32 and bf16 in bf16x3; see
+            with float32 accumulation. In bf16 a CPU rounds the results of these products to bfloat16, too; one without
+            bfloat16 instructions (`environment.bfloat16_instructions`) multiplies the rounded operands in float32,
+            which takes longer than ``"fp32"``. Rotations stay in float32, on CUDA in tf32 and bf16 in bf16x3; see
             `coupling_blocks`.
         backend: what computes the affine coupling, or whole blocks where `flow_path` says so: ``"auto"``, ``"triton"``
             or ``"torch"``.
@@ -265,9 +268,9 @@ def _conditions(position: Position) -> list[Tensor]:
     return [] if position is None else [position]
 
 
-def _gain(block: Block) -> Tensor:
-    """Return the scale g of a block, (1, C)."""
-    return 0.1 * F.softplus(block.global_scale, beta=0.5)
+def _gain(global_scale: Tensor) -> Tensor:
+    """Return the scale g of a block, (1, C), or those of all blocks."""
+    return 0.1 * F.softplus(global_scale, beta=0.5)
 
 
 def _operand(x: Tensor, precision: str) -> Tensor:
@@ -278,26 +281,32 @@ def _operand(x: Tensor, precision: str) -> Tensor:
         rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
         return torch.where(x.isnan(), x, rounded)  # a GPU's NaN is 0x7FFFFFFF, which would become 0
     rounded = x.to(torch.bfloat16)
-    return rounded if x.is_cuda else rounded.to(x.dtype)  # a CPU multiplies the rounded operands in float32
+    return rounded if x.is_cuda or bfloat16_instructions() else rounded.to(x.dtype)
+
+
+def _result(y: Tensor, precision: str) -> Tensor:
+    """Return the result of a subnet's product as it is kept: in bf16 a CPU gives bfloat16, a GPU float32."""
+    return _operand(y, precision) if precision == "bf16" and not y.is_cuda else y
 
 
 def _product(x: Tensor, w: Tensor, precision: str, add: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Return x @ w with operands of the given precision and float32 accumulation, added to `add` or put into `out`."""
+    """Return x @ w with operands of the given precision and float32 accumulation, added to `add` or put into `out`.
+
+    Added to a bfloat16 tensor, the sum is rounded once.
+    """
     if precision == "bf16x3" and x.dtype == torch.float32:
         (x, small_x), (w, small_w) = _pieces(x), _pieces(w)
         y = small_x @ w + x @ small_w
         y += x @ w
-        if add is not None:
-            return add.add_(y)
-        return y if out is None else out.copy_(y)
-    x, w = _operand(x, precision), _operand(w, precision)
-    if x.dtype == torch.bfloat16:
-        y = torch.mm(x, w, out_dtype=torch.float32)
-        if add is not None:
-            return add.add_(y)
-        return y if out is None else out.copy_(y)
-    with float32_products(x.device, "tf32") if precision == "tf32" else nullcontext():  # else they are exact already
-        return torch.mm(x, w, out=out) if add is None else add.addmm_(x, w)
+    else:
+        x, w = _operand(x, precision), _operand(w, precision)
+        if precision != "bf16" or (add is not None and add.dtype == torch.bfloat16):
+            with float32_products(x.device, "tf32") if precision == "tf32" else nullcontext():  # else they are exact
+                return torch.mm(x, w, out=out) if add is None else add.addmm_(x, w)
+        y = torch.mm(x, w, out_dtype=torch.float32) if x.is_cuda else _result(torch.mm(x, w), precision)
+    if add is not None:
+        return add.add_(y)
+    return y if out is None else out.copy_(y)
 
 
 def _pieces(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,23 +315,129 @@ def _pieces(x: Tensor) -> tuple[Tensor, Tensor]:
     return large, (x - large).bfloat16().to(x.dtype)
 
 
-def _subnet(x1: Tensor, block: Block, conditions: list[Tensor], precision: str) -> tuple[Tensor, Tensor]:
-    """Return h = relu(W1 [x1, position] + b1) (N, Hd) and a = W2 h + b2 (N, 2 C2)."""
-    n, c1 = x1.shape
-    w1x, w1p = block.w1[:, :c1], block.w1[:, c1:]
+def _subnet_definition(x1: Tensor, block: Block, conditions: list[Tensor], precision: str) -> Tensor:
+    """Return a = W2 relu(W1 [x1, position] + b1) + b2 (N, 2 C2), operands rounded, results not."""
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        return _operand(x, precision).to(x.dtype) @ _operand(w, precision).to(w.dtype).T
+
+    c1 = x1.shape[1]
     if len(conditions) == 2:
-        column, row = conditions
-        half = column.shape[1]
-        table = (row @ w1p[:, half:].T)[:, None] + (column @ w1p[:, :half].T + block.b1)
-        h = table.flatten(0, 1).repeat(n // max(table.shape[0] * table.shape[1], 1), 1)
+        column, row = _position_tables(block.w1[:, c1:], conditions)
+        table = (row[:, None] + (column + block.b1)).flatten(0, 1)
+        hidden = table.repeat(len(x1) // max(len(table), 1), 1)
     else:
-        h = block.b1.repeat(n, 1)
+        hidden = block.b1.expand(len(x1), -1)
         for dense in conditions:
-            h = _product(dense, w1p.T, precision, add=h)
-    h = _product(x1, w1x.T, precision, add=h).relu_()
-    if precision == "bf16" and h.is_cuda:
-        h = h.to(torch.bfloat16)
-    return h, _product(h, block.w2.T, precision, add=block.b2.repeat(n, 1))
+            hidden = hidden + product(dense, block.w1[:, c1:])
+    return product((hidden + product(x1, block.w1[:, :c1])).relu(), block.w2) + block.b2
+
+
+def _position_tables(w1p: Tensor, conditions: list[Tensor]) -> list[Tensor]:
+    """Return the products of the first layer with the codes of columns and rows; of all blocks with L in front."""
+    column, row = conditions
+    half = column.shape[1]
+    return [column @ w1p[..., :half].mT, row @ w1p[..., half:].mT]
+
+
+class _Weights(NamedTuple):
+    """What the features of a block are multiplied with, and what is added to them; of all blocks with L in front."""
+
+    w1x: Tensor  # (Hd, C1), operand
+    w1p: Tensor  # (Hd, P)
+    b1: Tensor  # (Hd,), as results are kept
+    w2: Tensor  # (2 C2, Hd), operand
+    b2: Tensor  # (2 C2,), as results are kept
+    gain: Tensor  # (1, C)
+    rotation: Tensor  # (C, C), R diag(g)
+    offset: Tensor  # (1, C), R offset
+
+    def each(self) -> list[_Weights]:
+        """Return those of each block, as views."""
+        return [_Weights._make(parts) for parts in zip(*(stacked.unbind() for stacked in self), strict=True)]
+
+
+def _weights(parameters: list[Tensor], precision: str) -> _Weights:
+    """Return the weights of all blocks; they are made once, and kept while no parameter changes."""
+    blocks = Blocks._make(parameters)
+    c1 = blocks.w_perm.shape[-1] - blocks.w_perm.shape[-1] // 2
+
+    def make() -> _Weights:
+        gain = _gain(blocks.global_scale)
+        return _Weights(
+            w1x=_operand(blocks.w1[..., :c1], precision),
+            w1p=blocks.w1[..., c1:],
+            b1=_result(blocks.b1, precision),
+            w2=_operand(blocks.w2, precision),
+            b2=_result(blocks.b2, precision),
+            gain=gain,
+            rotation=blocks.w_perm * gain,
+            offset=blocks.global_offset @ blocks.w_perm.mT,
+        )
+
+    return kernels("cache").PACKED.get(make, ("weights", precision), parameters)
+
+
+def _tables(conditions: list[Tensor], parameters: list[Tensor], precision: str) -> list[tuple[Tensor, ...]]:
+    """Return for each block what a separable position adds to the hidden layer, as `_weights` are: (w, Hd), (h, Hd).
+
+    With a dense position, or none, there is nothing for any block.
+    """
+    blocks = Blocks._make(parameters)
+    if len(conditions) != 2:
+        return [()] * len(blocks.w1)
+    c1 = blocks.w_perm.shape[-1] - blocks.w_perm.shape[-1] // 2
+
+    def make() -> list[Tensor]:
+        column, row = _position_tables(blocks.w1[..., c1:], conditions)
+        return [_result(column + blocks.b1[:, None], precision), _result(row, precision)]
+
+    tables = kernels("cache").PACKED.get(make, ("tables", precision), [*conditions, blocks.w1, blocks.b1])
+    return list(zip(*(stacked.unbind() for stacked in tables), strict=True))
+
+
+def _subnet(
+    x1: Tensor,
+    weights: _Weights,
+    tables: tuple[Tensor, ...],
+    conditions: list[Tensor],
+    precision: str,
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return h = relu(W1 [x1, position] + b1) (N, Hd) and a = W2 h + b2 (N, 2 C2), in `memory` if there is some."""
+    h, a = memory or _subnet_memory(len(x1), weights)
+    if tables:
+        column, row = tables
+        maps = h.view(len(h) // max(len(row) * len(column), 1), len(row), len(column), h.shape[1])
+        torch.add(row[:, None].expand(len(maps), -1, -1, -1), column, out=maps)
+    else:
+        h.copy_(weights.b1)
+        for dense in conditions:
+            _product(dense, weights.w1p.T, precision, add=h)
+    h = _operand(_relu(_product(x1, weights.w1x.T, precision, add=h)), precision)
+    return h, _result(_product(h, weights.w2.T, precision, add=a.copy_(weights.b2)), precision)
+
+
+def _subnet_memory(n: int, weights: _Weights) -> tuple[Tensor, Tensor]:
+    """Return memory for the results of a subnet's products for n pixels."""
+    return weights.b1.new_empty(n, len(weights.b1)), weights.b2.new_empty(n, len(weights.b2))
+
+
+def _relu(h: Tensor) -> Tensor:
+    """Set what is negative in h to 0, in place; a NaN stays one."""
+    if h.dtype != torch.bfloat16 or h.is_cuda:
+        return h.relu_()
+    # The bits of bfloat16 as integers, which a CPU works on several times as fast: those up to -infinity are -128 and
+    # less, those of NaNs with a sign lie above.
+    torch.threshold_(h.view(torch.int16), -128, 0)
+    return h
+
+
+def _masked(gh: Tensor, h: Tensor) -> Tensor:
+    """Set the gradient to 0 where h = relu(...) is, in place."""
+    bits, mask = (t.view(torch.int16) if t.dtype == torch.bfloat16 and not t.is_cuda else t for t in (gh, h))
+    torch.ops.aten.threshold_backward.grad_input(bits, mask, 0, grad_input=bits)
+    return gh
 
 
 @torch.library.custom_op("hgad_fast::flow_forward", mutates_args=())
@@ -339,28 +454,28 @@ def _flow_forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return z, the log-determinant, and what is kept for the backward pass.
 
-    That is the inputs of blocks every, 2 every, ..., and with `keep` (y2, h, a) of each block; where the training
-    kernels compute, which rebuild h and a in any case, with `keep` [x1, y2] of each block alone.
+    That is the inputs of blocks every, 2 every, ..., or with `keep` (u = [x1, y2], h, a) of each block; where the
+    training kernels compute, which rebuild h and a in any case, u of each block alone.
     """
     if _training_kernels_run(x, conditions, precision, backend):
         return kernels("training").flow_forward(x, conditions, parameters, clamp, keep, every, precision)
     c1 = x.shape[1] - x.shape[1] // 2
-    x = x.contiguous()
-    log_det = x.new_zeros(x.shape[0])
+    weights, tables = _weights(parameters, precision).each(), _tables(conditions, parameters, precision)
+    log_det = torch.cat([block.gain for block in weights]).log().sum().repeat(len(x))
     inputs, activations = [], []
-    for k, block in enumerate(Blocks._make(parameters).each()):
-        if every and k and k % every == 0:
-            inputs.append(x)
-        x1, x2 = x[:, :c1], x[:, c1:]
-        h, a = _subnet(x1, block, conditions, precision)
-        y2, coupling_log_det = affine_coupling(x2, a, clamp, backend=backend)
-        gain = _gain(block)
-        log_det += coupling_log_det.add_(gain.log().sum())
-        rotation = (block.w_perm * gain).T
-        x = _product(x1, rotation[:c1], ROTATION, add=(block.global_offset @ block.w_perm.T).repeat(x.shape[0], 1))
-        x = _product(y2, rotation[c1:], ROTATION, add=x)
+    x = x.clone(memory_format=torch.contiguous_format)
+    for k, block in enumerate(weights):
+        if keep or k == 0:
+            memory, spare = _subnet_memory(len(x), block), torch.empty_like(x)
+        if every and not keep and k and k % every == 0:
+            inputs.append(x.clone())
+        h, a = _subnet(x[:, :c1], block, tables[k], conditions, precision, memory)
+        x[:, c1:], coupling_log_det = affine_coupling(x[:, c1:], a, clamp, backend=backend)
+        log_det += coupling_log_det
+        u, x = x, _product(x, block.rotation.T, ROTATION, add=spare.copy_(block.offset))
         if keep:
-            activations += [y2, h, a]
+            activations += [u, h, a]
+        spare = u
     return x, log_det, inputs + activations
 
 
@@ -371,10 +486,16 @@ def _(x, conditions, parameters, clamp, keep, every, precision, backend):  # typ
     if _training_kernels_run(x, conditions, precision, backend):
         kept = kernels("training").kept_like(x, conditions, parameters, keep, every, precision)
         return x.new_empty(x.shape), x.new_empty(n), kept
-    dtype = torch.bfloat16 if precision == "bf16" and x.is_cuda else x.dtype
-    kept = [x.new_empty(x.shape) for _ in range((blocks - 1) // every if every else 0)]
-    for _ in range(blocks if keep else 0):
-        kept += [x.new_empty(n, c2), x.new_empty(n, hidden, dtype=dtype), x.new_empty(n, 2 * c2)]
+    if not keep:
+        return (
+            x.new_empty(x.shape),
+            x.new_empty(n),
+            [x.new_empty(x.shape) for _ in range((blocks - 1) // every)] if every else [],
+        )
+    kept = []
+    for _ in range(blocks):
+        h = _operand(x.new_empty(n, hidden), precision)
+        kept += [x.new_empty(x.shape), h, _result(x.new_empty(n, 2 * c2), precision)]
     return x.new_empty(x.shape), x.new_empty(n), kept
 
 
@@ -414,8 +535,8 @@ def _flow_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return the gradients of x, of a dense position, and of all stacked parameters but w_perm.
 
-    `saved` is what the forward pass kept, after x itself with `keep`. Without it the input of each block is rebuilt
-    from its output, with the forward pass's operands.
+    `saved` is what the forward pass kept. Without `keep` the input of each block is rebuilt from its output, with the
+    forward pass's operands.
     """
     if _training_kernels_run(z, conditions, precision, backend):
         multiply = functools.partial(float32_products, z.device, "tf32")
@@ -425,43 +546,42 @@ def _flow_backward(
         return gx, [], gradients
     c1 = z.shape[1] - z.shape[1] // 2
     blocks = Blocks._make(parameters).each()
-    first = 0 if keep else every
-    inputs = dict(zip(range(first, len(blocks), max(every, 1)), saved, strict=False))
-    activations = saved[len(inputs) :]
+    weights, tables = _weights(parameters, precision).each(), _tables(conditions, parameters, precision)
+    inputs = {} if keep else dict(zip(range(every, len(blocks), max(every, 1)), saved, strict=False))
     glog_det = glog_det.contiguous()
     gposition = [torch.zeros_like(dense) for dense in conditions] if wants_gposition else []
     gradients = [torch.empty_like(stacked, memory_format=torch.contiguous_format) for stacked in parameters[:-1]]
     gw1, gb1, gw2, gb2, gscale, goffset = gradients
     for k in reversed(range(len(blocks))):
-        block, gain = blocks[k], _gain(blocks[k])
+        block, gain = blocks[k], weights[k].gain
         if keep:
-            x1 = inputs[k][:, :c1]
-            y2, h, a = activations[3 * k : 3 * k + 3]
+            u, h, a = saved[3 * k : 3 * k + 3]
         else:
             offset = (-block.global_offset / gain).repeat(z.shape[0], 1)
             u = _product(z, block.w_perm / gain, ROTATION, add=offset)
-            x1, y2 = u[:, :c1], u[:, c1:]
-            h, a = _subnet(x1, block, conditions, precision)
+            h, a = _subnet(u[:, :c1], weights[k], tables[k], conditions, precision)
+        x1, y2 = u[:, :c1], u[:, c1:]
 
-        gu = _product(gz, block.w_perm * gain, ROTATION)
-        ggain = torch.cat([(gu[:, :c1] * x1).sum(0), (gu[:, c1:] * y2).sum(0)]).add_(glog_det.sum()) / gain
+        gu = _product(gz, weights[k].rotation, ROTATION)
+        ggain = (gu * u).sum(0).add_(glog_det.sum()) / gain
         torch.mul(ggain, 0.1 * torch.sigmoid(0.5 * block.global_scale), out=gscale[k])
         torch.div(gu.sum(0), gain, out=goffset[k])
 
         gx2, ga, gb2[k], x2 = affine_coupling_backward(gu[:, c1:], glog_det, y2, a, clamp, backend=backend)
+        ga = _operand(ga, precision)
         _product(ga.T, h, precision, out=gw2[k])
-        gh = torch.ops.aten.threshold_backward(_product(ga, block.w2, precision), h, 0)
+        gh = _masked(_product(ga, weights[k].w2, precision), h)
         _first_layer_gradients(gh, x1, conditions, precision, gw1[k], gb1[k])
         for gdense in gposition:
             _product(gh, block.w1[:, c1:], precision, add=gdense)
 
         gz = gu
         if k or wants_gx:
-            _product(gh, block.w1[:, :c1], precision, add=gz[:, :c1])
+            _product(gh, weights[k].w1x, precision, add=gz[:, :c1])
             gz[:, c1:] = gx2
         if k in inputs:
             z = inputs[k]
-        elif k:
+        elif k and not keep:
             u[:, c1:] = x2
             z = u
     return gz, gposition, gradients
@@ -474,13 +594,15 @@ def _first_layer_gradients(
     parts = [_product(gh.T, x1, precision)]
     if len(conditions) == 2:
         column, row = conditions
-        gtable = gh.view(-1, row.shape[0] * column.shape[0], gh.shape[1]).sum(0).view(len(row), len(column), -1)
+        gtable = (
+            gh.view(-1, len(row) * len(column), gh.shape[1]).sum(0, dtype=gb1.dtype).view(len(row), len(column), -1)
+        )
         gcolumn, grow = gtable.sum(0), gtable.sum(1)
         parts += [gcolumn.T @ column, grow.T @ row]
         torch.sum(gcolumn, 0, out=gb1)
     else:
         parts += [_product(gh.T, dense, precision) for dense in conditions]
-        torch.sum(gh, 0, out=gb1)
+        torch.sum(gh, 0, dtype=gb1.dtype, out=gb1)
     torch.cat(parts, 1, out=gw1)
 
 
@@ -493,10 +615,8 @@ def _(gz, glog_det, z, saved, conditions, parameters, clamp, keep, every, wants_
 
 def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     """Save what `_flow_gradients` reads."""
-    x, conditions, parameters, clamp, keep, every, precision, backend = inputs
+    _, conditions, parameters, clamp, keep, every, precision, backend = inputs
     z, _, saved = output
-    if keep and not _training_kernels_run(x, conditions, precision, backend):
-        saved = [x, *saved]
     ctx.set_materialize_grads(False)  # zeros for every saved activation would cost what keeping them costs
     ctx.conditions = slice(1 + len(saved), 1 + len(saved) + len(conditions))
     ctx.options = (clamp, keep, every, precision, backend)

@@ -71,7 +71,8 @@ def affine_coupling_backward(
 def _scale_and_shift(a: Tensor, clamp: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return s and t = 0.1 a_t, (N, C2) each."""
     a_s, a_t = a.to(dtype).chunk(2, 1)
-    return clamp * torch.tanh(0.1 * a_s), 0.1 * a_t
+    # tanh(v) = 2 sigmoid(2 v) - 1, several times as fast on a CPU. A small v loses digits, exp(s) does not.
+    return torch.sigmoid(0.2 * a_s) * (2 * clamp) - clamp, 0.1 * a_t
 
 
 @torch.library.custom_op("hgad_fast::affine_coupling", mutates_args=())
