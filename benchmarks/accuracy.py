@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--preset", help="of HGADConfig, instead of --meta-epochs and the official procedure")
     parser.add_argument("--cache-dtype", default="float32", help="precision of the features trained on")
     parser.add_argument("--memory", default="standard", help="of the flows: standard or reversible")
+    parser.add_argument("--precision", default="fp32", help="of the subnets' products: fp32, tf32 or bf16")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here, after every seed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +48,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     dataset = datasets.discover(root)
     weights = demo.write_weights(folder / "lite0.safetensors")
     record: dict[str, Any] = {"dataset": root.name, "meta_epochs": arguments.meta_epochs}
-    record |= {"cache_dtype": arguments.cache_dtype, "memory": arguments.memory, "seeds": {}}
+    record |= {"cache_dtype": arguments.cache_dtype, "memory": arguments.memory}
+    record |= {"precision": arguments.precision, "seeds": {}}
     record |= measure.about_run(torch.device("cpu"))
     common: dict[str, Any] = {
         "n_classes": len(dataset.class_names),
@@ -55,6 +57,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         "backbone_weights": str(weights),
         "center_crop": True,
         "memory": arguments.memory,
+        "precision": arguments.precision,
     }
     if arguments.preset is not None:
         del record["meta_epochs"]
