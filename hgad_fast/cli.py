@@ -604,7 +604,7 @@ def info(
         import torch
 
         from . import ops
-        from .environment import VERSION, package_versions
+        from .environment import VERSION, bfloat16_instructions, package_versions
         from .methods import describe_file
 
         device = torch.device(usable_device(None))
@@ -616,6 +616,7 @@ def info(
         **package_versions("triton", "timm"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "backend": ops.path(torch.empty(0, device=device)),
+        "bf16 on the CPU": bfloat16_instructions() or "emulated, slower than fp32: no instructions for it",
     }
     if model is not None:
         facts["model"] = description

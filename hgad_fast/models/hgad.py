@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..environment import bfloat16_instructions
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
@@ -25,6 +26,7 @@ from ..ops import Blocks, SeparablePosition, flow_path
 from ..protocol import Densities, Progress
 from ..scoring.densities import chunk_pixels
 from ..scoring.result import ScoreResult
+from ..terminal import warn_user
 from ..training.schedule import warmed_up_cosine
 from ..training.step import Batch
 from .config import LOSS_TERMS, Config, GaussianConfig, HGADConfig
@@ -185,7 +187,23 @@ class HGADModel(OfficialSurface, Detector):
 
     def describe(self) -> dict[str, Any]:
         """Return the sizes of the flows and of the mixture."""
-        return {"coupling layers": self.config.coupling_layers, "centres per class": self.config.n_intra_centers}
+        config = self.config
+        precision = config.precision
+        if precision == "bf16" and not bfloat16_instructions():
+            precision += ", on this processor emulated: slower than fp32"
+        return {
+            "coupling layers": config.coupling_layers,
+            "centres per class": config.n_intra_centers,
+            "precision": precision,
+        }
+
+    def _warn_of_emulation(self) -> None:
+        """Warn where products of bfloat16 numbers are asked for that the processor does not have."""
+        if self.precision == "bf16" and self.device.type == "cpu" and not bfloat16_instructions():
+            warn_user(
+                "precision is bf16, and this processor has no instructions for it: they are emulated, which is slower "
+                "than fp32; choose it by model.precision = 'fp32', or for a training --set precision=fp32"
+            )
 
     # ---- training
 
@@ -200,6 +218,7 @@ class HGADModel(OfficialSurface, Detector):
         Raises:
             ValueError: a feature is not finite.
         """
+        self._warn_of_emulation()
         if not self.scaling:
             return
         scaling: Any = self.scaling
@@ -327,6 +346,7 @@ class HGADModel(OfficialSurface, Detector):
         know less well what a broken object is. At any time z exists of one chunk only. A model of one class has no
         entropy: the likelihood alone makes its map.
         """
+        self._warn_of_emulation()
         batch, classes, sizes = maps.batch, self.config.n_classes, maps.sizes
         logps, neg_entropy = ([torch.empty(batch, *size, device=self.device) for size in sizes] for _ in range(2))
         per_class: list[Tensor] = []

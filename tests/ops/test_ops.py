@@ -288,10 +288,14 @@ def test_separable_position_equals_the_dense_code():
     torch.testing.assert_close(separable, dense, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize(("precision", "instructions"), [("tf32", ""), ("bf16", ""), ("bf16", "AMX")])
 @pytest.mark.parametrize("memory", ops.MEMORY_MODES)
-def test_reduced_precision_rounds_the_subnets_alone(precision: str, memory: str):
-    """Values and gradients are those of float64 but for the rounding of operands; in full precision they are not."""
+def test_reduced_precision_rounds_the_subnets_alone(precision: str, instructions: str, memory: str, monkeypatch):
+    """Values and gradients are those of float64 but for the rounding of operands; in full precision they are not.
+
+    Processors with and without instructions for bfloat16 compute the same in two ways, which both run on any of them.
+    """
+    monkeypatch.setattr(blocks_module, "bfloat16_instructions", lambda: instructions)
     blocks = [ops.Block(*(part.detach() for part in block)) for block in make_blocks(12, 8, 3, torch.float32)]
     x, position = torch.randn(16, 12), sinusoidal_position(4, 4, 8)
 
@@ -304,6 +308,61 @@ def test_reduced_precision_rounds_the_subnets_alone(precision: str, memory: str)
     rounding.assert_close(result, run, x, position, blocks)
     with pytest.raises(AssertionError, match="rounding explains"):
         rounding.assert_close(result, partial(run, precision="fp32"), x, position, blocks)
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [("", torch.float32), ("AVX512_BF16", torch.bfloat16)])
+def test_hidden_layers_are_kept_in_the_precision_of_the_products(instructions, dtype, monkeypatch):
+    monkeypatch.setattr(blocks_module, "bfloat16_instructions", lambda: instructions)
+    blocks = ops.Blocks.stack(make_blocks(6, 8, 2, torch.float32))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        ops.flow(torch.randn(12, 6), blocks, sinusoidal_position(3, 4, 8), precision="bf16")
+    hidden = blocks.w1.shape[1]
+    assert [t.dtype for t in kept if t.shape == (12, hidden)] == [dtype] * 2
+
+
+@pytest.mark.parametrize("width", [8, 0])
+def test_bfloat16_products_with_a_dense_position_and_with_none(width: int, monkeypatch):
+    monkeypatch.setattr(blocks_module, "bfloat16_instructions", lambda: "AMX")
+    blocks = [ops.Block(*(part.detach() for part in block)) for block in make_blocks(12, width, 2, torch.float32)]
+    x, position = torch.randn(9, 12), torch.randn(9, width) if width else None
+
+    def z(x: Tensor, position: Tensor | None, blocks: list[ops.Block]) -> tuple[Tensor, Tensor]:
+        return ops.flow(x, blocks, position, clamp=CLAMP, precision="bf16")
+
+    rounding.assert_close(z(x, position, blocks), z, x, position, blocks)
+
+
+def test_relu_on_the_bits_of_bfloat16_is_relu():
+    """For each of the numbers that there are, infinities and NaNs among them; so is the mask of the gradient."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    h, expected = blocks_module._relu(numbers.clone()), numbers.float().relu()
+    torch.testing.assert_close(h.float(), expected, rtol=0, atol=0, equal_nan=True)
+    usual = ~numbers.isnan()
+    gh = blocks_module._masked(torch.full_like(numbers, -2), h)
+    assert gh[usual].equal(torch.where(numbers[usual] > 0, -2.0, 0.0).bfloat16())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_made_of_parameters_is_made_once_until_one_changes(precision: str, monkeypatch):
+    made, gain = [], blocks_module._gain
+    monkeypatch.setattr(blocks_module, "_gain", lambda scale: (made.append(1), gain(scale))[1])
+    blocks = ops.Blocks.stack(
+        [ops.Block._make(p.detach() for p in block) for block in make_blocks(6, 8, 2, torch.float32)]
+    )
+    x, position = torch.randn(12, 6), sinusoidal_position(3, 4, 8)
+
+    def z() -> Tensor:
+        return ops.flow(x, blocks, position, precision=precision)[0]
+
+    before = z()
+    assert z().equal(before) and len(made) == 1
+    for name, parameter in blocks._asdict().items():
+        parameter.mul_(1.5)
+        after = z()
+        assert not after.equal(before), f"{name} changed, and z did not"
+        before = after
+    assert len(made) == 1 + len(blocks)
 
 
 def test_tf32_rounds_to_nearest():
