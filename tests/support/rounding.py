@@ -159,7 +159,7 @@ def in_float64() -> Iterator[None]:
 
 @contextmanager
 def as_in_the_kernels() -> Iterator[None]:
-    """Let a flow's definition round what only kernels round: the factors of rotations, and gh where it is summed."""
+    """Let a flow's definition round as kernels do: factors of rotations, and gh where it is summed; no results."""
     original = blocks._first_layer_gradients
 
     def first_layer_gradients(gh: Tensor, x1: Tensor, conditions: list[Tensor], precision: str, *out: Tensor) -> None:
@@ -168,6 +168,8 @@ def as_in_the_kernels() -> Iterator[None]:
     with (
         mock.patch.object(blocks, "_first_layer_gradients", first_layer_gradients),
         mock.patch.object(blocks, "ROTATION", "bf16x3"),
+        mock.patch.object(blocks, "_result", lambda y, precision: y),
+        mock.patch.object(blocks, "bfloat16_instructions", lambda: ""),
     ):
         yield
 

@@ -1,8 +1,10 @@
-"""Training with operands of fewer bits, rounded as the kernels round them, reaches the loss that float32 reaches."""
+"""Training with operands of fewer bits, rounded as the kernels or a CPU round them, reaches the loss of float32."""
 
 from __future__ import annotations
 
 import functools
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import rounding
@@ -10,6 +12,9 @@ import torch
 from torch import Tensor
 
 from hgad_fast import HGADConfig, HGADModel
+from hgad_fast.features.extract import FeatureSet
+from hgad_fast.models import hgad
+from hgad_fast.ops import blocks
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import Step
 
@@ -50,13 +55,34 @@ def float32_losses() -> Tensor:
     return train("fp32")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_training_reaches_the_loss_of_float32(precision):
-    """300 steps of the full objective, activations rebuilt; on a CPU the operands alone are rounded."""
+@pytest.mark.parametrize(
+    ("precision", "on"), [("bf16", "a GPU"), ("tf32", "a GPU"), ("bf16", "this processor"), ("bf16", "AMX")]
+)
+def test_training_reaches_the_loss_of_float32(precision, on, monkeypatch):
+    """300 steps of the full objective, activations rebuilt."""
     expected = float32_losses()
     start, end = expected[:LAST].mean(), expected[-LAST:].mean()
     assert start - end > 100 and abs(end) > 10  # it learned, and a share of what it reached means something
-    with rounding.as_in_the_kernels():
+    if on == "AMX":
+        monkeypatch.setattr(blocks, "bfloat16_instructions", lambda: on)
+    with rounding.as_in_the_kernels() if on == "a GPU" else nullcontext():
         losses = train(precision)
     assert not torch.equal(losses[:LAST], expected[:LAST])  # it did round
     assert abs(losses[-LAST:].mean() - end) < ALLOWED * abs(end)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_emulation_is_said_before_a_training_and_a_score(precision, monkeypatch):
+    monkeypatch.setattr(hgad, "bfloat16_instructions", lambda: "")
+    config = HGADConfig(
+        backbone_arch=None, feature_levels=1, feature_dims=(4,), n_classes=2, pos_embed_dim=4, precision=precision
+    )
+    model, features = HGADModel(config), [torch.randn(1, 4, 3, 3)]
+    beginning = functools.partial(model.begin, FeatureSet.from_levels(features, [0]))
+    for work in (beginning, functools.partial(model.score_features, features, normalization="official")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+        said = [str(warning.message) for warning in caught]
+        assert any("emulated, which is slower than fp32" in text for text in said) == (precision == "bf16")
+    assert ("emulated" in model.describe()["precision"]) == (precision == "bf16")
