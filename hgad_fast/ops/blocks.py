@@ -341,7 +341,7 @@ def _position_tables(w1p: Tensor, conditions: list[Tensor]) -> list[Tensor]:
 
 
 class _Weights(NamedTuple):
-    """What the features of a block are multiplied with, and what is added to them; of all blocks with L in front."""
+    """What the features of a block are multiplied with, and what is added to them."""
 
     w1x: Tensor  # (Hd, C1), operand
     w1p: Tensor  # (Hd, P)
@@ -352,19 +352,15 @@ class _Weights(NamedTuple):
     rotation: Tensor  # (C, C), R diag(g)
     offset: Tensor  # (1, C), R offset
 
-    def each(self) -> list[_Weights]:
-        """Return those of each block, as views."""
-        return [_Weights._make(parts) for parts in zip(*(stacked.unbind() for stacked in self), strict=True)]
 
+def _weights(parameters: list[Tensor], precision: str) -> list[_Weights]:
+    """Return the weights of each block; they are made together, and kept while no parameter changes."""
 
-def _weights(parameters: list[Tensor], precision: str) -> _Weights:
-    """Return the weights of all blocks; they are made once, and kept while no parameter changes."""
-    blocks = Blocks._make(parameters)
-    c1 = blocks.w_perm.shape[-1] - blocks.w_perm.shape[-1] // 2
-
-    def make() -> _Weights:
+    def make() -> list[_Weights]:
+        blocks = Blocks._make(parameters)
+        c1 = blocks.w_perm.shape[-1] - blocks.w_perm.shape[-1] // 2
         gain = _gain(blocks.global_scale)
-        return _Weights(
+        weights = _Weights(
             w1x=_operand(blocks.w1[..., :c1], precision),
             w1p=blocks.w1[..., c1:],
             b1=_result(blocks.b1, precision),
@@ -374,26 +370,26 @@ def _weights(parameters: list[Tensor], precision: str) -> _Weights:
             rotation=blocks.w_perm * gain,
             offset=blocks.global_offset @ blocks.w_perm.mT,
         )
+        return [_Weights._make(parts) for parts in zip(*map(torch.unbind, weights), strict=True)]
 
     return kernels("cache").PACKED.get(make, ("weights", precision), parameters)
 
 
 def _tables(conditions: list[Tensor], parameters: list[Tensor], precision: str) -> list[tuple[Tensor, ...]]:
-    """Return for each block what a separable position adds to the hidden layer, as `_weights` are: (w, Hd), (h, Hd).
+    """Return what a separable position adds to the hidden layer of each block, kept like `_weights`: (w, Hd), (h, Hd).
 
     With a dense position, or none, there is nothing for any block.
     """
     blocks = Blocks._make(parameters)
     if len(conditions) != 2:
         return [()] * len(blocks.w1)
-    c1 = blocks.w_perm.shape[-1] - blocks.w_perm.shape[-1] // 2
 
-    def make() -> list[Tensor]:
-        column, row = _position_tables(blocks.w1[..., c1:], conditions)
-        return [_result(column + blocks.b1[:, None], precision), _result(row, precision)]
+    def make() -> list[tuple[Tensor, ...]]:
+        column, row = _position_tables(blocks.w1[..., -2 * conditions[0].shape[1] :], conditions)
+        tables = _result(column + blocks.b1[:, None], precision), _result(row, precision)
+        return list(zip(*map(torch.unbind, tables), strict=True))
 
-    tables = kernels("cache").PACKED.get(make, ("tables", precision), [*conditions, blocks.w1, blocks.b1])
-    return list(zip(*(stacked.unbind() for stacked in tables), strict=True))
+    return kernels("cache").PACKED.get(make, ("tables", precision), [*conditions, blocks.w1, blocks.b1])
 
 
 def _subnet(
@@ -408,8 +404,8 @@ def _subnet(
     h, a = memory or _subnet_memory(len(x1), weights)
     if tables:
         column, row = tables
-        maps = h.view(len(h) // max(len(row) * len(column), 1), len(row), len(column), h.shape[1])
-        torch.add(row[:, None].expand(len(maps), -1, -1, -1), column, out=maps)
+        maps = len(h) // max(len(row) * len(column), 1), len(row), len(column), h.shape[1]
+        torch.add(row[:, None].expand(maps[0], -1, -1, -1), column, out=h.view(maps))
     else:
         h.copy_(weights.b1)
         for dense in conditions:
@@ -460,7 +456,12 @@ def _flow_forward(
     if _training_kernels_run(x, conditions, precision, backend):
         return kernels("training").flow_forward(x, conditions, parameters, clamp, keep, every, precision)
     c1 = x.shape[1] - x.shape[1] // 2
-    weights, tables = _weights(parameters, precision).each(), _tables(conditions, parameters, precision)
+    weights, tables = _weights(parameters, precision), _tables(conditions, parameters, precision)
+    coupling = (
+        functools.partial(affine_coupling, backend=backend)
+        if path(x, backend) == "triton"
+        else affine_coupling.reference
+    )
     log_det = torch.cat([block.gain for block in weights]).log().sum().repeat(len(x))
     inputs, activations = [], []
     x = x.clone(memory_format=torch.contiguous_format)
@@ -470,7 +471,7 @@ def _flow_forward(
         if every and not keep and k and k % every == 0:
             inputs.append(x.clone())
         h, a = _subnet(x[:, :c1], block, tables[k], conditions, precision, memory)
-        x[:, c1:], coupling_log_det = affine_coupling(x[:, c1:], a, clamp, backend=backend)
+        x[:, c1:], coupling_log_det = coupling(x[:, c1:], a, clamp)
         log_det += coupling_log_det
         u, x = x, _product(x, block.rotation.T, ROTATION, add=spare.copy_(block.offset))
         if keep:
@@ -546,7 +547,7 @@ def _flow_backward(
         return gx, [], gradients
     c1 = z.shape[1] - z.shape[1] // 2
     blocks = Blocks._make(parameters).each()
-    weights, tables = _weights(parameters, precision).each(), _tables(conditions, parameters, precision)
+    weights, tables = _weights(parameters, precision), _tables(conditions, parameters, precision)
     inputs = {} if keep else dict(zip(range(every, len(blocks), max(every, 1)), saved, strict=False))
     glog_det = glog_det.contiguous()
     gposition = [torch.zeros_like(dense) for dense in conditions] if wants_gposition else []
