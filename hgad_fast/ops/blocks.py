@@ -457,11 +457,9 @@ def _flow_forward(
         return kernels("training").flow_forward(x, conditions, parameters, clamp, keep, every, precision)
     c1 = x.shape[1] - x.shape[1] // 2
     weights, tables = _weights(parameters, precision), _tables(conditions, parameters, precision)
-    coupling = (
-        functools.partial(affine_coupling, backend=backend)
-        if path(x, backend) == "triton"
-        else affine_coupling.reference
-    )
+    coupling: Any = affine_coupling.reference
+    if path(x, backend) == "triton":
+        coupling = functools.partial(affine_coupling, backend=backend)
     log_det = torch.cat([block.gain for block in weights]).log().sum().repeat(len(x))
     inputs, activations = [], []
     x = x.clone(memory_format=torch.contiguous_format)
@@ -487,14 +485,8 @@ def _(x, conditions, parameters, clamp, keep, every, precision, backend):  # typ
     if _training_kernels_run(x, conditions, precision, backend):
         kept = kernels("training").kept_like(x, conditions, parameters, keep, every, precision)
         return x.new_empty(x.shape), x.new_empty(n), kept
-    if not keep:
-        return (
-            x.new_empty(x.shape),
-            x.new_empty(n),
-            [x.new_empty(x.shape) for _ in range((blocks - 1) // every)] if every else [],
-        )
-    kept = []
-    for _ in range(blocks):
+    kept = [x.new_empty(x.shape) for _ in range((blocks - 1) // every if every and not keep else 0)]
+    for _ in range(blocks if keep else 0):
         h = _operand(x.new_empty(n, hidden), precision)
         kept += [x.new_empty(x.shape), h, _result(x.new_empty(n, 2 * c2), precision)]
     return x.new_empty(x.shape), x.new_empty(n), kept
