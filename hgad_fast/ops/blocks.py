@@ -402,10 +402,11 @@ def _subnet(
 ) -> tuple[Tensor, Tensor]:
     """Return h = relu(W1 [x1, position] + b1) (N, Hd) and a = W2 h + b2 (N, 2 C2), in `memory` if there is some."""
     h, a = memory or _subnet_memory(len(x1), weights)
-    if tables:
+    if tables and len(h):
         column, row = tables
-        maps = len(h) // max(len(row) * len(column), 1), len(row), len(column), h.shape[1]
-        torch.add(row[:, None].expand(maps[0], -1, -1, -1), column, out=h.view(maps))
+        maps = h.view(-1, len(row), len(column), h.shape[1])
+        torch.add(row[:, None], column, out=maps[0])
+        maps[1:] = maps[0]
     else:
         h.copy_(weights.b1)
         for dense in conditions:
