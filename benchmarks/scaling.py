@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from hgad_fast.bench import cases, measure, official, results
 from hgad_fast.bench.cases import HEADLINE, Size
 from hgad_fast.ops import blocks as blocks_module
+from hgad_fast.ops import subnet
 
 CPU = torch.device("cpu")
 SMALL = replace(HEADLINE, height=8, width=8)  # 512 pixels
@@ -206,11 +207,11 @@ def drift(blocks: int, every: int) -> float:
     problem = cases.Problem(replace(SMALL, images=1, blocks=blocks), CPU)
     loss, _ = forward(problem, "reversible", every)
     value, rebuilt = loss(), {}
-    subnet, backward = blocks_module._subnet, blocks_module.affine_coupling_backward
+    layers, backward = subnet.layers, blocks_module.affine_coupling_backward
 
     def seen_subnet(x1: Tensor, *rest: Any) -> Any:
         rebuilt["x1"] = x1.clone()
-        return subnet(x1, *rest)
+        return layers(x1, *rest)
 
     def seen_backward(*arguments: Any, **options: Any) -> Any:
         gradients = backward(*arguments, **options)
@@ -218,7 +219,7 @@ def drift(blocks: int, every: int) -> float:
         return gradients
 
     with (
-        mock.patch.object(blocks_module, "_subnet", seen_subnet),
+        mock.patch.object(subnet, "layers", seen_subnet),
         mock.patch.object(blocks_module, "affine_coupling_backward", seen_backward),
     ):
         value.backward()  # ends with the first block

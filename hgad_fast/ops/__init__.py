@@ -4,10 +4,6 @@ from .blocks import (
     BLOCK_KERNEL_CHANNELS,
     MEMORY_MODES,
     PRECISIONS,
-    Block,
-    Blocks,
-    Position,
-    SeparablePosition,
     coupling_blocks,
     flow,
     flow_definition,
@@ -34,6 +30,7 @@ from .mixture import (
     mixture_terms_backward,
     own_class_scores,
 )
+from .parameters import Block, Blocks, Position, SeparablePosition
 from .place import place_distances
 
 __all__ = [

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from hgad_fast import ops
 from hgad_fast.ops import blocks as blocks_module
+from hgad_fast.ops import subnet
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -255,7 +256,7 @@ class Rotation(NamedTuple):
 @pytest.mark.parametrize("channels", [2, 29, 112])
 def test_rotate(interpreted, channels):
     def definition(drawn: Rotation) -> Tensor:
-        return blocks_module._product(drawn.x, (drawn.matrix[1] * drawn.gain[1]).T, "bf16x3") + drawn.shift[1]
+        return subnet.product(drawn.x, (drawn.matrix[1] * drawn.gain[1]).T, "bf16x3") + drawn.shift[1]
 
     drawn, packing = Rotation.draw(channels), interpreted.packing
     layout = packing.Layout(channels, 1)
@@ -272,8 +273,8 @@ def test_rotate(interpreted, channels):
 def test_unrotate(interpreted, channels):
     def definition(drawn: Rotation) -> tuple[Tensor, ...]:
         matrix, gain = drawn.matrix[1], drawn.gain[1]
-        u = blocks_module._product(drawn.x, matrix / gain, "bf16x3") - drawn.shift[1]
-        gu = blocks_module._product(drawn.gradient, matrix * gain, "bf16x3")
+        u = subnet.product(drawn.x, matrix / gain, "bf16x3") - drawn.shift[1]
+        gu = subnet.product(drawn.gradient, matrix * gain, "bf16x3")
         return u, gu, torch.stack([(gu * u).sum(0), gu.sum(0)])
 
     drawn, packing = Rotation.draw(channels), interpreted.packing
@@ -320,7 +321,7 @@ def test_pack(interpreted, precision, pieces, options):
     laid_out[:, :19, :70], laid_out[:, 24:42, :70] = expected[:, :19], expected[:, 19:]
     parts = []
     for _ in range(pieces):
-        parts.append(blocks_module._operand(laid_out, precision))
+        parts.append(subnet.operand(laid_out, precision))
         laid_out = laid_out - parts[-1]
     expected = torch.cat(parts, 2) if "in_rows" in options else torch.stack(parts, 1)
     actual = packing.pack(source, rows, columns, precision, pieces=pieces, **options)
@@ -368,7 +369,7 @@ def test_a_nan_stays_one(interpreted, precision, name):
     assert z.isnan().any()
     (gx,) = torch.autograd.grad(z.sum() + log_det.sum(), x)
     assert gx.isnan().any()
-    assert blocks_module._operand(GPU_NAN.view(1), precision).isnan()
+    assert subnet.operand(GPU_NAN.view(1), precision).isnan()
 
 
 @pytest.mark.parametrize("name", ["b1", "w2", "b2", "global_scale", "global_offset"])

@@ -15,7 +15,7 @@ from torch._library.custom_ops import OPDEFS
 from hgad_fast import ops
 from hgad_fast.modules.flow import ConditionalFlow
 from hgad_fast.modules.mixture import HierarchicalMixture
-from hgad_fast.ops import blocks, dispatch
+from hgad_fast.ops import blocks, dispatch, subnet
 
 CUDA = torch.device("cuda")
 
@@ -145,7 +145,7 @@ def test_small_products_of_a_flow_are_exact_too(switch, monkeypatch):
 
     scope = dispatch.float32_products
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cpu")  # there is something to do, then
-    for module in (dispatch, blocks):  # as on CUDA
+    for module in (dispatch, blocks, subnet):  # as on CUDA
         monkeypatch.setattr(module, "float32_products", lambda device, operands="ieee": scope(CUDA, operands))
     flow, _, x, _ = drawn()
     z, log_det = flow(x, flow.grid(3, 4))

@@ -19,7 +19,7 @@ from benchmarks import scaling
 from hgad_fast import ops
 from hgad_fast.modules.flow import ConditionalFlow, dense_position, sinusoidal_position
 from hgad_fast.ops import blocks as blocks_module
-from hgad_fast.ops import dispatch
+from hgad_fast.ops import dispatch, subnet
 from hgad_fast.ops import mixture as mixture_module
 
 F64 = torch.float64
@@ -213,11 +213,11 @@ def test_drift_of_rebuilt_inputs_is_bounded(every: int, monkeypatch):
     flow = ConditionalFlow(200, 48, 0).requires_grad_(False)
     flow.memory, flow.checkpoint_every = "reversible", every
     x, rebuilt = torch.randn(16, 200), {}
-    subnet, backward = blocks_module._subnet, ops.affine_coupling_backward
+    layers, backward = subnet.layers, ops.affine_coupling_backward
 
     def seen_subnet(x1, *rest):
         rebuilt["x1"] = x1.clone()
-        return subnet(x1, *rest)
+        return layers(x1, *rest)
 
     def seen_backward(*args, **options):
         result = backward(*args, **options)
@@ -226,7 +226,7 @@ def test_drift_of_rebuilt_inputs_is_bounded(every: int, monkeypatch):
 
     with monkeypatch.context() as patched:
         z, log_det = flow.requires_grad_()(x)
-        patched.setattr(blocks_module, "_subnet", seen_subnet)
+        patched.setattr(subnet, "layers", seen_subnet)
         patched.setattr(blocks_module, "affine_coupling_backward", seen_backward)
         (0.5 * z.square().sum() - log_det.sum()).backward()  # ends with the first block
     back = torch.cat([rebuilt["x1"], rebuilt["x2"]], 1)
@@ -295,7 +295,7 @@ def test_reduced_precision_rounds_the_subnets_alone(precision: str, instructions
 
     Processors with and without instructions for bfloat16 compute the same in two ways, which both run on any of them.
     """
-    monkeypatch.setattr(blocks_module, "bfloat16_instructions", lambda: instructions)
+    monkeypatch.setattr(subnet, "bfloat16_instructions", lambda: instructions)
     blocks = [ops.Block(*(part.detach() for part in block)) for block in make_blocks(12, 8, 3, torch.float32)]
     x, position = torch.randn(16, 12), sinusoidal_position(4, 4, 8)
 
@@ -312,7 +312,7 @@ def test_reduced_precision_rounds_the_subnets_alone(precision: str, instructions
 
 @pytest.mark.parametrize(("instructions", "dtype"), [("", torch.float32), ("AVX512_BF16", torch.bfloat16)])
 def test_hidden_layers_are_kept_in_the_precision_of_the_products(instructions, dtype, monkeypatch):
-    monkeypatch.setattr(blocks_module, "bfloat16_instructions", lambda: instructions)
+    monkeypatch.setattr(subnet, "bfloat16_instructions", lambda: instructions)
     blocks = ops.Blocks.stack(make_blocks(6, 8, 2, torch.float32))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -323,7 +323,7 @@ def test_hidden_layers_are_kept_in_the_precision_of_the_products(instructions, d
 
 @pytest.mark.parametrize("width", [8, 0])
 def test_bfloat16_products_with_a_dense_position_and_with_none(width: int, monkeypatch):
-    monkeypatch.setattr(blocks_module, "bfloat16_instructions", lambda: "AMX")
+    monkeypatch.setattr(subnet, "bfloat16_instructions", lambda: "AMX")
     blocks = [ops.Block(*(part.detach() for part in block)) for block in make_blocks(12, width, 2, torch.float32)]
     x, position = torch.randn(9, 12), torch.randn(9, width) if width else None
 
@@ -336,17 +336,17 @@ def test_bfloat16_products_with_a_dense_position_and_with_none(width: int, monke
 def test_relu_on_the_bits_of_bfloat16_is_relu():
     """For each of the numbers that there are, infinities and NaNs among them; so is the mask of the gradient."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    h, expected = blocks_module._relu(numbers.clone()), numbers.float().relu()
+    h, expected = subnet.relu_(numbers.clone()), numbers.float().relu()
     torch.testing.assert_close(h.float(), expected, rtol=0, atol=0, equal_nan=True)
     usual = ~numbers.isnan()
-    gh = blocks_module._masked(torch.full_like(numbers, -2), h)
+    gh = subnet.masked_(torch.full_like(numbers, -2), h)
     assert gh[usual].equal(torch.where(numbers[usual] > 0, -2.0, 0.0).bfloat16())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_made_of_parameters_is_made_once_until_one_changes(precision: str, monkeypatch):
-    made, gain = [], blocks_module._gain
-    monkeypatch.setattr(blocks_module, "_gain", lambda scale: (made.append(1), gain(scale))[1])
+    made, gain_of = [], subnet.gain_of
+    monkeypatch.setattr(subnet, "gain_of", lambda scale: (made.append(1), gain_of(scale))[1])
     blocks = ops.Blocks.stack(
         [ops.Block._make(p.detach() for p in block) for block in make_blocks(6, 8, 2, torch.float32)]
     )
@@ -367,7 +367,7 @@ def test_what_is_made_of_parameters_is_made_once_until_one_changes(precision: st
 
 def test_tf32_rounds_to_nearest():
     x = torch.tensor([1.0, 1 + 2.0**-11, 1 + 3 * 2.0**-12, -1 - 3 * 2.0**-12, 1 + 2.0**-10])
-    rounded = blocks_module._operand(x, "tf32")
+    rounded = subnet.operand(x, "tf32")
     assert rounded.tolist() == [1.0, 1 + 2.0**-10, 1 + 2.0**-10, -1 - 2.0**-10, 1 + 2.0**-10]
 
 

@@ -39,7 +39,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 from hgad_fast import environment
 from hgad_fast.features import extract
 from hgad_fast.modules.flow import sinusoidal_position
-from hgad_fast.ops import blocks
+from hgad_fast.ops import blocks, subnet
 
 MARGIN = 8  # standard deviations: a million elements stay within 5, and a deviation is estimated from few samples
 SAMPLES = 8
@@ -160,16 +160,16 @@ def in_float64() -> Iterator[None]:
 @contextmanager
 def as_in_the_kernels() -> Iterator[None]:
     """Let a flow's definition round as kernels do: factors of rotations, and gh where it is summed; no results."""
-    original = blocks._first_layer_gradients
+    original = subnet.first_layer_gradients
 
     def first_layer_gradients(gh: Tensor, x1: Tensor, conditions: list[Tensor], precision: str, *out: Tensor) -> None:
-        original(blocks._operand(gh, precision), x1, conditions, precision, *out)
+        original(subnet.operand(gh, precision), x1, conditions, precision, *out)
 
     with (
-        mock.patch.object(blocks, "_first_layer_gradients", first_layer_gradients),
+        mock.patch.object(subnet, "first_layer_gradients", first_layer_gradients),
         mock.patch.object(blocks, "ROTATION", "bf16x3"),
-        mock.patch.object(blocks, "_result", lambda y, precision: y),
-        mock.patch.object(blocks, "bfloat16_instructions", lambda: ""),
+        mock.patch.object(subnet, "result", lambda y, precision: y),
+        mock.patch.object(subnet, "bfloat16_instructions", lambda: ""),
     ):
         yield
 
@@ -181,7 +181,7 @@ def _computing(rounding: _Rounding) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     try:
         with (
-            mock.patch.object(blocks, "_operand", rounding.operand),
+            mock.patch.object(subnet, "operand", rounding.operand),
             mock.patch.object(torch, "load", _read(torch.load)),
             mock.patch.object(environment, "FLOAT", torch.float64),
             mock.patch.object(extract, "FEATURES", (torch.float32, torch.float64)),
@@ -239,7 +239,7 @@ class _Rounding(TorchDispatchMode):
         return result
 
     def operand(self, x: Tensor, precision: str) -> Tensor:
-        """Return a product's operand, disturbed by the unit in the last place of its precision; see `_operand`."""
+        """Return a product's operand, disturbed by the unit in the last place of its precision; see `operand`."""
         if precision == "fp32" or not self.eps:
             return x
         return x + OPERANDS[precision] * x.abs() * self._noise(x.shape)

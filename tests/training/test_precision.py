@@ -14,7 +14,7 @@ from torch import Tensor
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.models import hgad
-from hgad_fast.ops import blocks
+from hgad_fast.ops import subnet
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import Step
 
@@ -64,7 +64,7 @@ def test_training_reaches_the_loss_of_float32(precision, on, monkeypatch):
     start, end = expected[:LAST].mean(), expected[-LAST:].mean()
     assert start - end > 100 and abs(end) > 10  # it learned, and a share of what it reached means something
     if on == "AMX":
-        monkeypatch.setattr(blocks, "bfloat16_instructions", lambda: on)
+        monkeypatch.setattr(subnet, "bfloat16_instructions", lambda: on)
     with rounding.as_in_the_kernels() if on == "a GPU" else nullcontext():
         losses = train(precision)
     assert not torch.equal(losses[:LAST], expected[:LAST])  # it did round
