@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import difflib
 import functools
@@ -11,7 +10,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from . import joining, tiles
 from .hub import IN_A_PACKAGE, OWN_WEIGHTS, PREFIXES, ask_hub, reaching_hub, without_hub
 from .interpolate import between, bilinear
 from .packaged import PACKAGED, packaged_state_dict
+from .streamlined import streamlined
 
 TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile: a constant, so that the tiles depend on the image's size alone."""
@@ -413,61 +413,6 @@ class _Fast:
 
 
 @torch.no_grad()
-def streamlined(net: Any) -> nn.Module:
-    """Copy a timm network such that it gives the same features, to rounding, in half the time and less memory.
-
-    Batch norms become part of the convolutions whose output they take, and blocks after the last stage asked for are
-    left out. The copy is tried on noise: if its error against float64 is worse than that of the network itself, or the
-    network takes images of one size only, a plain copy is returned.
-    """
-    plain = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
-    fast = copy.deepcopy(plain)
-    *path, last = net.feature_info.module_name()[-1].split(".")
-    with suppress(AttributeError):
-        parent = fast.get_submodule(".".join(path))
-        if isinstance(parent, nn.Sequential) and path and last.isdecimal():
-            del parent[int(last) + 1 :]
-    stride = max(net.feature_info.reduction())
-    side = math.ceil(64 / stride) * stride
-    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
-    try:
-        _fold_batch_norms(fast, noise)
-        exact = copy.deepcopy(net).eval().double()(noise.double())
-        for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
-            if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
-                return plain
-    except (AssertionError, RuntimeError):
-        return plain
-    return fast
-
-
-def _fold_batch_norms(net: nn.Module, images: Tensor) -> None:
-    """Make batch norms part of the convolutions whose output they take, in place; tried on `images`."""
-    names = {layer: name for name, layer in net.named_modules()}
-    outputs: list[tuple[Tensor, str]] = []  # kept alive: no later tensor may take the identity of an output
-    pairs: list[tuple[str, str]] = []  # names of a convolution and of the batch norm after it
-
-    def pair(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        pairs.extend((conv, names[layer]) for output, conv in outputs if output is inputs[0])
-
-    hooks = []
-    for layer in names:
-        if isinstance(layer, nn.Conv2d):
-            hooks.append(layer.register_forward_hook(lambda layer, _, output: outputs.append((output, names[layer]))))
-        elif isinstance(layer, nn.BatchNorm2d):
-            hooks.append(layer.register_forward_pre_hook(pair))
-    net(images)
-    for hook in hooks:
-        hook.remove()
-    for conv_name, norm_name in pairs:
-        conv, batch_norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
-        mean, variance = batch_norm.running_mean, batch_norm.running_var
-        weights = conv.weight, conv.bias, mean, variance, batch_norm.eps, batch_norm.weight, batch_norm.bias
-        conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(*weights)  # type: ignore[arg-type]
-        net.set_submodule(norm_name, getattr(batch_norm, "act", nn.Identity()))  # timm's norms hold an activation
-
-
 def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.Cut) -> Tensor:
     """Return a tile of an image (3, H, W) that is resized to `size`, without resizing the rest."""
     if size == image.shape[1:]:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import fused, in_float32, no_double_backward, path
+from .dispatch import fused, in_float32, kernels, no_double_backward, path
 
 SCORE_ROWS = 8192  # pixels whose densities are computed together by the definitions of scoring
+SCORE_EXPONENTS = 2**20  # and how many exponents of theirs, one a centre: 4 MB of float32
 
 
 def log_weights(phi: Tensor) -> Tensor:
@@ -449,9 +450,15 @@ class _Prior(NamedTuple):
         z = z - self.mean
         return z, log_det - 0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
-    def of_class(self, k: int, z: Tensor) -> Tensor:
-        """Return the rest of the log-density of class k (N,), for a centred z."""
-        return torch.addmm(-self.half_norms[k], z, self.centres[k].T).add_(self.log_w[k]).logsumexp(1)
+    def of_classes(self, classes: range, z: Tensor) -> Tensor:
+        """Return the rest of the log-density of some classes (classes, N), for a centred z.
+
+        A class has a product of its own, so that its density has the same bits whatever the others are.
+        """
+        exponents = z.new_empty(len(classes), len(z), self.log_w.shape[1])
+        for exponent, k in zip(exponents, classes, strict=True):
+            torch.addmm(self.log_w[k] - self.half_norms[k], z, self.centres[k].T, out=exponent)
+        return exponents.logsumexp(2)
 
     def entropy(self, z: Tensor) -> Tensor:
         """Return the entropy of the class posterior (N,), for a centred z."""
@@ -460,19 +467,25 @@ class _Prior(NamedTuple):
 
 
 def _prior(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> _Prior:
-    centres = torch.cat([mu[:, None], mu[:, None] + delta], 1)
-    mean = centres.mean((0, 1))
-    centres = centres - mean
-    half_norms = 0.5 * centres.double().square().sum(-1).to(mu.dtype)
-    return _Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra))
+    """Return what scoring takes of the parameters, which is kept while they do not change."""
+
+    def make() -> _Prior:
+        centres = torch.cat([mu[:, None], mu[:, None] + delta], 1)
+        mean = centres.mean((0, 1))
+        centres = centres - mean
+        half_norms = 0.5 * centres.double().square().sum(-1).to(mu.dtype)
+        return _Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra))
+
+    return kernels("cache").PACKED.get(make, ("prior",), (mu, delta, phi_inter, phi_intra))
 
 
 def _mixture_scores(z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | None, per_class: bool) -> MixtureScores:
     """Return the scores of at most `SCORE_ROWS` pixels; `labels` are one per pixel, or None."""
     z, base = prior.centred(z, log_det)
-    density = z.new_empty(len(z), len(prior.log_pi))
-    for k in range(density.shape[1]):
-        density[:, k] = prior.of_class(k, z)
+    classes, centres = prior.log_w.shape
+    together = max(1, SCORE_EXPONENTS // max(len(z) * centres, 1))
+    parts = [prior.of_classes(range(classes)[k : k + together], z) for k in range(0, classes, together)]
+    density = torch.cat(parts).T.contiguous()
     best, best_class = density.max(1)
     return MixtureScores(
         log_density=(density + prior.log_pi).logsumexp(1) + base,
@@ -524,7 +537,7 @@ def own_class_scores(
     for k, rows in groups:
         for z_rows, log_det_rows in zip(*(tensor.split(SCORE_ROWS) for tensor in rows), strict=True):
             centred, base = prior.centred(z_rows, log_det_rows)
-            densities.append(prior.of_class(k, centred) + base)
+            densities.append(prior.of_classes(range(k, k + 1), centred)[0] + base)
             entropies.append(prior.entropy(centred))
     density, entropy = torch.cat(densities), torch.cat(entropies)
     if order is not None:
