@@ -227,25 +227,22 @@ def dense_position(position: SeparablePosition, batch: int = 1) -> Tensor:
 def recognise_position(dense: Tensor, tolerance: float = 1e-6) -> SeparablePosition | None:
     """Return the separable form of a dense code (N, P) if it is the sinusoidal grid of maps of one size, else None.
 
-    Height and width are read off the code: the column's half returns to its start after w pixels, the row's after h
-    rows. A code that requires a gradient is never recognised.
+    Every value must lie within the tolerance of the grid's. A code that requires a gradient is never recognised.
     """
     n, dim = dense.shape
-    if n == 0 or dim % 4 or dense.requires_grad:
+    if n == 0 or dim == 0 or dim % 4 or dense.requires_grad:
         return None
-    w = _period(dense[:, : dim // 2], tolerance)
-    if n % w:
+    half = dim // 2
+    # The first channel of a half is the sine of the column or row in radians, which of whole numbers (below 1e6) is
+    # zero for 0 alone: N / w pixels lie in a first column and N / h in a first row.
+    in_first_column, in_first_row = (dense[:, ::half].abs() <= tolerance).sum(0).tolist()
+    if not in_first_column or not in_first_row or n % in_first_column or n % in_first_row:
         return None
-    h = _period(dense[::w, dim // 2 :], tolerance)
+    h, w = n // in_first_row, n // in_first_column
     if n % (h * w):
         return None
     position = sinusoidal_position(h, w, dim, dense.device, dense.dtype)
-    maps = dense.view(-1, h, w, dim)
-    columns, rows = maps[..., : dim // 2] - position.column, maps[..., dim // 2 :] - position.row[:, None]
-    return position if max(columns.abs().max(), rows.abs().max()) <= tolerance else None
-
-
-def _period(code: Tensor, tolerance: float) -> int:
-    """Return the index at which the code first returns to its start; its length if it never does."""
-    returns = ((code[1:] - code[0]).abs().amax(1) <= tolerance).nonzero()
-    return int(returns[0]) + 1 if len(returns) else len(code)
+    difference = dense.view(-1, h, w, dim).clone()
+    difference[..., :half] -= position.column
+    difference[..., half:] -= position.row[:, None]
+    return position if difference.abs_().amax() <= tolerance else None
