@@ -23,6 +23,7 @@ OFFICIAL_NAMES = {
     "subnet.2.bias": "b2",
 }
 """The entries of a block in a state dict, those of its subnet last, and the fields of `ops.Block` that they hold."""
+FEW_PRODUCTS = 2**23  # of a dense code with a flow's weights: a CPU does them in the time that recognising it takes
 INVERSE = "w_perm_inv"  # one more entry: the transposed rotation, whose values are not read from a state dict
 
 
@@ -104,16 +105,19 @@ class ConditionalFlow(nn.Module):
             x: (N, C), row-major over (image, row, column); z with `rev`.
             condition: a `SeparablePosition`, a dense code (N, P), or as in the official code a list [code (N, P)]. A
                 dense code that is the sinusoidal grid of a feature map (within 1e-6) is recognised, and computed as
-                cheaply as a `SeparablePosition`; any other code is used as it is.
+                cheaply as a `SeparablePosition`; any other code is used as it is, and on a CPU that of few pixels.
             rev: run the flow backwards.
         """
+        position = self._given(condition)
+        if isinstance(position, Tensor) and (position.is_cuda or position.numel() * self.b1.numel() >= FEW_PRODUCTS):
+            position = recognise_position(position) or position
         memory = self.memory
         if memory == "auto":
             memory = "reversible" if x.is_cuda else "standard"
         return ops.flow(
             x,
             self.blocks,
-            self.position(condition),
+            position,
             clamp=self.clamp,
             inverse=rev,
             memory=memory,
@@ -122,14 +126,17 @@ class ConditionalFlow(nn.Module):
         )
 
     def position(self, condition: ops.Position | list[Tensor]) -> ops.Position:
-        """Return a condition in its cheapest form; None where it is None, or a dense code of an unconditional flow."""
+        """Return a condition as a `SeparablePosition` if it is one; None where it is None or the flow unconditional."""
+        position = self._given(condition)
+        return (recognise_position(position) or position) if isinstance(position, Tensor) else position
+
+    def _given(self, condition: ops.Position | list[Tensor]) -> ops.Position:
+        """Return a condition without the list around it; None for a dense code of an unconditional flow."""
         if isinstance(condition, SeparablePosition):
             return condition
         if isinstance(condition, (list, tuple)):
             condition = condition[0] if condition else None
-        if condition is None or not self.position_dim:
-            return None
-        return recognise_position(condition) or condition
+        return condition if self.position_dim else None
 
     def grid(self, h: int, w: int, device: torch.device | None = None) -> SeparablePosition | None:
         """Return the positions of an h x w map; None where the flow is unconditional."""
@@ -243,6 +250,6 @@ def recognise_position(dense: Tensor, tolerance: float = 1e-6) -> SeparablePosit
         return None
     position = sinusoidal_position(h, w, dim, dense.device, dense.dtype)
     difference = dense.view(-1, h, w, dim).clone()
-    difference[..., :half] -= position.column
-    difference[..., half:] -= position.row[:, None]
+    difference[..., :half].sub_(position.column)
+    difference[..., half:].sub_(position.row[:, None])
     return position if difference.abs_().amax() <= tolerance else None
