@@ -23,7 +23,7 @@ OFFICIAL_NAMES = {
     "subnet.2.bias": "b2",
 }
 """The entries of a block in a state dict, those of its subnet last, and the fields of `ops.Block` that they hold."""
-FEW_PRODUCTS = 2**23  # of a dense code with a flow's weights: a CPU does them in the time that recognising it takes
+FEW_PRODUCTS = 2**22  # of a dense code with a flow's weights: a CPU does them in the time that recognising it takes
 INVERSE = "w_perm_inv"  # one more entry: the transposed rotation, whose values are not read from a state dict
 
 
