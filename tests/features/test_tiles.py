@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import timm
 import torch
 from rounding import SAME_IN_FLOAT64
+from timm.layers import Conv2dSame
 
 from hgad_fast import HGADConfig
 from hgad_fast.features import backbone, tiles
@@ -128,6 +130,39 @@ def test_a_streamlined_network_gives_the_same_features(arch):
             assert float((actual - expected).norm() / expected.norm()) < SAME_IN_FLOAT64
     norms = [module for module in fast.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert not norms and len(list(fast.modules())) <= len(list(net.modules()))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kernel", [(2, 3), (5, 4)])
+@pytest.mark.parametrize("stride", [1, (2, 3)])
+def test_a_depthwise_convolution_pads_its_weights_as_timm_pads_the_input(kernel, stride):
+    conv = Conv2dSame(4, 4, kernel, stride, groups=4)
+    padded = backbone._PaddedDepthwise(conv)
+    with torch.no_grad():
+        for size in itertools.product(range(5, 12), repeat=2):
+            images = torch.randn(1, 4, *size)
+            torch.testing.assert_close(padded(images), conv(images))
+
+
+class Branching(torch.nn.Module):
+    """Layers whose use depends on what they are given."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.layer, self.asks = torch.nn.ReLU(), asks
+
+    def forward(self, images):
+        return [self.layer(images) if self.asks(images) else images]
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [lambda images: images.shape[3] < 100, lambda images: isinstance(images, torch.Tensor)],
+    ids=["size", "type"],
+)
+def test_a_network_that_is_more_than_its_layers_stays_as_it_is(asks):
+    net = Branching(asks)
+    assert backbone._flat(net, torch.randn(1, 3, 64, 64)) is net
 
 
 def in_place(net):
