@@ -179,6 +179,8 @@ class Backbone(nn.Module):
             ValueError: the architecture takes images of one size only, and not of this one.
         """
         net = self._fast().net if fast else self.net
+        if fast:
+            images = images.contiguous(memory_format=torch.channels_last)  # to be resized in half the time, too
         features = []
         for size in self._sizes(*images.shape[2:]):
             resized = images

@@ -16,7 +16,7 @@ from torch import Tensor
 from .dispatch import fused, in_float32, kernels, no_double_backward, path
 
 SCORE_ROWS = 8192  # pixels whose densities are computed together by the definitions of scoring
-SCORE_EXPONENTS = 2**20  # and how many exponents of theirs, one a centre: 4 MB of float32
+CENTRES_TOGETHER = 256  # whose products with those pixels are: 8 MB
 
 
 def log_weights(phi: Tensor) -> Tensor:
@@ -406,7 +406,7 @@ def mixture_scores(
     *,
     per_class: bool = False,
 ) -> MixtureScores:
-    r"""Return the densities of every pixel under the hierarchical mixture, whose centres are streamed class by class.
+    r"""Return the densities of every pixel under the hierarchical mixture, some classes at a time.
 
     .. math:: \log p_k = \log \sum_m w_{km} e^{-\|z - c_{km}\|^2 / 2} + \log|\det| - \tfrac{C}{2} \log 2\pi
 
@@ -443,22 +443,24 @@ class _Prior(NamedTuple):
     centres: Tensor  # (K, M, C), less the mean
     half_norms: Tensor  # (K, M), half their squared norms
     log_pi: Tensor  # (K,)
-    log_w: Tensor  # (K, M)
+    bias: Tensor  # (K, M), log-weights less half norms
 
     def centred(self, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
         """Return z less the mean (N, C), and the part of the log-density that all centres share (N,)."""
         z = z - self.mean
         return z, log_det - 0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
-    def of_classes(self, classes: range, z: Tensor) -> Tensor:
-        """Return the rest of the log-density of some classes (classes, N), for a centred z.
+    @property
+    def groups(self) -> list[slice]:
+        """The classes whose products are formed together: of a class alone they might round otherwise."""
+        classes, centres = self.bias.shape
+        together = max(1, CENTRES_TOGETHER // centres)
+        return [slice(start, start + together) for start in range(0, classes, together)]
 
-        A class has a product of its own, so that its density has the same bits whatever the others are.
-        """
-        exponents = z.new_empty(len(classes), len(z), self.log_w.shape[1])
-        for exponent, k in zip(exponents, classes, strict=True):
-            torch.addmm(self.log_w[k] - self.half_norms[k], z, self.centres[k].T, out=exponent)
-        return exponents.logsumexp(2)
+    def of_classes(self, classes: slice, z: Tensor) -> Tensor:
+        """Return the rest of the log-densities of a group of classes (N, classes), for a centred z."""
+        centres, bias = self.centres[classes], self.bias[classes]
+        return (z @ centres.flatten(0, 1).T).view(len(z), *bias.shape).add_(bias).logsumexp(2)
 
     def entropy(self, z: Tensor) -> Tensor:
         """Return the entropy of the class posterior (N,), for a centred z."""
@@ -467,14 +469,14 @@ class _Prior(NamedTuple):
 
 
 def _prior(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> _Prior:
-    """Return what scoring takes of the parameters, which is kept while they do not change."""
+    """Return the mixture as scoring needs it; it is kept while no parameter changes."""
 
     def make() -> _Prior:
         centres = torch.cat([mu[:, None], mu[:, None] + delta], 1)
         mean = centres.mean((0, 1))
         centres = centres - mean
         half_norms = 0.5 * centres.double().square().sum(-1).to(mu.dtype)
-        return _Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra))
+        return _Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra) - half_norms)
 
     return kernels("cache").PACKED.get(make, ("prior",), (mu, delta, phi_inter, phi_intra))
 
@@ -482,10 +484,7 @@ def _prior(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> _
 def _mixture_scores(z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | None, per_class: bool) -> MixtureScores:
     """Return the scores of at most `SCORE_ROWS` pixels; `labels` are one per pixel, or None."""
     z, base = prior.centred(z, log_det)
-    classes, centres = prior.log_w.shape
-    together = max(1, SCORE_EXPONENTS // max(len(z) * centres, 1))
-    parts = [prior.of_classes(range(classes)[k : k + together], z) for k in range(0, classes, together)]
-    density = torch.cat(parts).T.contiguous()
+    density = torch.cat([prior.of_classes(classes, z) for classes in prior.groups], 1)
     best, best_class = density.max(1)
     return MixtureScores(
         log_density=(density + prior.log_pi).logsumexp(1) + base,
@@ -512,8 +511,8 @@ def own_class_scores(
 ) -> tuple[Tensor, Tensor]:
     """Return each pixel's log-density under its own class, and the entropy of its class posterior: all a map needs.
 
-    They are those of `mixture_scores`, at K + M distances per pixel instead of K M. On a CPU, both give the same bits
-    where all rows are of one class.
+    They are those of `mixture_scores`, at K + M distances per pixel instead of K M, or in torch K + `CENTRES_TOGETHER`
+    at most. On a CPU, both give the same bits where all rows are of one class.
 
     Args:
         z, log_det, mu, delta, phi_inter, phi_intra: as in `mixture_scores`.
@@ -537,7 +536,8 @@ def own_class_scores(
     for k, rows in groups:
         for z_rows, log_det_rows in zip(*(tensor.split(SCORE_ROWS) for tensor in rows), strict=True):
             centred, base = prior.centred(z_rows, log_det_rows)
-            densities.append(prior.of_classes(range(k, k + 1), centred)[0] + base)
+            (group,) = (classes for classes in prior.groups if classes.start <= k < classes.stop)
+            densities.append(prior.of_classes(group, centred)[:, k - group.start] + base)
             entropies.append(prior.entropy(centred))
     density, entropy = torch.cat(densities), torch.cat(entropies)
     if order is not None:

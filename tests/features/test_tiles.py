@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import timm
 import torch
 from rounding import SAME_IN_FLOAT64
+from timm.layers import Conv2dSame
 
 from hgad_fast import HGADConfig
 from hgad_fast.features import backbone, tiles
 from hgad_fast.features.backbone import Backbone
-from hgad_fast.features.streamlined import streamlined
+from hgad_fast.features.streamlined import _flat, _SelfPadding, streamlined
 
 
 def small_tiles(monkeypatch, arch: str, **settings) -> Backbone:
@@ -140,6 +142,40 @@ def test_a_streamlined_network_gives_the_same_features(arch, size):
     assert not [module for module in fast.modules() if type(module).__name__ == "Conv2dSame"]
     norms = [module for module in fast.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert not norms and len(list(fast.modules())) <= len(list(net.modules()))
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kernel", [(2, 3), (5, 4)])
+@pytest.mark.parametrize("stride", [1, (2, 3)])
+def test_a_convolution_pads_its_weights_as_timm_pads_the_input(kernel, stride):
+    conv = Conv2dSame(4, 6, kernel, stride, groups=2)
+    padded = copy.deepcopy(conv)
+    padded.__class__ = _SelfPadding
+    with torch.no_grad():
+        for size in itertools.product(range(5, 12), repeat=2):
+            images = torch.randn(1, 4, *size)
+            torch.testing.assert_close(padded(images), conv(images))
+
+
+class Branching(torch.nn.Module):
+    """Layers whose use depends on what they are given."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.layer, self.asks = torch.nn.ReLU(), asks
+
+    def forward(self, images):
+        return [self.layer(images) if self.asks(images) else images]
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [lambda images: images.shape[3] < 100, lambda images: isinstance(images, torch.Tensor)],
+    ids=["size", "type"],
+)
+def test_a_network_that_is_more_than_its_layers_stays_as_it_is(asks):
+    net = Branching(asks)
+    assert _flat(net, torch.randn(1, 3, 64, 64)) is net
 
 
 def in_place(net):

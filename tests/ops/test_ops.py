@@ -518,18 +518,32 @@ def test_mixture_scores_are_the_densities():
 
 @pytest.mark.parametrize("n", [0, 5, 40])
 def test_own_class_scores_are_those_of_all_classes(n, monkeypatch):
-    """In chunks too; with the bits of the other way where the rows are of one class."""
+    """In chunks too, of pixels and of classes; with the bits of the other way where the rows are of one class."""
     z, log_det = torch.randn(n, 6), torch.randn(n)
     mixture = [p.detach().float() for p in make_mixture(5, 4, 6)]
     labels = torch.randint(0, 5, (n,))
     whole = ops.mixture_scores(z, log_det, *mixture, labels)
     monkeypatch.setattr(mixture_module, "SCORE_ROWS", 16)
+    monkeypatch.setattr(mixture_module, "CENTRES_TOGETHER", 8)
     for rows in (labels, torch.full((min(n, 1),), 2)):
         every = ops.mixture_scores(z, log_det, *mixture, rows)
         density, entropy = ops.own_class_scores(z, log_det, *mixture, rows)
         torch.testing.assert_close(density, every.own_log_density)
         torch.testing.assert_close(entropy, whole.entropy)
     assert torch.equal(density, every.own_log_density) and torch.equal(entropy, every.entropy)
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_scores_follow_the_parameters(changed):
+    """What is made of them is kept; it is made anew when one is written to."""
+    z, log_det, labels = torch.randn(9, 6), torch.randn(9), torch.tensor([2])
+    mixture = [p.detach().float() for p in make_mixture(5, 4, 6)]
+    ops.mixture_scores(z, log_det, *mixture), ops.own_class_scores(z, log_det, *mixture, labels)
+    mixture[changed] += torch.randn_like(mixture[changed])
+    anew = [p.clone() for p in mixture]
+    every = zip(ops.mixture_scores(z, log_det, *mixture)[:3], ops.mixture_scores(z, log_det, *anew)[:3], strict=True)
+    own = ops.own_class_scores(z, log_det, *mixture, labels), ops.own_class_scores(z, log_det, *anew, labels)
+    assert all(torch.equal(kept, made) for kept, made in [*every, *zip(*own, strict=True)])
 
 
 def test_own_class_scores_of_the_kernel(interpreted):
