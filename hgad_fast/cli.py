@@ -555,7 +555,15 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Roofline image (PNG).")] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Time the official formulation under torch.compile too.")
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time the official formulation under torch.compile too; on a CPU that takes a C++ compiler.",
+        ),
+    ] = False,
+    whole: Annotated[
+        bool,
+        typer.Option("--million", help="On a CPU score all of the million pixels, once, and not a sixteenth of them."),
     ] = False,
     as_json: AsJson = False,
     device: Device = None,
@@ -580,9 +588,11 @@ def bench(
         current.title = line
 
     with heartbeat(current.line):
-        outcomes = measure.run(cases or (), quick, device=where, compiled=compiled, output=output, progress=begin)
+        outcomes = measure.run(
+            cases or (), quick, device=where, compiled=compiled, whole=whole, output=output, progress=begin
+        )
     if as_json:
-        print(json.dumps(results.document(outcomes, measure.about_run(where)), indent=2))
+        print(json.dumps(results.document(outcomes, measure.about_run(where, compiled)), indent=2))
     else:
         print(results.table(outcomes))
     if plot is not None:
