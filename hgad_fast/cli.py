@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .importing import uncollected
+from .importing import dynamo_deferred, uncollected
 from .options import (
     AsJson,
     Assignments,
@@ -97,7 +97,8 @@ def _begin(what: str) -> Iterator[None]:
     with working(what) if is_first() else nullcontext():
         with uncollected():
             from .models import hgad  # noqa: F401 (brings torch and most of the library)
-        yield
+        with dynamo_deferred():
+            yield
 
 
 @app.command()
