@@ -122,9 +122,9 @@ def _is_recorded(x: Tensor) -> bool:
 
     Where nobody does, an operator's first call would import torch's compiler in vain.
     """
-    if type(x) is not Tensor or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
 def flow_path(x: Tensor, position: Position, precision: str, backend: str | None = None) -> str:
