@@ -28,10 +28,10 @@ from hgad_fast.bench import measure
 from hgad_fast.data import datasets
 from hgad_fast.data.images import read_image
 from hgad_fast.evaluation.evaluate import evaluate
-from hgad_fast.features.backbone import streamlined
 from hgad_fast.features.composite import CompositeBackbone
 from hgad_fast.features.extract import feature_set
 from hgad_fast.features.preprocess import image_features, preprocess
+from hgad_fast.features.streamlined import streamlined
 from hgad_fast.files import replacing
 from hgad_fast.models.fields import assignment
 from hgad_fast.scoring.densities import densities

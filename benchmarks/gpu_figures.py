@@ -100,7 +100,7 @@ def kernel_times(size: Size, device: torch.device, kind: str = "") -> Iterator[F
             4 * n * (size.channels + 6),
         ),
     }
-    rate = measure.measure_ceiling(device).bytes_per_second
+    rate = measure.measure_ceiling(device, cases.precisions(device)).bytes_per_second
     for name, (draw, kernel, moved) in kernels.items():
         if not name.startswith(kind):
             continue
@@ -143,7 +143,7 @@ def density_times(size: Size, device: torch.device, rounds: int = 5) -> Iterator
     for precision in reversed(problem.precisions):  # the fastest first: it is wanted most
         our_times[precision] = mine = taken(functools.partial(ours, problem.ours(precision).nfs[0]))
         yield Figure(f"{label}, ours, {precision}", 1e3 * mine, "ms")
-        share = flop / mine / measure.measure_ceiling(device).flop_per_second[precision]
+        share = flop / mine / measure.measure_ceiling(device, cases.precisions(device)).flop_per_second[precision]
         yield Figure(f"{label}, ours, {precision}, of a product's operations per second", share, "of 1")
     for peer in problem.peer_precisions:
         theirs = taken(functools.partial(official, peer))

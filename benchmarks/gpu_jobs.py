@@ -141,7 +141,7 @@ def _measured(
     case: str, size: Size, device: torch.device, compiled: bool, small: bool
 ) -> Iterable[results.Outcome | Figure]:
     """Time a case, and first say what the device does at best, before the case heats it."""
-    ceiling = measure.measure_ceiling(device)
+    ceiling = measure.measure_ceiling(device, cases.precisions(device))
     yield Figure("a copy's bytes per second", ceiling.bytes_per_second / 1e9, "GB/s")
     for precision, rate in ceiling.flop_per_second.items():
         yield Figure(f"a product's operations per second, {precision}", rate / 1e12, "TFLOP/s")

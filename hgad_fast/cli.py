@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .importing import uncollected
+from .importing import dynamo_deferred, uncollected
 from .options import (
     AsJson,
     Assignments,
@@ -97,7 +97,8 @@ def _begin(what: str) -> Iterator[None]:
     with working(what) if is_first() else nullcontext():
         with uncollected():
             from .models import hgad  # noqa: F401 (brings torch and most of the library)
-        yield
+        with dynamo_deferred():
+            yield
 
 
 @app.command()
@@ -555,7 +556,15 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Roofline image (PNG).")] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Time the official formulation under torch.compile too.")
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time the official formulation under torch.compile too; on a CPU that takes a C++ compiler.",
+        ),
+    ] = False,
+    whole: Annotated[
+        bool,
+        typer.Option("--million", help="On a CPU score all of the million pixels, once, and not a sixteenth of them."),
     ] = False,
     as_json: AsJson = False,
     device: Device = None,
@@ -580,9 +589,11 @@ def bench(
         current.title = line
 
     with heartbeat(current.line):
-        outcomes = measure.run(cases or (), quick, device=where, compiled=compiled, output=output, progress=begin)
+        outcomes = measure.run(
+            cases or (), quick, device=where, compiled=compiled, whole=whole, output=output, progress=begin
+        )
     if as_json:
-        print(json.dumps(results.document(outcomes, measure.about_run(where)), indent=2))
+        print(json.dumps(results.document(outcomes, measure.about_run(where, compiled)), indent=2))
     else:
         print(results.table(outcomes))
     if plot is not None:

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 VERSION = "0.1.0"
 
@@ -37,10 +38,27 @@ def without_memory() -> Iterator[None]:
     """Make tensors without memory (on torch's device "meta"), within `plain_torch`, too: a model of them has shapes."""
     token = _device.set("meta")
     try:
-        with torch.device("meta"):
+        with _WithoutDraws(), torch.device("meta"):
             yield
     finally:
         _device.reset(token)
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Draws no normal values for tensors without memory, which have none.
+
+    torch would do so in Python, and import its compiler and sympy for it, in a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.randn and torch.device(kwargs.get("device", "cpu")).type == "meta":
+            return torch.empty(*args, **kwargs)
+        if func in (nn.init.normal_, Tensor.normal_):
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 @contextmanager

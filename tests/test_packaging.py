@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hgad_fast import GaussianConfig, GaussianModel
+from hgad_fast import GaussianConfig, GaussianModel, HGADConfig, HGADModel
 from hgad_fast.features.extract import FeatureSet
 
 ROOT = Path(__file__).parents[1]
@@ -111,23 +111,32 @@ run("score", MODEL, IMAGE)
 """
 
 
-def test_info_and_score_load_what_they_need(tmp_path: Path) -> None:
-    """benchmarks/cold.py says what they cost in time. The network is timm's, which imports torch._dynamo itself."""
+@pytest.mark.parametrize("method", ["gaussian", "hgad"])
+def test_info_and_score_load_what_they_need(method: str, tmp_path: Path) -> None:
+    """benchmarks/cold.py says what they cost in time."""
     settings: dict[str, Any] = {"backbone_arch": "test_efficientnet", "backbone_weights": None, "out_indices": (1, 2)}
-    settings |= {"feature_mode": "joined", "img_size": 64, "msk_size": 24, "n_classes": 2, "dim": 4, "coarse_dim": 2}
-    model = GaussianModel(GaussianConfig(**settings))
+    settings |= {"feature_mode": "joined", "img_size": 64, "msk_size": 24, "n_classes": 2}
+    model: Any
+    if method == "gaussian":
+        model = GaussianModel(GaussianConfig(dim=4, coarse_dim=2, **settings))
+    else:
+        model = HGADModel(HGADConfig(feature_levels=1, coupling_layers=2, pos_embed_dim=8, **settings))
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(24, model.feature_dims[0], 8, 8, generator=generator)]
     images = FeatureSet.from_levels(levels, torch.arange(24) % 2)
-    model.fit(images, calibration=images, false_alarm_rate=0.2)
+    if method == "gaussian":
+        model.fit(images, calibration=images, false_alarm_rate=0.2)
+    else:
+        model.calibrate(images, false_alarm_rate=0.2)
     model.save(tmp_path / "model.safetensors")
     Image.new("RGB", (64, 64), "grey").save(tmp_path / "image.png")
     code = COMMANDS.replace("MODEL", repr(str(tmp_path / "model.safetensors")))
     lines = run_python(code.replace("IMAGE", repr(str(tmp_path / "image.png")))).splitlines()
     info, score = (json.loads(line) for line in lines if line.startswith("["))
-    unwanted = ("sklearn", "scipy", "pandas", "matplotlib", "hgad_fast.bench", "hgad_fast.demo", "hgad_fast.kernels")
+    unwanted = ("sklearn", "scipy", "pandas", "matplotlib", "hgad_fast.bench", "hgad_fast.demo")
+    unwanted += ("sympy", "triton", "torch._dynamo", "torch._inductor")
     assert "timm" in score and not [name for name in score if name.startswith(unwanted)]
-    unwanted += ("timm", "torchvision", "huggingface_hub", "sympy", "triton", "torch._dynamo", "torch._inductor")
+    unwanted += ("timm", "torchvision", "huggingface_hub", "hgad_fast.kernels")
     assert "safetensors" in info and not [name for name in info if name.startswith(unwanted)]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..environment import bfloat16_instructions
 from ..models.config import HGADConfig
 from ..models.hgad import HGADModel
 from ..training.step import EAGER_STEPS, on_side_stream, record
@@ -62,8 +63,11 @@ HEADLINE = Size()
 MANY_CLASSES = Size(classes=40)
 QUICK = Size(images=2, height=8, width=8, channels=24, classes=5, centres=3, blocks=2, position_dim=16)
 LARGE = Size(height=64, width=64)
+HEADLINE_OF_MANY_CLASSES = Size(classes=200)
 MILLION_PIXELS = Size(images=16, height=250, width=250)
+ONE_IMAGE_OF_THE_MILLION = replace(MILLION_PIXELS, images=1)
 PLACES = Size(images=1, channels=128, classes=5)
+PEER_BATCH = 32768  # pixels, 8 images of 64 x 64: its activations and differences (N, M, C) need a bounded batch
 CUDA_SIZES = (
     HEADLINE,
     Size(height=32, width=32),
@@ -73,12 +77,14 @@ CUDA_SIZES = (
 )
 
 
-def sizes(case: str, device: torch.device, quick: bool = False) -> tuple[Size, ...]:
+def sizes(case: str, device: torch.device, quick: bool = False, whole: bool = False) -> tuple[Size, ...]:
     """Return the workloads of a case.
 
     A GPU gets 2 048 to 32 768 pixels (8 images of 16 x 16 to 64 x 64), and all that keeps no activations a million too.
     A CPU gets the 2 048 only: a step of the official formulation takes it about a second there, and time grows with the
-    pixels. What loops over the classes, scoring, has 40 of them there. What has a matrix for each place and class takes
+    pixels. A step has 15 classes and 200 there, and what loops over the classes, scoring, has 40. Scoring a million
+    pixels takes a CPU minutes a time: it gets one of its 16 images, and all of them if `whole`; both sides take image
+    by image, so that the time of one is a sixteenth of that of all. What has a matrix for each place and class takes
     256 places and 5 classes, of one image and of several. `quick` tries the machinery; its figures mean nothing.
     """
     over_classes = case in ("scores", "scoring")
@@ -88,6 +94,10 @@ def sizes(case: str, device: torch.device, quick: bool = False) -> tuple[Size, .
         counts = (1, 8) if device.type == "cpu" else (1, 8, 64)
         return tuple(replace(PLACES, images=images) for images in counts)
     if device.type == "cpu":
+        if case == "scoring":
+            return MANY_CLASSES, MILLION_PIXELS if whole else ONE_IMAGE_OF_THE_MILLION
+        if case == "training":
+            return HEADLINE, HEADLINE_OF_MANY_CLASSES
         return (MANY_CLASSES,) if over_classes else (HEADLINE,)
     if case in ("training", "official-loop"):
         return CUDA_SIZES
@@ -95,6 +105,13 @@ def sizes(case: str, device: torch.device, quick: bool = False) -> tuple[Size, .
         return (*CUDA_SIZES[:4], MILLION_PIXELS)
     more_classes = (replace(MILLION_PIXELS, classes=40),) if over_classes else ()
     return (*CUDA_SIZES, MILLION_PIXELS, *more_classes)
+
+
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """Return the operands of matrix products that a device has instructions for."""
+    if device.type == "cuda":
+        return "fp32", "tf32", "bf16"
+    return ("fp32", "bf16") if bfloat16_instructions() else ("fp32",)
 
 
 Results = dict[str, Tensor]
@@ -175,8 +192,12 @@ class Problem:
             self.model.mu_deltas[0].mul_(0.1)
         self.official = OfficialLevel.of(self.model)
         self.peer, self.peer_path = ("official", "FrEIA") if has_freia() else ("definition", "torch")
-        self.precisions = ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32",)
-        self.peer_precisions = self.precisions[:2]
+        self.precisions = precisions(device)
+        self.peer_precisions = tuple(each for each in self.precisions if each != "bf16")
+        # On a CPU there is no tf32, and what the official flow can do besides float32 is autocast, which the definition
+        # of our operations does not follow.
+        by_autocast = device.type == "cpu" and self.peer == "official"
+        self.flow_peer_precisions = self.precisions if by_autocast else self.peer_precisions
 
         generator = self.generator()
         self.image_labels = torch.randint(size.classes, (size.images,), generator=generator, device=device)
@@ -245,7 +266,7 @@ def coupling_case(problem: Problem) -> list[Contender]:
 
     flop = (8 + 15) * size.pixels * half
     variants = [("hgad_fast", a)]
-    if "bf16" in problem.precisions:
+    if "tf32" in problem.precisions:  # CUDA
         variants.append(("hgad_fast, bf16 subnet", a.bfloat16()))
     return [
         *(Contender(name, problem.path(), functools.partial(ours, a), flop, moved(a)) for name, a in variants),
@@ -278,11 +299,9 @@ def flow_case(problem: Problem) -> list[Contender]:
 
     flop, peer_flop = flow_flop(size, dense=False), flow_flop(size, dense=True)
     paths = {precision: ops.flow_path(x, grid, precision) for precision in problem.precisions}
-    in_torch = [
-        functools.partial(before_a_backward_pass, problem.ours(precision, "reversible").nfs[0])
-        for precision in problem.precisions
-        if precision == "bf16"
-    ]
+    in_torch = []
+    if "tf32" in problem.precisions:  # CUDA
+        in_torch.append(functools.partial(before_a_backward_pass, problem.ours("bf16", "reversible").nfs[0]))
     return [
         *(
             Contender(_named("hgad_fast", precision), path, ours(precision, grid), flop, moved, precision=precision)
@@ -293,7 +312,7 @@ def flow_case(problem: Problem) -> list[Contender]:
             for work in in_torch
         ),
         Contender("hgad_fast, dense code", problem.path(), ours("fp32", [position]), flop, with_position),
-        *_peers(problem, functools.partial(results, official, [position]), peer_flop, with_position),
+        *_flow_peers(problem, functools.partial(results, official, [position]), peer_flop, with_position),
     ]
 
 
@@ -322,7 +341,7 @@ def mixture_case(problem: Problem) -> list[Contender]:
     peer_flop = mixture_flop(size, size.classes * (1 + size.centres) + size.centres, backward=True)
     return [
         Contender("hgad_fast", problem.path(), ours, flop, moved, backward),
-        *_peers(problem, official, peer_flop, moved, backward, name="official", path="torch"),
+        *_peers(problem, official, peer_flop, moved, backward),
     ]
 
 
@@ -340,8 +359,7 @@ def scores_case(problem: Problem) -> list[Contender]:
 
     @torch.no_grad()
     def official() -> Results:
-        # Its differences (N, M, C) need a batch of bounded size: 32 768 pixels are 8 images of 64 x 64.
-        batches = zip(z.split(32768), log_det.split(32768), strict=True)
+        batches = zip(z.split(PEER_BATCH), log_det.split(PEER_BATCH), strict=True)
         parts = [official_scores(*batch, mu, delta, phi_intra) for batch in batches]
         of_class, negative_entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         return {"log-density": of_class * size.channels, "entropy": -negative_entropy}
@@ -350,7 +368,7 @@ def scores_case(problem: Problem) -> list[Contender]:
     peer_flop = mixture_flop(size, centres + size.classes)
     return [
         Contender("hgad_fast", problem.path(), ours, mixture_flop(size, centres), moved),
-        *_peers(problem, official, peer_flop, moved, name="official", path="torch"),
+        *_peers(problem, official, peer_flop, moved),
     ]
 
 
@@ -381,7 +399,7 @@ def codes_case(problem: Problem) -> list[Contender]:
     flop = mixture_flop(size, count)
     return [
         Contender("hgad_fast", problem.path(), ours, flop, moved),
-        *_peers(problem, official, 2 * flop, moved, name="official", path="torch"),
+        *_peers(problem, official, 2 * flop, moved),
     ]
 
 
@@ -412,7 +430,7 @@ def distances_case(problem: Problem) -> list[Contender]:
     flop = mixture_flop(size, size.classes * size.channels)
     return [
         Contender("hgad_fast", problem.path(), ours, flop, moved),
-        *_peers(problem, gathered, flop, moved, name="official", path="torch"),
+        *_peers(problem, gathered, flop, moved),
     ]
 
 
@@ -439,9 +457,12 @@ def scoring_case(problem: Problem) -> list[Contender]:
     @torch.no_grad()
     def official() -> Results:
         x = features.permute(0, 2, 3, 1).reshape(size.pixels, -1)
-        z, log_det = level.flow(x, [problem.position])
-        scores = official_scores(z, log_det, level.mu, level.delta, level.phi_intra, classes=[0])
-        by_density, by_entropy = (official_map([score.view(shape)], map_size) for score in scores)
+        parts = []
+        for batch, position in zip(x.split(PEER_BATCH), problem.position.split(PEER_BATCH), strict=True):
+            z, log_det = level.flow(batch, [position])
+            parts.append(official_scores(z, log_det, level.mu, level.delta, level.phi_intra, classes=[0]))
+        scores = (torch.cat(part).float().view(shape) for part in zip(*parts, strict=True))
+        by_density, by_entropy = (official_map([score], map_size) for score in scores)
         return {"map": by_density * by_entropy}
 
     distances = mixture_flop(size, size.classes + size.centres)
@@ -457,7 +478,7 @@ def scoring_case(problem: Problem) -> list[Contender]:
     return [
         Contender("hgad_fast, image by image", path, ours("fp32", False), flop, moved),
         *batched,
-        *_peers(problem, official, peer_flop, moved + problem.position.nbytes),
+        *_flow_peers(problem, official, peer_flop, moved + problem.position.nbytes),
     ]
 
 
@@ -488,18 +509,19 @@ def official_loop_case(problem: Problem) -> list[Contender]:
 
 
 def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence[Tensor]) -> list[Contender]:
-    """Return our step from `inputs` at every precision and in the memory that "auto" does not take, and the peers'.
+    """Return our step from `inputs` at every precision, in either memory, and the peers'.
 
+    In the memory that "auto" does not take it is there at every precision on a CPU, and in bf16 on CUDA.
     On CUDA ours in bf16 is there as a recorded graph, too; its memory was laid out when it was recorded.
     """
     size = problem.size
     flop = flow_flop(size, dense=False, backward=True)
     flop += mixture_flop(size, size.classes + size.centres, backward=True)
     variants = [(_named("hgad_fast", precision), precision, "auto") for precision in problem.precisions]
-    if "bf16" in problem.precisions:  # "auto" is "reversible" on CUDA
+    if problem.device.type == "cuda":  # "auto" is "reversible" there
         variants.append(("hgad_fast, bf16, standard memory", "bf16", "standard"))
     else:
-        variants.append(("hgad_fast, reversible", "fp32", "reversible"))
+        variants += [(_named("hgad_fast, reversible", each), each, "reversible") for each in problem.precisions]
     contenders = []
     for name, precision, memory in variants:
         model = problem.ours(precision, memory)
@@ -515,10 +537,10 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
     peer_flop = flow_flop(size, dense=True, backward=True)
     peer_flop += mixture_flop(size, size.classes * (1 + size.centres) + size.centres, backward=True)
     peer_inputs = problem.x, problem.labels, problem.onehot, problem.position
-    for precision in problem.peer_precisions:
+    for precision in problem.flow_peer_precisions:
         level = copy.deepcopy(problem.official)
         finish, moved = _finish_step(peer_inputs, level.flow, level.mixture, level.optimizer())
-        peer_forward = functools.partial(level, *peer_inputs, stage=2)
+        peer_forward = _in_precision(precision, functools.partial(level, *peer_inputs, stage=2))
         name = _named(problem.peer, precision)
         contenders.append(
             Contender(name, problem.peer_path, peer_forward, peer_flop, moved, finish, precision, is_peer=True)
@@ -563,20 +585,37 @@ def _finish_step(
     return finish, sum(t.nbytes for t in inputs) + 8 * sum(parameter.nbytes for parameter in trained)
 
 
+def _in_precision(precision: str, forward: Callable[[], Results]) -> Callable[[], Results]:
+    """Return a peer's forward pass; for bf16, which a CPU has, under autocast."""
+    return torch.autocast("cpu", torch.bfloat16)(forward) if precision == "bf16" else forward
+
+
+def _flow_peers(problem: Problem, forward: Callable[[], Results], flop: int, moved: int) -> list[Contender]:
+    """Return the official flow at each of its precisions."""
+    return [
+        Contender(
+            _named(problem.peer, precision),
+            problem.peer_path,
+            _in_precision(precision, forward),
+            flop,
+            moved,
+            precision=precision,
+            is_peer=True,
+        )
+        for precision in problem.flow_peer_precisions
+    ]
+
+
 def _peers(
     problem: Problem,
     forward: Callable[[], Results],
     flop: int,
     moved: int,
     finish: Callable[[Results], Results] = lambda results: results,
-    *,
-    name: str | None = None,
-    path: str | None = None,
 ) -> list[Contender]:
-    """Return the peer at each of its precisions."""
-    name, path = name or problem.peer, path or problem.peer_path
+    """Return the official formulation of an operation, in plain torch, at each of its precisions."""
     return [
-        Contender(_named(name, precision), path, forward, flop, moved, finish, precision, is_peer=True)
+        Contender(_named("official", precision), "torch", forward, flop, moved, finish, precision, is_peer=True)
         for precision in problem.peer_precisions
     ]
 

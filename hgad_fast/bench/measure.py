@@ -17,9 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..environment import device_name, environment
+from ..environment import bfloat16_instructions, device_name, environment
 from . import latency
-from .cases import CASES, Contender, Problem, Results, Size, float32_products, sizes
+from .cases import (
+    CASES,
+    MILLION_PIXELS,
+    ONE_IMAGE_OF_THE_MILLION,
+    Contender,
+    Problem,
+    Results,
+    Size,
+    float32_products,
+    precisions,
+    sizes,
+)
 from .official import has_freia
 from .results import (
     GRADIENT_TOLERANCE,
@@ -41,6 +52,7 @@ def run(
     *,
     device: str | torch.device | None = None,
     compiled: bool = False,
+    whole: bool = False,
     output: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
@@ -50,7 +62,8 @@ def run(
         cases: names from `CASES`, or "latency" (see `hgad_fast.bench.latency`); all when empty.
         quick: tiny sizes and three rounds, to try the machinery.
         device: where; CUDA if there is one.
-        compiled: the peers under `torch.compile` too.
+        compiled: the peers under `torch.compile` too; on a CPU where there is a C++ compiler.
+        whole: on a CPU score all of the million pixels, once a contender, and not a sixteenth of them.
         output: JSON file, or a folder for `<device>-<date>.json`. It is written anew after each case and size, so
             that a run that is cut leaves what it has measured.
         progress: receives a line before each case and size.
@@ -63,31 +76,59 @@ def run(
     if unknown := [name for name in names if name not in allowed]:
         raise ValueError(f"there is no benchmark {unknown[0]!r}; allowed are {', '.join(allowed)}")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    about = about_run(where)
+    about = about_run(where, compiled)
+    compiled = compiled and can_compile(where)
     for note in about["notes"]:
         progress(note)
     outcomes: list[Outcome] = []
     for name in names:
-        for size in (None,) if name == "latency" else sizes(name, where, quick):
+        for size in (None,) if name == "latency" else sizes(name, where, quick, whole):
             progress(name if size is None else f"{name}: {size}")
             if size is None:
                 outcomes += latency.measure(where, device_name(where), quick)
             else:
-                outcomes += measure(name, size, where, compiled=compiled, rounds=3 if quick else None)
+                rounds = 3 if quick or (name, size) == ("scoring", ONE_IMAGE_OF_THE_MILLION) else None
+                if where.type == "cpu" and size == MILLION_PIXELS:  # minutes each
+                    rounds = 1
+                outcomes += measure(name, size, where, compiled=compiled, rounds=rounds)
             if output is not None:
                 save(outcomes, output, about)
     return outcomes
 
 
-def about_run(device: torch.device) -> dict[str, Any]:
-    """Return the `environment` of a run, and what the reader of its figures must know."""
+def about_run(device: torch.device, compiled: bool = False) -> dict[str, Any]:
+    """Return the `environment` of a run, and what the reader of its figures must know.
+
+    Args:
+        compiled: peers are to run under `torch.compile`, too.
+    """
     notes = []
     if not has_freia():
         notes.append(
             "FrEIA is not installed, so the official flow is left out: 'definition' is ours in plain torch "
             "(pip install 'hgad-fast[bench]')"
         )
-    return environment(device) | {"notes": notes}
+    about = environment(device)
+    if device.type == "cpu":
+        about["bfloat16_instructions"] = bfloat16_instructions()
+        if not about["bfloat16_instructions"]:
+            notes.append("this processor has no instructions for bfloat16 products, so that bf16 is left out")
+    if compiled and not can_compile(device):
+        notes.append("there is no C++ compiler, so that the official formulation is not timed under torch.compile")
+    return about | {"notes": notes}
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return False for a CPU where torch.compile does not find the C++ compiler that it needs."""
+    if device.type != "cpu":
+        return True
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        return False
+    return True
 
 
 def measure(
@@ -113,7 +154,7 @@ def measure(
         size,
         contenders(size),
         device,
-        measure_ceiling(device),
+        measure_ceiling(device, precisions(device)),
         rounds=rounds,
         seconds_in_all=seconds_in_all,
         smaller=lambda: contenders(replace(size, images=1)),
@@ -121,8 +162,10 @@ def measure(
 
 
 @functools.cache
-def measure_ceiling(device: torch.device) -> Ceiling:
+def measure_ceiling(device: torch.device, operands: tuple[str, ...]) -> Ceiling:
     """Measure the best of ten copies (read and write counted) and of ten products of each kind, once a process.
+
+    `operands` are the kinds: see `cases.precisions`.
 
     Numbers are random: constant ones switch fewer transistors, and run faster than those of any use.
     """
@@ -136,7 +179,7 @@ def measure_ceiling(device: torch.device) -> Ceiling:
     copied = 2 * source.nbytes / best(functools.partial(torch.empty_like(source).copy_, source))
     n = 8192 if cuda else 1024
     rates = {}
-    for precision in ("fp32", "tf32", "bf16") if cuda else ("fp32",):
+    for precision in operands:
         a = normal(n, n, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         with float32_products(precision):
             rates[precision] = 2 * n**3 / best(functools.partial(torch.mm, a, a))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import difflib
 import functools
@@ -11,13 +10,12 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +26,7 @@ from . import joining, tiles
 from .hub import IN_A_PACKAGE, OWN_WEIGHTS, PREFIXES, ask_hub, reaching_hub, without_hub
 from .interpolate import between, bilinear
 from .packaged import PACKAGED, packaged_state_dict
+from .streamlined import streamlined
 
 TILE_MEMORY = 1000 * 2**20
 """Bytes that the backbone may take for a tile: a constant, so that the tiles depend on the image's size alone."""
@@ -416,122 +415,6 @@ class _Fast:
 
 
 @torch.no_grad()
-def streamlined(net: Any) -> nn.Module:
-    """Copy a timm network such that it gives the same features, to rounding, in half the time and less memory.
-
-    Batch norms become part of the convolutions whose output they take, blocks after the last stage asked for are left
-    out, depthwise convolutions pad their weights and not their input (`_PaddedDepthwise`), and layers are called one
-    after the other (`_flat`). The copy is tried on noise: if its error against float64 is worse than that of the
-    network itself, or the network takes images of one size only, a plain copy is returned.
-    """
-    plain = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
-    fast = copy.deepcopy(plain)
-    *path, last = net.feature_info.module_name()[-1].split(".")
-    with suppress(AttributeError):
-        parent = fast.get_submodule(".".join(path))
-        if isinstance(parent, nn.Sequential) and path and last.isdecimal():
-            del parent[int(last) + 1 :]
-    stride = max(net.feature_info.reduction())
-    side = math.ceil(64 / stride) * stride
-    noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()))
-    try:
-        _fold_batch_norms(fast, noise)
-        _pad_weights(fast)
-        fast = _flat(fast, noise)
-        exact = copy.deepcopy(net).eval().double()(noise.double())
-        for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
-            if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
-                return plain
-    except (AssertionError, RuntimeError):
-        return plain
-    return fast
-
-
-def _fold_batch_norms(net: nn.Module, images: Tensor) -> None:
-    """Make batch norms part of the convolutions whose output they take, in place; tried on `images`."""
-    names = {layer: name for name, layer in net.named_modules()}
-    outputs: list[tuple[Tensor, str]] = []  # kept alive: no later tensor may take the identity of an output
-    pairs: list[tuple[str, str]] = []  # names of a convolution and of the batch norm after it
-
-    def pair(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        pairs.extend((conv, names[layer]) for output, conv in outputs if output is inputs[0])
-
-    hooks = []
-    for layer in names:
-        if isinstance(layer, nn.Conv2d):
-            hooks.append(layer.register_forward_hook(lambda layer, _, output: outputs.append((output, names[layer]))))
-        elif isinstance(layer, nn.BatchNorm2d):
-            hooks.append(layer.register_forward_pre_hook(pair))
-    net(images)
-    for hook in hooks:
-        hook.remove()
-    for conv_name, norm_name in pairs:
-        conv, batch_norm = net.get_submodule(conv_name), net.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d) and isinstance(batch_norm, nn.BatchNorm2d)
-        mean, variance = batch_norm.running_mean, batch_norm.running_var
-        weights = conv.weight, conv.bias, mean, variance, batch_norm.eps, batch_norm.weight, batch_norm.bias
-        conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(*weights)  # type: ignore[arg-type]
-        net.set_submodule(norm_name, getattr(batch_norm, "act", nn.Identity()))  # timm's norms hold an activation
-
-
-class _PaddedDepthwise(nn.Module):
-    """A depthwise convolution with TensorFlow's "same" padding, which timm's copies its whole input for.
-
-    That padding is a pixel more behind an axis than before it, or as much: of a stride of 2, by the parity of the axis.
-    With a zero before the weights, the padding is the same on both sides.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
-        self.kernel_size, self.stride, self.groups = conv.kernel_size, conv.stride, conv.groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        sizes = zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
-        rows, columns = (max((math.ceil(n / step) - 1) * step + k - n, 0) for n, k, step in sizes)
-        weight = F.pad(self.weight, (columns % 2, 0, rows % 2, 0)) if rows % 2 or columns % 2 else self.weight
-        return F.conv2d(x, weight, self.bias, self.stride, ((rows + 1) // 2, (columns + 1) // 2), 1, self.groups)
-
-
-def _pad_weights(net: nn.Module) -> None:
-    """Replace the depthwise convolutions with "same" padding, in place."""
-    from timm.layers import Conv2dSame
-
-    for name, layer in list(net.named_modules()):
-        if isinstance(layer, Conv2dSame) and layer.groups == layer.in_channels and layer.dilation == (1, 1):
-            net.set_submodule(name, _PaddedDepthwise(layer))
-
-
-class _Layers(torch.fx.Tracer):
-    """A tracer that looks into modules made of modules only."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return not any(True for _ in module.children())
-
-
-def _flat(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return a network with its layers one after the other in one function, or itself where they cannot be.
-
-    The blocks around the layers cost about as much time as the layers of a small image, and keep what nobody needs any
-    more. It is tried on images of two sizes, as a size must not become part of the function.
-    """
-    try:
-        graph = _Layers().trace(net)
-        for node in list(graph.nodes):
-            if node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.Identity):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-        flat = torch.fx.GraphModule(net, graph)
-        for size in (images, torch.cat([images, images], 3)):
-            if not all(torch.equal(x, y) for x, y in zip(flat(size), net(size), strict=True)):
-                return net
-    except Exception:  # tracing meets any code, with values that are no tensors
-        return net
-    if hasattr(net, "output_fmt"):
-        flat.output_fmt = net.output_fmt
-    return flat
-
-
 def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.Cut) -> Tensor:
     """Return a tile of an image (3, H, W) that is resized to `size`, without resizing the rest."""
     if size == image.shape[1:]:

@@ -135,6 +135,13 @@ def kept(images: Sequence[list[Tensor]], i: int) -> list[Tensor]:
     return images.kept(i) if isinstance(images, (_Selected, _Images)) else images[i]
 
 
+def in_cache(images: Sequence[list[Tensor]], i: int) -> bool:
+    """Return whether the maps of image `i` lie in a cache, which any thread may read."""
+    if isinstance(images, _Selected):
+        return in_cache(images.items, images.indices[i])
+    return isinstance(images, _Images) and images.cache is not None and images.files[i][0] in images.cache
+
+
 def channels_last(features: Tensor) -> Tensor:
     """Return a map (C, h, w) in float32, with the channels of a pixel side by side: (h * w, C) is a view of it."""
     return features.detach().float().permute(1, 2, 0).contiguous().permute(2, 0, 1)

@@ -156,6 +156,8 @@ class OfficialSurface:
             logdet_J: log-determinant of the flow (N,).
             C: channels.
         """
+        if mu.dim() == 3 and len(mu) and mu.stride(0) == 0:  # as the official validation expands a class's centres
+            mu = mu[0]
         squared = _squared_distances(z, mu) if mu.dim() == 2 else (z[:, None] - mu).square().sum(-1)
         return torch.logsumexp(log_py - 0.5 * squared, -1) + logdet_J - 0.5 * C * math.log(2 * math.pi)
 

@@ -23,6 +23,7 @@ OFFICIAL_NAMES = {
     "subnet.2.bias": "b2",
 }
 """The entries of a block in a state dict, those of its subnet last, and the fields of `ops.Block` that they hold."""
+FEW_PRODUCTS = 2**22  # of a dense code with a flow's weights: a CPU does them in the time that recognising it takes
 INVERSE = "w_perm_inv"  # one more entry: the transposed rotation, whose values are not read from a state dict
 
 
@@ -104,16 +105,19 @@ class ConditionalFlow(nn.Module):
             x: (N, C), row-major over (image, row, column); z with `rev`.
             condition: a `SeparablePosition`, a dense code (N, P), or as in the official code a list [code (N, P)]. A
                 dense code that is the sinusoidal grid of a feature map (within 1e-6) is recognised, and computed as
-                cheaply as a `SeparablePosition`; any other code is used as it is.
+                cheaply as a `SeparablePosition`; any other code is used as it is, and on a CPU that of few pixels.
             rev: run the flow backwards.
         """
+        position = self._given(condition)
+        if isinstance(position, Tensor) and (position.is_cuda or position.numel() * self.b1.numel() >= FEW_PRODUCTS):
+            position = recognise_position(position) or position
         memory = self.memory
         if memory == "auto":
             memory = "reversible" if x.is_cuda else "standard"
         return ops.flow(
             x,
             self.blocks,
-            self.position(condition),
+            position,
             clamp=self.clamp,
             inverse=rev,
             memory=memory,
@@ -122,14 +126,17 @@ class ConditionalFlow(nn.Module):
         )
 
     def position(self, condition: ops.Position | list[Tensor]) -> ops.Position:
-        """Return a condition in its cheapest form; None where it is None, or a dense code of an unconditional flow."""
+        """Return a condition as a `SeparablePosition` if it is one; None where it is None or the flow unconditional."""
+        position = self._given(condition)
+        return (recognise_position(position) or position) if isinstance(position, Tensor) else position
+
+    def _given(self, condition: ops.Position | list[Tensor]) -> ops.Position:
+        """Return a condition without the list around it; None for a dense code of an unconditional flow."""
         if isinstance(condition, SeparablePosition):
             return condition
         if isinstance(condition, (list, tuple)):
             condition = condition[0] if condition else None
-        if condition is None or not self.position_dim:
-            return None
-        return recognise_position(condition) or condition
+        return condition if self.position_dim else None
 
     def grid(self, h: int, w: int, device: torch.device | None = None) -> SeparablePosition | None:
         """Return the positions of an h x w map; None where the flow is unconditional."""
@@ -227,25 +234,22 @@ def dense_position(position: SeparablePosition, batch: int = 1) -> Tensor:
 def recognise_position(dense: Tensor, tolerance: float = 1e-6) -> SeparablePosition | None:
     """Return the separable form of a dense code (N, P) if it is the sinusoidal grid of maps of one size, else None.
 
-    Height and width are read off the code: the column's half returns to its start after w pixels, the row's after h
-    rows. A code that requires a gradient is never recognised.
+    Every value must lie within the tolerance of the grid's. A code that requires a gradient is never recognised.
     """
     n, dim = dense.shape
-    if n == 0 or dim % 4 or dense.requires_grad:
+    if n == 0 or dim == 0 or dim % 4 or dense.requires_grad:
         return None
-    w = _period(dense[:, : dim // 2], tolerance)
-    if n % w:
+    half = dim // 2
+    # The first channel of a half is the sine of the column or row in radians, which of whole numbers (below 1e6) is
+    # zero for 0 alone: N / w pixels lie in a first column and N / h in a first row.
+    in_first_column, in_first_row = (dense[:, ::half].abs() <= tolerance).sum(0).tolist()
+    if not in_first_column or not in_first_row or n % in_first_column or n % in_first_row:
         return None
-    h = _period(dense[::w, dim // 2 :], tolerance)
+    h, w = n // in_first_row, n // in_first_column
     if n % (h * w):
         return None
     position = sinusoidal_position(h, w, dim, dense.device, dense.dtype)
-    maps = dense.view(-1, h, w, dim)
-    columns, rows = maps[..., : dim // 2] - position.column, maps[..., dim // 2 :] - position.row[:, None]
-    return position if max(columns.abs().max(), rows.abs().max()) <= tolerance else None
-
-
-def _period(code: Tensor, tolerance: float) -> int:
-    """Return the index at which the code first returns to its start; its length if it never does."""
-    returns = ((code[1:] - code[0]).abs().amax(1) <= tolerance).nonzero()
-    return int(returns[0]) + 1 if len(returns) else len(code)
+    difference = dense.view(-1, h, w, dim).clone()
+    difference[..., :half].sub_(position.column)
+    difference[..., half:].sub_(position.row[:, None])
+    return position if difference.abs_().amax() <= tolerance else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import subnet
 from .coupling import affine_coupling, affine_coupling_backward
@@ -107,12 +108,23 @@ def flow(
     options = (precision, backend or "")
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *conditions, *parameters))
     if not wants_gradient:
-        return _flow_inference(x, conditions, list(parameters), clamp, *options)
+        inference = _flow_inference if _is_recorded(x) else _infer
+        return inference(x, conditions, list(parameters), clamp, *options)
     keep = memory == "standard"
     z, log_det, _ = _flow_forward(
         x, conditions, list(parameters), clamp, keep, 1 if keep else checkpoint_every, *options
     )
     return z, log_det
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Return whether somebody follows the operations on x: a compiler, an export, a mode. They are to see one operator.
+
+    Where nobody does, an operator's first call would import torch's compiler in vain.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return type(x) is not Tensor or _get_current_dispatch_mode() is not None
 
 
 def flow_path(x: Tensor, position: Position, precision: str, backend: str | None = None) -> str:
@@ -271,9 +283,8 @@ def _(x, conditions, parameters, clamp, keep, every, precision, backend):  # typ
     return x.new_empty(x.shape), x.new_empty(n), kept
 
 
-@torch.library.custom_op("hgad_fast::flow_inference", mutates_args=())
 @in_float32
-def _flow_inference(
+def _infer(
     x: Tensor, conditions: list[Tensor], parameters: list[Tensor], clamp: float, precision: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return z and the log-determinant where no gradient is wanted."""
@@ -307,6 +318,9 @@ def _blocks_in_place(
         torch.addcmul(t, x2, s.exp_(), out=x2)
         x, spare = subnet.product(x, block.rotation, ROTATION, add=spare.copy_(block.offset)), x
     return x, log_det
+
+
+_flow_inference = torch.library.custom_op("hgad_fast::flow_inference", _infer, mutates_args=())
 
 
 @_flow_inference.register_fake

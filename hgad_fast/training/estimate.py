@@ -256,7 +256,7 @@ class _Measurement:
                     probes.append(_Probe(reduced[0].numel(), maps))
 
             rungs.append(_Rung(reduced[0].numel(), work))
-        rungs[0].work()  # makes the network that images go through (`features.backbone.streamlined`)
+        rungs[0].work()  # makes the network that images go through (`features.streamlined.streamlined`)
         backbone = self._climb(rungs, self.pixels)
         workers = min(4, os.cpu_count() or 1)  # as many threads read ahead (`features.extract`)
         return reading / workers, backbone, probes

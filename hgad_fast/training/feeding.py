@@ -1,7 +1,9 @@
 """Feeding a training: how feature maps of images on the host become batches on the model's device.
 
 On a CPU the maps of a part are gathered when its turn comes (`HostFeed`): of the pixels, those alone that are drawn for
-the step. A GPU is fed in three ways at once (`DeviceFeed`), so that neither it nor the host waits for the other:
+the step. Each map is copied once, from the cache into the batch, and widened on the way. A thread does so for the next
+step while the current one is computed, which then does not wait for a disk. A GPU is fed in three ways at once
+(`DeviceFeed`), so that neither it nor the host waits for the other:
 
 - Maps are copied as they lie into one persistent buffer of pinned memory, and from there to one of the same size on the
   device; the device transposes and widens them.
@@ -13,14 +15,16 @@ the step. A GPU is fed in three ways at once (`DeviceFeed`), so that neither it 
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..features.extract import kept
+from ..features.extract import in_cache, kept
 from .drawing import EVERY_PIXEL, Draw, Drawn
 
 RESIDENT_SHARE = 1 / 3  # of the device's free memory, measured once, after the first step has taken what it needs
@@ -90,6 +94,8 @@ def gather(
 ) -> Batch:
     """Return the feature maps of images as a batch on the host; those of one level and size form one group.
 
+    Pixels are in float32, or in float64 where a map is.
+
     Args:
         images: one (C, h, w) tensor per level of each image.
         labels: their classes (n,).
@@ -99,11 +105,16 @@ def gather(
     batch: Batch = []
     for maps, level_groups in zip(zip(*images, strict=True), groups or _members_of(images, EVERY_PIXEL), strict=True):
         batch.append([])
-        for numbers, _, h, w, drawn in level_groups:
-            pixels = [maps[i].permute(1, 2, 0) for i in numbers]
-            x = torch.cat([drawn.of(image) if drawn else image.flatten(0, 1) for image in pixels])
-            group = Group(x, labels[numbers], h, w, drawn)
-            batch[-1].append(group._replace(x=x.pin_memory(), labels=group.labels.pin_memory()) if pinned else group)
+        for group in level_groups:
+            dtype = functools.reduce(torch.promote_types, (maps[i].dtype for i in group.numbers), torch.float32)
+            x = torch.empty(group.pixels, group.channels, dtype=dtype, pin_memory=pinned)
+            for rows, i in zip(x.chunk(len(group.numbers)), group.numbers, strict=True):
+                pixels = maps[i].permute(1, 2, 0)
+                pixels = group.drawn.of(pixels) if group.drawn else pixels
+                rows.view(pixels.shape).copy_(pixels)
+            group_labels = labels[group.numbers]
+            group_labels = group_labels.pin_memory() if pinned else group_labels
+            batch[-1].append(Group(x, group_labels, group.height, group.width, group.drawn))
     return batch
 
 
@@ -137,6 +148,10 @@ class Selection(Sequence[list[Tensor]]):
     def kept(self, i: int) -> list[Tensor]:
         """Return the maps of image `i` of the selection in the precision that they are cached in."""
         return kept(self.source, self.numbers[i])
+
+    def in_cache(self) -> bool:
+        """Return whether all maps lie in a cache, so that a thread may read them and none has to be computed."""
+        return all(in_cache(self.source, number) for number in self.numbers)
 
 
 class Part(Protocol):
@@ -173,27 +188,84 @@ def bounds(images: int, count: int) -> Iterator[slice]:
 
 
 class HostFeed:
-    """Gathers each part on the host when its turn comes.
+    """Gathers each part on the host when its turn comes, and reads the first part of the next step ahead.
 
     Args:
         device: where the model is: the CPU, or a device that nothing is known about here.
+
+    Attributes:
+        ahead: what is read ahead, or None.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.ahead: _Ahead | None = None
 
     def parts(
         self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL
     ) -> list[HostPart]:
         """Return images with their labels (n,) as `count` parts."""
-        images = list(images)  # each is taken from the cache, or computed, once
-        return [HostPart(images[part], labels[part], self.device, draw) for part in bounds(len(images), count)]
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None and ahead.is_of(images, labels, count, draw):
+            return ahead.parts()
+        return _host_parts(images, labels, count, draw, self.device)
 
     def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL) -> None:
-        """Do nothing: the processor that would do it is at work on the step."""
+        """Begin to read the maps of the next step from a cache, and to gather its first part.
+
+        Maps that are elsewhere are left for the step: to compute them, a thread would take its processors, and what
+        users bring is not for other threads.
+        """
+        self.clear()
+        if isinstance(images, Selection) and images.in_cache():
+            self.ahead = _Ahead(images, labels, count, draw, self.device)
 
     def clear(self) -> None:
-        """Do nothing: no memory is kept."""
+        """Give back what was read ahead."""
+        if self.ahead is not None:
+            self.ahead.thread.join()
+            self.ahead = None
+
+
+class _Ahead:
+    """The parts of a step that a thread reads, and what it was asked for; an error comes up where they are used."""
+
+    def __init__(
+        self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw, device: torch.device
+    ) -> None:
+        self.asked = images, labels, count, draw
+        self._device = device
+        self._parts: list[HostPart] = []
+        self._error: BaseException | None = None
+        self.thread = threading.Thread(target=self._read, name="features of the next step", daemon=True)
+        self.thread.start()
+
+    def is_of(self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw) -> bool:
+        """Return whether these images and labels, the same objects, are what was read."""
+        same = images is self.asked[0] and labels is self.asked[1]
+        return same and (count, draw) == self.asked[2:]
+
+    def parts(self) -> list[HostPart]:
+        """Return the parts, once they are read."""
+        self.thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._parts
+
+    def _read(self) -> None:
+        try:
+            self._parts = _host_parts(*self.asked, self._device)
+            self._parts[0].gather()
+        except BaseException as error:
+            self._error = error
+
+
+def _host_parts(
+    images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw, device: torch.device
+) -> list[HostPart]:
+    """Return images with their labels (n,) as `count` parts; each is taken from the cache, or computed, once."""
+    maps = [images.kept(i) if isinstance(images, Selection) else images[i] for i in range(len(images))]
+    return [HostPart(maps[part], labels[part], device, draw) for part in bounds(len(maps), count)]
 
 
 class HostPart:
@@ -204,10 +276,17 @@ class HostPart:
     ) -> None:
         self.images, self.labels, self.device = images, labels, device
         self.members = _members_of(images, draw)
+        self._gathered: Batch | None = None
+
+    def gather(self) -> None:
+        """Gather the batch that is asked for next."""
+        self._gathered = gather(self.images, self.labels, groups=self.members)
 
     def batch(self) -> Batch:
         """Return it as a new batch."""
-        batch = gather(self.images, self.labels, groups=self.members)
+        batch, self._gathered = self._gathered, None
+        if batch is None:
+            batch = gather(self.images, self.labels, groups=self.members)
         return [[group.to(self.device) for group in groups] for groups in batch]
 
     def fill(self, batch: Batch) -> None:
@@ -333,7 +412,7 @@ class DeviceFeed:
         self._copied: Any = None  # the event of the last copy out of the pinned buffer
         self._read: Any = None  # the event at which the device has read its own
         self._staged: _Staged | None = None
-        self._ahead: tuple[Any, Tensor, Draw, list[DevicePart]] | None = None  # images, ... of the next batch
+        self.ahead: tuple[Any, Tensor, Draw, list[DevicePart]] | None = None  # images, ... of the next batch
         self._source: Any = None
         self._resident: dict[int, _Resident] = {}
         self._resident_bytes = 0
@@ -343,7 +422,7 @@ class DeviceFeed:
         self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL
     ) -> list[DevicePart]:
         """Return images with their labels (n,), both on the CPU, as `count` parts, to be used in this order."""
-        ahead, self._ahead = self._ahead, None
+        ahead, self.ahead = self.ahead, None
         if ahead is not None and ahead[0] is images and ahead[1] is labels:
             _, _, drawn_ahead, parts = ahead
             if (drawn_ahead, len(parts)) == (draw, count):
@@ -354,7 +433,7 @@ class DeviceFeed:
         """Bring the first part of the next batch on its way to the device; the next call of `parts` gets it."""
         parts = self._new_parts(images, labels, count, draw)
         self._stage(parts[0])
-        self._ahead = images, labels, draw, parts
+        self.ahead = images, labels, draw, parts
 
     def clear(self) -> None:
         """Give all memory back."""

@@ -286,18 +286,20 @@ class _Run:
         self.model.train()
         passes = self.config.meta_epochs * self.config.sub_epochs
         self.display.start(passes * self.batches, self.meta_epoch * self.config.sub_epochs * self.batches)
-        for meta_epoch in range(self.meta_epoch, self.config.meta_epochs):
-            for sub_epoch in range(self.config.sub_epochs):
-                self.processes.wait()  # for what the first one does between passes
-                record = self._sub_epoch(meta_epoch, sub_epoch)
-                self.history.records.append(record)
-                self._log(record)
-                for callback in self.callbacks if self.processes.is_first else ():
-                    callback(record)
-            self._require_finite_parameters(meta_epoch)
-            self.meta_epoch = meta_epoch + 1
-            self._save_checkpoint()
-        self.step.feed.clear()  # what follows may need the memory
+        try:
+            for meta_epoch in range(self.meta_epoch, self.config.meta_epochs):
+                for sub_epoch in range(self.config.sub_epochs):
+                    self.processes.wait()  # for what the first one does between passes
+                    record = self._sub_epoch(meta_epoch, sub_epoch)
+                    self.history.records.append(record)
+                    self._log(record)
+                    for callback in self.callbacks if self.processes.is_first else ():
+                        callback(record)
+                self._require_finite_parameters(meta_epoch)
+                self.meta_epoch = meta_epoch + 1
+                self._save_checkpoint()
+        finally:
+            self.step.feed.clear()  # what follows may need the memory, and no thread is to read on
         self.model.eval()
         self.model.finish(self.features)
 

@@ -228,6 +228,6 @@ def test_ceilings_are_those_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -
         return 1.0
 
     monkeypatch.setattr(measure, "seconds", once)
-    measure.measure_ceiling.__wrapped__(CPU)
+    measure.measure_ceiling.__wrapped__(CPU, cases.precisions(CPU))
     assert len(factors) == 30
     assert all(factor.std() > 0.9 and factor[0].ne(factor[1]).all() for factor in factors[::10])

@@ -297,5 +297,7 @@ def test_helpers_of_the_class(model: HGAD):
         torch.distributions.Independent(torch.distributions.Normal(mu[1], 1.0), 1),
     ).log_prob(z)
     torch.testing.assert_close(model.get_logps(z, mu[1], log_py, log_det, 5), expected + log_det)
-    own = mu[1].expand(7, 3, 5)
-    torch.testing.assert_close(model.get_logps(z, own, log_py.expand(7, 3), log_det, 5), expected + log_det)
+    shared = mu[1].expand(7, 3, 5)
+    for own in (shared, shared.contiguous()):
+        torch.testing.assert_close(model.get_logps(z, own, log_py.expand(7, 3), log_det, 5), expected + log_det)
+    assert model.get_logps(z[:0], shared[:0], log_py.expand(0, 3), log_det[:0], 5).shape == (0,)

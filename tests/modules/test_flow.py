@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hgad_fast import ops
 from hgad_fast.bench.official import official_flow
@@ -152,3 +153,26 @@ def test_a_map_that_was_scored_first_can_be_trained_on():
     z, log_det = flow(x, flow.grid(13, 3))
     (z.sum() + log_det.sum()).backward()
     assert flow.w1.grad.isfinite().all()
+
+
+def test_scoring_is_one_operator_for_whoever_follows_operations_and_has_the_same_bits_without() -> None:
+    class Names(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    flow = flow_of(6, 2, 4)
+    x = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    grid = flow.grid(3, 4, x.device)
+    with torch.no_grad():
+        alone = flow(x, grid)
+        with Names() as mode:
+            followed = flow(x, grid)
+        compiled = torch.compile(flow, backend="eager", fullgraph=True)(x, grid)
+    assert [name for name in mode.names if name.startswith("hgad_fast")] == ["hgad_fast.flow_inference.default"]
+    for other in (followed, compiled):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(alone, other, strict=True))

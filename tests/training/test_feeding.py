@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from contextlib import nullcontext
 
 import numpy as np
@@ -17,9 +18,10 @@ from torch import Tensor
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.features.extract import FeatureSet, feature_set
 from hgad_fast.training import feeding, step
-from hgad_fast.training.feeding import Batch, DeviceFeed, DeviceQueue, Selection, gather
+from hgad_fast.training.feeding import Batch, DeviceFeed, DeviceQueue, HostFeed, Selection, gather
 from hgad_fast.training.processes import Processes
 
+CPU = torch.device("cpu")
 DIMS = (6, 5)
 SIZES = ((4, 5), (3, 3), (4, 5), (1, 6), (3, 3), (4, 5), (4, 5))
 
@@ -376,17 +378,73 @@ def test_the_queue_of_a_gpu(cuda, monkeypatch):
     assert feed.queue.free_memory() == 300
 
 
+def write_images(folder, count: int) -> None:
+    (folder / "oak").mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "oak" / f"{i}.png")
+
+
+def model_of_images(**settings) -> HGADModel:
+    settings = {"n_classes": 1, "feature_levels": 1, "out_indices": [2], "img_size": 32, **settings}
+    return HGADModel(HGADConfig(backbone_arch="test_efficientnet", backbone_weights=None, **settings))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_cached_features_are_copied_in_the_precision_of_the_cache(queue, tmp_path, dtype):
-    for i in range(4):
-        (tmp_path / "oak").mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
-            tmp_path / "oak" / f"{i}.png"
-        )
-    settings = {"n_classes": 1, "feature_levels": 1, "out_indices": [2], "img_size": 32}
-    model = HGADModel(HGADConfig(backbone_arch="test_efficientnet", backbone_weights=None, **settings))
-    features = feature_set(model, tmp_path, cache_dtype=dtype).subset(torch.tensor([2, 0, 1]))
+    write_images(tmp_path, 4)
+    features = feature_set(model_of_images(), tmp_path, cache_dtype=dtype).subset(torch.tensor([2, 0, 1]))
     chosen, labels = Selection(features.images, [0, 2]), torch.zeros(2, dtype=torch.int64)
     assert_same(batches_of(DeviceFeed(queue), chosen, labels), expected_batches(chosen, labels, 1))
     values = sum(features.images[i][0].numel() for i in chosen.numbers)
     assert queue.named("copy")[0][1] == values * getattr(torch, dtype).itemsize + 2 * 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_the_host_reads_the_next_step_of_a_cache_ahead(tmp_path, cache, dtype):
+    write_images(tmp_path, 5)
+    folder = {"cache_dir": tmp_path / "cache"} if cache == "disk" else {}
+    features = feature_set(model_of_images(), tmp_path, cache=cache, cache_dtype=dtype, **folder)
+    chosen, labels = Selection(features.images, [3, 0, 4, 1]), torch.zeros(4, dtype=torch.int64)
+    feed = HostFeed(CPU)
+    feed.prefetch(chosen, labels, 2)
+    assert feed.ahead is not None
+    ahead = feed.ahead.parts()
+    assert_same([part.batch() for part in feed.parts(chosen, labels, 2)], expected_batches(chosen, labels, 2))
+    assert feed.parts(chosen, labels, 2)[0] is not ahead[0]  # what was read serves once
+    feed.prefetch(chosen, labels, 2)
+    assert_same([part.batch() for part in feed.parts(chosen, labels, 1)], expected_batches(chosen, labels, 1))
+    feed.prefetch(make_images(), torch.arange(len(SIZES)), 1)
+    assert feed.ahead is None  # nobody's images but those of a cache
+
+
+def test_an_error_of_reading_ahead_comes_up_in_its_step_and_no_thread_is_left(tmp_path, monkeypatch):
+    write_images(tmp_path, 10)
+    read, threads = feeding.kept, set(threading.enumerate())
+
+    def breaking(images, i):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("features.bin: Input/output error")
+        return read(images, i)
+
+    monkeypatch.setattr(feeding, "kept", breaking)
+    model = model_of_images(batch_size=2, meta_epochs=1, sub_epochs=3, pos_embed_dim=4, coupling_layers=1)
+    with pytest.raises(OSError, match=r"features.bin: Input/output error"):
+        model.fit(tmp_path)
+    assert set(threading.enumerate()) == threads
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_that_reads_ahead_is_the_training_bit_for_bit(tmp_path, monkeypatch, accumulate):
+    write_images(tmp_path, 9)
+    states = []
+    for ahead in (True, False):
+        if not ahead:
+            monkeypatch.setattr(Selection, "in_cache", lambda self: False)
+        model = model_of_images(
+            batch_size=3, accumulate=accumulate, meta_epochs=1, sub_epochs=2, pos_embed_dim=4, coupling_layers=1
+        )
+        model.fit(tmp_path, cache_dtype="float16")
+        states.append(model.state_dict())
+    assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
