@@ -6,6 +6,7 @@ inferred, the map on the grid of the scores. Constants are what the library keep
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgad_fast import HGADModel
-from hgad_fast.features.backbone import Backbone, streamlined
+from hgad_fast.features.backbone import Backbone
 from hgad_fast.modules.flow import ConditionalFlow
 from hgad_fast.ops import mixture, subnet
 from hgad_fast.scoring.calibration import Calibration
@@ -22,14 +23,14 @@ from hgad_fast.scoring.maps import _axis
 
 
 class BackboneGraph(nn.Module):
-    """An image (1, 3, H, W) in [0, 1] -> features (1, C, h, w) of each level; batch norms are folded, as in scoring."""
+    """An image (1, 3, H, W) in [0, 1] -> features (1, C, h, w) of each level; onnxruntime folds batch norms itself."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, backbone: Backbone, size: tuple[int, int]) -> None:
         super().__init__()
-        self.net = streamlined(backbone.net).to(memory_format=torch.contiguous_format)
+        self.net = copy.deepcopy(backbone.net)
         self.sizes = backbone._sizes(*size)
         self.register_buffer("mean", backbone.mean.clone())
         self.register_buffer("std", backbone.std.clone())

@@ -79,7 +79,8 @@ def calibrated_model(**settings: Any) -> HGADModel:
     model = HGADModel(HGADConfig(**(config | settings)))
     class_ids = torch.arange(2 * model.config.n_classes) % model.config.n_classes
     encoder: Any = model.encoder
-    noise = torch.rand(len(class_ids), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    side = model.config.img_size
+    noise = torch.rand(len(class_ids), 3, side, side, generator=torch.Generator().manual_seed(0))
     images = [encoder(encoder.normalize(image[None]), fast=True) for image in noise]
     model.calibrate(FeatureSet.from_levels(list(map(torch.cat, zip(*images, strict=True))), class_ids))
     return model
