@@ -167,7 +167,14 @@ class Part(Protocol):
 
 
 class Feed(Protocol):
-    """The way from images on the host to parts of a batch."""
+    """The way from images on the host to parts of a batch.
+
+    Attributes:
+        runs_on: whether a step is still computed when the call that makes it has returned. Then `prefetch` is called
+            after it; else before, with the parts of the step at hand.
+    """
+
+    runs_on: bool
 
     def parts(
         self, images: Sequence[list[Tensor]], labels: Tensor, count: int, draw: Draw = EVERY_PIXEL
@@ -196,6 +203,8 @@ class HostFeed:
     Attributes:
         ahead: what is read ahead, or None.
     """
+
+    runs_on = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -402,6 +411,8 @@ class DeviceFeed:
     after the first step; that is judged by the images of the first batch. Where images have many sizes, some may be
     left over when that share is used up: they are copied each time.
     """
+
+    runs_on = True
 
     def __init__(self, queue: DeviceQueue) -> None:
         self.queue = queue

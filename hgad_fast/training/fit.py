@@ -316,9 +316,8 @@ class _Run:
         inputs = [(Selection(self.features.images, share), self.features.class_ids[share]) for share in shares]
         for batch, (images, labels) in enumerate(inputs):
             stage, rate = self.model.schedule(Progress(meta_epoch, sub_epoch, batch, self.batches))
-            pending.append(self.step(images, labels, stage, rate))
-            if batch + 1 < len(inputs):
-                self.step.prefetch(*inputs[batch + 1])
+            following = inputs[batch + 1] if batch + 1 < len(inputs) else None
+            pending.append(self.step(images, labels, stage, rate, following))
             if len(pending) == fetch_every or batch == self.batches - 1:
                 losses = self.processes.sum(torch.stack(pending)).cpu()
                 self._require_finite(losses, passes * self.batches + batch + 1 - len(pending))

@@ -23,6 +23,7 @@ from .feeding import gather as gather
 from .processes import Processes
 
 Result = TypeVar("Result")
+Images = tuple[Sequence[list[Tensor]], Tensor]  # one (C, h, w) tensor per level of each image, and the labels (n,)
 EAGER_STEPS = 3  # of each shape before one is recorded: they compile kernels, make optimizer state and memory pools
 MAX_GRAPHS = 4  # of a stage: with images of many sizes, the same shapes would hardly come again
 
@@ -98,7 +99,9 @@ class Step:
         self._recorded: dict[Any, _Recorded] = {}
         self._pool: Any = None  # the memory of all recorded steps: no two of them run at the same time
 
-    def __call__(self, images: Sequence[list[Tensor]], labels: Tensor, stage: int, rate: float) -> Tensor:
+    def __call__(
+        self, images: Sequence[list[Tensor]], labels: Tensor, stage: int, rate: float, following: Images | None = None
+    ) -> Tensor:
         """Make one step on this process's images.
 
         Args:
@@ -107,6 +110,8 @@ class Step:
             labels: their classes (n,), on the CPU.
             stage: number of the stage, from 1.
             rate: learning rate.
+            following: images and labels that the next call is given, the same objects: while this step is computed,
+                they are read, or brought to the device. None: not known yet.
 
         Returns:
             This process's part of the loss terms, (rows, terms): summed over the processes, the mean over all pixels.
@@ -116,11 +121,13 @@ class Step:
         """
         check_labels(labels, self.model)
         with on_device(self.model.device):
-            terms = self._step(images, labels, stage, rate)
+            terms = self._step(images, labels, stage, rate, following)
         self.number += 1
         return terms
 
-    def _step(self, images: Sequence[list[Tensor]], labels: Tensor, stage: int, rate: float) -> Tensor:
+    def _step(
+        self, images: Sequence[list[Tensor]], labels: Tensor, stage: int, rate: float, following: Images | None
+    ) -> Tensor:
         """Make one step, as `__call__` does, while the model's device is the current one."""
         if stage != self._stage:
             self._drop_graphs()
@@ -130,30 +137,32 @@ class Step:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        parts = self.feed.parts(images, labels, self._parts(images), self._draw())
+        parts = self.feed.parts(images, labels, self._parts(images), self._draw(self.number))
+        if not self.feed.runs_on:
+            self._prefetch(following)
         levels = range(len(parts[0].members))
         pixels = [sum(group.pixels for part in parts for group in part.members[level]) for level in levels]
         if self.graphs:
-            return self._graphed(parts, pixels)
-        return self._advance((part.batch() for part in parts), len(parts), self._all_pixels(pixels))
+            terms = self._graphed(parts, pixels)
+        else:
+            terms = self._advance((part.batch() for part in parts), len(parts), self._all_pixels(pixels))
+        if self.feed.runs_on:
+            self._prefetch(following)
+        return terms
 
-    def prefetch(self, images: Sequence[list[Tensor]], labels: Tensor) -> None:
-        """Begin to bring the next step's images to the device, while it works on this one's.
-
-        Args:
-            images: what the next call is given, the same object.
-            labels: likewise.
-        """
-        with on_device(self.model.device):
-            self.feed.prefetch(images, labels, self._parts(images), self._draw())
+    def _prefetch(self, following: Images | None) -> None:
+        """Let the feed begin with what the next step is given."""
+        if following is not None:
+            images, labels = following
+            self.feed.prefetch(images, labels, self._parts(images), self._draw(self.number + 1))
 
     def _parts(self, images: Sequence[list[Tensor]]) -> int:
         """Return in how many parts these images are processed."""
         return min(self.config.accumulate, len(images))
 
-    def _draw(self) -> Draw:
-        """Return the draw of pixels of the next step."""
-        return Draw(self.model.pixels_per_step, self.config.seed, self.number)
+    def _draw(self, number: int) -> Draw:
+        """Return the draw of pixels of the step of this number."""
+        return Draw(self.model.pixels_per_step, self.config.seed, number)
 
     def _stage_loss(self, stage: int) -> nn.Module:
         """Return the objective of a stage, and note the terms that it reports."""

@@ -273,8 +273,8 @@ def test_each_step_of_a_training_has_a_number_of_its_own(monkeypatch):
     numbers: list[int] = []
     original = Step._draw
 
-    def noted(self):
-        draw = original(self)
+    def noted(self, number):
+        draw = original(self, number)
         numbers.append(draw.step)
         return draw
 

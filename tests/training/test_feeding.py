@@ -299,16 +299,16 @@ def test_the_next_batch_is_on_its_way_before_the_losses_are_fetched(monkeypatch,
     data = FeatureSet(make_images(((2, 2),) * 15), torch.arange(15) % 3)
     events: list[str] = []
     monkeypatch.setattr(step, "HostFeed", lambda device: DeviceFeed(queue))
-    for name in ("__call__", "prefetch"):
-        original = getattr(step.Step, name)
+    for kind, name in ((step.Step, "_advance"), (DeviceFeed, "prefetch"), (step.Processes, "sum")):
+        original = getattr(kind, name)
 
         def recorded(self, *args, name=name, original=original):
             events.append(name)
             return original(self, *args)
 
-        monkeypatch.setattr(step.Step, name, recorded)
+        monkeypatch.setattr(kind, name, recorded)
     make_model(meta_epochs=1, sub_epochs=1).fit(data, calibration=data)
-    assert events == ["__call__", "prefetch"] * 2 + ["__call__"]
+    assert events == ["_advance", "prefetch", "sum"] * 2 + ["_advance", "sum"]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -433,6 +433,19 @@ def test_an_error_of_reading_ahead_comes_up_in_its_step_and_no_thread_is_left(tm
     with pytest.raises(OSError, match=r"features.bin: Input/output error"):
         model.fit(tmp_path)
     assert set(threading.enumerate()) == threads
+
+
+def test_the_next_step_is_read_while_a_step_is_computed(tmp_path, monkeypatch):
+    write_images(tmp_path, 9)
+    advance, reading = step.Step._advance, []
+    monkeypatch.setattr(
+        step.Step, "_advance", lambda self, *args: reading.append(self.feed.ahead) or advance(self, *args)
+    )
+    model = model_of_images(
+        batch_size=2, calibration_fraction=0, meta_epochs=1, sub_epochs=2, pos_embed_dim=4, coupling_layers=1
+    )
+    model.fit(tmp_path, cache="disk", cache_dir=tmp_path / "cache")
+    assert [ahead is not None for ahead in reading] == [True, True, True, False] * 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -273,8 +273,7 @@ def test_a_step_runs_on_the_device_of_its_model(recording, cuda, monkeypatch):
     batch = make_batch(sizes=((2, 3),))
     for graphs in (True, False):
         recording.graphs = graphs
-        recording(*batch, 1, 1e-3)
-        recording.prefetch(*batch)
+        recording(*batch, 1, 1e-3, batch)
     assert devices == [1, 1] and cuda.device == 0
 
 
