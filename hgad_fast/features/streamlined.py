@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 def streamlined(net: Any) -> nn.Module:
     """Copy a timm network such that it gives the same features, to rounding, in half the time and less memory.
 
-    Batch norms become part of the convolutions whose output they take, convolutions pad their input themselves, layers
-    are called one after the other (`_flat`), and blocks after the last stage asked for are left out. The copy is tried
-    on noise: if its error against float64 is worse than that of the network itself, or the network takes images of one
-    size only, a plain copy is returned.
+    Batch norms become part of the convolutions whose output they take, convolutions pad their input themselves, and
+    blocks after the last stage asked for are left out. The copy is tried on noise: if its error against float64 is
+    worse than that of the network itself, or the network takes images of one size only, a plain copy is returned.
     """
     plain = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
@@ -36,7 +34,6 @@ def streamlined(net: Any) -> nn.Module:
         for layer in fast.modules():
             if type(layer).__name__ == "Conv2dSame" and layer.dilation == (1, 1):  # of timm, which imports slowly
                 layer.__class__ = _SelfPadding
-        fast = _flat(fast, noise)
         exact = copy.deepcopy(net).eval().double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):
             if not (fast_x - exact_x).norm() <= 4 * (plain_x - exact_x).norm() + 1e-6 * exact_x.norm():
@@ -91,34 +88,3 @@ def _fold_batch_norms(net: nn.Module, images: Tensor) -> None:
         weights = conv.weight, conv.bias, mean, variance, batch_norm.eps, batch_norm.weight, batch_norm.bias
         conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(*weights)  # type: ignore[arg-type]
         net.set_submodule(norm_name, getattr(batch_norm, "act", nn.Identity()))  # timm's norms hold an activation
-
-
-class _Layers(torch.fx.Tracer):
-    """A tracer that looks into modules made of modules only."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """Return whether a module is called as it is."""
-        return not any(True for _ in module.children())
-
-
-def _flat(net: nn.Module, images: Tensor) -> nn.Module:
-    """Return a network with its layers one after the other in one function, or itself where they cannot be.
-
-    The blocks around the layers cost about as much time as the layers of a small image, and keep what nobody needs any
-    more. It is tried on images of two sizes, as a size must not become part of the function.
-    """
-    try:
-        graph = _Layers().trace(net)
-        for node in list(graph.nodes):
-            if node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.Identity):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-        flat = torch.fx.GraphModule(net, graph)
-        for size in (images, torch.cat([images, images], 3)):
-            if not all(torch.equal(x, y) for x, y in zip(flat(size), net(size), strict=True)):
-                return net
-    except Exception:  # tracing meets any code, with values that are no tensors
-        return net
-    if hasattr(net, "output_fmt"):
-        flat.output_fmt = net.output_fmt
-    return flat

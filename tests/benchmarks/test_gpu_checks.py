@@ -148,8 +148,8 @@ def test_runs_that_differ_in_one_bit_are_found(monkeypatch: pytest.MonkeyPatch) 
         return losses
 
     monkeypatch.setattr(ops, "mixture_losses", unsteady)
-    first, second = gpu_checks.check_determinism(cases.QUICK, CPU)
-    assert first.error == 1 and not first.passed and second.passed
+    first, *others = gpu_checks.check_determinism(cases.QUICK, CPU)
+    assert first.error == 1 and not first.passed and others and all(other.passed for other in others)
 
 
 def test_tf32_emulations_and_the_verdict_on_a_product() -> None:
@@ -228,6 +228,7 @@ def test_ceilings_are_those_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -
         return 1.0
 
     monkeypatch.setattr(measure, "seconds", once)
-    measure.measure_ceiling.__wrapped__(CPU, cases.precisions(CPU))
-    assert len(factors) == 30
-    assert all(factor.std() > 0.9 and factor[0].ne(factor[1]).all() for factor in factors[::10])
+    precisions = cases.precisions(CPU)
+    measure.measure_ceiling.__wrapped__(CPU, precisions)
+    assert len(factors) == 10 + 20 * len(precisions)
+    assert all(factor.std() > 0.9 and factor[0].ne(factor[1]).float().mean() > 0.9 for factor in factors[::10])

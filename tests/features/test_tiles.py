@@ -14,7 +14,7 @@ from timm.layers import Conv2dSame
 from hgad_fast import HGADConfig
 from hgad_fast.features import backbone, tiles
 from hgad_fast.features.backbone import Backbone
-from hgad_fast.features.streamlined import _flat, _SelfPadding, streamlined
+from hgad_fast.features.streamlined import _SelfPadding, streamlined
 
 
 def small_tiles(monkeypatch, arch: str, **settings) -> Backbone:
@@ -155,27 +155,6 @@ def test_a_convolution_pads_its_weights_as_timm_pads_the_input(kernel, stride):
         for size in itertools.product(range(5, 12), repeat=2):
             images = torch.randn(1, 4, *size)
             torch.testing.assert_close(padded(images), conv(images))
-
-
-class Branching(torch.nn.Module):
-    """Layers whose use depends on what they are given."""
-
-    def __init__(self, asks):
-        super().__init__()
-        self.layer, self.asks = torch.nn.ReLU(), asks
-
-    def forward(self, images):
-        return [self.layer(images) if self.asks(images) else images]
-
-
-@pytest.mark.parametrize(
-    "asks",
-    [lambda images: images.shape[3] < 100, lambda images: isinstance(images, torch.Tensor)],
-    ids=["size", "type"],
-)
-def test_a_network_that_is_more_than_its_layers_stays_as_it_is(asks):
-    net = Branching(asks)
-    assert _flat(net, torch.randn(1, 3, 64, 64)) is net
 
 
 def in_place(net):

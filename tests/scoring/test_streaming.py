@@ -146,7 +146,7 @@ from hgad_fast.features import preprocess
 config = HGADConfig(n_classes=3, backbone_arch="tf_efficientnet_lite0", backbone_weights=None, img_size="native")
 model = HGADModel(config)
 model.score(torch.rand(3, 128, 128), normalization="official")
-for size in ((700, 1000), (1400, 1100)):
+for size in ((1400, 1100), (1500, 2000)):
     image = torch.rand(3, *size)
     peak = peak_resident(lambda: model.score(image, 0, normalization="official", map_size=8))
     print(peak, preprocess.working_set(model, config, size, group_known=True))
