@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,27 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = TypeVar("Made")
+SAMPLED = 8  # of so many rows (of a matrix, columns) one is compared
+
+
+class _Kept(NamedTuple):
+    """What was made of some tensors."""
+
+    references: list[weakref.ref[Tensor]]
+    storages: list[StorageWeakRef]
+    samples: list[Tensor]
+    made: Any
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these are the tensors, unchanged."""
+        same = all(reference() is t for reference, t in zip(self.references, tensors, strict=True))
+        return same and all(map(torch.equal, self.samples, _samples(tensors)))
+
+
+def _samples(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of some values of each tensor; none of a GPU's, for which the host would have to wait."""
+    chosen = [t.detach() for t in tensors if t.device.type == "cpu"]
+    return [t[:, ::SAMPLED].clone() if t.dim() > 1 else t.clone() for t in chosen]
 
 
 class Cache:
@@ -22,7 +43,7 @@ class Cache:
     def __init__(self, size: int) -> None:
         self.size = size
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Any, tuple[list[weakref.ref[Tensor]], list[StorageWeakRef], Any]] = OrderedDict()
+        self._kept: OrderedDict[Any, _Kept] = OrderedDict()
         self._emptied = 0
 
     def get(self, make: Callable[[], Made], kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> Made:
@@ -31,6 +52,8 @@ class Cache:
         Nothing is kept while a CUDA graph is recorded, which has to make it at each replay, nor of tensors that do not
         count their changes (those of inference mode). Writes through `tensor.data`, or by a recorded graph, are not
         counted either; a new `tensor.data` is seen by its memory, whose place no other takes while it is referred to.
+        On a CPU a sample of the values is compared, too: what is written to a whole tensor, as averages of weights are,
+        is seen whatever the way.
         """
         recording = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if recording or any(type(t) not in _PLAIN or t.is_inference() for t in tensors):
@@ -45,15 +68,16 @@ class Cache:
         with self._lock:
             emptied = self._emptied
             found = self._kept.pop(key, None)
-            if found and all(reference() is t for reference, t in zip(found[0], tensors, strict=True)):
+            if found and found.is_of(tensors):
                 self._kept[key] = found
-                return found[2]
+                return found.made
+        samples = _samples(tensors)
         made = make()
         with self._lock:
             if emptied == self._emptied:  # else a tensor may have been written to meanwhile
-                self._kept[key] = references, storages, made
-            for other, (known, _, _) in list(self._kept.items()):  # what nobody can ask for again
-                if any(reference() is None for reference in known):
+                self._kept[key] = _Kept(references, storages, samples, made)
+            for other, kept in list(self._kept.items()):  # what nobody can ask for again
+                if any(reference() is None for reference in kept.references):
                     del self._kept[other]
             while len(self._kept) > self.size:
                 self._kept.popitem(last=False)

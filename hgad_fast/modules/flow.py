@@ -102,12 +102,14 @@ class ConditionalFlow(nn.Module):
         """Return z (N, C) and log|det dz/dx| (N,), or with `rev` x and log|det dx/dz|.
 
         Args:
-            x: (N, C), row-major over (image, row, column); z with `rev`.
+            x: (N, C), row-major over (image, row, column); z with `rev`. Half precision, as autocast makes features, is
+                computed in float32.
             condition: a `SeparablePosition`, a dense code (N, P), or as in the official code a list [code (N, P)]. A
                 dense code that is the sinusoidal grid of a feature map (within 1e-6) is recognised, and computed as
                 cheaply as a `SeparablePosition`; any other code is used as it is, and on a CPU that of few pixels.
             rev: run the flow backwards.
         """
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         position = self._given(condition)
         if isinstance(position, Tensor) and (position.is_cuda or position.numel() * self.b1.numel() >= FEW_PRODUCTS):
             position = recognise_position(position) or position
@@ -140,7 +142,7 @@ class ConditionalFlow(nn.Module):
 
     def grid(self, h: int, w: int, device: torch.device | None = None) -> SeparablePosition | None:
         """Return the positions of an h x w map; None where the flow is unconditional."""
-        return sinusoidal_position(h, w, self.position_dim, device) if self.position_dim else None
+        return sinusoidal_position(h, w, self.position_dim, device, self.w1.dtype) if self.position_dim else None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in official_names(self.blocks).items():

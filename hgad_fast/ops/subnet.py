@@ -123,7 +123,7 @@ def weights_of(parameters: list[Tensor], precision: str, factors: tuple[float, f
         )
         return [Weights._make(parts) for parts in zip(*map(torch.unbind, weights), strict=True)]
 
-    return kernels("cache").PACKED.get(make, ("weights", precision, factors), parameters)
+    return kernels("cache").PACKED.get(make, ("weights", precision, bfloat16_instructions(), factors), parameters)
 
 
 def tables_of(conditions: list[Tensor], parameters: list[Tensor], precision: str) -> list[tuple[Tensor, ...]]:
@@ -140,7 +140,9 @@ def tables_of(conditions: list[Tensor], parameters: list[Tensor], precision: str
         tables = result(column + blocks.b1[:, None], precision), result(row, precision)
         return list(zip(*map(torch.unbind, tables), strict=True))
 
-    return kernels("cache").PACKED.get(make, ("tables", precision), [*conditions, blocks.w1, blocks.b1])
+    return kernels("cache").PACKED.get(
+        make, ("tables", precision, bfloat16_instructions()), [*conditions, blocks.w1, blocks.b1]
+    )
 
 
 def layers(
@@ -153,10 +155,11 @@ def layers(
 ) -> tuple[Tensor, Tensor]:
     """Return h = relu(W1 [x1, position] + b1) (N, Hd) and a = W2 h + b2 (N, 2 C2), in `memory` if there is some."""
     h, a = memory or memory_for(len(x1), weights)
-    if tables and len(h):
+    if tables:
         column, row = tables
-        maps = h.view(-1, len(row), len(column), h.shape[1])
-        torch.add(row[:, None], column, out=maps[0])
+        maps = h.view(len(h) // max(len(row) * len(column), 1), len(row), len(column), h.shape[1])
+        if len(maps):
+            torch.add(row[:, None], column, out=maps[0])
         if len(maps) > 1:
             maps[1:] = maps[0]
     else:

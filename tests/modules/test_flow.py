@@ -176,3 +176,18 @@ def test_scoring_is_one_operator_for_whoever_follows_operations_and_has_the_same
     assert [name for name in mode.names if name.startswith("hgad_fast")] == ["hgad_fast.flow_inference.default"]
     for other in (followed, compiled):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(alone, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features_in_half_precision_are_computed_in_float32(dtype, precision):
+    flow, x = ConditionalFlow(6, 2, 8), torch.randn(12, 6).to(dtype)
+    flow.precision = precision
+    z, log_det = flow(x, flow.grid(3, 4))
+    assert z.dtype == log_det.dtype == torch.float32 and z.equal(flow(x.float(), flow.grid(3, 4))[0])
+
+
+def test_positions_have_the_precision_of_the_flow():
+    flow = ConditionalFlow(6, 2, 8).double()
+    z, _ = flow(torch.randn(12, 6, dtype=torch.float64), flow.grid(3, 4))
+    assert z.dtype == torch.float64

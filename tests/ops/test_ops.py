@@ -365,6 +365,32 @@ def test_what_is_made_of_parameters_is_made_once_until_one_changes(precision: st
     assert len(made) == 1 + len(blocks)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_written_to_weights_in_any_way_is_seen(precision: str):
+    """Averages of weights are kept through `data`, which counts no change."""
+    blocks = ops.Blocks.stack([ops.Block._make(p.detach() for p in b) for b in make_blocks(6, 8, 2, torch.float32)])
+    x, position = torch.randn(12, 6), sinusoidal_position(3, 4, 8)
+
+    def z(parameters: ops.Blocks) -> Tensor:
+        return ops.flow(x, parameters, position, precision=precision)[0]
+
+    ways = (lambda p: p.data.mul_(1.5), lambda p: p.data.copy_(p.data * 0.5), lambda p: p.numpy().__imul__(3.0))
+    z(blocks)
+    for way in ways:
+        for parameter in blocks:
+            way(parameter)
+            torch.testing.assert_close(z(blocks), z(ops.Blocks._make(p.clone() for p in blocks)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("position", ["separable", "none"])
+def test_no_pixels(position: str):
+    blocks = ops.Blocks.stack(make_blocks(6, 8 if position == "separable" else 0, 2, torch.float32))
+    code = sinusoidal_position(3, 4, 8) if position == "separable" else None
+    for x in (torch.randn(0, 6), torch.randn(0, 6, requires_grad=True)):
+        z, log_det = ops.flow(x, ops.Blocks._make(p.detach() for p in blocks), code)
+        assert z.shape == (0, 6) and log_det.shape == (0,)
+
+
 def test_tf32_rounds_to_nearest():
     x = torch.tensor([1.0, 1 + 2.0**-11, 1 + 3 * 2.0**-12, -1 - 3 * 2.0**-12, 1 + 2.0**-10])
     rounded = subnet.operand(x, "tf32")
