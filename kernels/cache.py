@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = TypeVar("Made")
-SAMPLED = 8  # of so many rows (of a matrix, columns) one is compared
+SAMPLED = 64  # of so many rows (of a matrix, columns) one is compared
 
 
 class _Kept(NamedTuple):
