@@ -395,10 +395,10 @@ def test_peers_are_compiled_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0].speedups.keys() == {"official", "official, compiled"}
 
 
-def test_without_a_compiler_nothing_is_compiled_and_a_note_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_without_a_compiler_nothing_is_compiled_and_a_note_says_so() -> None:
     notes: list[str] = []
-    rows = measure.run(["coupling"], quick=True, device="cpu", compiled=True, progress=notes.append)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        rows = measure.run(["coupling"], quick=True, device="cpu", compiled=True, progress=notes.append)
     assert [row.contender for row in rows] == ["hgad_fast", "official"]
     assert any("no C++ compiler" in note for note in notes)
     assert not any("no C++ compiler" in note for note in measure.about_run(CPU)["notes"])
