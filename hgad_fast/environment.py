@@ -53,6 +53,7 @@ class _WithoutDraws(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.randn and torch.device(kwargs.get("device", "cpu")).type == "meta":
+            kwargs.pop("generator", None)
             return torch.empty(*args, **kwargs)
         if func in (nn.init.normal_, Tensor.normal_):
             tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]

@@ -414,7 +414,6 @@ class _Fast:
             return tiles.footprint(self.net, self.strides, self.maybe_local)
 
 
-@torch.no_grad()
 def _part(image: Tensor, size: tuple[int, int], rows: tiles.Cut, columns: tiles.Cut) -> Tensor:
     """Return a tile of an image (3, H, W) that is resized to `size`, without resizing the rest."""
     if size == image.shape[1:]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@torch.no_grad()
 def streamlined(net: Any) -> nn.Module:
     """Copy a timm network such that it gives the same features, to rounding, in half the time and less memory.
 

@@ -120,11 +120,12 @@ def flow(
 def _is_recorded(x: Tensor) -> bool:
     """Return whether somebody follows the operations on x: a compiler, an export, a mode. They are to see one operator.
 
-    Where nobody does, an operator's first call would import torch's compiler in vain.
+    Where nobody does, an operator's first call would import torch's compiler in vain. Of an x without memory, the
+    operator knows the shapes.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return type(x) is not Tensor or _get_current_dispatch_mode() is not None
+    return type(x) is not Tensor or x.is_meta or _get_current_dispatch_mode() is not None
 
 
 def flow_path(x: Tensor, position: Position, precision: str, backend: str | None = None) -> str:

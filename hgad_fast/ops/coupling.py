@@ -38,10 +38,10 @@ def affine_coupling(x2: Tensor, a: Tensor, clamp: float = 1.9, *, inverse: bool 
         ValueError: the shapes do not fit each other.
     """
     s, t = _scale_and_shift(a, clamp, x2.dtype)
-    log_det = s.sum(1, dtype=torch.promote_types(x2.dtype, torch.float32))
+    log_det = s.sum(1)
     if inverse:
-        return (x2 - t) * torch.exp(-s), -log_det
-    return torch.addcmul(t, x2, torch.exp(s)), log_det
+        return ((x2 - t) * torch.exp(-s)).to(x2.dtype), -log_det
+    return torch.addcmul(t, x2.to(t.dtype), torch.exp(s)).to(x2.dtype), log_det
 
 
 @fused("coupling")
@@ -62,15 +62,16 @@ def affine_coupling_backward(
         bias, and the rebuilt x2 (N, C2).
     """
     s, t = _scale_and_shift(a, clamp, y2.dtype)
-    x2_scaled = y2 - t  # = x2 exp(s)
-    gs = torch.addcmul(glog_det[:, None].to(gy2.dtype), gy2, x2_scaled)
-    ga = torch.cat([gs.mul_((clamp - s.square() / clamp).mul_(0.1)), 0.1 * gy2], 1)
-    return gy2 * torch.exp(s), ga.to(a.dtype), ga.sum(0), x2_scaled.mul_(torch.exp(-s))
+    x2_scaled, wide_gy2 = y2 - t, gy2.to(t.dtype)  # y2 - t = x2 exp(s)
+    gs = torch.addcmul(glog_det[:, None].to(t.dtype), wide_gy2, x2_scaled)
+    ga = torch.cat([gs.mul_((clamp - s.square() / clamp).mul_(0.1)), 0.1 * wide_gy2], 1)
+    gx2, x2 = wide_gy2 * torch.exp(s), x2_scaled.mul_(torch.exp(-s))
+    return gx2.to(gy2.dtype), ga.to(a.dtype), ga.sum(0), x2.to(y2.dtype)
 
 
 def _scale_and_shift(a: Tensor, clamp: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return s and t = 0.1 a_t, (N, C2) each."""
-    a_s, a_t = a.to(dtype).chunk(2, 1)
+    """Return s and t = 0.1 a_t, (N, C2) each, in `dtype` or in float32 if that is wider."""
+    a_s, a_t = a.to(torch.promote_types(dtype, torch.float32)).chunk(2, 1)
     # tanh(v) = 2 sigmoid(2 v) - 1, several times as fast on a CPU. A small v loses digits, exp(s) does not.
     return torch.sigmoid(0.2 * a_s) * (2 * clamp) - clamp, 0.1 * a_t
 
@@ -98,7 +99,7 @@ def _affine_coupling_gradients(ctx: Any, gy: Tensor, glog_det: Tensor) -> tuple[
     s, _ = _scale_and_shift(a, ctx.clamp, y.dtype)  # y = (x2 - t) exp(-s)
     gx2 = gy * torch.exp(-s)
     gs = -(gy * y + glog_det[:, None]) * (ctx.clamp - s.square() / ctx.clamp)
-    return gx2, 0.1 * torch.cat([gs, -gx2], 1).to(a.dtype), None, None
+    return gx2.to(gy.dtype), 0.1 * torch.cat([gs, -gx2], 1).to(a.dtype), None, None
 
 
 _affine_coupling.register_autograd(_affine_coupling_gradients, setup_context=_save_affine_coupling)

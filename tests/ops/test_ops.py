@@ -802,3 +802,21 @@ def test_kernels_pass_gradients_on(interpreted):
         exact, tolerance = rounding.exact_and_tolerance(function, *inputs)
         backend = "triton"
         rounding.assert_within(function(*inputs), exact, tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_coupling_in_half_precision_rounds_its_result_alone(dtype, inverse):
+    x2, a = torch.randn(50, 30).to(dtype), torch.randn(50, 60).to(dtype)
+    y2, log_det = ops.affine_coupling(x2, a, inverse=inverse)
+    exact_y2, exact_log_det = ops.affine_coupling(x2.double(), a.double(), inverse=inverse)
+    assert y2.dtype == dtype and log_det.dtype == torch.float32
+    torch.testing.assert_close(y2.double(), exact_y2, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(log_det.double(), exact_log_det, rtol=0, atol=1e-5)
+
+
+def test_without_memory_a_flow_has_shapes():
+    blocks = ops.Blocks._make(p.detach().to("meta") for p in ops.Blocks.stack(make_blocks(6, 8, 2, torch.float32)))
+    position = ops.SeparablePosition(*(code.to("meta") for code in sinusoidal_position(3, 4, 8)))
+    z, log_det = ops.flow(torch.randn(12, 6, device="meta"), blocks, position)
+    assert z.is_meta and z.shape == (12, 6) and log_det.shape == (12,)
