@@ -16,7 +16,7 @@ from torch import Tensor
 from .dispatch import fused, in_float32, kernels, no_double_backward, path
 
 SCORE_ROWS = 8192  # pixels whose densities are computed together by the definitions of scoring
-CENTRES_TOGETHER = 256  # whose products with those pixels are: 8 MB
+CENTRES_TOGETHER = 64  # whose products with those pixels are: 2 MB
 
 
 def log_weights(phi: Tensor) -> Tensor:
