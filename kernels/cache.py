@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = TypeVar("Made")
-SAMPLED = 64  # of so many rows (of a matrix, columns) one is compared
+WHOLE = 2**13  # values of a tensor up to which all are compared
+SAMPLED = 64  # of a larger one, one of so many values of each row
 
 
 class _Kept(NamedTuple):
@@ -34,7 +35,7 @@ class _Kept(NamedTuple):
 def _samples(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return copies of some values of each tensor; none of a GPU's, for which the host would have to wait."""
     chosen = [t.detach() for t in tensors if t.device.type == "cpu"]
-    return [t[:, ::SAMPLED].clone() if t.dim() > 1 else t.clone() for t in chosen]
+    return [t[..., ::SAMPLED].clone() if t.numel() > WHOLE else t.clone() for t in chosen]
 
 
 class Cache:
@@ -52,8 +53,8 @@ class Cache:
         Nothing is kept while a CUDA graph is recorded, which has to make it at each replay, nor of tensors that do not
         count their changes (those of inference mode). Writes through `tensor.data`, or by a recorded graph, are not
         counted either; a new `tensor.data` is seen by its memory, whose place no other takes while it is referred to.
-        On a CPU a sample of the values is compared, too: what is written to a whole tensor, as averages of weights are,
-        is seen whatever the way.
+        On a CPU a sample of each row's values is compared, too: what is written to a tensor or to rows of it, as
+        averages of weights or the centres of a class are, is seen whatever the way. A few single values may not be.
         """
         recording = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if recording or any(type(t) not in _PLAIN or t.is_inference() for t in tensors):

@@ -190,7 +190,7 @@ class HGADModel(OfficialSurface, Detector):
         config = self.config
         precision = config.precision
         if precision == "bf16" and not bfloat16_instructions():
-            precision += ", on this processor emulated: slower than fp32"
+            precision += ", emulated on this machine's CPU: slower there than fp32"
         return {
             "coupling layers": config.coupling_layers,
             "centres per class": config.n_intra_centers,

@@ -293,9 +293,10 @@ class HostPart:
 
     def batch(self) -> Batch:
         """Return it as a new batch."""
+        if self._gathered is None:
+            self.gather()
         batch, self._gathered = self._gathered, None
-        if batch is None:
-            batch = gather(self.images, self.labels, groups=self.members)
+        assert batch is not None
         return [[group.to(self.device) for group in groups] for groups in batch]
 
     def fill(self, batch: Batch) -> None:

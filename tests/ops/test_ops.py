@@ -382,6 +382,21 @@ def test_what_is_written_to_weights_in_any_way_is_seen(precision: str):
             torch.testing.assert_close(z(blocks), z(ops.Blocks._make(p.clone() for p in blocks)), rtol=0, atol=0)
 
 
+def test_what_is_written_to_rows_of_weights_is_seen():
+    """However large the tensors are: to a hidden unit of one block, and to one centre of each class."""
+    flow, x = ConditionalFlow(40, 2, 64).requires_grad_(False), torch.randn(6, 40)
+    grid = flow.grid(2, 3)
+    flow(x, grid)
+    flow.w2.data[1, 3].mul_(2)
+    torch.testing.assert_close(flow(x, grid)[0], ops.flow(x, ops.Blocks._make(p.clone() for p in flow.blocks), grid)[0])
+    mixture = [p.detach().float() for p in make_mixture(20, 12, 64)]
+    z, log_det = torch.randn(5, 64), torch.zeros(5)
+    ops.mixture_scores(z, log_det, *mixture)
+    mixture[1].data[:, 3] = mixture[0] * 0.5
+    expected = ops.mixture_scores(z, log_det, *(p.clone() for p in mixture)).log_density
+    torch.testing.assert_close(ops.mixture_scores(z, log_det, *mixture).log_density, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("position", ["separable", "none"])
 def test_no_pixels(position: str):
     blocks = ops.Blocks.stack(make_blocks(6, 8 if position == "separable" else 0, 2, torch.float32))
