@@ -19,7 +19,7 @@ from hgad_fast.features.backbone import Backbone
 from hgad_fast.modules.flow import ConditionalFlow
 from hgad_fast.ops import mixture, subnet
 from hgad_fast.scoring.calibration import Calibration
-from hgad_fast.scoring.maps import _axis
+from hgad_fast.scoring.maps import blurred_axis
 
 
 class BackboneGraph(nn.Module):
@@ -31,7 +31,7 @@ class BackboneGraph(nn.Module):
     def __init__(self, backbone: Backbone, size: tuple[int, int]) -> None:
         super().__init__()
         self.net = copy.deepcopy(backbone.net)
-        self.sizes = backbone._sizes(*size)
+        self.sizes = backbone.pass_sizes(*size)
         self.register_buffer("mean", backbone.mean.clone())
         self.register_buffer("std", backbone.std.clone())
 
@@ -62,7 +62,7 @@ class LevelGraph(nn.Module):
                 table = table + (row[:, None] + column).flatten(0, 1)
             self.tables.append(table.contiguous())
         self.log_gain = float(torch.cat([block.gain for block in self.blocks]).log().sum())
-        self.prior = mixture._prior(*(tensor.detach() for tensor in centres))
+        self.prior = mixture.prior_of(*(tensor.detach() for tensor in centres))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         h, w = features.shape[2:]
@@ -107,7 +107,7 @@ class ScoringGraph(nn.Module):
         scale = model.config.msk_size / min(sizes[0])
         grid = [round(side * scale) for side in sizes[0]]
         cpu = torch.device("cpu")
-        self.axes = [[_axis(n, m, torch.float32, cpu) for n, m in zip(level, grid, strict=True)] for level in sizes]
+        self.axes = [[blurred_axis(n, m, torch.float32, cpu) for n, m in zip(level, grid, strict=True)] for level in sizes]
         self.register_buffer("level_max", model.calibration.level_max)
         self.weights = model.calibration.weights
 

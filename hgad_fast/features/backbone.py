@@ -182,11 +182,11 @@ class Backbone(nn.Module):
         if fast:
             images = images.contiguous(memory_format=torch.channels_last)  # to be resized in half the time, too
         features = []
-        for size in self._sizes(*images.shape[2:]):
+        for size in self.pass_sizes(*images.shape[2:]):
             resized = images
             if size != images.shape[2:]:
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
-            features += self._levels(self._stages(resized, net))
+            features += self.levels_of(self._stages(resized, net))
         return features
 
     def feature_values(self, height: int, width: int) -> int:
@@ -194,13 +194,13 @@ class Backbone(nn.Module):
         dims = self.feature_dims[: len(self.strides)]
         return sum(
             channels * math.ceil(h / stride) * math.ceil(w / stride)
-            for h, w in self._sizes(height, width)
+            for h, w in self.pass_sizes(height, width)
             for channels, stride in zip(dims, self.strides, strict=True)
         )
 
     def cells(self, length: int) -> int:
         """Return how many cells the finest level has along `length` pixels; timm's strides are rounded up."""
-        return math.ceil(self._sizes(length, length)[0][0] / self.strides[0])
+        return math.ceil(self.pass_sizes(length, length)[0][0] / self.strides[0])
 
     def feature_maps(self, image: Tensor, cut: bool = True) -> FeatureMaps:
         """Return the features of an image (3, H, W) in [0, 1], with `cut` in tiles if it is large: see `passes`."""
@@ -218,7 +218,7 @@ class Backbone(nn.Module):
         fast = self._fast()
         footprint = fast.footprint
         passes = []
-        for size in self._sizes(height, width):
+        for size in self.pass_sizes(height, width):
             with torch.no_grad():
                 features = self._stages(torch.empty(1, 3, *size, device="meta"), fast.shadow)
             stages = [(x.shape[2], x.shape[3]) for x in features]
@@ -266,7 +266,7 @@ class Backbone(nn.Module):
             needed = max(needed, tile)
         return int(needed)
 
-    def _sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+    def pass_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the sizes of the images that the network sees, one for each pass."""
 
         def side(length: int, level: int) -> int:
@@ -290,7 +290,7 @@ class Backbone(nn.Module):
                 )
         return [group[0] for group in stages]
 
-    def _levels(self, stages: list[Tensor]) -> list[Tensor]:
+    def levels_of(self, stages: list[Tensor]) -> list[Tensor]:
         """Return the levels (B, C, h, w) that the stages of a pass make."""
         return [joining.joined(stages, self.stage_strides, self.grid)] if self.mode == "joined" else stages
 

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def streamlined(net: Any) -> nn.Module:
+def streamlined(net: Any, own_padding: bool = True) -> nn.Module:
     """Copy a timm network such that it gives the same features, to rounding, in half the time and less memory.
 
     Batch norms become part of the convolutions whose output they take, convolutions pad their input themselves, and
     blocks after the last stage asked for are left out. The copy is tried on noise: if its error against float64 is
     worse than that of the network itself, or the network takes images of one size only, a plain copy is returned.
+
+    Args:
+        net: the network.
+        own_padding: whether convolutions pad their input. If not, it is padded before, by an operation that other
+            runtimes know how to make part of the convolution.
     """
     plain = copy.deepcopy(net).eval().to(memory_format=torch.channels_last)
     fast = copy.deepcopy(plain)
@@ -33,7 +38,7 @@ def streamlined(net: Any) -> nn.Module:
     try:
         _fold_batch_norms(fast, noise)
         for layer in fast.modules():
-            if type(layer).__name__ == "Conv2dSame" and layer.dilation == (1, 1):  # of timm, which imports slowly
+            if own_padding and type(layer).__name__ == "Conv2dSame" and layer.dilation == (1, 1):  # of timm, which imports slowly
                 layer.__class__ = _SelfPadding
         exact = copy.deepcopy(net).eval().double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):

@@ -172,6 +172,24 @@ class Detector(nn.Module):
         """
         raise NotImplementedError
 
+    def density_graph(self, sizes: Sequence[tuple[int, int]], group: int | None = None) -> nn.Module:
+        """Return what `prepare` and `densities` do, of features of fixed sizes, as a module that can be exported.
+
+        It takes the features (B, C, h, w) of each level, for any B, and the groups of the images, (B,) int64 or None:
+        inferred. It returns `Densities` whose `group_ids` are a tensor of the graph, too. It consists of plain
+        operations of torch in float32, without values that the host would have to look at, and holds copies of its own
+        on the CPU of all that it needs.
+
+        Args:
+            sizes: (h, w) of the features of each level, as the encoder gives them.
+            group: the group of all images; those given with the features do not count then, and what belongs to other
+                groups alone is left out.
+
+        Raises:
+            ValueError: the method has no such graph, or cannot score features of these sizes.
+        """
+        raise ValueError(f"models of the method {self.config.method!r} cannot be exported")
+
     @property
     def score_share(self) -> float:
         """Share of the pixels of a calibrated map, the largest ones, whose mean is the image score; 0: their maximum.

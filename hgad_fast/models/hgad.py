@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import math
@@ -20,6 +21,7 @@ from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
 from ..methods import register
 from ..modules.flow import OFFICIAL_NAMES, ConditionalFlow
+from ..modules.flow_graph import LevelGraph
 from ..modules.mixture import HierarchicalMixture
 from ..modules.scaling import feature_scaling
 from ..ops import Blocks, SeparablePosition, flow_path
@@ -372,6 +374,10 @@ class HGADModel(OfficialSurface, Detector):
         neg_entropy = neg_entropy if classes > 1 else []
         return HGADDensities(logps, neg_entropy, group_ids, self.config.map_levels)
 
+    def density_graph(self, sizes: Sequence[tuple[int, int]], group: int | None = None) -> nn.Module:
+        """Return the densities of features of these sizes as plain operations, in float32; see `Detector`."""
+        return HGADGraph(self, sizes, group)
+
     def _chunks(
         self, maps: FeatureMaps, class_ids: Tensor | None
     ) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor]]:
@@ -427,6 +433,41 @@ class HGADModel(OfficialSurface, Detector):
         copies = 8 + 2 * bool(self.scaling)
         chunk = 4 * pixels * (3 * hidden + copies * channels + 4 * config.n_classes)
         return kept if not group_known and kept <= MAX_KEPT else 0, chunk
+
+
+class HGADGraph(nn.Module):
+    """What `HGADModel.densities` computes, of features of fixed sizes; see `Detector.density_graph`."""
+
+    def __init__(self, model: HGADModel, sizes: Sequence[tuple[int, int]], group: int | None) -> None:
+        super().__init__()
+        flows: Any = model.nfs
+        self.levels = nn.ModuleList(
+            LevelGraph(flow, model.mixture.level(level), size, group)
+            for level, (flow, size) in enumerate(zip(flows, sizes, strict=True))
+        )
+        self.scaling = copy.deepcopy(model.scaling).cpu()
+        self.several, self.group, self.map_levels = model.config.n_classes > 1, group, model.config.map_levels
+
+    def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> Densities:
+        """Return the densities of features (B, C, h, w) of each level under the classes (B,) int64, or those inferred."""
+        densities, entropies = [], []
+        for i, x in enumerate(levels):
+            pixels = x.flatten(2).transpose(1, 2)  # (B, h w, C)
+            density, entropy = self.levels[i](self.scaling[i](pixels) if self.scaling else pixels)
+            densities.append(density.unflatten(1, x.shape[2:]) / x.shape[1])
+            entropies.append(entropy.unflatten(1, x.shape[2:]))
+        if self.group is not None:
+            group_ids = torch.full_like(densities[0][:, 0, 0, 0], self.group, dtype=torch.int64)
+            logps = [density.squeeze(3) for density in densities]
+        else:
+            if group_ids is None:
+                evidence = [density.mean((1, 2)) for density in densities[: self.map_levels]]
+                group_ids = torch.stack(evidence).sum(0).argmax(1)
+            rows = group_ids[:, None, None, None]
+            logps = [density.gather(3, rows.expand(-1, *density.shape[1:3], 1)).squeeze(3) for density in densities]
+        return HGADDensities(
+            logps, [-entropy for entropy in entropies] if self.several else [], group_ids, self.map_levels
+        )
 
 
 def kept_bytes(sizes: Sequence[tuple[int, int]], classes: int, batch: int = 1) -> int:

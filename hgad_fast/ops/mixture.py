@@ -426,7 +426,7 @@ def mixture_scores(
     """
     labels = None if labels is None else labels.repeat_interleave(len(z) // max(labels.numel(), 1))
     with torch.no_grad():
-        prior = _prior(mu, delta, phi_inter, phi_intra)
+        prior = prior_of(mu, delta, phi_inter, phi_intra)
         parts = []
         for start in range(0, max(len(z), 1), SCORE_ROWS):
             rows = slice(start, start + SCORE_ROWS)
@@ -436,7 +436,7 @@ def mixture_scores(
         return MixtureScores._make(None if field[0] is None else torch.cat(field) for field in fields)
 
 
-class _Prior(NamedTuple):
+class Prior(NamedTuple):
     """The mixture, with centres relative to their mean, so that no large squared norms cancel."""
 
     mean: Tensor  # (C,)
@@ -468,20 +468,20 @@ class _Prior(NamedTuple):
         return -(log_p.exp() * log_p).sum(1)
 
 
-def _prior(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> _Prior:
+def prior_of(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> Prior:
     """Return the mixture as scoring needs it; it is kept while no parameter changes."""
 
-    def make() -> _Prior:
+    def make() -> Prior:
         centres = torch.cat([mu[:, None], mu[:, None] + delta], 1)
         mean = centres.mean((0, 1))
         centres = centres - mean
         half_norms = 0.5 * centres.double().square().sum(-1).to(mu.dtype)
-        return _Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra) - half_norms)
+        return Prior(mean, centres, half_norms, log_weights(phi_inter), log_weights(phi_intra) - half_norms)
 
     return kernels("cache").PACKED.get(make, ("prior",), (mu, delta, phi_inter, phi_intra))
 
 
-def _mixture_scores(z: Tensor, log_det: Tensor, prior: _Prior, labels: Tensor | None, per_class: bool) -> MixtureScores:
+def _mixture_scores(z: Tensor, log_det: Tensor, prior: Prior, labels: Tensor | None, per_class: bool) -> MixtureScores:
     """Return the scores of at most `SCORE_ROWS` pixels; `labels` are one per pixel, or None."""
     z, base = prior.centred(z, log_det)
     density = torch.cat([prior.of_classes(classes, z) for classes in prior.groups], 1)
@@ -530,7 +530,7 @@ def own_class_scores(
         parameters = (z, labels, mu, delta, phi_inter, phi_intra)
         _, entropy, _, own = mixture_terms(*parameters, label_smoothing=0.0, stage=2, backend=backend)
         return own + log_det - 0.5 * z.shape[1] * math.log(2 * math.pi), entropy
-    prior = _prior(mu, delta, phi_inter, phi_intra)
+    prior = prior_of(mu, delta, phi_inter, phi_intra)
     order, groups = _by_class(labels, z, log_det)
     densities, entropies = [z.new_empty(0)], [z.new_empty(0)]
     for k, rows in groups:

@@ -129,7 +129,7 @@ class Calibration:
         p_value, threshold, rate = (torch.full((len(group_ids),), math.nan, dtype=torch.float64) for _ in range(3))
         scores, group_ids = image_score.detach().cpu().double(), group_ids.cpu()
         for k in group_ids.unique().tolist():
-            reference = self._known_reference(k)
+            reference = self.reference(k)
             n = len(reference)
             if n == 0:
                 continue
@@ -147,7 +147,7 @@ class Calibration:
         It is the largest one of its kind that calls no more than the target share of normal images anomalous, or where
         the images are too few for that, the largest score of all that images are compared with.
         """
-        reference = self._known_reference(k)
+        reference = self.reference(k)
         return float(reference[len(reference) - self._alarms(len(reference))]) if len(reference) else math.nan
 
     def attained_rate(self, k: int) -> float:
@@ -158,7 +158,7 @@ class Calibration:
         k / (n + 1), k at least 1, the largest that is no more than the target, or else 1 / (n + 1), which is more. With
         ties among the scores it is an upper bound.
         """
-        return self._rate_from(len(self._known_reference(k)))
+        return self._rate_from(len(self.reference(k)))
 
     def _rate_from(self, n: int) -> float:
         """Return the false-alarm rate of a threshold that rests on n images; NaN for none."""
@@ -222,7 +222,7 @@ class Calibration:
     def warn_of_silence(self, names: Sequence[str], group_ids: Tensor) -> None:
         """Warn, once for each group, where images of these groups can raise no alarm."""
         for k in sorted(set(group_ids.tolist()) - self._told):
-            if len(self._known_reference(k)):
+            if len(self.reference(k)):
                 continue
             self._told.add(k)
             if len(self.scores):
@@ -233,8 +233,11 @@ class Calibration:
                 text = NO_THRESHOLDS.format("no image")
             warn_user(text)
 
-    def _known_reference(self, k: int) -> Tensor:
-        """Return `_reference`, made anew where what it is made of has changed: a camera loop asks for each frame."""
+    def reference(self, k: int) -> Tensor:
+        """Return the sorted scores that images of group k are compared with, on the scale of its own scores, float64.
+
+        They are made anew where what they are made of has changed: a camera loop asks for each frame.
+        """
         known = self._references
         if (
             known is None

@@ -196,13 +196,13 @@ def _band(levels: list[Tensor], grid: tuple[int, int], top: int, bottom: int) ->
 @in_float32
 def resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return a level (h, w) resized to the grid and blurred, which along each axis is one linear map."""
-    rows, columns = (_axis(n, m, level.dtype, level.device) for n, m in zip(level.shape, grid, strict=True))
+    rows, columns = (blurred_axis(n, m, level.dtype, level.device) for n, m in zip(level.shape, grid, strict=True))
     return rows @ level @ columns.T
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)  # whoever asks first: others may train with it
-def _axis(n: int, resized: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def blurred_axis(n: int, resized: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix (resized, n) that resizes an axis of n positions (bilinear, corners aligned) and blurs it."""
     positions = between(_mirrored(0, resized, resized), n, resized, align_corners=True)
     bilinear_weights = torch.zeros(len(positions.first), n, dtype=torch.float64)

@@ -646,7 +646,7 @@ def test_sizes_in_the_table_are_those_of_what_scores_are_compared_with(borrowing
     actual.borrowing = borrowing
     actual.pooled_scores, actual.pooled_ids = torch.arange(5, dtype=torch.float64), torch.full((5,), 3)
     names = ("a", "b", "c", "d")
-    sizes = [len(actual._known_reference(k)) for k in range(4)]
+    sizes = [len(actual.reference(k)) for k in range(4)]
     assert [row["reference"] for row in actual.rates(names)] == sizes
     assert [row["attained"] for row in actual.rates(names, thresholds=False) if row["reference"]] == [
         actual.attained_rate(k) for k in range(4) if sizes[k]
