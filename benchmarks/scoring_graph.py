@@ -107,7 +107,9 @@ class ScoringGraph(nn.Module):
         scale = model.config.msk_size / min(sizes[0])
         grid = [round(side * scale) for side in sizes[0]]
         cpu = torch.device("cpu")
-        self.axes = [[blurred_axis(n, m, torch.float32, cpu) for n, m in zip(level, grid, strict=True)] for level in sizes]
+        self.axes = [
+            [blurred_axis(n, m, torch.float32, cpu) for n, m in zip(level, grid, strict=True)] for level in sizes
+        ]
         self.register_buffer("level_max", model.calibration.level_max)
         self.weights = model.calibration.weights
 

@@ -1,4 +1,4 @@
-"""The command line: `hgad-fast train | presets | score | eval | calibrate | report | ablate | data | bench | info ...`.
+"""The command line: `hgad-fast train | presets | score | eval | calibrate | export | report | ablate | data ...`.
 
 Everything heavy is imported by the commands that need it, after they have said what they begin with. Errors of the
 user's making end in one line on stderr and exit code 1.
@@ -12,15 +12,15 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from .importing import dynamo_deferred, uncollected
+from . import cli_export
 from .options import (
     AsJson,
     Assignments,
@@ -31,6 +31,7 @@ from .options import (
     Method,
     Preset,
     Weights,
+    begin,
     configuration,
     image_size,
     in_options,
@@ -91,16 +92,6 @@ def main(
     """Unified visual anomaly detection: one model for many products, by HGAD, VQ-Flow or Gaussians."""
 
 
-@contextmanager
-def _begin(what: str) -> Iterator[None]:
-    """Say what a command begins with, and only then import torch; of several processes the first one says it."""
-    with working(what) if is_first() else nullcontext():
-        with uncollected():
-            from .models import hgad  # noqa: F401 (brings torch and most of the library)
-        with dynamo_deferred():
-            yield
-
-
 @app.command()
 @plain_errors
 def train(
@@ -148,7 +139,7 @@ def train(
     --nproc-per-node=GPUS -m hgad_fast train ...
     """
     require_rate(false_alarm_rate)
-    with _begin(f"reading {printable(data)}"):
+    with begin(f"reading {printable(data)}"):
         from .data.datasets import discover, notes_on
         from .evaluation.evaluate import BestCheckpoint
         from .methods import create
@@ -282,7 +273,7 @@ def score(
     if overlays:
         require_package("matplotlib", "--overlays", "plot")
     with_overlays = importlib.util.find_spec("matplotlib") is not None if overlays is None else overlays
-    with _begin(f"loading {printable(model)}"):
+    with begin(f"loading {printable(model)}"):
         from .data.listing import images_to_score
         from .features.backbone import TILES
         from .features.preprocess import memory_bytes
@@ -363,7 +354,7 @@ def evaluate(
     """Measure AUROC, AP, F1max and AUPRO per class, mean and pooled, by the official and the honest protocol."""
     require_no_folder(output)
     size, details = image_size(img_size), output is not None
-    with _begin(f"loading {printable(model)}"):
+    with begin(f"loading {printable(model)}"):
         from .evaluation.evaluate import evaluate as run
         from .evaluation.evaluate import test_set
         from .evaluation.remarks import remarks
@@ -402,7 +393,7 @@ def calibrate(
     require_no_folder(output)
     require_rate(false_alarm_rate)
     size = image_size(img_size)
-    with _begin(f"loading {printable(model)}"):
+    with begin(f"loading {printable(model)}"):
         from .training import runs
 
         detector = load_model(model, device)
@@ -414,6 +405,9 @@ def calibrate(
     for line in runs.summary(detector):
         say(line, sys.stdout)
     say(f"model: {printable(output)}", sys.stdout)
+
+
+app.command(name="export")(cli_export.export)
 
 
 @app.command()
@@ -433,7 +427,7 @@ def report(
     A file OUTPUT is replaced. Needs the packages of: pip install 'hgad-fast[report]'
     """
     require_no_folder(output)
-    with _begin(f"loading {printable(run)}"):
+    with begin(f"loading {printable(run)}"):
         from .evaluation.report import write_report
 
         where = usable_device(device)
@@ -456,7 +450,7 @@ def data(
     The exit code is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same
     image in training and test.
     """
-    with _begin(f"reading {', '.join(map(printable, roots))}"):
+    with begin(f"reading {', '.join(map(printable, roots))}"):
         from .data.datasets import discover
         from .data.survey import survey
 
@@ -507,7 +501,7 @@ def ablate(
     'hgad-fast[plot]'
     """
     require_package("matplotlib", "the ablation", "plot")
-    with _begin(f"reading {printable(data)}"):
+    with begin(f"reading {printable(data)}"):
         from .data.datasets import discover
         from .evaluation import ablate as ablation
         from .methods import METHODS
@@ -576,7 +570,7 @@ def bench(
     """
     if plot is not None:
         require_package("matplotlib", "--plot", "plot")
-    with _begin("loading torch"):
+    with begin("loading torch"):
         import torch
 
         from .bench import measure, results
@@ -584,13 +578,13 @@ def bench(
         where = torch.device(usable_device(device))
     current = Count("benchmark")
 
-    def begin(line: str) -> None:
+    def begin_with(line: str) -> None:
         say(line)
         current.title = line
 
     with heartbeat(current.line):
         outcomes = measure.run(
-            cases or (), quick, device=where, compiled=compiled, whole=whole, output=output, progress=begin
+            cases or (), quick, device=where, compiled=compiled, whole=whole, output=output, progress=begin_with
         )
     if as_json:
         print(json.dumps(results.document(outcomes, measure.about_run(where, compiled)), indent=2))
@@ -609,7 +603,7 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Show versions, device, what computes the fused operations, and what a model file holds."""
-    with _begin(f"loading {model or 'torch'}"):
+    with begin(f"loading {model or 'torch'}"):
         import platform
 
         import torch
@@ -672,7 +666,7 @@ def demo(
 ) -> None:
     """Train HGAD and fit the place Gaussian on images that come with the extra "demo", and show what they find."""
     require_package("matplotlib", "the demo", "demo")
-    with _begin("making the images"):
+    with begin("making the images"):
         import torch
 
         from .demo import run

@@ -13,13 +13,15 @@ import re
 import shlex
 import subprocess
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .terminal import printable, say
+from .importing import dynamo_deferred, uncollected
+from .terminal import printable, say, working
 
 METHOD_NAMES = "gaussian, hgad, vqflow"  # those that are registered, as a test holds
 PRESET_NAMES = "official, fast (hgad); gaussian, gaussian-dinov2 (gaussian); official, small (vqflow)"
@@ -92,6 +94,16 @@ _IN_PYTHON: dict[str, str | Callable[[re.Match[str]], str]] = {
         "--" + found[1].replace("_", "-")
     ),
 }
+
+
+@contextmanager
+def begin(what: str) -> Iterator[None]:
+    """Say what a command begins with, and only then import torch; of several processes the first one says it."""
+    with working(what) if is_first() else nullcontext():
+        with uncollected():
+            from .models import hgad  # noqa: F401 (brings torch and most of the library)
+        with dynamo_deferred():
+            yield
 
 
 def in_options(message: str) -> str:

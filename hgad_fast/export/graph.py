@@ -1,7 +1,7 @@
 """Scoring as a graph of plain operations of fixed size: images, or their features, -> anomaly map, score and verdict.
 
-It computes what `scoring` does of one model, calibrated, image by image. The parts that only some methods have come from
-`Detector.density_graph`; what scores are made of densities is traced through `protocol.Densities` itself.
+It computes what `scoring` does. What methods differ in comes from `Detector.density_graph`; how densities become
+anomalies is traced through `protocol.Densities` itself.
 
 Symbols: B images, any number; H x W pixels; h x w cells of a level; G groups (classes).
 """
@@ -11,23 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..features.graph import image_graph
 from ..protocol import Densities, Detector
 from ..scoring.calibration import Calibration, required_calibration
 from ..scoring.maps import blurred_axis, cells_on_map, map_grid
 
 OUTPUTS = ("anomaly_map", "score", "class_id", "p_value", "threshold", "is_anomalous")
-IMAGE, CLASS_ID = "image", "class_id"  # names of inputs; features are "features_0", "features_1", ...
+IMAGE, GIVEN_CLASS = "image", "given_class"  # names of inputs; features are "features_0", "features_1", ...
 
 ROUNDING = 1e-5
-"""Of a score, by which that of the same image may differ from runtime to runtime: one that ties with a calibration image
-ties with it everywhere, and is no anomaly."""
+"""Part of a score by which runtimes may differ: an image that ties with a calibration image does so in all of them."""
 
 LOWEST, HIGHEST = -1.0, 2.0  # values of an image beyond which it cannot be one in [0, 1], whatever the filter
 LARGEST = 3e38  # that a finite float32 may be, almost
@@ -59,44 +56,45 @@ class Plan:
     def inputs(self) -> tuple[str, ...]:
         """The names of the inputs, in their order."""
         features = tuple(f"features_{level}" for level in range(len(self.sizes)))
-        return (*((IMAGE,) if self.size else features), *((CLASS_ID,) if self.class_input else ()))
+        return (*((IMAGE,) if self.size else features), *((GIVEN_CLASS,) if self.class_input else ()))
 
 
 class ScoringGraph(nn.Module):
     """Images or features of fixed size -> the `Plan.outputs` of each, as `HGADModel.score` gives them, to rounding.
 
-    Inputs are images (B, 3, H, W) in [0, 1], or the features (B, C, h, w) of each level, and with `Plan.class_input` the
-    groups (B,) int64. Outputs: anomaly_map (B, h, w); score (B,); class_id (B,) int64; p_value, threshold (B,), NaN where
-    nothing is known of the group; is_anomalous (B,) bool. All but these are float32.
+    Inputs are images (B, 3, H, W) in [0, 1], or the features (B, C, h, w) of each level, and with `Plan.class_input`
+    the groups (B,) int64, -1 where they are to be inferred. Outputs: anomaly_map (B, H, W), score (B,), class_id (B,)
+    int64, p_value and threshold (B,), NaN where nothing is known of the group, and is_anomalous (B,) bool.
 
-    An image with values that are no image's (NaN, or 0 to 255), or whose densities are no numbers, has an infinite score,
-    whatever a runtime makes of a NaN on the way: no comparison calls it normal.
+    An image with values that are no image's (NaN, or 0 to 255), or whose densities are no numbers, has an infinite
+    score, whatever a runtime makes of a NaN on the way: no comparison calls it normal.
 
     Args:
         model: a calibrated model; the graph has copies of all that it needs.
         plan: what it is made for.
+        encoder: of `features.graph`, which makes the features of images; None: features go in.
 
     Raises:
-        ValueError: the method has no graph, or the model cannot score images of this size.
+        ValueError: the method has no graph, or the model cannot score features of these sizes.
     """
 
     level_max: Tensor
 
-    def __init__(self, model: Detector, plan: Plan) -> None:
+    def __init__(self, model: Detector, plan: Plan, encoder: nn.Module | None) -> None:
         super().__init__()
         self.plan = plan
         calibration = required_calibration(model)
-        self.encoder = None if plan.size is None else image_graph(model.require_encoder(), plan.size)
+        self.encoder = encoder
         self.densities = model.density_graph(plan.sizes, plan.group)
         self.judge = Judge(calibration)
         self.register_buffer("level_max", calibration.level_max.detach().cpu().clone())
         with torch.no_grad():
             channels = zip(model.feature_dims, plan.sizes, strict=True)
             example = self.densities([torch.zeros(1, c, *size) for c, size in channels], None)
-        grid = map_grid(example, model.config.msk_size, cells_on_map(model, plan.img_size))
-        self.map = self.scored = MapGraph(example, grid, calibration.weights)
+        self.grid = map_grid(example, model.config.msk_size, cells_on_map(model, plan.img_size))
+        self.map = self.scored = MapGraph(example, self.grid, calibration.weights)
         if calibration.scored_on != "map":
-            self.scored = MapGraph(example, grid, calibration.score_weights, calibration.scored_on)
+            self.scored = MapGraph(example, self.grid, calibration.score_weights, calibration.scored_on)
         self.share = calibration.share
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -108,19 +106,12 @@ class ScoringGraph(nn.Module):
         valid = _all([x.abs() <= LARGEST for x in levels])
         if self.encoder is not None:
             valid = valid & _all([(sources[0] >= LOWEST) & (sources[0] <= HIGHEST)])
-        densities = self._densities(levels, given)
+        densities: Densities = self.densities(levels, given)
         scores, anomaly_map = self._scores(densities)
         scores = torch.where(valid & _all([logps < math.inf for logps in densities.logps]), scores, math.inf)
         results = {"anomaly_map": anomaly_map, "score": scores, "class_id": densities.group_ids}
         results |= self.judge(scores, densities.group_ids)
         return tuple(results[name] for name in plan.outputs)
-
-    def _densities(self, levels: list[Tensor], given: Tensor | None) -> Any:
-        """Return the densities; a `given` group counts where it is not -1."""
-        densities = self.densities(levels, None)
-        if given is None:
-            return densities
-        return self.densities(levels, torch.where(given < 0, densities.group_ids, given))
 
     def _scores(self, densities: Densities) -> tuple[Tensor, Tensor]:
         """Return the scores (B,) and the anomaly maps."""
@@ -145,9 +136,9 @@ class MapGraph(nn.Module):
         scope: of `Densities.anomalies`.
     """
 
-    def __init__(
-        self, example: Densities, grid: tuple[int, int], weights: Tensor | None, scope: str = "map"
-    ) -> None:
+    weights: Tensor | None
+
+    def __init__(self, example: Densities, grid: tuple[int, int], weights: Tensor | None, scope: str = "map") -> None:
         super().__init__()
         self.scope = scope
         self.register_buffer("weights", None if weights is None else weights.detach().cpu().clone())
@@ -161,13 +152,13 @@ class MapGraph(nn.Module):
         maps = [self._map(levels) for levels in densities.anomalies(level_max, self.scope)]
         if self.weights is None:
             return math.prod(maps[1:], start=maps[0])
-        weights = self.weights.index_select(0, densities.group_ids)
+        weights: Tensor = self.weights.index_select(0, densities.group_ids)
         weighted = [weights[:, i, None, None] * part for i, part in enumerate(maps)]
         return sum(weighted[1:], start=weighted[0])
 
     def _map(self, levels: Sequence[Tensor]) -> Tensor:
         """Return the sum of levels (B, h, w), each resized to the grid and blurred."""
-        maps = [self.get_buffer(f"rows_{x.shape[1]}") @ x @ self.get_buffer(f"columns_{x.shape[2]}") for x in levels]
+        maps = [getattr(self, f"rows_{x.shape[1]}") @ x @ getattr(self, f"columns_{x.shape[2]}") for x in levels]
         return sum(maps[1:], start=maps[0])
 
 

@@ -56,7 +56,7 @@ class BackboneGraph(nn.Module):
 
 
 def _of_one_size(net: Any, size: tuple[int, int]) -> Any:
-    """Return a copy of a transformer for images of one size: its position embedding is resampled now, not every time."""
+    """Return a copy of a transformer for images of one size, its position embedding resampled once for all."""
     net = copy.deepcopy(net)
     model = getattr(net, "model", net)
     if getattr(model, "dynamic_img_size", False) and hasattr(model, "set_input_size"):

@@ -13,12 +13,14 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..environment import one_thread, plain_torch, without_memory
+from ..export.write import export
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
@@ -175,10 +177,10 @@ class Detector(nn.Module):
     def density_graph(self, sizes: Sequence[tuple[int, int]], group: int | None = None) -> nn.Module:
         """Return what `prepare` and `densities` do, of features of fixed sizes, as a module that can be exported.
 
-        It takes the features (B, C, h, w) of each level, for any B, and the groups of the images, (B,) int64 or None:
-        inferred. It returns `Densities` whose `group_ids` are a tensor of the graph, too. It consists of plain
-        operations of torch in float32, without values that the host would have to look at, and holds copies of its own
-        on the CPU of all that it needs.
+        It takes the features (B, C, h, w) of each level, for any B, and the groups of the images, (B,) int64, -1 where
+        they are to be inferred, or None: all are. It returns `Densities` whose `group_ids` are a tensor of the graph,
+        too. It consists of plain operations of torch in float32, without values that the host would have to look at,
+        and holds copies of its own, on the CPU, of all that it needs.
 
         Args:
             sizes: (h, w) of the features of each level, as the encoder gives them.
@@ -189,6 +191,10 @@ class Detector(nn.Module):
             ValueError: the method has no such graph, or cannot score features of these sizes.
         """
         raise ValueError(f"models of the method {self.config.method!r} cannot be exported")
+
+    def in_float32(self) -> Detector:
+        """Return the model, or where it computes in less than float32 a copy that does not."""
+        return self
 
     @property
     def score_share(self) -> float:
@@ -366,6 +372,10 @@ class Detector(nn.Module):
     ) -> ScoreResult:
         """Return anomaly maps and scores of feature maps; see `scoring.score.score_features` for the arguments."""
         return score_features(self, features, class_ids, normalization, map_size, **options)
+
+    def export(self, path: str | os.PathLike[str], format: str | None = None, **options: Any) -> Path:
+        """Write scoring as an ONNX file or a `torch.export` program; see `hgad_fast.export.write.export`."""
+        return export(self, path, format, **options)
 
     def save(self, path: str | os.PathLike[str], include_backbone: bool = True) -> None:
         """Write the model to one safetensors file; with the backbone included, loading needs no network.

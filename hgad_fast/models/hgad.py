@@ -378,6 +378,14 @@ class HGADModel(OfficialSurface, Detector):
         """Return the densities of features of these sizes as plain operations, in float32; see `Detector`."""
         return HGADGraph(self, sizes, group)
 
+    def in_float32(self) -> HGADModel:
+        """Return the model, or where its `precision` is another than fp32 a copy with that."""
+        if self.precision == "fp32":
+            return self
+        exact = copy.deepcopy(self)
+        exact.precision = "fp32"
+        return exact
+
     def _chunks(
         self, maps: FeatureMaps, class_ids: Tensor | None
     ) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor]]:
@@ -449,7 +457,7 @@ class HGADGraph(nn.Module):
         self.several, self.group, self.map_levels = model.config.n_classes > 1, group, model.config.map_levels
 
     def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> Densities:
-        """Return the densities of features (B, C, h, w) of each level under the classes (B,) int64, or those inferred."""
+        """Return the densities of features (B, C, h, w) of each level under the given classes, or those inferred."""
         densities, entropies = [], []
         for i, x in enumerate(levels):
             pixels = x.flatten(2).transpose(1, 2)  # (B, h w, C)
@@ -460,9 +468,9 @@ class HGADGraph(nn.Module):
             group_ids = torch.full_like(densities[0][:, 0, 0, 0], self.group, dtype=torch.int64)
             logps = [density.squeeze(3) for density in densities]
         else:
-            if group_ids is None:
-                evidence = [density.mean((1, 2)) for density in densities[: self.map_levels]]
-                group_ids = torch.stack(evidence).sum(0).argmax(1)
+            evidence = [density.mean((1, 2)) for density in densities[: self.map_levels]]
+            inferred = torch.stack(evidence).sum(0).argmax(1)
+            group_ids = inferred if group_ids is None else torch.where(group_ids < 0, inferred, group_ids)
             rows = group_ids[:, None, None, None]
             logps = [density.gather(3, rows.expand(-1, *density.shape[1:3], 1)).squeeze(3) for density in densities]
         return HGADDensities(

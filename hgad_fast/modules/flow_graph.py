@@ -23,6 +23,9 @@ class CouplingGraph(nn.Module):
     """A coupling block with its rotation: features (B, h w, C) -> features and log-determinants (B, h w)."""
 
     w1: Tensor
+    b1: Tensor
+    column: Tensor
+    row: Tensor
     w2: Tensor
     b2: Tensor
     rotation: Tensor
@@ -33,9 +36,10 @@ class CouplingGraph(nn.Module):
         super().__init__()
         self.clamp = clamp
         self.passive = len(weights.w1x)
+        self.positional = bool(tables)
         constants = {"w1": weights.w1x, "w2": weights.w2, "b2": weights.b2, "rotation": weights.rotation}
         constants["offset"] = weights.offset
-        # Columns and rows stay apart, as long as nobody computes: a table of all pixels would be larger than the weights.
+        # Columns and rows stay apart in the file: a table of all pixels would be larger than the weights.
         constants |= dict(zip(("column", "row"), tables, strict=True)) if tables else {"b1": weights.b1}
         for name, tensor in constants.items():
             self.register_buffer(name, _copy(tensor))
@@ -43,10 +47,7 @@ class CouplingGraph(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the block makes of x, and s of each pixel summed over the channels."""
         x1, x2 = x[..., : self.passive], x[..., self.passive :]
-        if "b1" in self._buffers:
-            table = self.get_buffer("b1")
-        else:
-            table = (self.get_buffer("row")[:, None] + self.get_buffer("column")).flatten(0, 1)
+        table = (self.row[:, None] + self.column).flatten(0, 1) if self.positional else self.b1
         scale, shift = (torch.relu(x1 @ self.w1 + table) @ self.w2 + self.b2).chunk(2, -1)
         log_scale = self.clamp * torch.tanh(scale)
         x = torch.cat([x1, x2 * log_scale.exp() + shift], -1) @ self.rotation + self.offset

@@ -187,7 +187,7 @@ def checked_group_ids(model: Detector, class_ids: Any, batch: int) -> Tensor | N
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def checked_map_size(size: Any) -> tuple[int, int] | None:
+def checked_map_size(size: Any, name: str = "map_size") -> tuple[int, int] | None:
     """Return the height and width of a map from a pair, or from one number for both; None stays None.
 
     Raises:
@@ -200,7 +200,7 @@ def checked_map_size(size: Any) -> tuple[int, int] | None:
     except (TypeError, ValueError):
         height = width = 0
     if height < 1 or width < 1:
-        raise ValueError(f"map_size is {size!r}; pass (height, width), or one whole number for both, from 1 pixel")
+        raise ValueError(f"{name} is {size!r}; pass (height, width), or one whole number for both, from 1 pixel")
     return height, width
 
 

@@ -24,7 +24,7 @@ from hgad_fast.models import hgad
 from hgad_fast.modules import flow, place_gaussian
 from hgad_fast.scoring import maps
 
-KEPT: list[Any] = [maps.blurred_axis, flow.sinusoidal_position, hgad._window, place_gaussian.places]  # what is made once
+KEPT: list[Any] = [maps.blurred_axis, flow.sinusoidal_position, hgad._window, place_gaussian.places]  # made once
 CLASSES = ("left", "right")
 SMALL: dict[str, Any] = {
     "n_classes": 2,

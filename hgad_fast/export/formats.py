@@ -1,0 +1,130 @@
+"""The formats of exported files: how a graph is written in one, and how the file is run to see what it gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .contract import KEY, OPSET
+from .graph import Plan
+
+MOST_IMAGES = 4096  # in a batch of a torch program; an ONNX file takes any number
+LARGEST_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file holds; more are written beside it
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def require_packages(kind: str, check: bool) -> None:
+    """Raise an ImportError where a package is missing that writes ONNX files, or with `check` runs them."""
+    needed = ("onnx", "onnxscript", *(("onnxruntime",) if check else ())) if kind == "onnx" else ()
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        remedy = "pip install 'hgad-fast[export]'"
+        if missing == ["onnxruntime"]:
+            remedy += ", or write the file unchecked: check=False (--no-check)"
+        raise ImportError(f"an ONNX file needs {' and '.join(missing)}: {remedy}")
+
+
+@torch.no_grad()
+def traced(graph: nn.Module, plan: Plan, example: Sequence[Tensor]) -> Any:
+    """Return the `torch.export.ExportedProgram` of a graph, for batches of any size.
+
+    Raises:
+        ValueError: the graph holds something that cannot be exported, such as an encoder that looks at values.
+    """
+    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+    try:
+        return torch.export.export(graph, tuple(example), dynamic_shapes=(tuple({0: batch} for _ in example),))
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(
+            f"the model cannot be exported for images of {plan.size}: {_first_line(error)}. If it is the backbone, "
+            "inputs='features' (--inputs features) exports all that follows it"
+        ) from error
+
+
+class Program:
+    """A traced graph that is written in a format.
+
+    Args:
+        kind: ``"onnx"`` or ``"torch"``.
+        program: of `traced`.
+        plan: names of inputs and outputs.
+    """
+
+    def __init__(self, kind: str, program: Any, plan: Plan) -> None:
+        self.kind, self._program = kind, program
+        if kind == "onnx":
+            with _quiet():
+                self._onnx: Any = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=list(plan.inputs),
+                    output_names=list(plan.outputs),
+                    verbose=False,
+                )
+
+    def save(self, path: Path, sidecar: str) -> None:
+        """Write the program, with the text of its sidecar in it, to `path`; large weights of ONNX to `path`.data."""
+        if self.kind == "torch":
+            with _quiet():
+                torch.export.save(self._program, path, extra_files={f"{KEY}.json": sidecar})
+            return
+        self._onnx.model.metadata_props[KEY] = sidecar
+        weights = sum(value.const_value.nbytes for value in self._onnx.model.graph.initializers.values())
+        with _quiet():
+            self._onnx.save(path, external_data=weights > LARGEST_FILE)
+
+
+def runner(kind: str, path: Path) -> Run:
+    """Return a function that runs a file: inputs in their order -> outputs in theirs, on the CPU."""
+    return _onnx_runner(path) if kind == "onnx" else _torch_runner(path)
+
+
+def _onnx_runner(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        arrays = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+    return run
+
+
+def _torch_runner(path: Path) -> Run:
+    with _quiet():
+        module = torch.export.load(str(path)).module()
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return list(module(*inputs))
+
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep exporters from printing their progress and warning of what they do inside."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
