@@ -187,7 +187,7 @@ class Conditions(nn.Module):
             position: the code of each pixel, (D_e, h, w), of `position`.
             prototype: (B, D_p), those of the images.
         """
-        batch, (h, w) = len(features), features.shape[2:]
+        batch, _, h, w = features.shape
         if self.residual:
             known = prototype[:, None].expand(-1, h * w, -1)
             if position is not None:
