@@ -1,6 +1,6 @@
 """Score images by an exported model, without torch: `python onnx_score.py model.onnx IMAGES_OR_FOLDERS... > table.csv`.
 
-It prints the table of `hgad-fast score`; all settings are in the sidecar, model.onnx.json. TGA and AVIF are not read.
+It prints the table of `hgad-fast score`; every setting is in the sidecar, model.onnx.json. TGA and AVIF are not read.
 """
 
 import csv
@@ -21,10 +21,9 @@ FORMATS = "PNG JPEG BMP PPM GIF DIB TIFF WEBP JPEG2000".split()
 
 def listed(path: Path) -> list[Path]:
     """Return the images below a folder, without hidden ones and the masks of MVTec AD; a file as it is."""
+    images = [file for file in path.rglob("*") if Image.registered_extensions().get(file.suffix.lower()) in FORMATS]
     left_out = re.compile(r"(^|[\\/])(\.|ground_truth[\\/])", re.IGNORECASE)
-    files = (file for file in path.rglob("*") if Image.registered_extensions().get(file.suffix.lower()) in FORMATS)
-    images = sorted(file for file in files if not left_out.search(str(file.relative_to(path))))
-    return images if path.is_dir() else [path]
+    return sorted(x for x in images if not left_out.search(str(x.relative_to(path)))) if path.is_dir() else [path]
 
 
 def read(file: Path, white_level: int) -> np.ndarray:
@@ -48,13 +47,13 @@ def read(file: Path, white_level: int) -> np.ndarray:
 def seen(image: np.ndarray, resize: dict) -> np.ndarray:
     """Return an image (3, H, W) as the model sees it: by the rule of the sidecar, with Pillow's Lanczos filter."""
     short, taken = min(image.shape[1:]), (resize["height"], resize["width"])
-    side = short if resize["img_size"] == "native" else resize["img_size"]
     crop, square = resize["rule"] == "centre crop", resize["rule"] == "square"
+    side = short if resize["img_size"] == "native" else resize["img_size"]
     h, w = (side if square else (int if crop else round)(side * length / short) for length in image.shape[1:])
     if not crop and (h, w) != taken:
         raise ValueError("seen at {0}x{1}, and the file takes {2}x{3}: export with --size {0}x{1}".format(h, w, *taken))
     image = np.stack([Image.fromarray(x).resize((w, h), Image.Resampling.LANCZOS) for x in image]).clip(0, 1)
-    top, left = (round((h - side) / 2), round((w - side) / 2)) if crop else (0, 0)
+    top, left = (crop * round((length - side) / 2) for length in (h, w))
     return image[:, top : top + taken[0], left : left + taken[1]]
 
 
@@ -62,11 +61,13 @@ def row(file: Path, session: onnxruntime.InferenceSession, sidecar: dict) -> lis
     """Return the cells of an image's line in the table: its figures, or the error."""
     name = ("./" if str(file)[0] in "=+-@" else "") + os.fsencode(file).decode(errors="backslashreplace")
     try:
-        image = seen(read(file, sidecar["white_level"]), sidecar["resize"])
-        outputs = session.run(["score", "p_value", "is_anomalous", "class_id"], {"image": image[None]})
+        image = seen(read(file, sidecar["white_level"]), sidecar["resize"])[None]
+        outputs = session.run(["score", "p_value", "is_anomalous", "class_id"], {"image": image})
+        score, p_value, is_anomalous, class_id = (output.item() for output in outputs)
+        if not np.isfinite(score):
+            raise ValueError("it has no score: its features overflow")
     except Exception as error:
         return [name, *[None] * 7, f"{name}: {error}"]
-    score, p_value, is_anomalous, class_id = (output.item() for output in outputs)
     group, verdict = sidecar["groups"][class_id], [None, None] if np.isnan(p_value) else [p_value, is_anomalous]
     rates = [sidecar["target_false_alarm_rate"], group["false_alarm_rate"]]
     return [name, group["name"], score, group["threshold"], *verdict, *rates, None]
