@@ -64,11 +64,12 @@ class Program:
 
     def __init__(self, kind: str, program: Any, plan: Plan) -> None:
         self.kind, self._program = kind, program
+        self._onnx: Any = None
         if kind == "onnx":
             from onnxscript import optimizer
 
             with _quiet():
-                self._onnx: Any = torch.onnx.export(
+                self._onnx = torch.onnx.export(
                     program,
                     dynamo=True,
                     opset_version=OPSET,

@@ -51,7 +51,7 @@ class BackboneGraph(nn.Module):
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
             layers = net(resized)
             stages = joining.stages_of(tiles.channels_first(net, layers), self.out_indices)
-            levels += [joining.joined(stages, self.strides, self.grid)] if self.joins else stages
+            levels += [joining.joined_plainly(stages, self.strides, self.grid)] if self.joins else stages
         return levels
 
 

@@ -47,7 +47,7 @@ def grid_of(strides: Sequence[int], grid_stride: int) -> int:
     return min(range(len(strides)), key=lambda stage: (abs(strides[stage] - grid_stride), strides[stage]))
 
 
-def joined(stages: Sequence[Tensor], strides: Sequence[int], grid: int) -> Tensor:
+def joined(stages: Sequence[Tensor], strides: Sequence[float], grid: int) -> Tensor:
     """Return stages (B, C, h, w) joined along the channels, on the grid of the stage of index `grid`.
 
     Finer stages are averaged, coarser ones interpolated (bilinear, corners not aligned).
@@ -63,3 +63,41 @@ def joined(stages: Sequence[Tensor], strides: Sequence[int], grid: int) -> Tenso
                 x = F.interpolate(x, size, mode="bilinear", align_corners=False)
         parts.append(x)
     return torch.cat(parts, 1)
+
+
+def joined_plainly(stages: Sequence[Tensor], strides: Sequence[float], grid: int) -> Tensor:
+    """Return what `joined` does, to rounding, by averages of whole cells and products with constant matrices.
+
+    It is for graphs that other runtimes run: these resize with coordinates of their own, or gather cells of several
+    sizes one by one.
+    """
+    size = (stages[grid].shape[2], stages[grid].shape[3])
+    parts = []
+    for x, stride in zip(stages, strides, strict=True):
+        h, w = x.shape[2], x.shape[3]
+        finer = stride < strides[grid]
+        if finer and h % size[0] == 0 and w % size[1] == 0:
+            parts.append(F.avg_pool2d(x, (h // size[0], w // size[1])))
+            continue
+        weights = _averages if finer else _interpolations
+        if h != size[0]:
+            x = torch.tensor(weights(h, size[0]), dtype=x.dtype, device=x.device) @ x
+        if w != size[1]:
+            x = x @ torch.tensor(weights(w, size[1]), dtype=x.dtype, device=x.device).T
+        parts.append(x)
+    return torch.cat(parts, 1)
+
+
+def _averages(n: int, cells: int) -> list[list[float]]:
+    """Return the weights (cells, n) by which `adaptive_avg_pool2d` averages n positions of an axis."""
+    ends = [(i * n // cells, -(-(i + 1) * n // cells)) for i in range(cells)]
+    return [[float(first <= at < end) / (end - first) for at in range(n)] for first, end in ends]
+
+
+def _interpolations(n: int, resized: int) -> list[list[float]]:
+    """Return the weights (resized, n) by which `interpolate` reads an axis, bilinear and with corners not aligned."""
+    rows = []
+    for i in range(resized):
+        at = min(max((i + 0.5) * n / resized - 0.5, 0), n - 1)
+        rows.append([max(1 - abs(at - position), 0) for position in range(n)])
+    return rows

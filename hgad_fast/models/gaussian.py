@@ -6,8 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,61 +19,17 @@ from ..features.joining import joined
 from ..features.outline import Outline
 from ..methods import register
 from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
+from ..modules.place_graph import PlaceGraph
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, ProportionsError
 from ..scoring.maps import resized_and_blurred
 from ..terminal import warn_user
 from .config import GaussianConfig
 from .detector import Detector
+from .gaussian_densities import LOG_2_PI, GaussianDensities, GaussianGraph, Joining
 
 MOMENT_PIXELS = 2**16  # pixels, of all images together, that the whitening is made from
 PIXELS_TOGETHER = 2**16  # pixels of images that are added to the sums together
-LOG_2_PI = math.log(2 * math.pi)
-
-
-@dataclass
-class GaussianDensities(Densities):
-    """Densities with the distances that maps and scores are made of.
-
-    Attributes:
-        distances: by the names of the parts (B, h, w), the Mahalanobis distance to the Gaussian of the place by the
-            d values that the map is made of, less sqrt(d), which is what it is for normal features on average: so maps
-            of all classes have about the same level where nothing is wrong.
-        all_distances: the same by all D values.
-    """
-
-    multipliable: ClassVar[bool] = False
-
-    distances: dict[str, Tensor] = field(default_factory=dict)
-    all_distances: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def parts(self) -> dict[str, list[Tensor]]:
-        """The log-densities by the names of the parts: one for each backbone."""
-        return {name: [logps] for name, logps in zip(self.distances, self.logps, strict=True)}
-
-    def alone(self, part: str) -> Densities:
-        """Return densities whose map is that of a single one of the `parts`."""
-        distances, all_distances = ({part: each[part]} for each in (self.distances, self.all_distances))
-        return replace(self, logps=self.parts[part], distances=distances, all_distances=all_distances)
-
-    def anomalies(self, level_max: Tensor, scope: str = "map") -> list[list[Tensor]]:
-        """Return the distances (B, h, w) of each part: those of the map, or with ``scope="all"`` those by all stages.
-
-        A distance needs no constant of normal images: it is in units of their spread at its place.
-        """
-        return [[distance] for distance in (self.all_distances if scope == "all" else self.distances).values()]
-
-    def images(self) -> Iterator[Densities]:
-        """Yield the densities of one image after the other, with B = 1."""
-        for i in range(len(self.group_ids)):
-            yield GaussianDensities(
-                [logps[i : i + 1] for logps in self.logps],
-                [],
-                self.group_ids[i : i + 1],
-                {name: distance[i : i + 1] for name, distance in self.distances.items()},
-                {name: distance[i : i + 1] for name, distance in self.all_distances.items()},
-            )
 
 
 @register
@@ -421,10 +376,14 @@ class GaussianModel(Detector):
 
     def _joined(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """Return the levels (B, C, h, w): the encoder's, or one of what the user brings, joined on one grid."""
-        if isinstance(self.encoder, Backbone) or len(levels) == 1:
-            return list(levels)
-        strides = [1 / math.sqrt(x[0, 0].numel()) for x in levels]
-        return [joined(levels, strides, self._fine_stages[0] - 1)]  # type: ignore[arg-type]
+        joining = self._joining([(x.shape[2], x.shape[3]) for x in levels])
+        return [joined(levels, *joining)] if joining else list(levels)
+
+    def _joining(self, sizes: Sequence[tuple[int, int]]) -> Joining | None:
+        """Return how levels of these (h, w) are joined: the arguments of `joined`; None: they are not."""
+        if isinstance(self.encoder, Backbone) or len(sizes) == 1:
+            return None
+        return [1 / math.sqrt(h * w) for h, w in sizes], self._fine_stages[0] - 1
 
     def _require_fitted(self) -> None:
         """Raise a ValueError where there are no Gaussians yet."""
@@ -469,19 +428,12 @@ class GaussianModel(Detector):
         """
         self._require_fitted()
         levels = list(self._whitened([x.to(self.device) for x in maps.whole()]))
-        fitting = [
-            k
-            for k in range(len(self.groups))
-            if int(self._gaussians[0].images[k])
-            and all(grid_fits(size, gaussians.grids[k]) for (_, size), gaussians in self._by_level(levels))
-        ]
-        wanted = fitting if group_ids is None else sorted(set(group_ids.tolist()))
-        if group_ids is None and not fitting or not set(wanted) <= set(fitting):
-            raise ProportionsError(self._misfit(levels[0][1], range(len(self.groups)) if group_ids is None else wanted))
+        given = None if group_ids is None else sorted(set(group_ids.tolist()))
+        wanted = self._fitting([size for _, size in levels], given)
         by_group: dict[int, list[Distances]] = {}
         if group_ids is None:
             infer = self._infer_one if maps.batch == 1 and self.device.type == "cpu" else self._infer
-            group_ids, by_group = infer(levels, maps.batch, fitting)
+            group_ids, by_group = infer(levels, maps.batch, wanted)
         else:
             by_group = {k: [g.distances(y, size, k) for (y, size), g in self._by_level(levels)] for k in wanted}
         logps, distances, all_distances = [], {}, {}
@@ -499,6 +451,40 @@ class GaussianModel(Detector):
             all_distances[name] = total.sqrt() - math.sqrt(width)
             logps.append(-(total + log_dets + width * LOG_2_PI) / (2 * width))
         return GaussianDensities(logps, [], group_ids, distances, all_distances)
+
+    def _fitting(self, sizes: Sequence[tuple[int, int]], given: Sequence[int] | None) -> list[int]:
+        """Return the groups with images whose grids fit maps of these (h, w), one a level; or those given, if they do.
+
+        Raises:
+            ProportionsError: there are none, or one of those given is none of them.
+        """
+        fitting = [
+            k
+            for k in range(len(self.groups))
+            if int(self._gaussians[0].images[k])
+            and all(grid_fits(size, gaussians.grids[k]) for size, gaussians in self._by_level(sizes))
+        ]
+        if not fitting if given is None else not set(given) <= set(fitting):
+            raise ProportionsError(self._misfit(sizes[0], range(len(self.groups)) if given is None else given))
+        return fitting if given is None else list(given)
+
+    def density_graph(self, sizes: Sequence[tuple[int, int]], group: int | None = None) -> nn.Module:
+        """Return the densities of features of these sizes as plain operations; see `Detector`.
+
+        Densities and distances of images that are given a group whose places do not correspond to theirs are NaN.
+
+        Raises:
+            ValueError: the model is not fitted, or the sizes are of other proportions than the training images.
+        """
+        self._require_fitted()
+        joining = self._joining(sizes)
+        on_grid = [sizes[joining[1]]] if joining else list(sizes)
+        groups = self._fitting(on_grid, None if group is None else [group])
+        levels = [
+            PlaceGraph(whitening, gaussians, groups, size)
+            for size, whitening, gaussians in zip(on_grid, self._whitenings, self._gaussians, strict=True)
+        ]
+        return GaussianGraph(dict(zip(self._part_names, levels, strict=True)), joining, group, len(self.groups))
 
     def _by_level(self, levels: Sequence[Any]) -> Iterator[tuple[Any, PlaceGaussians]]:
         return zip(levels, self._gaussians, strict=True)

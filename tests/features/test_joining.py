@@ -155,6 +155,29 @@ def test_stages_in_tiles_are_joined_to_the_bit_as_they_are_whole():
     assert torch.equal(joining.joined(other_layout, [8, 16, 32], 1), whole)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((64, 32), (32, 16), (16, 8)),
+        ((63, 31), (32, 16), (16, 8)),
+        ((7, 9), (3, 3), (2, 1)),
+        ((5, 5), (5, 5), (5, 5)),
+        ((9, 8), (3, 8), (1, 8)),
+        ((13, 11), (64, 100), (3, 7)),
+    ],
+)
+@pytest.mark.parametrize("grid", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_plain_operations_join_stages_as_well(sizes, grid, dtype):
+    """In float32 where the interpolation reads differs by some roundings of a coordinate."""
+    generator = torch.Generator().manual_seed(0)
+    stages = [torch.randn(2, c, *size, generator=generator).to(dtype) for c, size in zip((3, 4, 5), sizes, strict=True)]
+    actual, expected = (join(stages, [8, 16, 32], grid) for join in (joining.joined_plainly, joining.joined))
+    assert actual.dtype == dtype
+    close = SAME_IN_FLOAT64 if dtype == torch.float64 else 16 * 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=close, atol=close)
+
+
 def test_memory_counts_the_stages_that_are_joined():
     size = (2048, 2048)
     joined = Backbone(config(out_indices=(0, 1, 2), grid_stride=8))
