@@ -6,7 +6,8 @@ runs in one thread; contenders take turns, and medians of the processor time are
 
 - verdict: a frame in, score and class out, the class inferred or given, in float32 and with precision="bf16";
 - backbone: its features alone, in torch;
-- onnxruntime: the graph of `scoring_graph.py`, from a float image to map, score and class, whole or up to the features.
+- onnxruntime: the file of `model.export`, from a float image of the size that goes in to all of its outputs, and the
+  backbone of that file alone, up to the features.
 
 Where onnx, onnxruntime and onnxscript are missing, the rest is measured, and a note says how to install them.
 
@@ -28,13 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.scoring_graph import ScoringGraph
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.bench import measure
 from hgad_fast.environment import package_versions
 from hgad_fast.features.extract import FeatureSet
+from hgad_fast.features.graph import BackboneGraph
 from hgad_fast.files import replacing
 from hgad_fast.scoring.scorer import Scorer
 
@@ -55,16 +56,15 @@ def main() -> None:
     if missing := [name for name in ONNX if importlib.util.find_spec(name) is None]:
         figures["notes"].append(f"onnxruntime is left out: pip install {' '.join(missing)}")
         print(figures["notes"][-1], file=sys.stderr)
-    model = calibrated_model()
     frame = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(1)).byte().numpy()
-    figures["milliseconds"] = compare(contenders(model, frame, with_onnx=not missing), arguments.rounds)
+    figures["milliseconds"] = compare(contenders(frame, with_onnx=not missing), arguments.rounds)
     if not missing:
         of = figures["milliseconds"]
         figures["over onnxruntime"] = {
             name: of[name]["median"] / of["onnxruntime"]["median"] for name in of if name.startswith("verdict")
         }
         figures["over onnxruntime"]["backbone"] = of["backbone"]["median"] / of["onnxruntime, backbone"]["median"]
-    text, figures["share of products and convolutions"] = profile(Scorer(model), frame)
+    text, figures["share of products and convolutions"] = profile(Scorer(calibrated_model()), frame)
     print(json.dumps({name: value for name, value in figures.items() if name != "notes"}, indent=2))
     for path, content in ((arguments.output, json.dumps(figures, indent=2) + "\n"), (arguments.profile, text)):
         if path is not None:
@@ -86,10 +86,10 @@ def calibrated_model(**settings: Any) -> HGADModel:
     return model
 
 
-def contenders(model: HGADModel, frame: np.ndarray, with_onnx: bool) -> dict[str, Callable[[], Any]]:
-    """Return what is timed, by name."""
+def contenders(frame: np.ndarray, with_onnx: bool, **settings: Any) -> dict[str, Callable[[], Any]]:
+    """Return what is timed, by name, for models of these settings."""
     image = torch.from_numpy(frame).permute(2, 0, 1) / 255
-    rounded = calibrated_model(precision="bf16")
+    model, rounded = calibrated_model(**settings), calibrated_model(**(settings | {"precision": "bf16"}))
     encoder: Any = model.encoder
     scorers = {
         "verdict": Scorer(model),
@@ -100,33 +100,33 @@ def contenders(model: HGADModel, frame: np.ndarray, with_onnx: bool) -> dict[str
     calls: dict[str, Callable[[], Any]] = {name: lambda s=scorer: s(frame) for name, scorer in scorers.items()}
     calls["backbone"] = lambda: encoder.feature_maps(image)
     if with_onnx:
-        graph = ScoringGraph(model, (SIDE, SIDE)).eval()
-        whole, backbone = onnx_session(graph, image[None]), onnx_session(graph.backbone, image[None])
+        with tempfile.TemporaryDirectory() as folder:
+            whole, backbone = Path(folder, "whole.onnx"), Path(folder, "backbone.onnx")
+            model.export(whole, size=tuple(image.shape[1:]))
+            write_backbone(model, image[None], backbone)
+            sessions = {"onnxruntime": onnx_session(whole), "onnxruntime, backbone": onnx_session(backbone)}
         inputs = {"image": image[None].numpy()}
-        agree(scorers["verdict"](frame).score, float(whole.run(None, inputs)[1]))
-        calls["onnxruntime"] = lambda: whole.run(None, inputs)
-        calls["onnxruntime, backbone"] = lambda: backbone.run(None, inputs)
+        calls |= {name: lambda s=session: s.run(None, inputs) for name, session in sessions.items()}
     return calls
 
 
-def onnx_session(graph: nn.Module, image: Tensor) -> Any:
-    """Return onnxruntime's session of a graph, of one thread."""
+def write_backbone(model: HGADModel, images: Tensor, path: Path) -> None:
+    """Write the backbone alone as ONNX, for images (1, 3, H, W)."""
+    encoder: Any = model.encoder
+    graph = BackboneGraph(encoder, (images.shape[2], images.shape[3])).eval()
+    with torch.no_grad():
+        program = torch.onnx.export(graph, (images,), dynamo=True, input_names=["image"], verbose=False)
+    assert program is not None
+    program.save(path)
+
+
+def onnx_session(path: Path) -> Any:
+    """Return onnxruntime's session of a file, of one thread."""
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        file = Path(folder, "graph.onnx")
-        program = torch.onnx.export(graph, (image,), dynamo=True, input_names=["image"], verbose=False)
-        assert program is not None
-        program.save(file)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-def agree(own: float, other: float) -> None:
-    """Raise a RuntimeError where two scores differ by more than rounding: their times would mean nothing."""
-    if not abs(own - other) <= 1e-3 * abs(own):
-        raise RuntimeError(f"the graph gives the score {other}, the library {own}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def compare(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:

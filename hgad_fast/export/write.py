@@ -100,7 +100,9 @@ def export(
     examples = _examples(reference, plan, check_images if check else None)
     if precision == "fp16":
         halved(graph)
-    example = [*(x[:1].expand(2, *x.shape[1:]) for x in examples), *([torch.zeros(2, dtype=torch.int64)] * class_input)]
+    # Two of the same, row after row in memory: a program may be compiled for the strides of its example.
+    example = [x[:1].expand(2, *x.shape[1:]).contiguous() for x in examples]
+    example += [torch.zeros(2, dtype=torch.int64)] * class_input
     program = Program(kind, traced(graph, plan, example), plan)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:20]}-", dir=path.parent) as folder:
