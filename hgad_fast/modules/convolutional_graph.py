@@ -94,16 +94,15 @@ class NearestCode(nn.Module):
     """Vectors (N, D) -> the index (N,) int64 of the nearest of the codes (K, D), as `ops.nearest_code` computes it."""
 
     codes: Tensor
-    norms: Tensor
 
     def __init__(self, codes: Tensor) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
-        self.register_buffer("norms", codes.square().sum(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the indices."""
-        return torch.addmm(self.norms, x, self.codes.T, alpha=-2).argmin(1)
+        norms = self.codes.square().sum(1)  # of the codes as they are, should they be stored in half precision
+        return torch.addmm(norms, x, self.codes.T, alpha=-2).argmin(1)
 
 
 class PatternGraph(nn.Module):
@@ -128,7 +127,7 @@ class PatternGraph(nn.Module):
 
     def forward(self, vectors: Tensor) -> list[Tensor]:
         """Return the rows."""
-        (h, w), codes = self.size, len(self.nearest.norms)
+        (h, w), codes = self.size, len(self.nearest.codes)
         indices = self.nearest(vectors.flatten(0, 1)).view(-1, h, w)
         padded = TAPS * F.pad(indices, (1, 1, 1, 1), value=codes)
         return [padded[:, i : i + h, j : j + w] + (3 * i + j) for i in range(3) for j in range(3)]
@@ -223,7 +222,7 @@ class ConditionedConvolutionGraph(nn.Module):
         weight, own = convolution.weight.detach(), convolution.own_channels
         kernel, others = weight.split([own, convolution.in_channels - own], 1)
         self.register_buffer("kernel", kernel.contiguous())
-        self.register_buffer("bias", convolution.bias)
+        self.register_buffer("bias", convolution.bias.detach())
         (_, d_s), (_, d_p) = values.codes.shape, values.prototypes.shape
         self.patterns = Table(values.codes, others[:, :d_s])
         of_prototypes = others[:, d_s:] + (others[:, d_s - d_p : d_s] if values.residual else 0)
