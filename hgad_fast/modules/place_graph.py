@@ -124,7 +124,7 @@ class PlaceGraph(nn.Module):
 
     def forward(self, x: Tensor) -> Distances:
         """Return the distances (K, h w, B) to each of the groups."""
-        y = (x.flatten(2).permute(2, 0, 1) - self.mean) @ self.matrix  # (h w, B, D)
+        y = (self.matrix.T @ (x.flatten(2) - self.mean[:, None])).permute(2, 0, 1)  # (h w, B, D)
         by_group: dict[int, Distances] = {}
         for grid in self.grids:
             by_group |= dict(zip(grid.groups, grid(y), strict=True))  # type: ignore[arg-type]
