@@ -18,7 +18,7 @@ COMMANDS = re.findall(r"^hgad-fast .*$", "\n".join(p.read_text() for p in sorted
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse_and_their_settings_are_fields(line):
-    name, *arguments = shlex.split(line)[1:]
+    name, *arguments = shlex.split(line, comments=True)[1:]
     context = typer.main.get_command(app).commands[name].make_context(name, arguments)
     method, preset = context.params.get("method"), context.params.get("preset")
     assignments = context.params.get("set_")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,8 +119,13 @@ def test_every_line_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
                 result = CliRunner().invoke(app, shlex.split(line)[1:])
                 assert result.exit_code == 0, f"{line}\n{result.output}"
                 commands += 1
+            elif line.startswith("python examples/"):
+                program, *arguments = shlex.split(line.partition(" > ")[0])[1:]
+                run = [sys.executable, str(ROOT / program), *arguments]
+                table = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+                assert [cells["anomalous"] for cells in csv.DictReader(table.splitlines())] == ["False", "True"]
             else:
                 assert line.startswith(("make ", "pip install ", "my_data/", TIMES_THINGS)), line
-    assert (programs, commands) == (4, 12)
+    assert (programs, commands) == (4, 13)
     assert (workspace / "scores" / "scores.csv").read_text().count("\n") == 3
     assert "bottle" in capsys.readouterr().out  # the camera's verdict on the square

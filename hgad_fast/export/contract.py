@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ RUNTIMES = {
 }
 
 
-def contract(model: Detector, plan: Plan, kind: str, precision: str, check: dict[str, Any] | None) -> dict[str, Any]:
+def contract(model: Detector, plan: Plan, kind: str, precision: str, groups: Collection[int]) -> dict[str, Any]:
     """Return the sidecar of a model that is exported by a plan.
 
     Args:
@@ -50,7 +51,7 @@ def contract(model: Detector, plan: Plan, kind: str, precision: str, check: dict
         plan: what the graph was made for.
         kind: ``"onnx"`` or ``"torch"``.
         precision: in which the weights are stored.
-        check: what was compared with the model, or None.
+        groups: the numbers of those that images can be of.
     """
     config, calibration = model.config, required_calibration(model)
     tensors = model.state_dict() | {f"calibration.{name}": x for name, x in calibration.tensors().items()}
@@ -85,12 +86,13 @@ def contract(model: Detector, plan: Plan, kind: str, precision: str, check: dict
                 "threshold": _number(row["threshold"]),
                 "false_alarm_rate": _number(row["attained"]),
                 "calibration_images": row["reference"],
+                "in_file": k in groups,
             }
-            for row in rows
+            for k, row in enumerate(rows)
         ],
         "target_false_alarm_rate": calibration.false_alarm_rate,
         "precision": precision,
-        "check": check,
+        "check": None,  # until the file is compared with the model
     }
 
 

@@ -18,6 +18,7 @@ from .contract import KEY, OPSET
 from .graph import Plan
 
 MOST_IMAGES = 4096  # in a batch of a torch program; an ONNX file takes any number
+FOLDED = 512  # numbers of a constant that may be made of others in an ONNX file: what is made of larger ones is larger
 LARGEST_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file holds; more are written beside it
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -41,12 +42,15 @@ def traced(graph: nn.Module, plan: Plan, example: Sequence[Tensor]) -> Any:
     """
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
     try:
-        return torch.export.export(graph, tuple(example), dynamic_shapes=(tuple({0: batch} for _ in example),))
+        program = torch.export.export(graph, tuple(example), dynamic_shapes=(tuple({0: batch} for _ in example),))
     except Exception as error:  # torch raises many kinds
         raise ValueError(
             f"the model cannot be exported for images of {plan.size}: {_first_line(error)}. If it is the backbone, "
             "inputs='features' (--inputs features) exports all that follows it"
         ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # of the machine that writes the file
+    return program
 
 
 class Program:
@@ -60,16 +64,23 @@ class Program:
 
     def __init__(self, kind: str, program: Any, plan: Plan) -> None:
         self.kind, self._program = kind, program
+        self._onnx: Any = None
         if kind == "onnx":
+            from onnxscript import optimizer
+
             with _quiet():
-                self._onnx: Any = torch.onnx.export(
+                self._onnx = torch.onnx.export(
                     program,
                     dynamo=True,
                     opset_version=OPSET,
                     input_names=list(plan.inputs),
                     output_names=list(plan.outputs),
                     verbose=False,
+                    optimize=False,
                 )
+                optimizer.optimize(self._onnx.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+            for node in self._onnx.model.graph.all_nodes():
+                node.metadata_props.clear()  # where in the source each comes from, on the machine that wrote the file
 
     def save(self, path: Path, sidecar: str) -> None:
         """Write the program, with the text of its sidecar in it, to `path`; large weights of ONNX to `path`.data."""

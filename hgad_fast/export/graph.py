@@ -74,6 +74,10 @@ class ScoringGraph(nn.Module):
         plan: what it is made for.
         encoder: of `features.graph`, which makes the features of images; None: features go in.
 
+    Attributes:
+        grid: H and W of the map that scores are computed on.
+        groups: the numbers of those that images of these sizes can be of.
+
     Raises:
         ValueError: the method has no graph, or the model cannot score features of these sizes.
     """
@@ -86,6 +90,8 @@ class ScoringGraph(nn.Module):
         calibration = required_calibration(model)
         self.encoder = encoder
         self.densities = model.density_graph(plan.sizes, plan.group)
+        known = getattr(self.densities, "groups", None)
+        self.groups = range(len(model.groups)) if known is None else known.tolist()
         self.judge = Judge(calibration)
         self.register_buffer("level_max", calibration.level_max.detach().cpu().clone())
         with torch.no_grad():

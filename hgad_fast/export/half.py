@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-SMALLEST = 256  # numbers of a tensor that is worth it
+SMALLEST = 1024  # numbers of a tensor that is worth it, and no exporter folds
 FINITE = torch.finfo(torch.float16).max
 
 

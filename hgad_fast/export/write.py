@@ -17,9 +17,10 @@ from ..features.backbone import Backbone
 from ..features.graph import image_graph
 from ..features.preprocess import preprocess, seeing
 from ..files import printable, replacing
-from ..protocol import Detector
+from ..protocol import Detector, ProportionsError
 from ..scoring.calibration import required_calibration
 from ..scoring.inputs import as_images, check_normalization, checked_group_ids, checked_map_size
+from ..scoring.rates import listed
 from ..terminal import warn_user
 from .check import compared, drawn_features, drawn_images, reference_model
 from .contract import contract, text_of
@@ -94,7 +95,7 @@ def export(
     model.make_ready()
     reference = reference_model(model)
     plan, encoder = _planned(reference, size, inputs, outputs, class_id, class_input, map_size)
-    graph = ScoringGraph(reference, plan, encoder).eval()
+    graph = _graph(reference, plan, encoder)
     described = replace(plan, map_size=plan.map_size or graph.grid)
     examples = _examples(reference, plan, check_images if check else None)
     if precision == "fp16":
@@ -104,7 +105,7 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:20]}-", dir=path.parent) as folder:
         file = Path(folder, path.name)
-        sidecar = contract(model, described, kind, precision, None)
+        sidecar = contract(model, described, kind, precision, graph.groups)
         if check:
             program.save(file, text_of(sidecar))
             figures = compared(reference, plan, runner(kind, file), examples, precision)
@@ -179,6 +180,27 @@ def _planned(
         map_shape = seen
     plan = Plan(sizes, seen if takes_images else None, img_size, outputs, group, class_input, map_shape)
     return plan, encoder if takes_images else None
+
+
+def _graph(model: Detector, plan: Plan, encoder: nn.Module | None) -> ScoringGraph:
+    """Return the graph of a plan, and warn of classes whose images have other proportions than those that go in.
+
+    Raises:
+        ValueError: the method has no graph, or no class has these proportions.
+    """
+    try:
+        graph = ScoringGraph(model, plan, encoder).eval()
+    except ProportionsError as error:
+        raise ProportionsError(
+            f"{error}; or give the size at which the model sees them: size=(height, width) (--size HxW)"
+        ) from error
+    if plan.group is None and len(graph.groups) < len(model.groups):
+        others = [name for k, name in enumerate(model.groups) if k not in graph.groups]
+        warn_user(
+            f"the file knows nothing of {listed(others)}, whose images have other proportions than those that go in, "
+            f"{plan.size or plan.sizes[0]}: export another file for them, with their size (--size HxW)"
+        )
+    return graph
 
 
 def _seen_size(model: Detector, size: int | Sequence[Any] | None, img_size: int | str) -> tuple[int, int]:

@@ -51,15 +51,19 @@ class BackboneGraph(nn.Module):
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
             layers = net(resized)
             stages = joining.stages_of(tiles.channels_first(net, layers), self.out_indices)
-            levels += [joining.joined(stages, self.strides, self.grid)] if self.joins else stages
+            levels += [joining.joined_plainly(stages, self.strides, self.grid)] if self.joins else stages
         return levels
 
 
 def _of_one_size(net: Any, size: tuple[int, int]) -> Any:
-    """Return a copy of a transformer for images of one size, its position embedding resampled once for all."""
+    """Return a copy of a transformer for images of one size, its position embedding resampled once for all.
+
+    Other embeddings than those that are added to the patches are left as they are.
+    """
     net = copy.deepcopy(net)
     model = getattr(net, "model", net)
-    if getattr(model, "dynamic_img_size", False) and hasattr(model, "set_input_size"):
+    resampled = getattr(model, "dynamic_img_size", False) and hasattr(model, "set_input_size")
+    if resampled and getattr(model, "rope", None) is None:
         with torch.no_grad():
             model.set_input_size(img_size=size)
         model.dynamic_img_size, model.patch_embed.flatten = False, True

@@ -38,9 +38,8 @@ def streamlined(net: Any, own_padding: bool = True) -> nn.Module:
     try:
         _fold_batch_norms(fast, noise)
         for layer in fast.modules():
-            if (
-                own_padding and type(layer).__name__ == "Conv2dSame" and layer.dilation == (1, 1)
-            ):  # of timm, which imports slowly
+            same = type(layer).__name__ == "Conv2dSame"  # of timm, which imports slowly
+            if own_padding and same and layer.dilation == (1, 1):
                 layer.__class__ = _SelfPadding
         exact = copy.deepcopy(net).eval().double()(noise.double())
         for fast_x, plain_x, exact_x in zip(fast(noise), plain(noise), exact, strict=True):

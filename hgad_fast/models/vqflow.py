@@ -28,6 +28,7 @@ from ..modules.convolutional_flow import (
     PrototypePrior,
     channels_last,
 )
+from ..modules.convolutional_graph import ConditionGraph, FlowGraph, FusionGraph, PriorGraph, condition_values
 from ..modules.synchronised import exchanging, process_count
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, Progress
@@ -231,10 +232,7 @@ class VQFlowModel(Detector):
         Zeros around the map count in the mean, as published. A model in float64 pools in float64.
         """
         features = [x.to(torch.promote_types(x.dtype, self.prior.dtype)) for x in features]
-        if self.config.pool_type == "none":
-            return features
-        pool = F.avg_pool2d if self.config.pool_type == "avg" else F.max_pool2d
-        return [*(pool(x, 3, 2, 1) for x in features[:-1]), features[-1]]
+        return _pooled(features, self.config.pool_type)
 
     def _checked(self, levels: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return features (B, C, h, w) of each level in the model's dtype.
@@ -242,16 +240,25 @@ class VQFlowModel(Detector):
         Raises:
             ValueError: their sizes do not fit each other.
         """
-        sizes = [tuple(x.shape[2:]) for x in levels]
-        h, w = sizes[-1]
-        if any(size[0] != size[1] or size[0] % h for size in sizes):
-            remedy = "" if self.config.pool_type == "none" else "; pool_type='none' leaves the finer levels as they are"
-            raise ValueError(
-                f"the prepared feature maps have the sizes {', '.join(f'{a} x {b}' for a, b in sizes)}; VQ-Flow takes "
-                f"squares, each as large as the top level's or a multiple of it{remedy}"
-            )
+        self._check_sizes([(x.shape[2], x.shape[3]) for x in levels])
         dtype = self.prior.dtype
         return [x.to(dtype) for x in levels]
+
+    def _check_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Raise a ValueError where the sizes of prepared features do not fit each other."""
+        side = sizes[-1][0]
+        if any(h != w or h % side for h, w in sizes):
+            remedy = "" if self.config.pool_type == "none" else "; pool_type='none' leaves the finer levels as they are"
+            raise ValueError(
+                f"the prepared feature maps have the sizes {', '.join(f'{h} x {w}' for h, w in sizes)}; VQ-Flow takes "
+                f"squares, each as large as the top level's or a multiple of it{remedy}"
+            )
+
+    def _prepared_sizes(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the sizes of features of these sizes after `prepare`."""
+        if self.config.pool_type == "none":
+            return list(sizes)
+        return [*((-(-h // 2), -(-w // 2)) for h, w in sizes[:-1]), sizes[-1]]
 
     # ---- the model
 
@@ -414,13 +421,13 @@ class VQFlowModel(Detector):
         """
         with _evaluating(self):
             z, log_dets, _, conditions = self.latents(maps.whole(), group_ids, known=True)
-        latent_logps = [-level.square().mean(-1) / 2 for level in z]
-        logps = latent_logps
-        if self.config.score_density == "full":
-            logps = [a + b / level.shape[-1] for a, b, level in zip(latent_logps, log_dets, z, strict=True)]
-        if self.config.score_norm == "image_max":
-            logps = [level - level.amax((1, 2), keepdim=True) for level in logps]
-        return VQFlowDensities(logps, [], conditions.prototype_ids.cpu(), latent_logps)
+        return _densities(self.config, z, log_dets, conditions.prototype_ids.cpu())
+
+    def density_graph(self, sizes: Sequence[tuple[int, int]], group: int | None = None) -> nn.Module:
+        """Return the densities of features of these sizes as plain operations, in float32; see `Detector`."""
+        sizes = self._prepared_sizes(sizes)
+        self._check_sizes(sizes)
+        return VQFlowGraph(self, sizes, group)
 
     @property
     def score_share(self) -> float:
@@ -455,9 +462,7 @@ class VQFlowModel(Detector):
         Tables of the codes, which stay, are counted to the model.
         """
         width = self.conditions.condition_dim
-        pooled = list(sizes)
-        if self.config.pool_type != "none":
-            pooled = [(-(-h // 2), -(-w // 2)) for h, w in sizes[:-1]] + [sizes[-1]]
+        pooled = self._prepared_sizes(sizes)
         maps = 4 * sum(c * h * w for c, (h, w) in zip(self.feature_dims, pooled, strict=True))
         subnets = [
             4 * h * w * (4 * (self.config.hidden_channels or c + width) + 4 * c)
@@ -492,6 +497,45 @@ class VQFlowModel(Detector):
         self.load_state_dict(state, strict=False)
         self.prototype_images.zero_()
         self.calibration = None
+
+
+class VQFlowGraph(nn.Module):
+    """What `VQFlowModel.prepare` and `densities` compute, of features of fixed sizes; see `Detector.density_graph`.
+
+    Args:
+        model: the model.
+        sizes: (h, w) of the prepared features of each level.
+        group: the prototype of all images; None: inferred, or given with them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: VQFlowModel, sizes: Sequence[tuple[int, int]], group: int | None) -> None:
+        super().__init__()
+        self.config = model.config
+        parts: list[Any] = [
+            copy.deepcopy(part).cpu().float().eval().requires_grad_(False)
+            for part in (model.conditions, model.parallel_flows, model.prior, model.fusion_flow)
+        ]
+        conditions, flows, prior, fusion_flow = parts
+        values = condition_values(conditions, sizes, group)
+        self.conditions = ConditionGraph(conditions, values, group)
+        levels = list(zip(flows, values, strict=False))
+        self.flows = nn.ModuleList(FlowGraph(flow, of_level) for flow, of_level in levels)
+        self.priors = nn.ModuleList(PriorGraph(prior, i, values[i].prototypes) for i in range(len(levels)))
+        self.fusion_flow = FusionGraph(fusion_flow, values[-1], [h for h, _ in sizes[:-1]])
+
+    def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> Densities:
+        """Return the densities of features (B, C, h, w) of each level under the given prototypes, or those inferred."""
+        levels = _pooled(levels, self.config.pool_type)
+        conditions, prototype_ids = self.conditions(levels, group_ids)
+        standardised, log_dets = [], []
+        for i, x in enumerate(levels[:-1]):
+            z, log_det = self.flows[i](x, conditions[i])
+            standardised.append(self.priors[i](z, conditions[i].prototypes))
+            log_dets.append(log_det)
+        fused, fusion_log_dets = self.fusion_flow(standardised, conditions[-1])
+        log_dets = [a + b for a, b in zip(log_dets, fusion_log_dets, strict=True)]
+        return _densities(self.config, [channels_last(z) for z in fused], log_dets, prototype_ids)
 
 
 class VQFlowLoss(nn.Module):
@@ -533,6 +577,28 @@ class VQFlowLoss(nn.Module):
         in_use = torch.stack([books.cpc_quantizer.perplexity(), patterns]) / processes
         terms = [reported_nll, conditions.prototype_loss.detach(), conditions.pattern_loss.detach(), *in_use]
         return loss, torch.stack([term.to(top.dtype) for term in terms])[None]
+
+
+def _pooled(features: Sequence[Tensor], kind: str) -> list[Tensor]:
+    """Return features (B, C, h, w) with all levels but the last one pooled as `VQFlowConfig.pool_type` says."""
+    *fine, top = features
+    if kind == "none":
+        return [*fine, top]
+    pool = F.avg_pool2d if kind == "avg" else F.max_pool2d
+    return [*(pool(x, 3, 2, 1) for x in fine), top]
+
+
+def _densities(
+    config: VQFlowConfig, z: Sequence[Tensor], log_dets: Sequence[Tensor], prototype_ids: Tensor
+) -> VQFlowDensities:
+    """Return the densities of latents z (B, h, w, C) of each level with their log-determinants (B, h, w)."""
+    latent_logps = [-level.square().mean(-1) / 2 for level in z]
+    logps = latent_logps
+    if config.score_density == "full":
+        logps = [a + b / level.shape[-1] for a, b, level in zip(latent_logps, log_dets, z, strict=True)]
+    if config.score_norm == "image_max":
+        logps = [level - level.amax((1, 2), keepdim=True) for level in logps]
+    return VQFlowDensities(logps, [], prototype_ids, latent_logps)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ of a level. The levels are those that have a flow, from the finest on, and last 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,8 +160,15 @@ class Conditions(nn.Module):
 
         The condition's gradient goes to that map, (B, D_s, h, w).
         """
-        semantic_map = self.semantic_encoder(levels[-1])
         result = []
+        for features in self.pattern_features(levels):
+            h, w = features.shape[2:]
+            result.append((self.pixel_vectors(features, self.position(h, w, features), prototype), features))
+        return result
+
+    def pattern_features(self, levels: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield what the networks make of each level (B, C, h, w) and the top level: a map (B, D_s or D_p, h, w)."""
+        semantic_map = self.semantic_encoder(levels[-1])
         for level, x in enumerate(levels):
             features = self.feature_mlps[level](x)
             if level < len(self.upsamplers):
@@ -170,19 +177,25 @@ class Conditions(nn.Module):
                 if size != semantic_map.shape[2:]:
                     upsampled = F.interpolate(semantic_map, size, mode="bilinear", align_corners=False)
                 features = features + self.upsamplers[level](upsampled)
-            batch, (h, w) = len(x), x.shape[2:]
-            position = self.position(h, w, features)
-            places = features.flatten(2).transpose(1, 2)
-            if self.residual:
-                known = prototype[:, None].expand(-1, h * w, -1)
-                if position is not None:
-                    known = torch.cat([position.flatten(1).t().expand(batch, -1, -1), known], 2)
-                result.append((places - known, features))
-            else:
-                if position is not None:
-                    features = torch.cat([features, position.expand(batch, -1, -1, -1)], 1)
-                result.append((features.flatten(2).transpose(1, 2), features))
-        return result
+            yield features
+
+    def pixel_vectors(self, features: Tensor, position: Tensor | None, prototype: Tensor) -> Tensor:
+        """Return the vectors (B, h w, D_s) that the patterns of a level's pixels are chosen by.
+
+        Args:
+            features: of `pattern_features`.
+            position: the code of each pixel, (D_e, h, w), of `position`.
+            prototype: (B, D_p), those of the images.
+        """
+        batch, _, h, w = features.shape
+        if self.residual:
+            known = prototype[:, None].expand(-1, h * w, -1)
+            if position is not None:
+                known = torch.cat([position.flatten(1).t().expand(batch, -1, -1), known], 2)
+            return features.flatten(2).transpose(1, 2) - known
+        if position is not None:
+            features = torch.cat([features, position.expand(batch, -1, -1, -1)], 1)
+        return features.flatten(2).transpose(1, 2)
 
     def position(self, h: int, w: int, like: Tensor) -> Tensor | None:
         """Return the position code (D_e, h, w), columns first; None without position."""

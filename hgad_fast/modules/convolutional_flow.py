@@ -154,13 +154,13 @@ class ConvolutionalBlock(nn.Module):
         """Return z (B, h, w, C) and each pixel's part of the log-determinant (B, h, w)."""
         passive, active = x[..., : self.passive], x[..., self.passive :]
         y, log_det = self._coupled(passive, active, condition, known, inverse=False)
-        scale, offset = self._scale_and_offset()
+        scale, offset = self.scale_and_offset()
         z = torch.addcmul(offset, torch.cat([passive, y], -1), scale)
         return permuted(z, self.permutation), log_det + scale.log().sum()
 
     def inverse(self, z: Tensor, condition: Condition, known: Known | None = None) -> tuple[Tensor, Tensor]:
         """Return the x of `forward`, and each pixel's part of the log-determinant of the inverse."""
-        scale, offset = self._scale_and_offset()
+        scale, offset = self.scale_and_offset()
         u = (permuted(z, torch.argsort(self.permutation)) - offset) / scale
         passive, active = u[..., : self.passive], u[..., self.passive :]
         x, log_det = self._coupled(passive, active, condition, known, inverse=True)
@@ -174,7 +174,7 @@ class ConvolutionalBlock(nn.Module):
         y, log_det = ops.affine_coupling(active.flatten(0, 2), a.flatten(0, 2), self.clamp, inverse=inverse)
         return y.view(active.shape), log_det.view(active.shape[:3])
 
-    def _scale_and_offset(self) -> tuple[Tensor, Tensor]:
+    def scale_and_offset(self) -> tuple[Tensor, Tensor]:
         """Return psi and o, (C,) each."""
         return 0.1 * F.softplus(self.global_scale.flatten(), beta=0.5), self.global_offset.flatten()
 

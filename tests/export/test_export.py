@@ -1,0 +1,349 @@
+"""`model.export` writes files that give the scores of the model, says what they are, and refuses what would not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import exported
+import pytest
+import torch
+
+from hgad_fast import load
+from hgad_fast.data.images import read_image
+from hgad_fast.export import check, formats, write
+from hgad_fast.export.graph import OUTPUTS
+
+EPS = torch.finfo(torch.float32).eps
+CLOSE = {"rtol": 300 * EPS, "atol": 300 * EPS}  # see test_graph.py
+
+
+@pytest.fixture(scope="module")
+def of_images(tmp_path_factory):
+    """Return a model with a backbone, and what it is exported to: ONNX, a torch program, ONNX of half precision."""
+    model, folder = exported.on_images(pos_embed_dim=64), tmp_path_factory.mktemp("exported")
+    paths = [model.export(folder / "model.onnx"), model.export(folder / "model.pt2")]
+    return model, *paths, model.export(folder / "half.onnx", precision="fp16")
+
+
+@pytest.fixture(scope="module")
+def on_features():
+    return exported.on_features()
+
+
+SIZE = list(exported.SIZES)
+
+
+def run_torch(path: Path, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return dict(zip(OUTPUTS, torch.export.load(path).module()(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_file_gives_what_the_model_gives(of_images, kind, count):
+    model, onnx, program, _ = of_images
+    images = exported.images(count, seed=3)
+    outputs = exported.run_onnx(onnx, images) if kind == "onnx" else run_torch(program, images)
+    expected = model.score(images)
+    assert list(outputs) == list(OUTPUTS)
+    assert outputs["anomaly_map"].shape == (count, 64, 64)
+    torch.testing.assert_close(outputs["anomaly_map"], expected.anomaly_map, **CLOSE)
+    torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
+    torch.testing.assert_close(outputs["threshold"].double(), expected.threshold, rtol=EPS, atol=0)
+    assert torch.equal(outputs["class_id"], expected.class_id)
+    assert torch.equal(outputs["is_anomalous"], expected.is_anomalous)
+
+
+def test_an_onnx_file_is_plain(of_images):
+    _, onnx, _, half = of_images
+    for path in (onnx, half):
+        assert not exported.FORBIDDEN & set(exported.operators(path))
+    text = onnx.read_bytes()
+    assert str(Path(write.__file__).parents[1]).encode() not in text  # nothing of the machine that wrote it
+
+
+def test_positions_stay_apart(tmp_path):
+    """Of columns and rows there are tables in the file; one of all pixels would be several times the weights."""
+    model = exported.on_features(msk_size=60)
+    sizes = [(40, 50), (20, 25)]
+    path = model.export(tmp_path / "large.onnx", size=sizes)
+    numbers = sum(math.prod(tensor.shape) for tensor in model.state_dict().values())
+    matrices = 4 * sum(n * m for size in sizes for n, m in zip(size, (60, 75), strict=True))
+    tables = 4 * 2 * sum(sum(size) * 2 * (c - c // 2 + 8) for size, c in zip(sizes, exported.DIMS, strict=True))
+    operations = 120_000  # bytes, names included
+    assert path.stat().st_size < 4 * numbers + matrices + tables + operations
+
+
+def test_the_sidecar_says_all(of_images):
+    model, onnx, program, half = of_images
+    import onnx as onnx_package
+
+    sidecar = exported.sidecar_of(onnx)
+    (entry,) = onnx_package.load(str(onnx)).metadata_props
+    assert entry.key == "hgad_fast" and json.loads(entry.value) == sidecar
+    extra = {"hgad_fast.json": ""}
+    torch.export.load(program, extra_files=extra)
+    assert json.loads(extra["hgad_fast.json"]) == exported.sidecar_of(program)
+    assert sidecar["format"] == "hgad_fast export 1" and sidecar["file"] == "onnx" and sidecar["opset"] == 20
+    assert sidecar["inputs"]["image"] == {
+        "shape": ["batch", 3, 64, 64],
+        "dtype": "float32",
+        "channels": "RGB",
+        "range": [0, 1],
+    }
+    resize = sidecar["resize"]
+    assert (resize["rule"], resize["img_size"], resize["filter"], resize["antialias"]) == (
+        "short side",
+        64,
+        "Lanczos",
+        True,
+    )
+    assert list(sidecar["outputs"]) == list(OUTPUTS)
+    assert sidecar["outputs"]["anomaly_map"]["shape"] == ["batch", 64, 64]
+    assert [group["name"] for group in sidecar["groups"]] == list(model.groups)
+    for k, group in enumerate(sidecar["groups"]):
+        assert group["threshold"] == model.calibration.threshold(k)
+        assert group["false_alarm_rate"] == model.calibration.attained_rate(k)
+    assert sidecar["target_false_alarm_rate"] == 0.25 and sidecar["model"]["method"] == "hgad"
+    assert sidecar["runtimes"]["openvino"]["INFERENCE_PRECISION_HINT"] == "f32"
+    assert sidecar["check"]["images"] == check.IMAGES and sidecar["check"]["score"] <= 2e-5
+    assert exported.sidecar_of(half)["precision"] == "fp16"
+    assert half.stat().st_size < onnx.stat().st_size
+
+
+def test_the_hash_is_that_of_weights_and_calibration(tmp_path):
+    hashes = []
+    for rate in (0.2, 0.2, 0.4):
+        model = exported.on_features()
+        if rate == 0.4:
+            with torch.no_grad():
+                model.mixture.mus[0][0, 0] += 1e-3
+        path = model.export(tmp_path / "model.pt2", size=SIZE)
+        hashes.append(exported.sidecar_of(path)["model"]["sha256"])
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_loaded_model_exports_the_same(on_features, tmp_path):
+    on_features.save(tmp_path / "model.safetensors")
+    levels = exported.features(2)
+    paths = [
+        model.export(tmp_path / name, size=SIZE)
+        for model, name in ((on_features, "a.onnx"), (load(tmp_path / "model.safetensors"), "b.onnx"))
+    ]
+    first, second = (exported.run_onnx(path, *levels) for path in paths)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name])
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_classes_that_are_given(on_features, tmp_path, suffix):
+    levels = exported.features(4, seed=2)
+    expected = on_features.score_features(levels, torch.tensor([1, 2, 0, 1]))
+    path = on_features.export(tmp_path / f"given.{suffix}", size=SIZE, class_input=True, outputs=("score", "class_id"))
+    given = torch.tensor([1, 2, 0, 1])
+    if suffix == "onnx":
+        outputs = exported.run_onnx(path, *levels, given)
+    else:
+        outputs = dict(zip(("score", "class_id"), torch.export.load(path).module()(*levels, given), strict=True))
+    assert torch.equal(outputs["class_id"], expected.class_id)
+    torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
+    assert list(exported.sidecar_of(path)["inputs"]) == ["features_0", "features_1", "given_class"]
+
+
+def test_a_class_that_is_fixed(on_features, tmp_path):
+    path = on_features.export(tmp_path / "one.onnx", size=SIZE, class_id="class 2")
+    levels = exported.features(3, seed=2)
+    outputs, expected = exported.run_onnx(path, *levels), on_features.score_features(levels, 2)
+    assert outputs["class_id"].tolist() == [2, 2, 2] and exported.sidecar_of(path)["group"] == "class 2"
+    torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
+
+
+@pytest.mark.parametrize(("map_size", "shape"), [(None, (20, 16)), ("seen", (20, 16)), (9, (9, 9)), ((8, 20), (8, 20))])
+def test_maps_of_a_size(on_features, tmp_path, map_size, shape):
+    path = on_features.export(tmp_path / "maps.pt2", size=[(5, 4), (3, 2)], map_size=map_size)
+    levels = exported.features(1, sizes=[(5, 4), (3, 2)])
+    result = run_torch(path, *levels)["anomaly_map"]
+    assert tuple(result.shape[1:]) == tuple(exported.sidecar_of(path)["outputs"]["anomaly_map"]["shape"][1:]) == shape
+    expected = on_features.score_features(levels, map_size=None if map_size == "seen" else map_size)
+    torch.testing.assert_close(result, expected.anomaly_map, **CLOSE)
+
+
+def test_calibration_images_are_judged_as_at_home(tmp_path):
+    """A threshold is the score of one of them, with which that image ties, whatever a runtime rounds."""
+    model = exported.on_features(n_classes=1)
+    levels = exported.features(24, seed=1)  # what it is calibrated on
+    expected = model.score_features(levels)
+    path = model.export(tmp_path / "model.onnx", size=SIZE)
+    assert torch.equal(exported.run_onnx(path, *levels)["is_anomalous"], expected.is_anomalous)
+    assert (expected.image_score.double() == expected.threshold).any()
+
+
+def test_a_model_of_less_precision_is_exported_in_float32(tmp_path):
+    model = exported.on_features()
+    levels = exported.features(3, seed=2)
+    expected = model.score_features(levels)
+    model.precision = "bf16"
+    path = model.export(tmp_path / "model.pt2", size=SIZE)
+    assert model.precision == "bf16"
+    torch.testing.assert_close(run_torch(path, *levels)["score"], expected.image_score, **CLOSE)
+
+
+def test_features_of_a_backbone(tmp_path):
+    model = exported.on_images()
+    path = model.export(tmp_path / "features.pt2", inputs="features")
+    with torch.no_grad():
+        levels = model.encoder(model.encoder.normalize(exported.images(2)), fast=True)
+    torch.testing.assert_close(run_torch(path, *levels)["score"], model.score_features(levels).image_score, **CLOSE)
+    assert "resize" not in exported.sidecar_of(path)
+
+
+def test_images_that_are_not_square(tmp_path):
+    model = exported.on_images()
+    path = model.export(tmp_path / "wide.pt2", size=(64, 80))
+    images = exported.images(2, size=(64, 80))
+    torch.testing.assert_close(run_torch(path, images)["score"], model.score(images).image_score, **CLOSE)
+    assert exported.sidecar_of(path)["resize"]["width"] == 80
+
+
+# ------------------------------------------------------------------------------------------------ the check
+
+
+class _Wrong:
+    """What an export runs, with an output changed."""
+
+    def __init__(self, name, change):
+        self.index, self.change = OUTPUTS.index(name), change
+
+    def __call__(self, kind, path):
+        run = formats.runner(kind, path)
+
+        def changed(inputs):
+            outputs = run(inputs)
+            outputs[self.index] = self.change(outputs[self.index])
+            return outputs
+
+        return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "figure"),
+    [
+        ("score", lambda x: x * (1 + 1e-4), r"score by 0\.00"),
+        ("score", lambda x: x + torch.nan, r"score by nan"),
+        ("anomaly_map", lambda x: x + 1e-2 * x.amax(), r"map by 0\.0"),
+        ("class_id", lambda x: (x + 1) % 3, r"class by [1-4]"),
+        ("is_anomalous", lambda x: ~x, r"verdict by [1-4]"),
+    ],
+    ids=["score", "nan", "map", "class", "verdict"],
+)
+def test_a_file_that_differs_is_not_kept(on_features, tmp_path, monkeypatch, name, change, figure):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"the file before")
+    monkeypatch.setattr(write, "runner", _Wrong(name, change))
+    with pytest.raises(ValueError, match=figure):
+        on_features.export(path, size=SIZE)
+    assert path.read_bytes() == b"the file before" and list(tmp_path.iterdir()) == [path]
+    on_features.export(path, size=SIZE, check=False)
+    assert exported.sidecar_of(path)["check"] is None
+
+
+def test_nothing_is_left_half_written(on_features, tmp_path, monkeypatch):
+    path = on_features.export(tmp_path / "model.pt2", size=SIZE)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        on_features.export(path, size=SIZE)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_images_to_check_on(tmp_path):
+    from PIL import Image
+
+    model = exported.on_images()
+    for i, image in enumerate(exported.images(3, size=(90, 90))):
+        pixels = (image.permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(pixels[: 90 if i else 60]).save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="1 of 3 images"):
+        path = model.export(tmp_path / "model.pt2", check_images=tmp_path)
+    assert exported.sidecar_of(path)["check"]["images"] == 2
+    assert read_image(tmp_path / "0.png").shape == (3, 60, 90)
+    with pytest.raises(ValueError, match=r"no image of check_images .* \(64, 96\)"):
+        model.export(tmp_path / "model.pt2", size=(64, 96), check_images=tmp_path / "1.png")
+
+
+def test_drawn_images_are_images():
+    for size in ((1, 1), (7, 300), (64, 64)):
+        drawn = check.drawn_images(size)
+        assert drawn.shape == (check.IMAGES, 3, *size) and 0 <= drawn.min() and drawn.max() <= 1
+    assert torch.equal(drawn, check.drawn_images((64, 64)))
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("model", {}, "says no format"),
+        ("model.onnx", {"format": "tflite"}, "format is 'tflite'; allowed are onnx, torch"),
+        ("model.onnx", {"format": "torch"}, "change one of them"),
+        ("model.pt2", {"size": None}, "no backbone, so pass"),
+        ("model.pt2", {"size": [(3, 3)]}, "each of its 2 levels"),
+        ("model.pt2", {"size": [(3, 3), 0]}, "size is 0"),
+        ("model.pt2", {"inputs": "image"}, "no backbone"),
+        ("model.pt2", {"inputs": "video"}, "allowed are 'image' and 'features'"),
+        ("model.pt2", {"outputs": ()}, "outputs is"),
+        ("model.pt2", {"outputs": ("score", "score")}, "each once"),
+        ("model.pt2", {"outputs": "heat"}, "allowed are some of anomaly_map"),
+        ("model.pt2", {"class_id": "bottle"}, "class 'bottle' is unknown"),
+        ("model.pt2", {"class_id": 1, "class_input": True}, "choose one of them"),
+        ("model.pt2", {"map_size": 0}, "map_size is 0"),
+        ("model.pt2", {"precision": "int8"}, "allowed are fp32, fp16"),
+        ("model.pt2", {"check": False, "check_images": "x"}, "leave one of them out"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit(on_features, tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        on_features.export(tmp_path / name, **{"size": SIZE} | options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, (65, 80), "calibrated for images with a short side of 64"),
+        ({}, "64", "size is '64'"),
+        ({"center_crop": True}, (64, 80), "sees squares"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit(tmp_path, changes, size, message):
+    with pytest.raises(ValueError, match=message):
+        exported.on_images(**changes).export(tmp_path / "model.pt2", size=size)
+
+
+def test_a_model_without_calibration_is_refused(on_features, tmp_path):
+    model = exported.on_features()
+    model.calibration = None
+    with pytest.raises(ValueError, match="normalisation constants"):
+        model.export(tmp_path / "model.onnx", size=SIZE)
+
+
+def test_a_folder_is_no_file(on_features, tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        on_features.export(tmp_path, size=SIZE)
+
+
+@pytest.mark.parametrize(("missing", "remedy"), [("onnxscript", "export"), ("onnxruntime", "--no-check")])
+def test_missing_packages_are_named(on_features, tmp_path, monkeypatch, missing, remedy):
+    find = formats.importlib.util.find_spec
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(ImportError, match=rf"{missing}.*{remedy}"):
+        on_features.export(tmp_path / "model.onnx", size=SIZE)
