@@ -211,7 +211,7 @@ class ConditionedConvolutionGraph(nn.Module):
     """
 
     kernel: Tensor
-    bias: Tensor
+    bias: Tensor | None
     inside_rows: Tensor
     inside_columns: Tensor
     column: Tensor | None
@@ -222,7 +222,7 @@ class ConditionedConvolutionGraph(nn.Module):
         weight, own = convolution.weight.detach(), convolution.own_channels
         kernel, others = weight.split([own, convolution.in_channels - own], 1)
         self.register_buffer("kernel", kernel.contiguous())
-        self.register_buffer("bias", convolution.bias.detach())
+        self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
         (_, d_s), (_, d_p) = values.codes.shape, values.prototypes.shape
         self.patterns = Table(values.codes, others[:, :d_s])
         of_prototypes = others[:, d_s:] + (others[:, d_s - d_p : d_s] if values.residual else 0)
