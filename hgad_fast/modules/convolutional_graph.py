@@ -129,7 +129,7 @@ class PatternGraph(nn.Module):
         """Return the rows."""
         (h, w), codes = self.size, len(self.nearest.codes)
         indices = self.nearest(vectors.flatten(0, 1)).view(-1, h, w)
-        padded = TAPS * F.pad(indices, (1, 1, 1, 1), value=codes)
+        padded = TAPS * F.pad(indices, (1, 1, 1, 1), value=codes)  # outside lies the code of zeros
         return [padded[:, i : i + h, j : j + w] + (3 * i + j) for i in range(3) for j in range(3)]
 
 
@@ -174,7 +174,7 @@ class ConditionGraph(nn.Module):
         prototype = self.prototypes.index_select(0, rows)
         conditions = []
         for features, patterns in zip(self.networks.pattern_features(levels), self.patterns, strict=True):
-            vectors = self.networks.pixel_vectors(features, patterns.position, prototype)
+            vectors, _ = self.networks.pixel_vectors(features, patterns.position, prototype)
             conditions.append(ConditionRows(patterns(vectors), rows))
         return conditions, numbers
 
@@ -206,8 +206,8 @@ class Table(nn.Module):
 class ConditionedConvolutionGraph(nn.Module):
     """A `ConditionedConvolution`: maps (B, C1, h, w) and conditions -> maps (B, h, w, m).
 
-    What the kernel makes of a prototype, which is the same at all pixels, and of the codes of column and row differs
-    along one axis in nothing but which of its taps lie inside the map.
+    What the kernel makes of a prototype, of the code of a column or of that of a row changes across the map, or along
+    one of its axes, by nothing but which taps lie inside: two small products spread it over the pixels.
     """
 
     kernel: Tensor
@@ -223,7 +223,7 @@ class ConditionedConvolutionGraph(nn.Module):
         kernel, others = weight.split([own, convolution.in_channels - own], 1)
         self.register_buffer("kernel", kernel.contiguous())
         self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
-        (_, d_s), (_, d_p) = values.codes.shape, values.prototypes.shape
+        d_s, d_p = values.codes.shape[1], values.prototypes.shape[1]
         self.patterns = Table(values.codes, others[:, :d_s])
         of_prototypes = others[:, d_s:] + (others[:, d_s - d_p : d_s] if values.residual else 0)
         self.prototypes = Table(values.prototypes, of_prototypes)
