@@ -100,8 +100,8 @@ def export(
     examples = _examples(reference, plan, check_images if check else None)
     if precision == "fp16":
         halved(graph)
-    # Two of the same, row after row in memory: a program may be compiled for the strides of its example.
-    example = [x[:1].expand(2, *x.shape[1:]).contiguous() for x in examples]
+    # A torch program keeps its example, and is compiled for its strides: no image of the user's, and no view.
+    example = [torch.zeros(2, *x.shape[1:]) for x in examples]
     example += [torch.zeros(2, dtype=torch.int64)] * class_input
     program = Program(kind, traced(graph, plan, example), plan)
     path.parent.mkdir(parents=True, exist_ok=True)

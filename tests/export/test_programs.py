@@ -60,9 +60,17 @@ def test_a_program_runs_without_this_library(tmp_path):
         assert_is_the_score(outputs, expected)
 
 
+def test_a_program_keeps_no_image(tmp_path):
+    model, features = exported.on_features(), exported.features(3)
+    program = model.export(tmp_path / "model.pt2", size=exported.SIZES)
+    examples, _ = torch.export.load(program).example_inputs
+    assert [x.shape[1:] for x in examples] == [x.shape[1:] for x in features]
+    assert all(x.is_contiguous() and not x.any() for x in examples)  # compiled, a program takes strides like these
+
+
 @pytest.mark.skipif(not measure.can_compile(torch.device("cpu")), reason="there is no C++ compiler")
 def test_a_program_is_compiled_ahead_of_time(tmp_path):
-    model, features = exported.on_features(), exported.features(3)
+    model, features = exported.on_features(coupling_layers=1, fusion="product"), exported.features(3)
     program = model.export(tmp_path / "model.pt2", size=exported.SIZES, check=False)
     expected = model.score_features(features)
     for outputs in elsewhere(COMPILE_AND_RUN, program, [[x[:1] for x in features], features]):
