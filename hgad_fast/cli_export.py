@@ -101,7 +101,7 @@ def _summary(path: Path, sidecar_path: Path, sidecar: dict[str, Any]) -> list[st
     """Return what was written, for people."""
     shapes = {name: " x ".join(map(str, each["shape"])) for name, each in sidecar["inputs"].items()}
     lines = [
-        f"{sidecar['file']}: {printable(path)} ({path.stat().st_size / 1e6:.1f} MB)",
+        f"{sidecar['kind']}: {printable(path)} ({path.stat().st_size / 1e6:.1f} MB)",
         f"sidecar: {printable(sidecar_path)}",
         *(f"input {name}: {shape}" for name, shape in shapes.items()),
         f"outputs: {', '.join(sidecar['outputs'])}",

@@ -55,7 +55,7 @@ def contract(model: Detector, plan: Plan, kind: str, precision: str, groups: Col
     """
     config, calibration = model.config, required_calibration(model)
     tensors = model.state_dict() | {f"calibration.{name}": x for name, x in calibration.tensors().items()}
-    runtime: dict[str, Any] = {"file": kind}
+    runtime: dict[str, Any] = {"kind": kind}
     if kind == "onnx":
         runtime |= {"opset": OPSET, "runtimes": RUNTIMES}
     rows = calibration.rates(model.groups)

@@ -86,7 +86,7 @@ def test_the_sidecar_says_all(of_images):
     extra = {"hgad_fast.json": ""}
     torch.export.load(program, extra_files=extra)
     assert json.loads(extra["hgad_fast.json"]) == exported.sidecar_of(program)
-    assert sidecar["format"] == "hgad_fast export 1" and sidecar["file"] == "onnx" and sidecar["opset"] == 20
+    assert sidecar["format"] == "hgad_fast export 1" and sidecar["kind"] == "onnx" and sidecar["opset"] == 20
     assert sidecar["inputs"]["image"] == {
         "shape": ["batch", 3, 64, 64],
         "dtype": "float32",
