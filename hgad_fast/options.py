@@ -89,6 +89,11 @@ _IN_PYTHON: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"skip_bad=True": "--skip-bad",
     r"img_size='native'": "--img-size native",
     r"img_size(?= (is|as) )": "--img-size",
+    r"size=\(height, width\) \(--size HxW\)": "--size HxW",
+    r"size=\[\(h, w\), \.\.\.\] \(--size HxW,HxW,\.\.\.\)": "--size HxW,HxW,...",
+    r"check=False \(--no-check\)": "--no-check",
+    r"check_images \(--check-images\)": "--check-images",
+    r"inputs='features' \(--inputs features\)": "--inputs features",
     r"output_dir": "--output",
     r"(cache_dir|cache_dtype|cache_limit|false_alarm_rate|max_memory|map_path|skip_bad)": lambda found: (
         "--" + found[1].replace("_", "-")

@@ -11,15 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..protocol import Detector
+from ..scoring.calibration import required_calibration
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_features, score_images
 from .formats import Run
 from .graph import Plan
 
 IMAGES = 4  # that are drawn where none are given
+TOGETHER = 3  # of them the file gets as a batch, too
 TOLERANCES = {  # of scores, as a part of them or of the threshold; of maps, as a part of their largest value
-    "fp32": (2e-5, 1e-4),
-    "fp16": (2e-2, 5e-2),
+    # Rounding of the backbone's features is amplified by a flow: measured are up to 2e-5 and 4e-5 (docs/deploy.md).
+    "fp32": (5e-5, 1e-4),
+    "fp16": (5e-2, 1e-1),
 }
 
 
@@ -48,58 +51,97 @@ def drawn_features(model: Detector, plan: Plan, count: int = IMAGES) -> list[Ten
     ]
 
 
-def compared(model: Detector, plan: Plan, run: Run, inputs: Sequence[Tensor], precision: str) -> dict[str, Any]:
+def compared(
+    model: Detector, plan: Plan, groups: Sequence[int], run: Run, inputs: Sequence[Tensor], precision: str
+) -> dict[str, Any]:
     """Return how far what a file gives is from what the model gives, as the sidecar has it.
 
     Args:
         model: the model, in float32 on the CPU.
         plan: what the file was made for.
+        groups: those that images can be of.
         run: runs the file.
-        inputs: n images, or their features of each level; the file gets them one by one, and the first three together.
+        inputs: n images, or their features of each level; the file gets them one by one, and the first ones together.
         precision: of the file's weights, on which tolerances depend.
 
     Raises:
-        ValueError: scores, maps, classes or verdicts differ by more than the tolerance; it names the figures.
+        ValueError: an output differs by more than the tolerance; it names the figures.
     """
     count = len(inputs[0])
-    groups = torch.arange(count) % len(model.groups) if plan.class_input else None
-    given = [*inputs, *([] if groups is None else [groups])]
-    ids = groups if plan.group is None else torch.full((count,), plan.group)
-    expected = _scored(model, plan, inputs, ids)
-    singles = [run([x[i : i + 1] for x in given]) for i in range(count)]
-    outputs = dict(zip(plan.outputs, map(torch.cat, zip(*singles, strict=True)), strict=True))
-    together = dict(zip(plan.outputs, run([x[:3] for x in given]), strict=True))
-    of_score, of_map = TOLERANCES[precision]
-    scale = expected.image_score.double().abs()
-    scale = torch.maximum(scale, expected.threshold.nan_to_num(0).abs()).clamp(min=1e-12)
-    figures: dict[str, Any] = {"images": count}
-    wrong = []
-
-    def note(name: str, difference: float, tolerance: float) -> None:
-        figures[name] = float(f"{difference:.2g}")
-        if not difference <= tolerance:
-            wrong.append(f"{name} by {difference:.2g} (allowed: {tolerance:g})")
-
-    if "score" in outputs:
-        note("score", float(((outputs["score"] - expected.image_score).abs() / scale).max()), of_score)
-        batched = (together["score"] - outputs["score"][:3]).abs() / scale[:3]
-        note("score in a batch", float(batched.max()), of_score)
-    if "anomaly_map" in outputs:
-        maps = expected.anomaly_map
-        assert isinstance(maps, Tensor)
-        largest = maps.abs().amax((1, 2)).clamp(min=1e-12)
-        note("map", float(((outputs["anomaly_map"] - maps).abs().amax((1, 2)) / largest).max()), of_map)
-    if "class_id" in outputs:
-        note("class", float((outputs["class_id"] != expected.class_id).sum()), 0)
-    if "is_anomalous" in outputs:
-        tied = (expected.image_score - expected.threshold).abs() <= of_score * scale  # either verdict is right
-        note("verdict", float(((outputs["is_anomalous"] != expected.is_anomalous) & ~tied).sum()), 0)
-    if wrong:
+    given = _given_groups(plan, groups, count)
+    expected = _expected(model, plan, inputs, given)
+    arguments = [*inputs, *([given] if plan.class_input and given is not None else [])]
+    results = [run([x[i : i + 1] for x in arguments]) for i in range(count)]
+    results.append(run([x[:TOGETHER] for x in arguments]))
+    rows = torch.cat([torch.arange(count), torch.arange(count)[:TOGETHER]])  # the images of the results
+    outputs = dict(zip(plan.outputs, map(torch.cat, zip(*results, strict=True)), strict=True))
+    tolerances = dict.fromkeys(plan.outputs, 0.0) | {"threshold": torch.finfo(torch.float32).eps}
+    tolerances["score"], tolerances["anomaly_map"] = TOLERANCES[precision]
+    differences = _differences(model, outputs, expected, rows, tolerances["score"])
+    if wrong := [name for name, value in differences.items() if not value <= tolerances[name]]:
+        listed = "; ".join(f"{name} by {differences[name]:.2g} (allowed: {tolerances[name]:.2g})" for name in wrong)
         raise ValueError(
-            f"what the file gives for {count} images differs from what the model gives: {'; '.join(wrong)}. It was not "
-            "written; report this, or write it all the same: check=False (--no-check)"
+            f"what the file gives for {count} images differs from what the model gives: {listed}. It was not written; "
+            "report this, or write it all the same: check=False (--no-check)"
         )
-    return figures | {"tolerance of score": of_score, "tolerance of map": of_map}
+    figures: dict[str, Any] = {"images": count} | {name: float(f"{x:.2g}") for name, x in differences.items()}
+    return figures | {"tolerance": {name: tolerances[name] for name in ("score", "anomaly_map") if name in differences}}
+
+
+def _given_groups(plan: Plan, groups: Sequence[int], count: int) -> Tensor | None:
+    """Return the groups (count,) int64 that images are said to be of, every third one -1; None: nothing is said."""
+    if plan.group is not None:
+        return torch.full((count,), plan.group)
+    if not plan.class_input:
+        return None
+    ids = torch.tensor([groups[i % len(groups)] for i in range(count)])
+    return torch.where(torch.arange(count) % 3 == 2, -1, ids)
+
+
+def _expected(model: Detector, plan: Plan, inputs: Sequence[Tensor], given: Tensor | None) -> ScoreResult:
+    """Return what the model gives for images, or features, of the given groups."""
+    if given is not None and (given < 0).any():
+        given = torch.where(given < 0, _expected(model, plan, inputs, None).class_id, given)
+    if plan.size is None:
+        return score_features(model, inputs, given, map_size=plan.map_size)
+    return score_images(model, inputs[0], given, map_size=plan.map_size or "seen", img_size=plan.img_size)
+
+
+def _differences(
+    model: Detector, outputs: dict[str, Tensor], expected: ScoreResult, rows: Tensor, tolerance: float
+) -> dict[str, float]:
+    """Return how far outputs of images `rows` are from what is expected, by their names.
+
+    Scores are compared in units of themselves or of the threshold, maps in units of their largest value. Of classes,
+    p-values and verdicts those are counted that differ; p-values and verdicts by more than the tolerance of scores
+    explains.
+    """
+    scores, threshold, class_id = expected.image_score[rows], expected.threshold[rows], expected.class_id[rows]
+    maps = expected.anomaly_map
+    assert isinstance(maps, Tensor)
+    known = threshold.nan_to_num(0).abs()
+    scale = torch.maximum(scores.double().abs(), known).clamp(min=1e-12)
+    calibration = required_calibration(model)
+    least, most = (calibration.judge(scores + sign * 2 * tolerance * scale, class_id) for sign in (1, -1))
+    rounding = torch.finfo(torch.float32).eps
+
+    def difference(name: str, output: Tensor) -> Any:
+        if name == "score":
+            return ((output - scores).abs() / scale).max()
+        if name == "anomaly_map":
+            largest = maps.abs().amax((1, 2))[rows].clamp(min=1e-12)
+            return ((output - maps[rows]).abs().amax((1, 2)) / largest).max()
+        if name == "threshold":
+            both_none = output.isnan() & threshold.isnan()
+            return torch.where(both_none, 0, (output - threshold).abs() / known.clamp(min=1e-12)).max()
+        if name == "class_id":
+            return (output != class_id).sum()
+        if name == "is_anomalous":
+            return ((output != least[1]) & (output != most[1])).sum()
+        within = (output >= least[0] - rounding) & (output <= most[0] + rounding)
+        return (~within & ~(output.isnan() & least[0].isnan())).sum()
+
+    return {name: float(difference(name, output)) for name, output in outputs.items()}
 
 
 def reference_model(model: Detector) -> Detector:
@@ -109,10 +151,3 @@ def reference_model(model: Detector) -> Detector:
         return exact
     copied: Any = copy.deepcopy(exact)
     return copied.to("cpu")
-
-
-def _scored(model: Detector, plan: Plan, inputs: Sequence[Tensor], group_ids: Tensor | None) -> ScoreResult:
-    """Return what the model gives for images, or features."""
-    if plan.size is None:
-        return score_features(model, inputs, group_ids, map_size=plan.map_size)
-    return score_images(model, inputs[0], group_ids, map_size=plan.map_size or "seen", img_size=plan.img_size)

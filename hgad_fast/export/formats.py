@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .contract import KEY, OPSET
 from .graph import Plan
 
 MOST_IMAGES = 4096  # in a batch of a torch program; an ONNX file takes any number
 FOLDED = 512  # numbers of a constant that may be made of others in an ONNX file: what is made of larger ones is larger
-LARGEST_FILE = 2**31 - 2**24  # bytes of weights that an ONNX file holds; more are written beside it
+LARGEST_FILE = 2**30  # bytes of weights in an ONNX file, which has no room for 2 GiB; more are written beside it
+SMALLEST_HALF = 1024  # numbers of a tensor that is worth storing in float16, and that no exporter folds
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
@@ -39,13 +42,15 @@ def traced(graph: nn.Module, plan: Plan, example: Sequence[Tensor]) -> Any:
         ValueError: the graph holds something that cannot be exported, such as an encoder that looks at values.
     """
     batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+    remedy = (
+        "" if plan.size is None else "; inputs='features' (--inputs features) exports all that follows the backbone"
+    )
     try:
         program = torch.export.export(graph, tuple(example), dynamic_shapes=(tuple({0: batch} for _ in example),))
+    except (MemoryError, OSError):
+        raise
     except Exception as error:  # torch raises many kinds
-        raise ValueError(
-            f"the model cannot be exported for images of {plan.size}: {_first_line(error)}. If it is the backbone, "
-            "inputs='features' (--inputs features) exports all that follows it"
-        ) from error
+        raise ValueError(f"the model cannot be exported: {_first_line(error)}{remedy}") from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # of the machine that writes the file
     return program
@@ -81,15 +86,21 @@ class Program:
                 node.metadata_props.clear()  # where in the source each comes from, on the machine that wrote the file
 
     def save(self, path: Path, sidecar: str) -> None:
-        """Write the program, with the text of its sidecar in it, to `path`; large weights of ONNX to `path`.data."""
+        """Write the program to `path`, with the text of its sidecar in it.
+
+        Large weights of ONNX are written beside it, into a file whose name has a hash of that text: so no file reads
+        the weights of another one that had its name.
+        """
         if self.kind == "torch":
             with _quiet():
                 torch.export.save(self._program, path, extra_files={f"{KEY}.json": sidecar})
             return
+        import onnx_ir
+
         self._onnx.model.metadata_props[KEY] = sidecar
         weights = sum(value.const_value.nbytes for value in self._onnx.model.graph.initializers.values())
-        with _quiet():
-            self._onnx.save(path, external_data=weights > LARGEST_FILE)
+        beside = f"{path.name}.{hashlib.sha256(sidecar.encode()).hexdigest()[:8]}.data"
+        onnx_ir.save(self._onnx.model, path, external_data=beside if weights > LARGEST_FILE else None)
 
 
 def runner(kind: str, path: Path) -> Run:
@@ -132,3 +143,25 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+class _Half(nn.Module):
+    """float16 in memory, float32 for all who ask."""
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """Return the weights in float32."""
+        return stored.float()
+
+
+def halved(graph: nn.Module) -> None:
+    """Store the float32 weights of a graph in float16, in place, but for small tensors and those beyond its range."""
+    for module in list(graph.modules()):
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            large = tensor.dtype == torch.float32 and tensor.numel() >= SMALLEST_HALF
+            if large and float(tensor.abs().max()) <= torch.finfo(torch.float16).max:
+                delattr(module, name)
+                module.register_buffer(name, tensor.detach().half())
+                parametrize.register_parametrization(module, name, _Half(), unsafe=True)

@@ -23,10 +23,10 @@ from ..scoring.maps import blurred_axis, cells_on_map, map_grid
 OUTPUTS = ("anomaly_map", "score", "class_id", "p_value", "threshold", "is_anomalous")
 IMAGE, GIVEN_CLASS = "image", "given_class"  # names of inputs; features are "features_0", "features_1", ...
 
-ROUNDING = 1e-5
-"""Part of a score by which runtimes may differ: an image that ties with a calibration image does so in all of them."""
+ROUNDING = 2e-5
+"""Part of a score or threshold by which runtimes may differ: what ties with a calibration image ties in all of them."""
 
-LOWEST, HIGHEST = -1.0, 2.0  # values of an image beyond which it cannot be one in [0, 1], whatever the filter
+SLACK = 1e-3  # by which values of an image may lie outside of [0, 1], after arithmetic of less than float32
 LARGEST = 3e38  # that a finite float32 may be, almost
 
 
@@ -66,8 +66,8 @@ class ScoringGraph(nn.Module):
     the groups (B,) int64, -1 where they are to be inferred. Outputs: anomaly_map (B, H, W), score (B,), class_id (B,)
     int64, p_value and threshold (B,), NaN where nothing is known of the group, and is_anomalous (B,) bool.
 
-    An image with values that are no image's (NaN, or 0 to 255), or whose densities are no numbers, has an infinite
-    score, whatever a runtime makes of a NaN on the way: no comparison calls it normal.
+    An image with values beyond [0, 1] (NaN, 0 to 255, normalised already), or whose densities are no numbers, has an
+    infinite score, whatever a runtime makes of a NaN on the way: no comparison calls it normal.
 
     Args:
         model: a calibrated model; the graph has copies of all that it needs.
@@ -90,8 +90,8 @@ class ScoringGraph(nn.Module):
         calibration = required_calibration(model)
         self.encoder = encoder
         self.densities = model.density_graph(plan.sizes, plan.group)
-        known = getattr(self.densities, "groups", None)
-        self.groups = range(len(model.groups)) if known is None else known.tolist()
+        known = getattr(self.densities, "groups", range(len(model.groups)))
+        self.groups = [plan.group] if plan.group is not None else [int(k) for k in known]
         self.judge = Judge(calibration)
         self.register_buffer("level_max", calibration.level_max.detach().cpu().clone())
         with torch.no_grad():
@@ -111,7 +111,7 @@ class ScoringGraph(nn.Module):
         levels = list(sources) if self.encoder is None else self.encoder(sources[0])
         valid = _all([x.abs() <= LARGEST for x in levels])
         if self.encoder is not None:
-            valid = valid & _all([(sources[0] >= LOWEST) & (sources[0] <= HIGHEST)])
+            valid = valid & _all([(sources[0] >= -SLACK) & (sources[0] <= 1 + SLACK)])
         densities: Densities = self.densities(levels, given)
         scores, anomaly_map = self._scores(densities)
         scores = torch.where(valid & _all([logps < math.inf for logps in densities.logps]), scores, math.inf)
@@ -186,7 +186,8 @@ class Judge(nn.Module):
         for row, scores in zip(table, references, strict=True):
             row[: len(scores)] = scores
         thresholds = torch.tensor([calibration.threshold(k) for k in range(groups)], dtype=torch.float64)
-        self.register_buffer("references", table + ROUNDING * table.nan_to_num(neginf=0).abs())
+        scale = torch.maximum(table.nan_to_num(neginf=0).abs(), thresholds.float().abs().nan_to_num(0)[:, None])
+        self.register_buffer("references", table + ROUNDING * scale)
         self.register_buffer("counts", torch.tensor([len(scores) for scores in references], dtype=torch.float32))
         self.register_buffer("thresholds", thresholds.float())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,9 +25,8 @@ from ..scoring.rates import listed
 from ..terminal import warn_user
 from .check import compared, drawn_features, drawn_images, reference_model
 from .contract import contract, text_of
-from .formats import Program, require_packages, runner, traced
+from .formats import Program, halved, require_packages, runner, traced
 from .graph import OUTPUTS, Plan, ScoringGraph
-from .half import halved
 
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 PRECISIONS = ("fp32", "fp16")
@@ -62,13 +62,14 @@ def export(
         path: the file; a file that is there is replaced.
         format: ``"onnx"`` or ``"torch"`` (a program of `torch.export`); None: by the name, .onnx or .pt2.
         size: height and width of the images as the model sees them, or one number for both; default: a square of the
-            short side at which it sees them. With features as inputs: (h, w) of each level, unless there is a backbone.
+            short side at which it sees them. Without a backbone of the library: (h, w) of the features of each level.
         inputs: ``"image"``, or ``"features"``, one for each level, of a backbone of the user's own; default: images,
             if the model has an encoder.
         outputs: some of `graph.OUTPUTS`, in the order that they are to have.
         class_id: id or name of the class of all images, for a camera that shows one product: nothing of other classes
             is in the file that does not count for this one. None: inferred for each image.
         class_input: whether there is one input more, ``given_class`` (B,) int64: the class of each image; -1: inferred.
+            A class whose images have other proportions than those that go in has an infinite score.
         map_size: height and width of the anomaly map, or one number for both; default: those of the image that goes in.
             ``"seen"``: those of the grid that scores are computed on, which is the default with features as inputs.
         precision: of the weights in the file: ``"fp32"``, or ``"fp16"``, in half the size. Arithmetic is float32.
@@ -97,8 +98,9 @@ def export(
     graph = _graph(reference, plan, encoder)
     described = replace(plan, map_size=plan.map_size or graph.grid)
     examples = _examples(reference, plan, check_images if check else None)
-    if precision == "fp16":
-        halved(graph)
+    if precision == "fp16":  # but not what scores are compared with
+        for part in filter(None, (graph.encoder, graph.densities)):
+            halved(part)
     # A torch program keeps its example, and is compiled for its strides: no image of the user's, and no view.
     example = [torch.zeros(2, *x.shape[1:]) for x in examples]
     example += [torch.zeros(2, dtype=torch.int64)] * class_input
@@ -109,10 +111,12 @@ def export(
         sidecar = contract(model, described, kind, precision, graph.groups)
         if check:
             program.save(file, text_of(sidecar))
-            figures = compared(reference, plan, runner(kind, file), examples, precision)
+            figures = compared(reference, described, graph.groups, runner(kind, file), examples, precision)
             runtime = "onnxruntime" if kind == "onnx" else "torch"
             figures["runtime"] = f"{runtime} {package_versions(runtime)[runtime]}"
             sidecar["check"] = figures
+            for checked in Path(folder).iterdir():  # the program stays, and gets a sidecar with these figures
+                checked.unlink()
         program.save(file, text_of(sidecar))
         _move(file, path, text_of(sidecar))
     return path
@@ -169,18 +173,21 @@ def _planned(
     takes_images = model.encoder is not None and inputs != "features"
     encoder = None
     seen: tuple[int, int] | None = None
-    if model.encoder is not None and (takes_images or isinstance(model.encoder, Backbone)):
+    if takes_images:
         seen = _seen_size(model, size, img_size)
-        encoder = image_graph(model.encoder, seen).eval()
+        encoder = image_graph(model.require_encoder(), seen).eval()
         with torch.no_grad():
             sizes = tuple((x.shape[2], x.shape[3]) for x in encoder(torch.zeros(1, 3, *seen)))
+    elif isinstance(model.encoder, Backbone):
+        passes = model.encoder.passes(*_seen_size(model, size, img_size), cut=False)
+        sizes = tuple(level for image_pass in passes for level in image_pass.levels)
     else:
         sizes = _level_sizes(model, size)
     map_shape = None if map_size == "seen" else checked_map_size(map_size)
     if map_size is None and takes_images:
         map_shape = seen
-    plan = Plan(sizes, seen if takes_images else None, img_size, outputs, group, class_input, map_shape)
-    return plan, encoder if takes_images else None
+    plan = Plan(sizes, seen, img_size, outputs, group, class_input, map_shape)
+    return plan, encoder
 
 
 def _graph(model: Detector, plan: Plan, encoder: nn.Module | None) -> ScoringGraph:
@@ -231,13 +238,14 @@ def _level_sizes(model: Detector, size: Any) -> tuple[tuple[int, int], ...]:
     """Return the (h, w) of the features of each level, of a model whose features the user brings.
 
     Raises:
-        ValueError: they are not given, one for each level.
+        ValueError: they are not given, one pair for each level.
     """
     count = len(model.feature_dims)
-    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != count:
+    pairs = isinstance(size, Sequence) and all(isinstance(each, Sequence) and len(each) == 2 for each in size)
+    if not pairs or len(size) != count:
         raise ValueError(
-            f"size is {size!r}: the model has no backbone, so pass (h, w), or one number for both, of the features of "
-            f"each of its {count} levels: size=[(32, 32), ...]"
+            f"size is {size!r}: features go in whose sizes only you know; pass the height and width of each of the "
+            f"{count} levels, size=[(h, w), ...] (--size HxW,HxW,...)"
         )
     return tuple(checked_map_size(each, "size") or (0, 0) for each in size)
 
@@ -261,22 +269,22 @@ def _examples(model: Detector, plan: Plan, check_images: Any) -> list[Tensor]:
     if plan.size is not None:
         return [stacked]
     encoder: Any = model.require_encoder()
-    features = [encoder(encoder.normalize(image[None])) for image in stacked]
+    with torch.no_grad():
+        features = [encoder(encoder.normalize(image[None])) for image in stacked]
     return [torch.cat(levels) for levels in zip(*features, strict=True)]
 
 
 def _move(file: Path, path: Path, sidecar: str) -> None:
-    """Put a file, and what belongs to it in its folder, in their places, whole: the sidecar, and last `file` at `path`.
-
-    Weights beside an earlier file of this name, that nothing reads any more, go.
-    """
-    weights = file.with_name(f"{file.name}.data")
-    if weights.exists():
-        os.replace(weights, path.with_name(weights.name))
-    else:
-        path.with_name(weights.name).unlink(missing_ok=True)
+    """Put a file, its sidecar, and weights beside it in their places, whole; earlier weights of this name go."""
+    weights = [each.name for each in file.parent.iterdir() if each != file]
+    for name in weights:
+        os.replace(file.with_name(name), path.with_name(name))
     with replacing(path.with_name(f"{path.name}.json")) as temporary:
         temporary.write_text(sidecar, encoding="ascii")
     with file.open("rb+") as written:
         os.fsync(written.fileno())
     os.replace(file, path)
+    of_this_name = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{8}}\.data")
+    for other in path.parent.iterdir():
+        if of_this_name.fullmatch(other.name) and other.name not in weights:
+            other.unlink()

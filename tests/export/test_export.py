@@ -232,11 +232,13 @@ class _Wrong:
     [
         ("score", lambda x: x * (1 + 1e-4), r"score by 0\.00"),
         ("score", lambda x: x + torch.nan, r"score by nan"),
-        ("anomaly_map", lambda x: x + 1e-2 * x.amax(), r"map by 0\.0"),
-        ("class_id", lambda x: (x + 1) % 3, r"class by [1-4]"),
-        ("is_anomalous", lambda x: ~x, r"verdict by [1-4]"),
+        ("anomaly_map", lambda x: x + 1e-2 * x.amax(), r"anomaly_map by 0\.0"),
+        ("class_id", lambda x: (x + 1) % 3, r"class_id by [1-7]"),
+        ("p_value", lambda x: x * 0, r"p_value by [1-7]"),
+        ("threshold", lambda x: x + 9, r"threshold by "),
+        ("is_anomalous", lambda x: ~x, r"is_anomalous by [1-7]"),
     ],
-    ids=["score", "nan", "map", "class", "verdict"],
+    ids=["score", "nan", "map", "class", "p-value", "threshold", "verdict"],
 )
 def test_a_file_that_differs_is_not_kept(on_features, tmp_path, monkeypatch, name, change, figure):
     path = tmp_path / "model.pt2"
@@ -263,12 +265,13 @@ def test_nothing_is_left_half_written(on_features, tmp_path, monkeypatch):
 
 
 def test_large_weights_lie_beside_the_file(on_features, tmp_path, monkeypatch):
-    path, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    path = tmp_path / "model.onnx"
     levels = exported.features(2)
     expected = on_features.score_features(levels).image_score
     monkeypatch.setattr(formats, "LARGEST_FILE", 1000)
     on_features.export(path, size=SIZE, outputs=("score",))
-    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.json", "model.onnx.data"}
+    (weights,) = tmp_path.glob("model.onnx.*.data")
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.json", weights.name}
     assert path.stat().st_size < weights.stat().st_size + 100_000
     torch.testing.assert_close(exported.run_onnx(path, *levels)["score"], expected, **CLOSE)
     monkeypatch.undo()
@@ -308,9 +311,10 @@ def test_drawn_images_are_images():
         ("model", {}, "says no format"),
         ("model.onnx", {"format": "tflite"}, "format is 'tflite'; allowed are onnx, torch"),
         ("model.onnx", {"format": "torch"}, "change one of them"),
-        ("model.pt2", {"size": None}, "no backbone, so pass"),
-        ("model.pt2", {"size": [(3, 3)]}, "each of its 2 levels"),
-        ("model.pt2", {"size": [(3, 3), 0]}, "size is 0"),
+        ("model.pt2", {"size": None}, "features go in whose sizes"),
+        ("model.pt2", {"size": [(3, 3)]}, "each of the 2 levels"),
+        ("model.pt2", {"size": (6, 5)}, "each of the 2 levels"),
+        ("model.pt2", {"size": [(3, 3), (0, 3)]}, "size is"),
         ("model.pt2", {"inputs": "image"}, "no backbone"),
         ("model.pt2", {"inputs": "video"}, "allowed are 'image' and 'features'"),
         ("model.pt2", {"outputs": ()}, "outputs is"),
