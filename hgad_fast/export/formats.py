@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +123,10 @@ def _torch_runner(path: Path) -> Run:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep exporters from printing their progress and warning of what they do inside."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    """Keep exporters from warning of what they do inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _first_line(error: Exception) -> str:

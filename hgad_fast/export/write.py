@@ -92,7 +92,6 @@ def export(
     if check_images is not None and not check:
         raise ValueError("check_images are given, and check=False (--no-check) compares nothing: leave one of them out")
     require_packages(kind, check)
-    model.make_ready()
     reference = reference_model(model)
     plan, encoder = _planned(reference, size, inputs, outputs, class_id, class_input, map_size)
     graph = _graph(reference, plan, encoder)
@@ -115,7 +114,7 @@ def export(
             figures["runtime"] = f"{runtime} {package_versions(runtime)[runtime]}"
             sidecar["check"] = figures
         program.save(file, text_of(sidecar))
-        _move(Path(folder), file, path, text_of(sidecar))
+        _move(file, path, text_of(sidecar))
     return path
 
 
@@ -266,11 +265,16 @@ def _examples(model: Detector, plan: Plan, check_images: Any) -> list[Tensor]:
     return [torch.cat(levels) for levels in zip(*features, strict=True)]
 
 
-def _move(folder: Path, file: Path, path: Path, sidecar: str) -> None:
-    """Put all files of a folder in their place beside `path`, whole, `file` last, and the sidecar with them."""
-    for other in sorted(folder.iterdir()):
-        if other != file:
-            os.replace(other, path.with_name(other.name))
+def _move(file: Path, path: Path, sidecar: str) -> None:
+    """Put a file, and what belongs to it in its folder, in their places, whole: the sidecar, and last `file` at `path`.
+
+    Weights beside an earlier file of this name, that nothing reads any more, go.
+    """
+    weights = file.with_name(f"{file.name}.data")
+    if weights.exists():
+        os.replace(weights, path.with_name(weights.name))
+    else:
+        path.with_name(weights.name).unlink(missing_ok=True)
     with replacing(path.with_name(f"{path.name}.json")) as temporary:
         temporary.write_text(sidecar, encoding="ascii")
     with file.open("rb+") as written:

@@ -75,7 +75,7 @@ class GaussianGraph(nn.Module):
 
     groups: Tensor
     columns: Tensor
-    misfits: Tensor
+    misfits: Tensor | None
 
     def __init__(
         self, levels: Mapping[str, PlaceGraph], joining: Joining | None, group: int | None, group_count: int
@@ -87,7 +87,8 @@ class GaussianGraph(nn.Module):
         self.register_buffer("groups", groups)
         self.register_buffer("columns", torch.zeros(group_count, dtype=torch.int64))  # of the groups of the levels
         self.columns[groups] = torch.arange(len(groups))
-        self.register_buffer("misfits", torch.full((group_count,), math.nan).index_fill(0, groups, 0.0))
+        misfits = torch.full((group_count,), math.nan).index_fill(0, groups, 0.0)
+        self.register_buffer("misfits", misfits if group is None and misfits.isnan().any() else None)
 
     def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> Densities:
         """Return the densities of features (B, C, h, w) of each level under the given groups, or those inferred."""
@@ -101,14 +102,21 @@ class GaussianGraph(nn.Module):
             evidence = [graph.evidence(total) for graph, (_, total) in zip(graphs, of_groups, strict=True)]
             inferred = self.groups.index_select(0, torch.stack(evidence).sum(0).argmax(0))
             group_ids = inferred if group_ids is None else torch.where(group_ids < 0, inferred, group_ids)
-        column, misfit = (table.index_select(0, group_ids) for table in (self.columns, self.misfits))
+        column = self.columns.index_select(0, group_ids)
         logps, distances, all_distances = [], {}, {}
         for name, graph, x, of_level in zip(self.names, graphs, levels, of_groups, strict=True):
-            fine, total = (
-                squares.gather(0, column.expand(1, squares.shape[1], -1))[0].T + misfit[:, None] for squares in of_level
-            )
+            fine, total = (self._own(squares, column).T for squares in of_level)
+            if self.misfits is not None:
+                misfit = self.misfits.index_select(0, group_ids)[:, None]
+                fine, total = fine + misfit, total + misfit
             log_dets = graph.log_dets.index_select(0, column)
             distances[name] = (fine.sqrt() - math.sqrt(graph.dim)).unflatten(1, x.shape[2:])
             all_distances[name] = (total.sqrt() - math.sqrt(graph.width)).unflatten(1, x.shape[2:])
             logps.append((total + log_dets + graph.width * LOG_2_PI).unflatten(1, x.shape[2:]) / (-2 * graph.width))
         return GaussianDensities(logps, [], group_ids, distances, all_distances)
+
+    def _own(self, squares: Tensor, column: Tensor) -> Tensor:
+        """Return of distances (K, h w, B) to all groups those to the group of each image, (h w, B)."""
+        if len(squares) == 1:
+            return squares[0]
+        return squares.gather(0, column.expand(1, squares.shape[1], -1))[0]

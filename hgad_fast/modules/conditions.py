@@ -163,7 +163,7 @@ class Conditions(nn.Module):
         result = []
         for features in self.pattern_features(levels):
             h, w = features.shape[2:]
-            result.append((self.pixel_vectors(features, self.position(h, w, features), prototype), features))
+            result.append(self.pixel_vectors(features, self.position(h, w, features), prototype))
         return result
 
     def pattern_features(self, levels: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -179,8 +179,8 @@ class Conditions(nn.Module):
                 features = features + self.upsamplers[level](upsampled)
             yield features
 
-    def pixel_vectors(self, features: Tensor, position: Tensor | None, prototype: Tensor) -> Tensor:
-        """Return the vectors (B, h w, D_s) that the patterns of a level's pixels are chosen by.
+    def pixel_vectors(self, features: Tensor, position: Tensor | None, prototype: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vectors (B, h w, D_s) that the patterns of a level are chosen by, and the map behind them.
 
         Args:
             features: of `pattern_features`.
@@ -192,10 +192,10 @@ class Conditions(nn.Module):
             known = prototype[:, None].expand(-1, h * w, -1)
             if position is not None:
                 known = torch.cat([position.flatten(1).t().expand(batch, -1, -1), known], 2)
-            return features.flatten(2).transpose(1, 2) - known
+            return features.flatten(2).transpose(1, 2) - known, features
         if position is not None:
             features = torch.cat([features, position.expand(batch, -1, -1, -1)], 1)
-        return features.flatten(2).transpose(1, 2)
+        return features.flatten(2).transpose(1, 2), features
 
     def position(self, h: int, w: int, like: Tensor) -> Tensor | None:
         """Return the position code (D_e, h, w), columns first; None without position."""

@@ -94,16 +94,15 @@ class NearestCode(nn.Module):
     """Vectors (N, D) -> the index (N,) int64 of the nearest of the codes (K, D), as `ops.nearest_code` computes it."""
 
     codes: Tensor
-    norms: Tensor
 
     def __init__(self, codes: Tensor) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
-        self.register_buffer("norms", codes.square().sum(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the indices."""
-        return torch.addmm(self.norms, x, self.codes.T, alpha=-2).argmin(1)
+        norms = self.codes.square().sum(1)  # of the codes as they are, should they be stored in half precision
+        return torch.addmm(norms, x, self.codes.T, alpha=-2).argmin(1)
 
 
 class PatternGraph(nn.Module):
@@ -128,9 +127,9 @@ class PatternGraph(nn.Module):
 
     def forward(self, vectors: Tensor) -> list[Tensor]:
         """Return the rows."""
-        (h, w), codes = self.size, len(self.nearest.norms)
+        (h, w), codes = self.size, len(self.nearest.codes)
         indices = self.nearest(vectors.flatten(0, 1)).view(-1, h, w)
-        padded = TAPS * F.pad(indices, (1, 1, 1, 1), value=codes)
+        padded = TAPS * F.pad(indices, (1, 1, 1, 1), value=codes)  # outside lies the code of zeros
         return [padded[:, i : i + h, j : j + w] + (3 * i + j) for i in range(3) for j in range(3)]
 
 
@@ -175,7 +174,7 @@ class ConditionGraph(nn.Module):
         prototype = self.prototypes.index_select(0, rows)
         conditions = []
         for features, patterns in zip(self.networks.pattern_features(levels), self.patterns, strict=True):
-            vectors = self.networks.pixel_vectors(features, patterns.position, prototype)
+            vectors, _ = self.networks.pixel_vectors(features, patterns.position, prototype)
             conditions.append(ConditionRows(patterns(vectors), rows))
         return conditions, numbers
 
@@ -207,12 +206,12 @@ class Table(nn.Module):
 class ConditionedConvolutionGraph(nn.Module):
     """A `ConditionedConvolution`: maps (B, C1, h, w) and conditions -> maps (B, h, w, m).
 
-    What the kernel makes of a prototype, which is the same at all pixels, and of the codes of column and row differs
-    along one axis in nothing but which of its taps lie inside the map.
+    What the kernel makes of a prototype, of the code of a column or of that of a row changes across the map, or along
+    one of its axes, by nothing but which taps lie inside: two small products spread it over the pixels.
     """
 
     kernel: Tensor
-    bias: Tensor
+    bias: Tensor | None
     inside_rows: Tensor
     inside_columns: Tensor
     column: Tensor | None
@@ -223,8 +222,8 @@ class ConditionedConvolutionGraph(nn.Module):
         weight, own = convolution.weight.detach(), convolution.own_channels
         kernel, others = weight.split([own, convolution.in_channels - own], 1)
         self.register_buffer("kernel", kernel.contiguous())
-        self.register_buffer("bias", convolution.bias)
-        (_, d_s), (_, d_p) = values.codes.shape, values.prototypes.shape
+        self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
+        d_s, d_p = values.codes.shape[1], values.prototypes.shape[1]
         self.patterns = Table(values.codes, others[:, :d_s])
         of_prototypes = others[:, d_s:] + (others[:, d_s - d_p : d_s] if values.residual else 0)
         self.prototypes = Table(values.prototypes, of_prototypes)

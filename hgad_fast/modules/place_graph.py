@@ -40,7 +40,7 @@ class GridGraph(nn.Module):
         self.ends = [end for _, end in gaussians.bands]
         place = places(size, gaussians.distinct[j], torch.device("cpu"))
         used, in_used, counts = place.unique(return_inverse=True, return_counts=True)
-        self.together = int(counts.max())  # pixels of a place; places with fewer get a pixel of the first one besides
+        self.together = int(counts.max())  # pixels of a place; one with fewer is filled up with pixel 0
         self.sorts = size != gaussians.distinct[j]
         if self.sorts:
             by_place = in_used.argsort(stable=True)
@@ -60,30 +60,27 @@ class GridGraph(nn.Module):
 
     def _register(self, name: str, tensor: Tensor) -> None:
         """Register a copy, row after row in memory."""
-        copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        self.register_buffer(name, copy.contiguous())
+        self.register_buffer(name, tensor.detach().float().clone(memory_format=torch.contiguous_format))
 
     def forward(self, y: Tensor) -> list[Distances]:
         """Return the distances (h w, B) to each group."""
+        together = y
         if self.sorts:
-            y = y.index_select(0, self.order).unflatten(0, (-1, self.together)).flatten(1, 2)  # (P, pixels B, D)
-        return [self._distances(y, k) for k in self.groups]
+            together = y.index_select(0, self.order).reshape(-1, self.together * y.shape[1], y.shape[2])
+        return [Distances(*(self._by_pixel(each, y) for each in self._distances(together, k))) for k in self.groups]
 
     def _distances(self, y: Tensor, group: int) -> Distances:
-        """Return the distances to a group of features that are in the order of the places."""
+        """Return the distances (P, n) to a group of the features (P, n, D) of n pixels a place."""
         offsets = y - getattr(self, f"mean_{group}")
-        squares: list[Tensor] = []  # (P, pixels B), by the values up to the end of each band
+        squares: list[Tensor] = []  # by the values up to the end of each band
         for band, end in enumerate(self.ends):
             added = (offsets[..., :end] @ getattr(self, f"band_{band}_{group}")).square().sum(2)
             squares.append(squares[-1] + added if squares else added)
-        fine, total = (self._by_pixel(each) for each in (squares[self.ends.index(self.dim)], squares[-1]))
-        return Distances(fine, total)
+        return Distances(squares[self.ends.index(self.dim)], squares[-1])
 
-    def _by_pixel(self, squares: Tensor) -> Tensor:
-        """Return distances in the order of the pixels of the map."""
-        if not self.sorts:
-            return squares
-        return squares.unflatten(1, (self.together, -1)).flatten(0, 1).index_select(0, self.back)
+    def _by_pixel(self, squares: Tensor, y: Tensor) -> Tensor:
+        """Return distances (P, n) in the order of the pixels (h w, B) of the map."""
+        return squares.reshape(-1, y.shape[1]).index_select(0, self.back) if self.sorts else squares
 
 
 class PlaceGraph(nn.Module):
@@ -124,7 +121,7 @@ class PlaceGraph(nn.Module):
 
     def forward(self, x: Tensor) -> Distances:
         """Return the distances (K, h w, B) to each of the groups."""
-        y = (x.flatten(2).permute(2, 0, 1) - self.mean) @ self.matrix  # (h w, B, D)
+        y = (self.matrix.T @ (x.flatten(2) - self.mean[:, None])).permute(2, 0, 1)  # (h w, B, D)
         by_group: dict[int, Distances] = {}
         for grid in self.grids:
             by_group |= dict(zip(grid.groups, grid(y), strict=True))  # type: ignore[arg-type]

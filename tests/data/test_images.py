@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from image_files import in_rows, png, tiff, with_alpha
 from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision import transforms
@@ -49,17 +50,6 @@ def write(path: Path, content: bytes = b"") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
-
-
-def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> bytes:
-    """A PNG by its specification, for what Pillow does not write."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def assert_grey(image: Tensor, expected: np.ndarray) -> None:
@@ -125,41 +115,6 @@ UPRIGHT = {  # what a viewer shows for each EXIF orientation of the stored pixel
 }
 
 COLOUR16 = np.array([[[0, 255, 256], [511, 40000, 65535]], [[9, 4095, 3], [1, 2, 60000]]], np.uint16)
-
-
-def tiff(samples: np.ndarray, byte_order: str, *, planar: int = 1, orientation: int = 1) -> bytes:
-    """An uncompressed TIFF of 16-bit samples (H, W, 3 or 4) by its specification."""
-    height, width, channels = samples.shape
-    stored = samples if planar == 1 else samples.transpose(2, 0, 1)
-    data = stored.astype(f"{byte_order}u2").tobytes()
-    strips = 1 if planar == 1 else channels
-    values = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * channels), (259, 3, [1]), (262, 3, [2])]
-    values += [(273, 4, [8 + i * len(data) // strips for i in range(strips)]), (274, 3, [orientation])]
-    values += [(277, 3, [channels]), (278, 4, [height]), (279, 4, [len(data) // strips] * strips), (284, 3, [planar])]
-    values += [(338, 3, [2])] if channels == 4 else []
-    content, entries = bytearray(8 + len(data)), b""
-    content[8:] = data
-    for tag, kind, numbers in values:
-        packed = struct.pack(f"{byte_order}{len(numbers)}{'_..HI'[kind]}", *numbers)
-        field = packed.ljust(4, b"\0")
-        if len(packed) > 4:
-            field = struct.pack(f"{byte_order}I", len(content))
-            content += packed
-        entries += struct.pack(f"{byte_order}HHI", tag, kind, len(numbers)) + field
-    magic = b"II*\0" if byte_order == "<" else b"MM\0*"
-    content[:8] = magic + struct.pack(f"{byte_order}I", len(content))
-    return bytes(content + struct.pack(f"{byte_order}H", len(values)) + entries + bytes(4))
-
-
-def in_rows(samples: np.ndarray) -> bytes:
-    """The rows of a PNG, relative to the pixel before (filter 1): the decoder must know the bytes of a pixel."""
-    rows = samples.astype(">u2").reshape(len(samples), -1).view(np.uint8)
-    pixel = 2 * samples.shape[2]
-    return b"".join(b"\1" + (row - np.r_[np.zeros(pixel, np.uint8), row[:-pixel]]).tobytes() for row in rows)
-
-
-def with_alpha(samples: np.ndarray) -> np.ndarray:
-    return np.concatenate([samples, np.full_like(samples[..., :1], 777)], -1)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,21 @@ def test_nothing_is_left_half_written(on_features, tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_large_weights_lie_beside_the_file(on_features, tmp_path, monkeypatch):
+    path, weights = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    levels = exported.features(2)
+    expected = on_features.score_features(levels).image_score
+    monkeypatch.setattr(formats, "LARGEST_FILE", 1000)
+    on_features.export(path, size=SIZE, outputs=("score",))
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.json", "model.onnx.data"}
+    assert path.stat().st_size < weights.stat().st_size + 100_000
+    torch.testing.assert_close(exported.run_onnx(path, *levels)["score"], expected, **CLOSE)
+    monkeypatch.undo()
+    on_features.export(path, size=SIZE, outputs=("score",), check=False)
+    assert not weights.exists()
+    torch.testing.assert_close(exported.run_onnx(path, *levels)["score"], expected, **CLOSE)
+
+
 def test_images_to_check_on(tmp_path):
     from PIL import Image
 
