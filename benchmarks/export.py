@@ -5,7 +5,8 @@ at even distances. Each model is exported as ONNX and as a program of torch.expo
 float16, once for each size at which it sees the images. Everything runs in one thread.
 
 - bytes: of the file for the most frequent size. `over parameters` compares it with all numbers of the model's state
-  (parameters and buffers of the backbone and of the detector) and of its calibration, at 4 bytes each, or 2 in fp16.
+  (parameters and buffers, integers too, of the backbone and of the detector) and of its calibration, at 4 bytes each,
+  or 2 in fp16.
 - against the model: `model.score` of each image alone, in float32. As in `hgad_fast.export.check`, scores differ by a
   part of the score or of the threshold, whichever is larger, and maps by a part of their largest value; the largest
   difference of all images is given, and how many classes (or prototypes) and verdicts differ.
@@ -91,13 +92,13 @@ def of_model(path: Path, paths: Sequence[Path], rounds: int) -> dict[str, Any]:
     by_size = seen_images(model, paths)
     frequent = max(by_size, key=lambda size: len(by_size[size]))
     numbers = [*model.state_dict().values(), *required_calibration(model).tensors().values()]
-    count = sum(x.numel() for x in numbers if x.is_floating_point())
+    count = sum(x.numel() for x in numbers)
     figures: dict[str, Any] = {
         "method": model.config.method,
         "fusion": model.fusion,
         "groups": len(model.groups),
         "images": {f"{h} x {w}": len(images) for (h, w), images in by_size.items()},
-        "parameters": {"count": count, "bytes in float32": 4 * count},
+        "parameters": {"count": count, "bytes at 4 each": 4 * count},
         "files": {},
     }
     timed: dict[str, Run] = {}
