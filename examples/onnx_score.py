@@ -36,7 +36,7 @@ def read(file: Path, white_level: int) -> np.ndarray:
     values = np.asarray(ImageOps.exif_transpose(image if image.mode[0] in "IF" else image.convert("RGB")))
     if raw := re.search(r"'(RGB[AX]?;16)([BLN])'", tiles):  # Pillow keeps upper bytes: read the lower as such
         swapped = raw[1] + ("L" if raw[2] == "B" else "B")
-        again.tile = [(*x[:3], swapped if isinstance(x[3], str) else (swapped, *x[3][1:])) for x in again.tile]
+        again.tile = [x._replace(args=swapped if x[3] == raw[1] + raw[2] else (swapped, *x[3][1:])) for x in again.tile]
         values = values.astype(np.uint16) << 8 | np.asarray(ImageOps.exif_transpose(again).convert("RGB"))
     white = {"uint8": 255, "float32": 1}.get(values.dtype.name, white_level)
     if not 0 <= values.min() <= values.max() <= white:

@@ -75,7 +75,8 @@ def export(
         class_id: id or name of the class of all images, for a camera that shows one product: nothing of other classes
             is in the file that does not count for this one. None: inferred for each image.
         class_input: whether there is one input more, ``given_class`` (B,) int64, the class of each image, or a
-            negative number: inferred. A class whose images have other proportions than those that go in has an infinite score.
+            negative number: inferred. A class whose images have other proportions than those that go in has an
+            infinite score.
         map_size: height and width of the anomaly map, or one number for both; default: those of the image that goes in.
             ``"seen"``: those of the grid that scores are computed on, which is the default with features as inputs.
         precision: of the weights in the file: ``"fp32"``, or ``"fp16"``, in half the size. Arithmetic is float32.
