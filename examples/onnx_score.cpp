@@ -17,16 +17,85 @@
 #include <iomanip>
 #include <iostream>
 #include <limits>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-// Returns the whole number that stands behind a key in the text of the sidecar.
-int64_t number_in(const std::string& sidecar, const std::string& key) {
+// Returns where the value of a key begins in the text of the sidecar. It is JSON, where quotes within a text stand
+// behind a backslash, so that no text looks like a key.
+size_t value_of(const std::string& sidecar, const std::string& key) {
   const std::string quoted = "\"" + key + "\":";
   const size_t at = sidecar.find(quoted);
-  if (at == std::string::npos) throw std::runtime_error("the sidecar has no " + key + ": was an image its input?");
-  return std::stoll(sidecar.substr(at + quoted.size(), 20));
+  if (at == std::string::npos) throw std::runtime_error("its sidecar has no " + key);
+  return sidecar.find_first_not_of(" \n", at + quoted.size());
+}
+
+// Returns the 16 bits that stand in JSON as \uXXXX at a position, or 0.
+uint32_t unit_at(const std::string& json, size_t at) {
+  return json.compare(at, 2, "\\u") == 0 ? std::stoul(json.substr(at + 2, 4), nullptr, 16) : 0;
+}
+
+// Returns a text of JSON in UTF-8, and moves `at` from the quote before to the one behind it.
+std::string text_at(const std::string& json, size_t& at) {
+  std::string text;
+  while (json.at(++at) != '"') {
+    if (json[at] != '\\') {
+      text += json[at];
+    } else if (json.at(at + 1) != 'u') {
+      const std::string letters = "bfnrt", meant = "\b\f\n\r\t";
+      const size_t letter = letters.find(json[++at]);
+      text += letter == std::string::npos ? json[at] : meant[letter];
+    } else {
+      uint32_t code = unit_at(json, at);
+      at += 5;
+      const uint32_t low = code >> 10 == 0xD800 >> 10 ? unit_at(json, at + 1) : 0;  // of a surrogate pair
+      if (low >> 10 == 0xDC00 >> 10) {
+        code = 0x10000 + ((code & 0x3FF) << 10 | (low & 0x3FF));
+        at += 6;
+      }
+      const int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;  // bytes behind the first
+      const std::array<uint32_t, 4> first{0, 0xC0, 0xE0, 0xF0};
+      text += static_cast<char>(first[more] | code >> 6 * more);
+      for (int i = more - 1; i >= 0; --i) text += static_cast<char>(0x80 | (code >> 6 * i & 0x3F));
+    }
+  }
+  return text;
+}
+
+// Returns the names of the classes, by their number.
+std::vector<std::string> class_names(const std::string& sidecar) {
+  std::vector<std::string> names;
+  std::string key;
+  for (size_t at = value_of(sidecar, "groups"); sidecar.at(at) != ']'; ++at) {
+    if (sidecar[at] != '"') continue;
+    const std::string text = text_at(sidecar, at);
+    const bool is_name = key == "name";  // the only key whose value is a text
+    if (is_name) names.push_back(text);
+    key = is_name ? "" : text;
+  }
+  return names;
+}
+
+// Returns the sidecar of a model, which is in its metadata, if this program can use the model.
+std::string sidecar_of(const Ort::Session& session) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  const auto text = session.GetModelMetadata().LookupCustomMetadataMapAllocated("hgad_fast", allocator);
+  const std::string version = "hgad_fast export 1", sidecar = text ? text.get() : "";
+  size_t at = text ? value_of(sidecar, "format") : 0;
+  if (!text || text_at(sidecar, at) != version) {
+    throw std::runtime_error("not written by hgad-fast export, or by another version: its sidecar is no '" + version +
+                             "'");
+  }
+  std::set<std::string> missing{"class_id", "score", "threshold", "p_value", "is_anomalous"};
+  for (size_t i = 0; i < session.GetOutputCount(); ++i) {
+    missing.erase(session.GetOutputNameAllocated(i, allocator).get());
+  }
+  if (!missing.empty() || session.GetInputCount() != 1 ||
+      session.GetInputNameAllocated(0, allocator).get() != std::string("image")) {
+    throw std::runtime_error("for this program, export it without --inputs features, --class-input and --outputs");
+  }
+  return sidecar;
 }
 
 // Returns the next number of the header of a PPM, behind white space and comments.
@@ -83,19 +152,17 @@ std::vector<float> read(const std::string& path, int64_t height, int64_t width, 
 int score(const std::filesystem::path& model, int count, char** images) {
   Ort::Env env(ORT_LOGGING_LEVEL_WARNING, "onnx_score");
   Ort::Session session(env, model.c_str(), Ort::SessionOptions{});
-  Ort::AllocatorWithDefaultOptions allocator;
-  const auto sidecar = session.GetModelMetadata().LookupCustomMetadataMapAllocated("hgad_fast", allocator);
-  if (!sidecar) throw std::runtime_error("its metadata hold no sidecar: it was not written by hgad-fast export");
-  const int64_t white_level = number_in(sidecar.get(), "white_level");
+  const std::string sidecar = sidecar_of(session);
+  const std::vector<std::string> names = class_names(sidecar);
+  const int64_t white_level = std::stoll(sidecar.substr(value_of(sidecar, "white_level"), 20));
   const Ort::TypeInfo input = session.GetInputTypeInfo(0);
   std::vector<int64_t> shape = input.GetTensorTypeAndShapeInfo().GetShape();  // -1, 3, height, width
-  if (session.GetInputCount() != 1 || shape.size() != 4) throw std::runtime_error("it takes more than an image");
   shape[0] = 1;
 
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   const std::array<const char*, 1> inputs{"image"};
   const std::array<const char*, 5> outputs{"class_id", "score", "threshold", "p_value", "is_anomalous"};
-  std::cout << "file,class_id,score,threshold,p_value,anomalous\n" << std::setprecision(9);
+  std::cout << "file,class_id,class,score,threshold,p_value,anomalous\n" << std::setprecision(9);
   int failed = 0;
   for (int i = 0; i < count; ++i) {
     try {
@@ -103,7 +170,12 @@ int score(const std::filesystem::path& model, int count, char** images) {
       const Ort::Value tensor =
           Ort::Value::CreateTensor<float>(memory, image.data(), image.size(), shape.data(), shape.size());
       const auto values = session.Run(Ort::RunOptions{}, inputs.data(), &tensor, 1, outputs.data(), outputs.size());
-      std::cout << std::quoted(images[i], '"', '"') << ',' << *values[0].GetTensorData<int64_t>();
+      const int64_t class_id = *values[0].GetTensorData<int64_t>();
+      const std::string& name = names.at(class_id);
+      if (!std::isfinite(*values[1].GetTensorData<float>())) {
+        throw std::runtime_error("it has no score: its features overflow");
+      }
+      std::cout << std::quoted(images[i], '"', '"') << ',' << class_id << ',' << std::quoted(name, '"', '"');
       for (size_t output = 1; output < 4; ++output) {
         const float figure = *values[output].GetTensorData<float>();
         std::cout << ',';

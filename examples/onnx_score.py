@@ -1,12 +1,11 @@
 """Score images by an exported model, without torch: `python onnx_score.py model.onnx IMAGES_OR_FOLDERS... > table.csv`.
 
-It prints the table of `hgad-fast score`; every setting is in the sidecar, model.onnx.json. TGA and AVIF are not read.
+It prints the table of `hgad-fast score`; every setting is in the file's metadata. TGA and AVIF are not read.
 """
 
 import csv
 import io
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -17,6 +16,8 @@ from PIL import Image, ImageOps
 
 COLUMNS = "file class score threshold p_value anomalous target_false_alarm_rate false_alarm_rate error".split()
 FORMATS = "PNG JPEG BMP PPM GIF DIB TIFF WEBP JPEG2000".split()
+OUTPUTS = "score p_value is_anomalous class_id".split()
+VERSION = "hgad_fast export 1"
 
 
 def listed(path: Path) -> list[Path]:
@@ -46,37 +47,44 @@ def read(file: Path, white_level: int) -> np.ndarray:
 
 def seen(image: np.ndarray, resize: dict) -> np.ndarray:
     """Return an image (3, H, W) as the model sees it: by the rule of the sidecar, with Pillow's Lanczos filter."""
-    short, taken = min(image.shape[1:]), (resize["height"], resize["width"])
-    crop, square = resize["rule"] == "centre crop", resize["rule"] == "square"
+    crop, square, short = resize["rule"] == "centre crop", resize["rule"] == "square", min(image.shape[1:])
     side = short if resize["img_size"] == "native" else resize["img_size"]
     h, w = (side if square else (int if crop else round)(side * length / short) for length in image.shape[1:])
-    if not crop and (h, w) != taken:
-        raise ValueError("seen at {0}x{1}, and the file takes {2}x{3}: export with --size {0}x{1}".format(h, w, *taken))
+    top, left, *size = (round((h - side) / 2), round((w - side) / 2), side, side) if crop else (0, 0, h, w)
+    if size != (taken := [resize["height"], resize["width"]]):
+        raise ValueError("seen at {0}x{1}, the file takes {2}x{3}: export with --size {0}x{1}".format(*size, *taken))
     image = np.stack([Image.fromarray(x).resize((w, h), Image.Resampling.LANCZOS) for x in image]).clip(0, 1)
-    top, left = (crop * round((length - side) / 2) for length in (h, w))
-    return image[:, top : top + taken[0], left : left + taken[1]]
+    return image[:, top : top + size[0], left : left + size[1]]
 
 
 def row(file: Path, session: onnxruntime.InferenceSession, sidecar: dict) -> list:
     """Return the cells of an image's line in the table: its figures, or the error."""
-    name = ("./" if str(file)[0] in "=+-@" else "") + os.fsencode(file).decode(errors="backslashreplace")
+    name = re.sub("^(?=[=+@-])", "./", bytes(file).decode(errors="backslashreplace"))  # no formula to spreadsheets
     try:
         image = seen(read(file, sidecar["white_level"]), sidecar["resize"])[None]
-        outputs = session.run(["score", "p_value", "is_anomalous", "class_id"], {"image": image})
-        score, p_value, is_anomalous, class_id = (output.item() for output in outputs)
+        score, p_value, is_anomalous, class_id = (x.item() for x in session.run(OUTPUTS, {"image": image}))
         if not np.isfinite(score):
             raise ValueError("it has no score: its features overflow")
     except Exception as error:
         return [name, *[None] * 7, f"{name}: {error}"]
     group, verdict = sidecar["groups"][class_id], [None, None] if np.isnan(p_value) else [p_value, is_anomalous]
     rates = [sidecar["target_false_alarm_rate"], group["false_alarm_rate"]]
-    return [name, group["name"], score, group["threshold"], *verdict, *rates, None]
+    return [name, re.sub("^(?=[=+@-])", "'", group["name"]), score, group["threshold"], *verdict, *rates, None]
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python onnx_score.py model.onnx IMAGES_OR_FOLDERS... > table.csv")
+    try:
+        session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+        sidecar = json.loads(session.get_modelmeta().custom_metadata_map.get("hgad_fast", "{}"))
+        if sidecar.get("format") != VERSION:
+            raise ValueError(f"not written by hgad-fast export, or by another version: its sidecar is no {VERSION!r}")
+        if sidecar["inputs"].keys() != {"image"} or not sidecar["outputs"].keys() >= set(OUTPUTS):
+            raise ValueError("for this program, export it without --inputs features, --class-input and --outputs")
+    except Exception as error:
+        sys.exit(f"{sys.argv[1]}: {error}")
     sys.stdout.reconfigure(encoding="utf-8", newline="")
-    sidecar = json.loads(Path(f"{sys.argv[1]}.json").read_text())
-    session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
     rows = [row(file, session, sidecar) for path in sys.argv[2:] for file in listed(Path(path))]
     csv.writer(sys.stdout).writerows([COLUMNS, *rows])
     failed = sum(cells[-1] is not None for cells in rows)

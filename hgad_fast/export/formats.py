@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -92,8 +93,10 @@ class Program:
         the weights of another one that had its name.
         """
         if self.kind == "torch":
+            content = io.BytesIO()  # a full disk under torch's own writer would end the process
             with _quiet():
-                torch.export.save(self._program, path, extra_files={f"{KEY}.json": sidecar})
+                torch.export.save(self._program, content, extra_files={f"{KEY}.json": sidecar})
+            path.write_bytes(content.getbuffer())
             return
         import onnx_ir
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,9 @@ from .graph import OUTPUTS, Plan, ScoringGraph
 
 SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 PRECISIONS = ("fp32", "fp16")
+
+
+_EXPORTING = threading.Lock()  # torch traces one program at a time
 
 
 @plain_torch()
@@ -68,8 +74,8 @@ def export(
         outputs: some of `graph.OUTPUTS`, in the order that they are to have.
         class_id: id or name of the class of all images, for a camera that shows one product: nothing of other classes
             is in the file that does not count for this one. None: inferred for each image.
-        class_input: whether there is one input more, ``given_class`` (B,) int64: the class of each image; -1: inferred.
-            A class whose images have other proportions than those that go in has an infinite score.
+        class_input: whether there is one input more, ``given_class`` (B,) int64, the class of each image, or a
+            negative number: inferred. A class whose images have other proportions than those that go in has an infinite score.
         map_size: height and width of the anomaly map, or one number for both; default: those of the image that goes in.
             ``"seen"``: those of the grid that scores are computed on, which is the default with features as inputs.
         precision: of the weights in the file: ``"fp32"``, or ``"fp16"``, in half the size. Arithmetic is float32.
@@ -104,9 +110,10 @@ def export(
     # A torch program keeps its example, and is compiled for its strides: no image of the user's, and no view.
     example = [torch.zeros(2, *x.shape[1:]) for x in examples]
     example += [torch.zeros(2, dtype=torch.int64)] * class_input
-    program = Program(kind, traced(graph, plan, example), plan)
+    with _EXPORTING:
+        program = Program(kind, traced(graph, plan, example), plan)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name[:20]}-", dir=path.parent) as folder:
+    with _naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name[:20]}-", dir=path.parent) as folder:
         file = Path(folder, path.name)
         sidecar = contract(model, described, kind, precision, graph.groups)
         if check:
@@ -122,14 +129,24 @@ def export(
     return path
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an OSError inside the block name the file that was to be written, and no temporary one, or none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
 def _kind(path: Path, format: str | None) -> str:
     """Return the format of a file.
 
     Raises:
         ValueError: there is no such format, or the name does not say which, or it is a folder.
     """
-    if path.is_dir():
-        raise ValueError(f"{printable(path)} is a folder: give the name of a file, such as model.onnx")
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "no file, but a pipe, a socket or a device"
+        raise ValueError(f"{printable(path)} is {what}: give the name of a file, such as model.onnx")
     if format is None:
         format = SUFFIXES.get(path.suffix.lower())
         if format is None:

@@ -1,19 +1,22 @@
 """The programs in examples/ that read exported files: images go in as the library sees them, and its table comes out.
 
-Most models here give the mean of what goes in as the score, so that it is known.
+Most models here give the mean of what goes in as the score, so that it is known. The reader in C++ is tested where
+there are a compiler and onnxruntime's headers: from its release archive, a package of the system, or the npm package
+com.github.asus4.onnxruntime. The variable ONNXRUNTIME_INCLUDE names their folder.
 """
 
 from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +33,8 @@ from PIL import Image
 
 from hgad_fast.data.images import ImageError, read_header, read_image
 from hgad_fast.data.listing import is_image, list_images
+from hgad_fast.export.contract import FORMAT, KEY
+from hgad_fast.export.graph import GIVEN_CLASS, OUTPUTS
 from hgad_fast.features.preprocess import preprocess
 from hgad_fast.scoring.outputs import COLUMNS, FIGURES, Job
 from hgad_fast.scoring.pipeline import score_files
@@ -188,42 +193,79 @@ def test_images_are_resized_as_by_the_library(size: tuple[int, int], rule: str, 
     np.testing.assert_array_equal(reader.seen(image.numpy(), resize), expected)
 
 
-@pytest.mark.parametrize("rule", ["short side", "native"])
-def test_an_image_of_another_size_is_an_error_that_names_both(rule: str) -> None:
-    resize = {"rule": rule, "img_size": 20 if rule == "short side" else "native", "height": 20, "width": 20}
-    with pytest.raises(ValueError, match="seen at 20x30, and the file takes 20x20: export with --size 20x30"):
+@pytest.mark.parametrize(
+    ("rule", "img_size", "height", "size"),
+    [
+        ("short side", 20, 20, "20x30"),
+        ("native", "native", 20, "20x30"),
+        ("square", "native", 40, "20x20"),
+        ("centre crop", "native", 10, "20x20"),
+        ("centre crop", "native", 40, "20x20"),
+    ],
+)
+def test_an_image_of_another_size_is_an_error_that_names_both(
+    rule: str, img_size: int | str, height: int, size: str
+) -> None:
+    resize = {"rule": rule, "img_size": img_size, "height": height, "width": height}
+    taken = f"seen at {size}, the file takes {height}x{height}: export with --size {size}"
+    with pytest.raises(ValueError, match=taken):
         reader.seen(np.zeros((3, 20, 30), np.float32), resize)
 
 
 # ---------------------------------------------------------------------------------------------- the table
 
 GROUPS = [
-    {"name": "dark", "threshold": 0.25, "false_alarm_rate": 0.05},
-    {"name": "bright", "threshold": None, "false_alarm_rate": None},
+    {"threshold": 0.25, "false_alarm_rate": 0.05},
+    {"threshold": None, "false_alarm_rate": None},
 ]
 P_VALUES, THRESHOLDS = [0.5, np.nan], [0.25, np.nan]
 ROUNDING = 3 * 20 * 20 * 2**-24  # of a mean of 3 x 20 x 20 positive values, each of which is added with half a unit
 
 
-def mean_model(path: Path, size: tuple[int, int] = (20, 20), **changes: Any) -> Path:
-    """Write a model whose score is the mean of the image, and whose class is "bright" above a half."""
-    resize = {"rule": "square", "img_size": 20, "height": size[0], "width": size[1]} | changes
+def mean_model(
+    path: Path,
+    size: tuple[int, int] = (20, 20),
+    *,
+    divisor: float = 1,
+    names: Sequence[str] = ("dark", "bright"),
+    version: str | None = FORMAT,
+    inputs: Sequence[str] = ("image",),
+    outputs: Sequence[str] = OUTPUTS[1:],
+    **changes: Any,
+) -> Path:
+    """Write a model whose score is the mean of the image over a divisor, and whose second class is above a half.
+
+    Args:
+        path: of the model. Nothing is beside it: the sidecar is in its metadata alone.
+        size: height and width of the images.
+        divisor: of the mean: 0 for scores that are infinite, or NaN where the image is black.
+        names: of both classes.
+        version: the format that the sidecar names; None: there is no sidecar.
+        inputs: names of what goes in; what is no image is not used.
+        outputs: names of what comes out.
+        **changes: entries of the sidecar's rule of resizing.
+    """
     sidecar = {
-        "resize": resize,
+        "format": version,
+        "inputs": dict.fromkeys(inputs, {}),
+        "resize": {"rule": "square", "img_size": 20, "height": size[0], "width": size[1]} | changes,
         "white_level": 65535,
-        "groups": GROUPS,
+        "outputs": dict.fromkeys(outputs, {}),
+        "groups": [group | {"name": name} for group, name in zip(GROUPS, names, strict=True)],
         "target_false_alarm_rate": 0.01,
     }
-    text = json.dumps(sidecar, indent=2)
     constants = {
         "axes": np.array([1, 2, 3]),
+        "divisor": np.float32(divisor),
         "half": np.float32(0.5),
         "thresholds": np.array(THRESHOLDS, np.float32),
         "p_values": np.array(P_VALUES, np.float32),
     }
+    types = {"score": TensorProto.FLOAT, "class_id": TensorProto.INT64, "is_anomalous": TensorProto.BOOL}
     graph = helper.make_graph(
         [
-            helper.make_node("ReduceMean", ["image", "axes"], ["score"], keepdims=0),
+            helper.make_node("ReduceMean", ["image", "axes"], ["mean"], keepdims=0),
+            helper.make_node("Div", ["mean", "divisor"], ["score"]),
             helper.make_node("Greater", ["score", "half"], ["is_bright"]),
             helper.make_node("Cast", ["is_bright"], ["class_id"], to=TensorProto.INT64),
             helper.make_node("Gather", ["thresholds", "class_id"], ["threshold"]),
@@ -231,31 +273,31 @@ def mean_model(path: Path, size: tuple[int, int] = (20, 20), **changes: Any) -> 
             helper.make_node("Greater", ["score", "threshold"], ["is_anomalous"]),
         ],
         "mean",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, *size])],
         [
-            helper.make_tensor_value_info("score", TensorProto.FLOAT, ["batch"]),
-            helper.make_tensor_value_info("class_id", TensorProto.INT64, ["batch"]),
-            helper.make_tensor_value_info("p_value", TensorProto.FLOAT, ["batch"]),
-            helper.make_tensor_value_info("threshold", TensorProto.FLOAT, ["batch"]),
-            helper.make_tensor_value_info("is_anomalous", TensorProto.BOOL, ["batch"]),
+            helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, *size]),
+            *(helper.make_tensor_value_info(name, TensorProto.INT64, ["batch"]) for name in inputs if name != "image"),
         ],
+        [helper.make_tensor_value_info(name, types.get(name, TensorProto.FLOAT), ["batch"]) for name in outputs],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
-    helper.set_model_props(model, {"hgad_fast": text})
+    helper.set_model_props(model, {} if version is None else {KEY: json.dumps(sidecar, indent=2)})
     onnx.save(model, path)
-    Path(f"{path}.json").write_text(text)
     return path
+
+
+def said_by(*command: Path | str, **options: Any) -> tuple[int, str, str]:
+    """Run a program, and return its exit code, what it prints, and its errors."""
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, **options)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
 def table_of(model: Path, *paths: Path | str, **options: Any) -> tuple[int, list[dict[str, str]], str]:
     """Run the reader, and return its exit code, the rows of its table, and what else it says."""
-    command = [sys.executable, READER, model, *paths]
-    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, **options)
-    text = done.stdout.decode()
+    code, text, errors = said_by(sys.executable, READER, model, *paths, **options)
     header, *_ = text.splitlines() or [""]
-    assert header.split(",") == list(COLUMNS)
-    return done.returncode, list(csv.DictReader(text.splitlines())), done.stderr.decode()
+    assert header.split(",") == list(COLUMNS), errors
+    return code, list(csv.DictReader(io.StringIO(text, newline=""))), errors
 
 
 def test_the_table_is_that_of_the_command(tmp_path: Path) -> None:
@@ -318,7 +360,7 @@ def test_an_exported_model_gives_the_verdicts_of_the_model(tmp_path: Path, real:
         assert record.row is not None
         height, width, _ = read_header(record.task.file)
         if height > width:
-            assert "seen at 96x64, and the file takes 64x96: export with --size 96x64" in row["error"]
+            assert "seen at 96x64, the file takes 64x96: export with --size 96x64" in row["error"]
             continue
         assert row["error"] == ""
         for name in FIGURES:
@@ -348,10 +390,73 @@ def test_images_with_errors_stand_in_the_table_and_in_the_exit_code(tmp_path: Pa
     assert code == 1 and "3 of 4 images could not be scored" in said
     errors = {Path(row["file"]).name: row["error"] for row in rows}
     assert errors.pop("good.png") == ""
-    assert "seen at 20x30, and the file takes 20x20: export with --size 20x30" in errors["wide.png"]
+    assert "seen at 20x30, the file takes 20x20: export with --size 20x30" in errors["wide.png"]
     assert "cannot identify image" in errors["broken.png"] and "No such file" in errors["absent.png"]
     assert all(error.startswith(str(tmp_path / name)) for name, error in errors.items())
     assert all(row["score"] == "" for row in rows if row["error"])
+
+
+NAMES = ['cr\u00e8me "br\u00fbl\u00e9e", \U0001f36e', '=back\\slash\n"name": \x7f\ud7ff\t]']
+OVERFLOW = "it has no score: its features overflow"
+
+
+def test_a_class_is_written_as_by_the_command(tmp_path: Path) -> None:
+    """A name may be any text, and none begins like a formula."""
+    model = mean_model(tmp_path / "model.onnx", names=NAMES)
+    for name, level in {"a.png": 40, "b.png": 200}.items():
+        pillow(np.full((20, 30), level, np.uint8))(tmp_path / name)
+    code, rows, said = table_of(model, tmp_path)
+    assert code == 0, said
+    assert [row["class"] for row in rows] == [NAMES[0], f"'{NAMES[1]}"]
+
+
+def test_a_score_that_is_no_number_is_an_error(tmp_path: Path) -> None:
+    model = mean_model(tmp_path / "model.onnx", divisor=0)
+    for name, level in {"infinite.png": 1, "nan.png": 0}.items():
+        pillow(np.full((20, 30), level, np.uint8))(tmp_path / name)
+    code, rows, said = table_of(model, tmp_path)
+    assert code == 1 and "2 of 2 images could not be scored" in said
+    for row in rows:
+        assert row.pop("error") == f"{row.pop('file')}: {OVERFLOW}" and set(row.values()) == {""}
+
+
+UNUSABLE: dict[str, dict[str, Any]] = {
+    "features": {"inputs": ["features_0", "features_1", "image"]},
+    "class": {"inputs": ["image", GIVEN_CLASS]},
+    "outputs": {"outputs": [name for name in OUTPUTS[1:] if name != "p_value"]},
+    "version": {"version": "hgad_fast export 2"},
+    "other": {"version": None},
+}
+REMEDY = "for this program, export it without --inputs features, --class-input and --outputs"
+FOREIGN = f"not written by hgad-fast export, or by another version: its sidecar is no {FORMAT!r}"
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_model_that_the_reader_cannot_use_is_refused_once(tmp_path: Path, kind: str) -> None:
+    model = mean_model(tmp_path / "model.onnx", **UNUSABLE[kind])
+    reason = FOREIGN if kind in ("version", "other") else REMEDY
+    assert said_by(sys.executable, READER, model, "a.png", "b.png") == (1, "", f"{model}: {reason}{os.linesep}")
+
+
+def test_outputs_that_the_reader_does_not_need_may_be_missing(tmp_path: Path) -> None:
+    model = mean_model(tmp_path / "model.onnx", outputs=reader.OUTPUTS)
+    pillow(COLOUR)(tmp_path / "a.png")
+    code, rows, said = table_of(model, tmp_path)
+    assert code == 0 and len(rows) == 1, said
+
+
+def test_a_model_that_is_none_is_refused_in_a_line(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.onnx", tmp_path / "text.onnx"):
+        (tmp_path / "text.onnx").write_text("no model")
+        code, printed, said = said_by(sys.executable, READER, path, "a.png")
+        assert code == 1 and printed == "" and said.startswith(f"{path}: ") and len(said.splitlines()) == 1
+
+
+def test_missing_arguments_are_answered_by_the_usage() -> None:
+    for arguments in ([], ["model.onnx"]):
+        code, printed, said = said_by(sys.executable, READER, *arguments)
+        assert code == 1 and printed == "" and len(said.splitlines()) == 1
+        assert said.startswith("usage: python onnx_score.py model.onnx IMAGES_OR_FOLDERS...")
 
 
 def test_a_run_without_images_fails(tmp_path: Path) -> None:
@@ -387,6 +492,10 @@ def test_the_reader_is_short_and_needs_neither_torch_nor_this_package() -> None:
     code = f"import runpy, sys; runpy.run_path({str(READER)!r}); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout.split()
     assert "onnxruntime" in loaded and not {"torch", "hgad_fast"} & set(loaded)
+
+
+def test_the_reader_knows_the_format_of_the_library() -> None:
+    assert reader.VERSION == FORMAT and set(reader.OUTPUTS) < set(OUTPUTS)
 
 
 def test_the_reader_knows_the_suffixes_of_the_library() -> None:
@@ -443,14 +552,13 @@ def test_the_program_in_cpp_gives_the_same_figures(tmp_path: Path, program: Path
     for name, data in drawn.items():
         (tmp_path / name).write_bytes(data)
     files = [tmp_path / name for name in drawn]
-    done = subprocess.run([program, model, *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(done.stdout.splitlines()))
+    code, text, said = said_by(program, model, *files)
+    assert code == 0, said
+    rows = list(csv.DictReader(text.splitlines()))
     _, expected, _ = table_of(model, *files)
     assert [row["file"] for row in rows] == [row["file"] for row in expected]
-    names = [GROUPS[int(row["class_id"])]["name"] for row in rows]
-    assert names == [row["class"] for row in expected] and set(names) == {"dark", "bright"}
-    for name in ("threshold", "p_value", "anomalous"):
+    assert {(row["class_id"], row["class"]) for row in rows} == {("0", "dark"), ("1", "bright")}
+    for name in ("class", "threshold", "p_value", "anomalous"):
         assert [row[name] for row in rows] == [row[name] for row in expected]
     assert [np.float32(row["score"]) for row in rows] == [np.float32(row["score"]) for row in expected]
 
@@ -463,13 +571,13 @@ def test_the_program_in_cpp_scores_by_an_exported_model(tmp_path: Path, real: tu
         values = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
         (tmp_path / name).write_bytes(pgm(values, 255))
     files = [tmp_path / name for name in drawn]
-    done = subprocess.run([program, model, *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, text, said = said_by(program, model, *files)
+    assert code == 0, said
     _, expected, _ = table_of(model, *files)
-    for row, other in zip(csv.DictReader(done.stdout.splitlines()), expected, strict=True):
+    for row, other in zip(csv.DictReader(text.splitlines()), expected, strict=True):
         assert np.float32(row["score"]) == np.float32(other["score"])
         assert np.float32(row["threshold"]) == np.float32(other["threshold"])
-        assert row["anomalous"] == other["anomalous"]
+        assert row["class"] == other["class"] and row["anomalous"] == other["anomalous"]
 
 
 def test_the_program_in_cpp_names_what_it_cannot_score(tmp_path: Path, program: Path) -> None:
@@ -484,18 +592,36 @@ def test_the_program_in_cpp_names_what_it_cannot_score(tmp_path: Path, program: 
     }
     for name, (data, _) in drawn.items():
         (tmp_path / name).write_bytes(data)
-    done = subprocess.run([program, model, *(tmp_path / name for name in drawn)], capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stdout.splitlines()) == 2
-    *errors, total = done.stderr.splitlines()
+    code, text, said = said_by(program, model, *(tmp_path / name for name in drawn))
+    assert code == 1 and len(text.splitlines()) == 2
+    *errors, total = said.splitlines()
     assert total == "5 of 6 images could not be scored"
     for error, (name, (_, reason)) in zip(errors, list(drawn.items())[1:], strict=True):
         assert error.startswith(f"{tmp_path / name}: ") and reason in error
 
 
-def test_the_program_in_cpp_takes_exported_models_only(tmp_path: Path, program: Path) -> None:
-    model = mean_model(tmp_path / "model.onnx")
-    other = onnx.load(model)
-    del other.metadata_props[:]
-    onnx.save(other, model)
-    done = subprocess.run([program, model, tmp_path / "a.pgm"], capture_output=True, text=True)
-    assert done.returncode == 1 and "was not written by hgad-fast export" in done.stderr
+def test_the_program_in_cpp_writes_any_name_of_a_class(tmp_path: Path, program: Path) -> None:
+    model = mean_model(tmp_path / "model.onnx", names=NAMES)
+    files = [tmp_path / "dark.pgm", tmp_path / "bright.pgm"]
+    for file, level in zip(files, (40, 200), strict=True):
+        file.write_bytes(pgm(np.full((20, 20), level, np.uint8), 255))
+    code, text, said = said_by(program, model, *files)
+    assert code == 0, said
+    assert [row["class"] for row in csv.DictReader(io.StringIO(text, newline=""))] == NAMES
+
+
+def test_a_score_that_is_no_number_is_an_error_in_cpp(tmp_path: Path, program: Path) -> None:
+    model = mean_model(tmp_path / "model.onnx", divisor=0)
+    files = [tmp_path / "infinite.pgm", tmp_path / "nan.pgm"]
+    for file, level in zip(files, (1, 0), strict=True):
+        file.write_bytes(pgm(np.full((20, 20), level, np.uint8), 255))
+    code, text, said = said_by(program, model, *files)
+    assert code == 1 and len(text.splitlines()) == 1
+    assert said.splitlines() == [*(f"{file}: {OVERFLOW}" for file in files), "2 of 2 images could not be scored"]
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_model_that_the_program_in_cpp_cannot_use_is_refused_once(tmp_path: Path, program: Path, kind: str) -> None:
+    model = mean_model(tmp_path / "model.onnx", **UNUSABLE[kind])
+    reason = FOREIGN if kind in ("version", "other") else REMEDY
+    assert said_by(program, model, "a.pgm", "b.pgm") == (1, "", f"{model}: {reason}\n")
