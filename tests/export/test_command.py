@@ -38,23 +38,21 @@ def test_it_says_what_it_wrote(saved, tmp_path):
 
 def test_its_options_are_the_arguments(saved, tmp_path):
     path = tmp_path / "model.file"
-    options = ["--format", "torch", "--size", "64x80", "--outputs", "score, class_id", "--class", "1", "--no-check"]
+    options = ["--format", "torch", "--size", "64x80", "--outputs", "score, anomaly_map", "--class", "1", "--no-check"]
+    options += ["--map-size", "20x30"]
     result = run(saved, "-o", path, *options, "--precision", "fp16", "--false-alarm-rate", "0.5", "--json")
     assert result.exit_code == 0, result.output
     sidecar = json.loads(result.stdout)
     assert sidecar == exported.sidecar_of(path)
     assert sidecar["inputs"]["image"]["shape"] == ["batch", 3, 64, 80] and sidecar["group"] == "class 1"
-    assert list(sidecar["outputs"]) == ["score", "class_id"] and sidecar["check"] is None
+    assert list(sidecar["outputs"]) == ["score", "anomaly_map"] and sidecar["check"] is None
     assert sidecar["precision"] == "fp16" and sidecar["target_false_alarm_rate"] == 0.5
-
-
-def test_maps_and_given_classes(saved, tmp_path):
-    result = run(saved, "-o", tmp_path / "a.pt2", "--class-input", "--map-size", "20x30", "--no-check", "--json")
-    sidecar = json.loads(result.stdout)
-    assert list(sidecar["inputs"]) == ["image", "given_class"]
     assert sidecar["outputs"]["anomaly_map"]["shape"] == ["batch", 20, 30]
-    result = run(saved, "-o", tmp_path / "b.pt2", "--map-size", "seen", "--inputs", "features", "--no-check")
+    path = tmp_path / "model.pt2"
+    result = run(saved, "-o", path, "--class-input", "--map-size", "seen", "--inputs", "features", "--no-check")
     assert "not checked (--no-check)" in result.stdout and "input features_0: batch x " in result.stdout
+    assert "input given_class: batch\n" in result.stdout
+    assert exported.sidecar_of(path)["outputs"]["anomaly_map"]["shape"] == ["batch", 32, 32]
 
 
 @pytest.mark.parametrize(

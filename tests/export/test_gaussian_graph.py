@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
+import exported
 import pytest
 import torch
+from exported import CLOSE
 from small_gaussian import SIDES, class_features, feature_set, labels, small_model
 from torch import Tensor, nn
 
 from hgad_fast import GaussianConfig, GaussianModel
+from hgad_fast.export.formats import Program, traced
+from hgad_fast.export.graph import Plan
 from hgad_fast.features.backbone import FeatureMaps
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.protocol import ProportionsError
 
-EPS = torch.finfo(torch.float32).eps
-# Distances are sums over some hundred products of float32, of values up to a hundred: a few hundred roundings.
-CLOSE = {"rtol": 300 * EPS, "atol": 300 * EPS}
-FORBIDDEN = {"GatherND", "ScatterND", "NonZero", "Loop", "Scan", "If", "ReduceLogSumExp"}  # TensorRT's stumbling blocks
 WIDE, SAME_SHAPE = ((8, 16), (4, 8), (2, 4)), (14, 7, 3)
 
 
@@ -257,40 +254,36 @@ class Outputs(nn.Module):
         return tuple(values(self.densities(levels, inputs[-1] if self.given else None)))
 
 
-def exported(model: GaussianModel, levels: list[Tensor], group: int | None, given: bool):
-    inputs = (*levels, *([torch.zeros(len(levels[0]), dtype=torch.int64)] if given else []))
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    module = Outputs(model.density_graph(sizes_of(levels), group), given).eval()
-    return torch.export.export(module, inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),))
-
-
 def cases():
-    yield "levels that are joined", begun_small, SIDES, None
-    yield "another size", begun_small, SAME_SHAPE, None
-    yield "no coarse stages", lambda: begun_small(map_stages=3), SIDES, None
-    yield "fixed", begun_small, SIDES, 1
-    yield "one group", lambda: begun_small(grouping="one"), (7, 4, 3), None
-    yield "one level, several grids", lambda: of_grids((4, 4), (6, 6), (4, 8)), (9,), None
+    """Yield models, sides of features, the group that is fixed, and whether groups are given."""
+    yield "levels that are joined", begun_small, SIDES, None, True
+    yield "another size", begun_small, SAME_SHAPE, None, False
+    yield "no coarse stages", lambda: begun_small(map_stages=3), SIDES, None, False
+    yield "fixed", begun_small, SIDES, 1, False
+    yield "one group", lambda: begun_small(grouping="one"), (7, 4, 3), None, False
+    yield "one level, several grids", lambda: of_grids((4, 4), (6, 6), (4, 8)), (9,), None, True
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["inferred", "given"])
-@pytest.mark.parametrize(("make", "sides", "group"), [case[1:] for case in cases()], ids=[case[0] for case in cases()])
+@pytest.mark.parametrize(
+    ("make", "sides", "group", "given"), [case[1:] for case in cases()], ids=[c[0] for c in cases()]
+)
 def test_it_is_the_same_in_other_runtimes(make, sides, group, given, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = make()
     levels = one_stage(3, sides[0]) if len(sides) == 1 else class_features(3, seed=2, sides=sides)
-    program = exported(model, levels, group, given)
+    graph = Outputs(model.density_graph(sizes_of(levels), group), given).eval()
+    example = [torch.zeros_like(x) for x in levels] + [torch.zeros(3, dtype=torch.int64)] * given
+    names = tuple(f"value_{i}" for i in range(len(graph(*example))))
+    plan = Plan(tuple(sizes_of(levels)), None, model.config.img_size, names, group, given)
+    program = traced(graph, plan, example)
     allowed = {"aten", "_operator", "builtins", "higher_order", "prim"}
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert {name.split(".")[0] for name in called if not name.startswith("<")} <= allowed
-    with contextlib.redirect_stdout(io.StringIO()):
-        onnx_program = torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False)
-    operators = {node.op_type for node in onnx_program.model.graph}
-    assert not operators & FORBIDDEN and "Resize" not in operators
-    onnx_program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
+    path = tmp_path / "model.onnx"
+    Program("onnx", program, plan).save(path, "{}")
+    operators = set(exported.operators(path))
+    assert not operators & exported.FORBIDDEN and "Resize" not in operators
     module = program.module()
     for n in (1, 3):
         inputs, ids = [x[:n] for x in levels], torch.tensor([0, -1, len(model.groups) - 2])[:n]
@@ -299,7 +292,6 @@ def test_it_is_the_same_in_other_runtimes(make, sides, group, given, tmp_path):
         meant = meant if group is None else torch.full_like(ids, group)
         expected = model.densities(FeatureMaps.of(inputs), meant)
         inputs += [ids] if given else []
-        arrays = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-        for outputs in (module(*inputs), map(torch.from_numpy, session.run(None, arrays))):
+        for outputs in (module(*inputs), exported.run_onnx(path, *inputs).values()):
             for actual, right in zip(outputs, values(expected), strict=True):
                 torch.testing.assert_close(actual, right, **CLOSE)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import exported
 import pytest
 import torch
+from exported import CLOSE, EPS
 
 from hgad_fast import HGADModel
 from hgad_fast.export.graph import OUTPUTS, ROUNDING, Judge, Plan, ScoringGraph
 from hgad_fast.scoring.calibration import Calibration
 
-EPS = torch.finfo(torch.float32).eps
-# Scores are sums over some hundred products of float32, with weights of the maps' peaks: a few hundred roundings.
-CLOSE = {"rtol": 300 * EPS, "atol": 300 * EPS}
 
-
-def graph_of(model: HGADModel, **options) -> ScoringGraph:
-    plan = Plan(exported.SIZES, None, model.config.img_size, **options)
+def graph_of(model: HGADModel, sizes=exported.SIZES, **options) -> ScoringGraph:
+    plan = Plan(tuple(sizes), None, model.config.img_size, **options)
     return ScoringGraph(model, plan, None).eval()
 
 
@@ -83,13 +80,16 @@ def test_a_fixed_class_leaves_the_others_out():
     assert numbers[None] - numbers[1] >= centres
 
 
-def test_outputs_and_maps_are_as_asked_for():
+@pytest.mark.parametrize("sizes", [exported.SIZES, ((5, 4), (3, 2))], ids=str)
+@pytest.mark.parametrize("map_size", [None, (9, 9), (11, 23)], ids=str)
+def test_outputs_and_maps_are_as_asked_for(sizes, map_size):
     model = exported.on_features()
-    levels = exported.features(2, seed=2)
-    graph = graph_of(model, outputs=("score", "anomaly_map"), map_size=(11, 23))
+    levels = exported.features(2, seed=2, sizes=sizes)
+    graph = graph_of(model, sizes, outputs=("score", "anomaly_map"), map_size=map_size)
     outputs = outputs_of(graph, *levels)
-    expected = model.score_features(levels, map_size=(11, 23))
+    expected = model.score_features(levels, map_size=map_size)
     assert list(outputs) == ["score", "anomaly_map"]
+    assert tuple(outputs["anomaly_map"].shape[1:]) == (map_size or graph.grid)
     torch.testing.assert_close(outputs["anomaly_map"], expected.anomaly_map, **CLOSE)
     torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
 
