@@ -107,6 +107,7 @@ FILES = {
     "cmyk.tif": pillow(COLOUR, "CMYK"),
     "colour16.tif": content(tiff(COLOUR16, "<")),
     "colour16-big.tif": content(tiff(COLOUR16, ">")),
+    "deflated16.tif": content(tiff(COLOUR16, "<", deflated=True)),
     "alpha16.tif": content(tiff(with_alpha(COLOUR16), "<")),
     **{f"turned{i}-colour16.tif": content(tiff(COLOUR16, "<", orientation=i)) for i in range(2, 9)},
     "colour.bmp": pillow(COLOUR),

@@ -19,13 +19,22 @@ def png(width: int, height: int, bits: int, colour_type: int, rows: bytes) -> by
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def tiff(samples: np.ndarray, byte_order: str, *, planar: int = 1, orientation: int = 1) -> bytes:
-    """Return an uncompressed TIFF of 16-bit samples (H, W, 3 or 4)."""
+def tiff(
+    samples: np.ndarray, byte_order: str, *, planar: int = 1, orientation: int = 1, deflated: bool = False
+) -> bytes:
+    """Return a TIFF of 16-bit samples (H, W, 3 or 4); deflated it has one plane."""
     height, width, channels = samples.shape
     stored = samples if planar == 1 else samples.transpose(2, 0, 1)
     data = stored.astype(f"{byte_order}u2").tobytes()
+    data = zlib.compress(data) if deflated else data
     strips = 1 if planar == 1 else channels
-    values = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * channels), (259, 3, [1]), (262, 3, [2])]
+    values = [
+        (256, 4, [width]),
+        (257, 4, [height]),
+        (258, 3, [16] * channels),
+        (259, 3, [8 if deflated else 1]),
+        (262, 3, [2]),
+    ]
     values += [(273, 4, [8 + i * len(data) // strips for i in range(strips)]), (274, 3, [orientation])]
     values += [(277, 3, [channels]), (278, 4, [height]), (279, 4, [len(data) // strips] * strips), (284, 3, [planar])]
     values += [(338, 3, [2])] if channels == 4 else []
