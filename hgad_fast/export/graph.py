@@ -90,8 +90,7 @@ class ScoringGraph(nn.Module):
         calibration = required_calibration(model)
         self.encoder = encoder
         self.densities = model.density_graph(plan.sizes, plan.group)
-        known = getattr(self.densities, "groups", range(len(model.groups)))
-        self.groups = [plan.group] if plan.group is not None else [int(k) for k in known]
+        self.groups: list[int] = self.densities.get_buffer("groups").tolist()
         self.judge = Judge(calibration)
         self.register_buffer("level_max", calibration.level_max.detach().cpu().clone())
         with torch.no_grad():

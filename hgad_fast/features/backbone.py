@@ -186,7 +186,7 @@ class Backbone(nn.Module):
             resized = images
             if size != images.shape[2:]:
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
-            features += self.levels_of(self._stages(resized, net))
+            features += self._levels(self._stages(resized, net))
         return features
 
     def feature_values(self, height: int, width: int) -> int:
@@ -290,7 +290,7 @@ class Backbone(nn.Module):
                 )
         return [group[0] for group in stages]
 
-    def levels_of(self, stages: list[Tensor]) -> list[Tensor]:
+    def _levels(self, stages: list[Tensor]) -> list[Tensor]:
         """Return the levels (B, C, h, w) that the stages of a pass make."""
         return [joining.joined(stages, self.stage_strides, self.grid)] if self.mode == "joined" else stages
 

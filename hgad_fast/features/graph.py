@@ -32,35 +32,52 @@ class BackboneGraph(nn.Module):
 
     def __init__(self, backbone: Backbone, size: tuple[int, int]) -> None:
         super().__init__()
-        self.register_buffer("mean", backbone.mean.detach().cpu().clone())
-        self.register_buffer("std", backbone.std.detach().cpu().clone())
+        self.register_buffer("mean", constant(backbone.mean))
+        self.register_buffer("std", constant(backbone.std))
         self.sizes = backbone.pass_sizes(*size)
-        self.out_indices, self.strides, self.grid = backbone.out_indices, backbone.stage_strides, backbone.grid
-        self.joins = backbone.mode == "joined"
-        net = streamlined(copy.deepcopy(backbone.net).cpu(), own_padding=False)
+        self.out_indices = backbone.out_indices
+        net = streamlined(backbone.net, own_padding=False).cpu()
         net = net.to(memory_format=torch.contiguous_format).requires_grad_(False)
         self.nets = nn.ModuleList([net] if backbone.multiple == 1 else [_of_one_size(net, each) for each in self.sizes])
+        self.joining = None
+        if backbone.mode == "joined":
+            stages = self._stages(torch.empty(1, 3, *self.sizes[0], device="meta"), tiles.shadow(self.nets[0]))
+            sizes = [(x.shape[2], x.shape[3]) for x in stages]
+            self.joining = joining.JoiningGraph(sizes, backbone.stage_strides, backbone.grid)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the features of the images."""
         images = (images - self.mean) / self.std
-        levels = []
+        levels: list[Tensor] = []
         for size, net in zip(self.sizes, itertools.cycle(self.nets), strict=False):
             resized = images
             if size != tuple(images.shape[2:]):
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=True)
-            layers = net(resized)
-            stages = joining.stages_of(tiles.channels_first(net, layers), self.out_indices)
-            levels += [joining.joined_plainly(stages, self.strides, self.grid)] if self.joins else stages
+            stages = self._stages(resized, net)
+            levels += [self.joining(stages)] if self.joining else stages
         return levels
+
+    def _stages(self, images: Tensor, net: nn.Module) -> list[Tensor]:
+        """Return the stages (B, C, h, w) that a network makes of normalised images."""
+        return joining.stages_of(tiles.channels_first(net, net(images)), self.out_indices)
+
+
+def constant(tensor: Tensor) -> Tensor:
+    """Return a tensor as a graph holds it: a copy on the CPU, in float32, row after row in memory."""
+    return tensor.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def sharing_copy(module: Any) -> Any:
+    """Return a copy of a module with the tensors of the module itself."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def _of_one_size(net: Any, size: tuple[int, int]) -> Any:
-    """Return a copy of a transformer for images of one size, its position embedding resampled once for all.
+    """Return a transformer for images of one size, its position embedding resampled once for all.
 
-    Other embeddings than those that are added to the patches are left as they are.
+    Other embeddings than those that are added to the patches are left as they are. All else is shared.
     """
-    net = copy.deepcopy(net)
+    net = sharing_copy(net)
     model = getattr(net, "model", net)
     resampled = getattr(model, "dynamic_img_size", False) and hasattr(model, "set_input_size")
     if resampled and getattr(model, "rope", None) is None:

@@ -37,6 +37,20 @@ def between(index: Tensor, n: int, resized: int, *, align_corners: bool) -> Betw
     return Between(first, (first + 1).clamp(max=n - 1), (coordinate - first).clamp(max=1))
 
 
+def weights_of(positions: Between, n: int) -> Tensor:
+    """Return the interpolation at positions (r,) of an axis of n positions as a matrix (r, n), float64."""
+    weights = torch.zeros(len(positions.first), n, dtype=torch.float64)
+    every, share = torch.arange(len(weights)), positions.share.double()
+    weights[every, positions.first] = 1 - share
+    weights[every, positions.second] += share  # at the end it is the first once more
+    return weights
+
+
+def resizing(n: int, resized: int, *, align_corners: bool) -> Tensor:
+    """Return the matrix (resized, n), float64, that resizes an axis of n positions, bilinear."""
+    return weights_of(between(torch.arange(resized), n, resized, align_corners=align_corners), n)
+
+
 def bilinear(x: Tensor, rows: Between, columns: Between) -> Tensor:
     """Interpolate maps (..., h, w) at rows (r,) and columns (c,): (..., r, c)."""
     row_share, column_share = rows.share.to(x.dtype)[:, None], columns.share.to(x.dtype)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from . import interpolate
 
 OutIndices = tuple[Any, ...]  # of each stage: the layer, an int, or the layers of a group, a tuple of them
 
@@ -65,39 +67,47 @@ def joined(stages: Sequence[Tensor], strides: Sequence[float], grid: int) -> Ten
     return torch.cat(parts, 1)
 
 
-def joined_plainly(stages: Sequence[Tensor], strides: Sequence[float], grid: int) -> Tensor:
-    """Return what `joined` does, to rounding, by averages of whole cells and products with constant matrices.
+class JoiningGraph(nn.Module):
+    """What `joined` does of stages of fixed sizes, to rounding, by averages of whole cells and products with matrices.
 
     It is for graphs that other runtimes run: these resize with coordinates of their own, or gather cells of several
     sizes one by one.
+
+    Args:
+        sizes: (h, w) of each stage.
+        strides: those of the stages.
+        grid: the index of the stage on whose grid all are joined.
     """
-    size = (stages[grid].shape[2], stages[grid].shape[3])
-    parts = []
-    for x, stride in zip(stages, strides, strict=True):
-        h, w = x.shape[2], x.shape[3]
-        finer = stride < strides[grid]
-        if finer and h % size[0] == 0 and w % size[1] == 0:
-            parts.append(F.avg_pool2d(x, (h // size[0], w // size[1])))
-            continue
-        weights = _averages if finer else _interpolations
-        if h != size[0]:
-            x = torch.tensor(weights(h, size[0]), dtype=x.dtype, device=x.device) @ x
-        if w != size[1]:
-            x = x @ torch.tensor(weights(w, size[1]), dtype=x.dtype, device=x.device).T
-        parts.append(x)
-    return torch.cat(parts, 1)
+
+    def __init__(self, sizes: Sequence[tuple[int, int]], strides: Sequence[float], grid: int) -> None:
+        super().__init__()
+        self.cells: list[tuple[int, int] | None] = []  # of each stage that is averaged by whole cells: their size
+        for stage, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+            (h, w), (rows, columns) = size, sizes[grid]
+            finer = stride < strides[grid]
+            whole = finer and h % rows == 0 and w % columns == 0
+            self.cells.append((h // rows, w // columns) if whole else None)
+            matrices = (None, None) if whole else (_resizing(h, rows, finer), _resizing(w, columns, finer))
+            self.register_buffer(f"rows_{stage}", matrices[0])
+            self.register_buffer(f"columns_{stage}", None if matrices[1] is None else matrices[1].T.contiguous())
+
+    def forward(self, stages: Sequence[Tensor]) -> Tensor:
+        """Return the stages (B, C, h, w) joined along the channels."""
+        parts = []
+        for stage, (x, cells) in enumerate(zip(stages, self.cells, strict=True)):
+            rows, columns = getattr(self, f"rows_{stage}"), getattr(self, f"columns_{stage}")
+            x = x if cells in (None, (1, 1)) else F.avg_pool2d(x, cells)
+            x = x if rows is None else rows @ x
+            parts.append(x if columns is None else x @ columns)
+        return torch.cat(parts, 1)
 
 
-def _averages(n: int, cells: int) -> list[list[float]]:
-    """Return the weights (cells, n) by which `adaptive_avg_pool2d` averages n positions of an axis."""
-    ends = [(i * n // cells, -(-(i + 1) * n // cells)) for i in range(cells)]
-    return [[float(first <= at < end) / (end - first) for at in range(n)] for first, end in ends]
-
-
-def _interpolations(n: int, resized: int) -> list[list[float]]:
-    """Return the weights (resized, n) by which `interpolate` reads an axis, bilinear and with corners not aligned."""
-    rows = []
-    for i in range(resized):
-        at = min(max((i + 0.5) * n / resized - 0.5, 0), n - 1)
-        rows.append([max(1 - abs(at - position), 0) for position in range(n)])
-    return rows
+def _resizing(n: int, resized: int, finer: bool) -> Tensor | None:
+    """Return the matrix (resized, n), float32, by which `joined` resizes an axis; None: it has the size already."""
+    if n == resized:
+        return None
+    if not finer:
+        return interpolate.resizing(n, resized, align_corners=False).float()
+    # what `adaptive_avg_pool2d` averages
+    ends = [(i * n // resized, -(-(i + 1) * n // resized)) for i in range(resized)]
+    return torch.tensor([[float(first <= at < end) / (end - first) for at in range(n)] for first, end in ends])

@@ -180,8 +180,8 @@ class Detector(nn.Module):
         It takes the features (B, C, h, w) of each level, for any B, and the groups of the images, (B,) int64, -1 where
         they are to be inferred, or None: all are. It returns `Densities` whose `group_ids` are a tensor of the graph,
         too. It consists of plain operations of torch in float32, without values that the host would have to look at,
-        and holds copies of its own, on the CPU, of all that it needs. Where images of these sizes can be of some groups
-        alone, `groups` (int64) are their numbers.
+        and holds copies of its own, on the CPU, of all that it needs. Its buffer `groups` (int64) holds the
+        numbers of the groups that images can be of: the one that is fixed, or all that images of these sizes can be of.
 
         Args:
             sizes: (h, w) of the features of each level, as the encoder gives them.

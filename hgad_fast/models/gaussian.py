@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..environment import plain_torch
 from ..features.backbone import Backbone, FeatureMaps
 from ..features.extract import FeatureSet, feature_set
-from ..features.joining import joined
+from ..features.joining import JoiningGraph, joined
 from ..features.outline import Outline
 from ..methods import register
-from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, grid_fits, places
+from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, evidence_of, grid_fits, places
 from ..modules.place_graph import PlaceGraph
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, ProportionsError
@@ -484,7 +484,8 @@ class GaussianModel(Detector):
             PlaceGraph(whitening, gaussians, groups, size)
             for size, whitening, gaussians in zip(on_grid, self._whitenings, self._gaussians, strict=True)
         ]
-        return GaussianGraph(dict(zip(self._part_names, levels, strict=True)), joining, group, len(self.groups))
+        joining_graph = JoiningGraph(sizes, *joining) if joining else None
+        return GaussianGraph(dict(zip(self._part_names, levels, strict=True)), joining_graph, group, len(self.groups))
 
     def _by_level(self, levels: Sequence[Any]) -> Iterator[tuple[Any, PlaceGaussians]]:
         return zip(levels, self._gaussians, strict=True)
@@ -513,14 +514,10 @@ class GaussianModel(Detector):
                         by_group[k].append(Distances(fine[:, row], total[:, row]))
             for column, k in enumerate(fitting):
                 squares = by_group[k][-1].total.view(batch, -1)
-                evidence[:, column] += self._evidence(
+                evidence[:, column] += evidence_of(
                     squares.mean(1, dtype=torch.float64), gaussians.mean_log_det(size, k), gaussians.width
                 )
         return torch.tensor(fitting)[evidence.argmax(1).cpu()], by_group
-
-    def _evidence(self, mean_square: Any, mean_log_det: float, width: int) -> Any:
-        """Return the mean log-density over D, but for what all classes have in common, of the mean squared distance."""
-        return -(mean_square + mean_log_det) / (2 * width)
 
     def _infer_one(
         self, levels: Sequence[tuple[Tensor, tuple[int, int]]], batch: int, fitting: list[int]
@@ -548,7 +545,7 @@ class GaussianModel(Detector):
 
         def by_first_bands(k: int) -> float:
             return sum(
-                self._evidence(mean, gaussians.least_mean_log_det(size, k), gaussians.width)
+                evidence_of(mean, gaussians.least_mean_log_det(size, k), gaussians.width)
                 for mean, ((_, size), gaussians) in zip(first_means[k], self._by_level(levels), strict=True)
             )
 

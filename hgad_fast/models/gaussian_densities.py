@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..features.joining import joined_plainly
+from ..features.joining import JoiningGraph
+from ..modules.groups import groups_of_images, one_group
 from ..modules.place_graph import PlaceGraph
 from ..protocol import Densities
 
@@ -68,7 +69,7 @@ class GaussianGraph(nn.Module):
 
     Args:
         levels: the distances to the groups that maps of these sizes fit, by the names of the parts.
-        joining: of the levels of features on one grid; None: they are not joined.
+        joining: joins the levels of features on one grid; None: they are not joined.
         group: the group of all images, the only one of the levels; None: inferred, or given with the features.
         group_count: of the model.
     """
@@ -78,7 +79,7 @@ class GaussianGraph(nn.Module):
     misfits: Tensor | None
 
     def __init__(
-        self, levels: Mapping[str, PlaceGraph], joining: Joining | None, group: int | None, group_count: int
+        self, levels: Mapping[str, PlaceGraph], joining: JoiningGraph | None, group: int | None, group_count: int
     ) -> None:
         super().__init__()
         self.names, self.levels = list(levels), nn.ModuleList(levels.values())
@@ -93,15 +94,15 @@ class GaussianGraph(nn.Module):
     def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> Densities:
         """Return the densities of features (B, C, h, w) of each level under the given groups, or those inferred."""
         if self.joining:
-            levels = [joined_plainly(levels, *self.joining)]
+            levels = [self.joining(levels)]
         graphs: Any = list(self.levels)
         of_groups = [graph(x) for graph, x in zip(graphs, levels, strict=True)]
         if self.group is not None:
-            group_ids = torch.full_like(levels[0][:, 0, 0, 0], self.group, dtype=torch.int64)
+            group_ids = one_group(levels[0], self.group)
         else:
             evidence = [graph.evidence(total) for graph, (_, total) in zip(graphs, of_groups, strict=True)]
             inferred = self.groups.index_select(0, torch.stack(evidence).sum(0).argmax(0))
-            group_ids = inferred if group_ids is None else torch.where(group_ids < 0, inferred, group_ids)
+            group_ids = groups_of_images(inferred, group_ids)
         column = self.columns.index_select(0, group_ids)
         logps, distances, all_distances = [], {}, {}
         for name, graph, x, of_level in zip(self.names, graphs, levels, of_groups, strict=True):

@@ -22,6 +22,7 @@ from ..features.extract import FeatureSet
 from ..methods import register
 from ..modules.flow import OFFICIAL_NAMES, ConditionalFlow
 from ..modules.flow_graph import LevelGraph
+from ..modules.groups import group_numbers, groups_of_images, one_group
 from ..modules.mixture import HierarchicalMixture
 from ..modules.scaling import feature_scaling
 from ..ops import Blocks, SeparablePosition, flow_path
@@ -446,6 +447,8 @@ class HGADModel(OfficialSurface, Detector):
 class HGADGraph(nn.Module):
     """What `HGADModel.densities` computes, of features of fixed sizes; see `Detector.density_graph`."""
 
+    groups: Tensor
+
     def __init__(self, model: HGADModel, sizes: Sequence[tuple[int, int]], group: int | None) -> None:
         super().__init__()
         flows: Any = model.nfs
@@ -454,6 +457,7 @@ class HGADGraph(nn.Module):
             for level, (flow, size) in enumerate(zip(flows, sizes, strict=True))
         )
         self.scaling = copy.deepcopy(model.scaling).cpu()
+        self.register_buffer("groups", group_numbers(group, model.config.n_classes))
         self.several, self.group, self.map_levels = model.config.n_classes > 1, group, model.config.map_levels
 
     def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> Densities:
@@ -465,12 +469,11 @@ class HGADGraph(nn.Module):
             densities.append(density.unflatten(1, x.shape[2:]) / x.shape[1])
             entropies.append(entropy.unflatten(1, x.shape[2:]))
         if self.group is not None:
-            group_ids = torch.full_like(densities[0][:, 0, 0, 0], self.group, dtype=torch.int64)
+            group_ids = one_group(densities[0], self.group)
             logps = [density.squeeze(3) for density in densities]
         else:
             evidence = [density.mean((1, 2)) for density in densities[: self.map_levels]]
-            inferred = torch.stack(evidence).sum(0).argmax(1)
-            group_ids = inferred if group_ids is None else torch.where(group_ids < 0, inferred, group_ids)
+            group_ids = groups_of_images(torch.stack(evidence).sum(0).argmax(1), group_ids)
             rows = group_ids[:, None, None, None]
             logps = [density.gather(3, rows.expand(-1, *density.shape[1:3], 1)).squeeze(3) for density in densities]
         return HGADDensities(

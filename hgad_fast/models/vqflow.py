@@ -29,6 +29,7 @@ from ..modules.convolutional_flow import (
     channels_last,
 )
 from ..modules.convolutional_graph import ConditionGraph, FlowGraph, FusionGraph, PriorGraph, condition_values
+from ..modules.groups import group_numbers
 from ..modules.synchronised import exchanging, process_count
 from ..ops.dispatch import float32_products
 from ..protocol import Densities, OfficialMaps, Progress
@@ -508,10 +509,13 @@ class VQFlowGraph(nn.Module):
         group: the prototype of all images; None: inferred, or given with them.
     """
 
+    groups: Tensor
+
     @torch.no_grad()
     def __init__(self, model: VQFlowModel, sizes: Sequence[tuple[int, int]], group: int | None) -> None:
         super().__init__()
         self.config = model.config
+        self.register_buffer("groups", group_numbers(group, model.config.n_prototypes))
         parts: list[Any] = [
             copy.deepcopy(part).cpu().float().eval().requires_grad_(False)
             for part in (model.conditions, model.parallel_flows, model.prior, model.fusion_flow)
@@ -527,7 +531,7 @@ class VQFlowGraph(nn.Module):
     def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> Densities:
         """Return the densities of features (B, C, h, w) of each level under the given prototypes, or those inferred."""
         levels = _pooled(levels, self.config.pool_type)
-        conditions, prototype_ids = self.conditions(levels, group_ids)
+        conditions, prototype_ids, validity = self.conditions(levels, group_ids)
         standardised, log_dets = [], []
         for i, x in enumerate(levels[:-1]):
             z, log_det = self.flows[i](x, conditions[i])
@@ -535,7 +539,8 @@ class VQFlowGraph(nn.Module):
             log_dets.append(log_det)
         fused, fusion_log_dets = self.fusion_flow(standardised, conditions[-1])
         log_dets = [a + b for a, b in zip(log_dets, fusion_log_dets, strict=True)]
-        return _densities(self.config, [channels_last(z) for z in fused], log_dets, prototype_ids)
+        z_of_levels = [channels_last(z) + validity[:, None, None, None] for z in fused]
+        return _densities(self.config, z_of_levels, log_dets, prototype_ids)
 
 
 class VQFlowLoss(nn.Module):

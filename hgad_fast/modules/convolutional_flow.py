@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -275,26 +275,51 @@ class FusionFlow(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return z (B, h, w, C) of each level, and each pixel's part of the log-determinant (B, h, w)."""
         shuffled = [permuted(x, self.permutation(level)) for level, x in enumerate(maps)]
-        a, b = ([x.chunk(2, -1)[half] for x in shuffled] for half in range(2))
-        a, log_det_2 = self._coupled(a, self.subnet_2(b, condition, known))
-        b, log_det_1 = self._coupled(b, self.subnet_1(a, condition, known))
-        z = [torch.cat(halves, -1).clamp(-1e6, 1e6) for halves in zip(a, b, strict=True)]
-        return z, [one + two for one, two in zip(log_det_1, log_det_2, strict=True)]
+        nets: Any = self.subnet_1, self.subnet_2
+        told_by_a, told_by_b = (functools.partial(net, condition=condition, known=known) for net in nets)
+        return fused(shuffled, told_by_a, told_by_b, self.clamp, axis=-1)
 
     def permutation(self, level: int) -> Tensor:
         """Return which channel of a level each permuted channel is, (C,) int64."""
         return self.get_buffer(f"permutation_{level}")
 
-    def _coupled(
-        self, halves: Sequence[Tensor], scales_and_shifts: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the transformed halves (B, h, w, C / 2) of each level, and log-determinants (B, h, w)."""
+
+ScalesAndShifts = Sequence[tuple[Tensor, Tensor]]  # of each level, of the size of half of its channels
+
+
+def fused(
+    maps: Sequence[Tensor],
+    told_by_a: Callable[[Sequence[Tensor]], ScalesAndShifts],
+    told_by_b: Callable[[Sequence[Tensor]], ScalesAndShifts],
+    clamp: float,
+    axis: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Couple permuted maps of all levels; see `FusionFlow`.
+
+    Args:
+        maps: those of each level, of 4 axes, B first.
+        told_by_a: s_1 and t_1, by A' of all levels.
+        told_by_b: s_2 and t_2, by B of all levels.
+        clamp: alpha.
+        axis: that of the channels.
+
+    Returns:
+        the coupled maps, and each pixel's part of the log-determinant (B, h, w), of each level.
+    """
+
+    def coupled(halves: Sequence[Tensor], scales_and_shifts: ScalesAndShifts) -> tuple[list[Tensor], list[Tensor]]:
         transformed, log_dets = [], []
         for x, (s, t) in zip(halves, scales_and_shifts, strict=True):
-            log_scale = self.clamp * FUSION_CLAMP * torch.arctan(s / self.clamp)
+            log_scale = clamp * FUSION_CLAMP * torch.arctan(s / clamp)
             transformed.append(torch.addcmul(t, x, torch.exp(log_scale)))
-            log_dets.append(log_scale.sum(-1))
+            log_dets.append(log_scale.sum(axis))
         return transformed, log_dets
+
+    a, b = ([x.chunk(2, axis)[half] for x in maps] for half in range(2))
+    a, log_det_2 = coupled(a, told_by_b(b))
+    b, log_det_1 = coupled(b, told_by_a(a))
+    z = [torch.cat(halves, axis).clamp(-1e6, 1e6) for halves in zip(a, b, strict=True)]
+    return z, [one + two for one, two in zip(log_det_1, log_det_2, strict=True)]
 
 
 class PrototypePrior(nn.Module):

@@ -11,7 +11,7 @@ result.
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..features.graph import constant, sharing_copy
+from ..features.interpolate import resizing
 from ..ops import SeparablePosition
 from .codebook import Codebook
 from .conditions import Conditions
 from .convolutional_flow import (
-    FUSION_CLAMP,
     ConditionedConvolution,
     ConvolutionalBlock,
     ConvolutionalFlow,
@@ -32,10 +33,13 @@ from .convolutional_flow import (
     PrototypePrior,
     channels_first,
     channels_last,
+    fused,
 )
 from .flow import dense_position, sinusoidal_position
+from .groups import groups_of_images, one_group
 
 TAPS = 9  # of a kernel, 3 x 3
+LARGEST = 3e38  # that a finite float32 may be, almost
 
 
 class ConditionValues(NamedTuple):
@@ -80,7 +84,7 @@ def condition_values(
     """
     prototypes = conditions.cpc_quantizer.codes()
     if group is not None:
-        prototypes = prototypes[group : group + 1].clone()
+        prototypes = constant(prototypes[group : group + 1])
     values = []
     for codebook, size in zip(conditions.cspc_quantizers, sizes, strict=True):
         assert isinstance(codebook, Codebook)
@@ -113,10 +117,10 @@ class PatternGraph(nn.Module):
 
     def __init__(self, values: ConditionValues) -> None:
         super().__init__()
-        self.nearest = NearestCode(values.codes[:-1].clone())
+        self.nearest = NearestCode(constant(values.codes[:-1]))
         self.size = values.size
         for name, code in zip(("column", "row"), values.position or (None, None), strict=True):
-            self.register_buffer(name, None if code is None else code.clone())
+            self.register_buffer(name, None if code is None else constant(code))
 
     @property
     def position(self) -> Tensor | None:
@@ -134,49 +138,48 @@ class PatternGraph(nn.Module):
 
 
 class ConditionGraph(nn.Module):
-    """Prepared features (B, C, h, w) of each level -> the `ConditionRows` of each level, and the prototypes' numbers.
+    """Prepared features (B, C, h, w) of each level -> the `ConditionRows` of each level, and what holds for images.
 
     Args:
         conditions: the model's.
         values: of `condition_values`.
         group: the prototype of all images; None: the nearest one, or one that is given with the features.
+
+    An image whose semantic vector is no number is invalid even where its prototype is known, as in the model.
     """
 
+    group: Any
     prototypes: Tensor
 
     def __init__(self, conditions: Conditions, values: Sequence[ConditionValues], group: int | None) -> None:
         super().__init__()
         self.group = group
-        self.networks = copy.deepcopy(conditions)
+        self.networks = sharing_copy(conditions)
         del self.networks.cpc_quantizer, self.networks.cspc_quantizers
         prototypes = values[0].prototypes
         self.register_buffer("prototypes", prototypes)
         self.nearest = NearestCode(prototypes) if group is None else None
-        if group is not None:
-            del self.networks.semantic_mlp
         self.patterns: Any = nn.ModuleList(PatternGraph(of_level) for of_level in values)
 
-    def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> tuple[list[ConditionRows], Tensor]:
-        """Return the conditions, and the numbers (B,) int64 of the prototypes.
+    def forward(self, levels: Sequence[Tensor], group_ids: Tensor | None) -> tuple[list[ConditionRows], Tensor, Tensor]:
+        """Return the conditions, the numbers (B,) int64 of the prototypes, and the `ConditionMaps.validity` (B,).
 
         Args:
             levels: the features.
             group_ids: (B,) int64, the prototypes of the images, -1 where they are to be inferred; None: all are.
         """
+        semantic_vectors = self.networks.semantic_vectors(levels[-1])
         if self.nearest is None:
-            rows = torch.zeros_like(levels[-1][:, 0, 0, 0], dtype=torch.int64)
-            numbers = torch.full_like(rows, self.group or 0)
+            rows, numbers = one_group(levels[-1], 0), one_group(levels[-1], self.group)
         else:
-            rows = self.nearest(self.networks.semantic_vectors(levels[-1]))
-            if group_ids is not None:
-                rows = torch.where(group_ids < 0, rows, group_ids)
-            numbers = rows
+            rows = numbers = groups_of_images(self.nearest(semantic_vectors), group_ids)
         prototype = self.prototypes.index_select(0, rows)
-        conditions = []
+        conditions, finite = [], [_finite(semantic_vectors)]
         for features, patterns in zip(self.networks.pattern_features(levels), self.patterns, strict=True):
             vectors, _ = self.networks.pixel_vectors(features, patterns.position, prototype)
             conditions.append(ConditionRows(patterns(vectors), rows))
-        return conditions, numbers
+            finite.append(_finite(vectors))
+        return conditions, numbers, torch.where(torch.stack(finite).all(0), 0.0, torch.nan)
 
 
 class Table(nn.Module):
@@ -348,10 +351,8 @@ class CrossScaleGraph(nn.Module):
         assert isinstance(norm, nn.LayerNorm) and isinstance(second, nn.Conv2d)
         self.mixed = SubnetGraph(first, norm, second, values)
         self.conv_s, self.conv_t = net.conv_s, net.conv_t
-        unit = torch.eye(self.coarsest)[None, None]
-        for level, side in enumerate(sides):  # resizing, with corners aligned, as a matrix for each axis
-            resized = F.interpolate(unit, (side, self.coarsest), mode="bilinear", align_corners=True)[0, 0]
-            self.register_buffer(f"resizing_{level}", resized)
+        for level, side in enumerate(sides):
+            self.register_buffer(f"resizing_{level}", resizing(self.coarsest, side, align_corners=True).float())
 
     def forward(self, halves: Sequence[Tensor], condition: ConditionRows) -> list[tuple[Tensor, Tensor]]:
         """Return the scales and shifts."""
@@ -359,8 +360,8 @@ class CrossScaleGraph(nn.Module):
         mixed = F.relu(self.mixed(joined, condition)).split(self.channels, 1)
         result = []
         for level, (x, context) in enumerate(zip(halves, mixed, strict=True)):
-            resizing = self.get_buffer(f"resizing_{level}")
-            inputs = x + resizing @ context @ resizing.T
+            matrix = self.get_buffer(f"resizing_{level}")  # of each axis
+            inputs = x + matrix @ context @ matrix.T
             result.append((self.conv_s[level](inputs), self.conv_t[level](inputs)))
         return result
 
@@ -385,21 +386,14 @@ class FusionGraph(nn.Module):
     def forward(self, maps: Sequence[Tensor], condition: ConditionRows) -> tuple[list[Tensor], list[Tensor]]:
         """Return the maps and log-determinants of each level."""
         shuffled = [x.index_select(1, self.get_buffer(f"permutation_{level}")) for level, x in enumerate(maps)]
-        a, b = ([x.chunk(2, 1)[half] for x in shuffled] for half in range(2))
-        a, log_det_2 = self._coupled(a, self.subnet_2(b, condition))
-        b, log_det_1 = self._coupled(b, self.subnet_1(a, condition))
-        z = [torch.cat(halves, 1).clamp(-1e6, 1e6) for halves in zip(a, b, strict=True)]
-        return z, [one + two for one, two in zip(log_det_1, log_det_2, strict=True)]
+        nets: Any = self.subnet_1, self.subnet_2
+        told_by_a, told_by_b = (functools.partial(net, condition=condition) for net in nets)
+        return fused(shuffled, told_by_a, told_by_b, self.clamp, axis=1)
 
-    def _coupled(
-        self, halves: Sequence[Tensor], scales_and_shifts: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the transformed halves (B, C / 2, h, w) of each level, and log-determinants (B, h, w)."""
-        log_scales = [self.clamp * FUSION_CLAMP * torch.arctan(s / self.clamp) for s, _ in scales_and_shifts]
-        transformed = [
-            x * log_scale.exp() + t for x, log_scale, (_, t) in zip(halves, log_scales, scales_and_shifts, strict=True)
-        ]
-        return transformed, [log_scale.sum(1) for log_scale in log_scales]
+
+def _finite(vectors: Tensor) -> Tensor:
+    """Return whether the vectors (B, ...) of each image are finite, (B,), in a form that no runtime simplifies away."""
+    return (vectors.abs() <= LARGEST).flatten(1).all(1)
 
 
 def _axis_table(code: Tensor, kernel: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ M centres.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..features.graph import constant
 from ..ops import mixture, subnet
 from ..ops.subnet import Weights
 from .flow import ConditionalFlow
@@ -42,7 +42,7 @@ class CouplingGraph(nn.Module):
         # Columns and rows stay apart in the file: a table of all pixels would be larger than the weights.
         constants |= dict(zip(("column", "row"), tables, strict=True)) if tables else {"b1": weights.b1}
         for name, tensor in constants.items():
-            self.register_buffer(name, _copy(tensor))
+            self.register_buffer(name, constant(tensor))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the block makes of x, and s of each pixel summed over the channels."""
@@ -79,8 +79,7 @@ class LevelGraph(nn.Module):
         position = flow.grid(*size, parameters[0].device)
         tables = subnet.tables_of([] if position is None else [position.column, position.row], parameters, "fp32")
         self.blocks = nn.ModuleList(CouplingGraph(*block, flow.clamp) for block in zip(weights, tables, strict=True))
-        log_gain = float(torch.cat([block.gain for block in weights]).double().log().sum())
-        self.constant = log_gain - 0.5 * flow.channels * math.log(2 * math.pi)
+        self.log_gain = float(torch.cat([block.gain for block in weights]).double().log().sum())
         prior = mixture.prior_of(*(tensor.detach() for tensor in centres))
         classes = slice(None) if group is None else slice(group, group + 1)
         self.shape = tuple(prior.bias[classes].shape)
@@ -91,7 +90,7 @@ class LevelGraph(nn.Module):
             ("main_centres", prior.centres[:, 0].T),
             ("main_half_norms", prior.half_norms[:, 0]),
         ):
-            self.register_buffer(name, _copy(tensor))
+            self.register_buffer(name, constant(tensor))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-densities (B, h w, K), in nats, and entropies (B, h w)."""
@@ -99,15 +98,10 @@ class LevelGraph(nn.Module):
         for block in self.blocks:
             x, log_det = block(x)
             log_dets.append(log_det)
-        z = x - self.mean
-        base = sum(log_dets) - 0.5 * (z * z).sum(-1) + self.constant
+        z, base = mixture.centred(x, self.mean, sum(log_dets) + self.log_gain)
+        # `Prior.of_classes` would become ReduceLogSumExp, which some runtimes lack and which makes -inf NaN in others;
+        # its products, and those of `Prior.entropy`, are of rows without an axis of images.
         exponents = (z @ self.centres + self.bias).unflatten(-1, self.shape)
         largest = exponents.amax(-1)
         density = largest + (exponents - largest[..., None]).exp().sum(-1).log() + base[..., None]
-        log_p = (z @ self.main_centres - self.main_half_norms).log_softmax(-1)
-        return density, -(log_p.exp() * log_p).sum(-1)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor on the CPU, row after row in memory."""
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return density, mixture.posterior_entropy(z @ self.main_centres - self.main_half_norms)

@@ -429,6 +429,17 @@ class PlaceGaussians(nn.Module):
         return float(at_pixels.mean(dtype=torch.float64)) - ROUNDING * self.width
 
 
+def evidence_of(mean_square: Any, mean_log_det: Any, width: int) -> Any:
+    """Return the mean log-density over D of an image, but for what all groups have in common.
+
+    Args:
+        mean_square: the mean over its pixels of the squared distances to a group.
+        mean_log_det: that of the log-determinants of the group's covariances.
+        width: D.
+    """
+    return -(mean_square + mean_log_det) / (2 * width)
+
+
 def _inverse_factors(covariance: Tensor, bands: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """Return the inverses (p, D, D) of the Cholesky factors of covariances, and the log-determinants (p,) of these.
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .place_gaussian import Distances, PlaceGaussians, Whitening, places
+from ..features.graph import constant
+from .place_gaussian import Distances, PlaceGaussians, Whitening, evidence_of, places
 
 
 class GridGraph(nn.Module):
@@ -53,14 +54,11 @@ class GridGraph(nn.Module):
             self.register_buffer("back", back)
         for k in self.groups:
             row = gaussians.position(k)[1]
-            self._register(f"mean_{k}", getattr(gaussians, f"mean_{j}")[row].cpu()[used][:, None])
+            mean = getattr(gaussians, f"mean_{j}")[row].cpu()[used]
+            self.register_buffer(f"mean_{k}", constant(mean[:, None]))
             for band in range(len(self.ends)):
                 factor = getattr(gaussians, f"band_{band}_{j}")[row].cpu()
-                self._register(f"band_{band}_{k}", (factor[used] if self.sorts else factor).mT)
-
-    def _register(self, name: str, tensor: Tensor) -> None:
-        """Register a copy, row after row in memory."""
-        self.register_buffer(name, tensor.detach().float().clone(memory_format=torch.contiguous_format))
+                self.register_buffer(f"band_{band}_{k}", constant((factor[used] if self.sorts else factor).mT))
 
     def forward(self, y: Tensor) -> list[Distances]:
         """Return the distances (h w, B) to each group."""
@@ -117,7 +115,7 @@ class PlaceGraph(nn.Module):
             ("log_dets", torch.stack([gaussians.log_dets(size, k) for k in groups])),
             ("mean_log_dets", mean_log_dets),
         ):
-            self.register_buffer(name, tensor.detach().to("cpu", torch.float32, copy=True))
+            self.register_buffer(name, constant(tensor))
 
     def forward(self, x: Tensor) -> Distances:
         """Return the distances (K, h w, B) to each of the groups."""
@@ -135,4 +133,4 @@ class PlaceGraph(nn.Module):
         Args:
             total: (K, h w, B), of `forward`.
         """
-        return (total.mean(1) + self.mean_log_dets[:, None]) / (-2 * self.width)
+        return evidence_of(total.mean(1), self.mean_log_dets[:, None], self.width)

@@ -445,11 +445,6 @@ class Prior(NamedTuple):
     log_pi: Tensor  # (K,)
     bias: Tensor  # (K, M), log-weights less half norms
 
-    def centred(self, z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z less the mean (N, C), and the part of the log-density that all centres share (N,)."""
-        z = z - self.mean
-        return z, log_det - 0.5 * z.square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
-
     @property
     def groups(self) -> list[slice]:
         """The classes whose products are formed together: of a class alone they might round otherwise."""
@@ -464,8 +459,19 @@ class Prior(NamedTuple):
 
     def entropy(self, z: Tensor) -> Tensor:
         """Return the entropy of the class posterior (N,), for a centred z."""
-        log_p = torch.addmm(-self.half_norms[:, 0], z, self.centres[:, 0].T).log_softmax(1)
-        return -(log_p.exp() * log_p).sum(1)
+        return posterior_entropy(torch.addmm(-self.half_norms[:, 0], z, self.centres[:, 0].T))
+
+
+def centred(z: Tensor, mean: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+    """Return z (..., C) less the centres' mean (C,), and the part of the log-density that all centres share (...)."""
+    z = z - mean
+    return z, log_det - 0.5 * z.square().sum(-1) - 0.5 * z.shape[-1] * math.log(2 * math.pi)
+
+
+def posterior_entropy(exponents: Tensor) -> Tensor:
+    """Return the entropy (...) of the class posterior softmax(exponents) of exponents (..., K)."""
+    log_p = exponents.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def prior_of(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) -> Prior:
@@ -483,7 +489,7 @@ def prior_of(mu: Tensor, delta: Tensor, phi_inter: Tensor, phi_intra: Tensor) ->
 
 def _mixture_scores(z: Tensor, log_det: Tensor, prior: Prior, labels: Tensor | None, per_class: bool) -> MixtureScores:
     """Return the scores of at most `SCORE_ROWS` pixels; `labels` are one per pixel, or None."""
-    z, base = prior.centred(z, log_det)
+    z, base = centred(z, prior.mean, log_det)
     density = torch.cat([prior.of_classes(classes, z) for classes in prior.groups], 1)
     best, best_class = density.max(1)
     return MixtureScores(
@@ -535,10 +541,10 @@ def own_class_scores(
     densities, entropies = [z.new_empty(0)], [z.new_empty(0)]
     for k, rows in groups:
         for z_rows, log_det_rows in zip(*(tensor.split(SCORE_ROWS) for tensor in rows), strict=True):
-            centred, base = prior.centred(z_rows, log_det_rows)
+            offsets, base = centred(z_rows, prior.mean, log_det_rows)
             (group,) = (classes for classes in prior.groups if classes.start <= k < classes.stop)
-            densities.append(prior.of_classes(group, centred)[:, k - group.start] + base)
-            entropies.append(prior.entropy(centred))
+            densities.append(prior.of_classes(group, offsets)[:, k - group.start] + base)
+            entropies.append(prior.entropy(offsets))
     density, entropy = torch.cat(densities), torch.cat(entropies)
     if order is not None:
         inverse = torch.argsort(order)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.images import centre_crop_geometry
 from ..features.backbone import Backbone
-from ..features.interpolate import BAND_PIXELS, Between, between, bilinear
+from ..features.interpolate import BAND_PIXELS, Between, between, bilinear, weights_of
 from ..features.preprocess import AsItIs, ImageSettings, Seeing, seen_shape
 from ..files import replacing
 from ..ops.dispatch import in_float32
@@ -205,10 +205,7 @@ def resized_and_blurred(level: Tensor, grid: tuple[int, int]) -> Tensor:
 def blurred_axis(n: int, resized: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the matrix (resized, n) that resizes an axis of n positions (bilinear, corners aligned) and blurs it."""
     positions = between(_mirrored(0, resized, resized), n, resized, align_corners=True)
-    bilinear_weights = torch.zeros(len(positions.first), n, dtype=torch.float64)
-    every, share = torch.arange(len(bilinear_weights)), positions.share.double()
-    bilinear_weights[every, positions.first] = 1 - share
-    bilinear_weights[every, positions.second] += share  # at the end it is the first once more
+    bilinear_weights = weights_of(positions, n)
     radius, (centre, *sides) = _radius(BLUR_SIGMA), _gaussian(BLUR_SIGMA)
     weights = [*reversed(sides), centre, *sides]
     matrix = sum(

@@ -119,6 +119,23 @@ def test_sizes_that_do_not_fit_are_refused():
         small_model().density_graph([(16, 8), (8, 8), (4, 4), (2, 2)])
 
 
+@pytest.mark.parametrize(("channel", "group"), [(0, None), (3, None), (0, 2)])
+def test_a_top_level_that_overflows_in_the_semantic_networks_gives_no_number(channel, group):
+    """Codes are finite whatever chooses them: what follows would look sound."""
+    model, levels = ready(), class_features(3, seed=5)
+    levels[-1][1, channel] = 3e38
+    with torch.no_grad():
+        for network in (model.conditions.semantic_mlp[0], model.conditions.semantic_encoder[0]):
+            network.weight[:, channel] = 4.0
+    ids = None if group is None else torch.full((3,), group)
+    expected = densities_of(model, levels, ids)
+    actual = evaluated(model.density_graph(SIZES, group), levels)
+    for name in ("logps", "latent_logps"):
+        for level, right in zip(getattr(actual, name), getattr(expected, name), strict=True):
+            assert right[1].isnan().all() and right[::2].isfinite().all()
+            torch.testing.assert_close(level, right, equal_nan=True, **CLOSE)
+
+
 @pytest.mark.parametrize("changes", [{}, {"quantize_type": "naive"}, {"concat_pos": False}], ids=str)
 def test_prototypes_are_fixed_or_given(changes):
     model = ready(**changes)
@@ -138,8 +155,7 @@ def test_prototypes_are_fixed_or_given(changes):
 def test_a_fixed_prototype_leaves_the_others_out():
     model = ready(n_prototypes=20)
     numbers = {group: sum(b.numel() for b in model.density_graph(SIZES, group).buffers()) for group in (None, 1)}
-    of_the_top = [x.numel() for x in model.conditions.semantic_mlp.buffers()]
-    assert numbers[None] - numbers[1] >= 19 * (2 * sum(DIMS[:3]) + model.config.prototype_dim) + sum(of_the_top)
+    assert numbers[None] - numbers[1] >= 19 * (2 * sum(DIMS[:3]) + model.config.prototype_dim)
 
 
 def test_a_model_of_another_dtype_is_computed_in_float32():
@@ -216,6 +232,12 @@ def test_a_file_gives_the_scores(changes: dict[str, Any], options: dict[str, Any
         torch.testing.assert_close(outputs["anomaly_map"], expected.anomaly_map, **CLOSE)
         torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
         assert torch.equal(outputs["is_anomalous"], expected.is_anomalous)
+    levels = features_for(model)
+    levels[-1] = torch.full_like(levels[-1], 2e38)  # the mean of these finite numbers overflows
+    with pytest.raises(ValueError, match="image 0 has no score"):
+        model.score_features(levels, options.get("class_id"))
+    outputs = exported.run_onnx(path, *levels, *([given] if "class_input" in options else []))
+    assert outputs["score"].isinf().all() and outputs["is_anomalous"].all()
     assert not exported.FORBIDDEN & set(exported.operators(path))
     assert aligned_resizes(path) == []
 
