@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import exported
+import numpy as np
 import pytest
 import torch
+from exported import CLOSE, EPS
+from process_state import changes, process_state
 
-from hgad_fast import load
+from hgad_fast import HGADModel, load
 from hgad_fast.data.images import read_image
 from hgad_fast.export import check, formats, write
-from hgad_fast.export.graph import OUTPUTS
-
-EPS = torch.finfo(torch.float32).eps
-CLOSE = {"rtol": 300 * EPS, "atol": 300 * EPS}  # see test_graph.py
+from hgad_fast.export.contract import contract
+from hgad_fast.export.graph import OUTPUTS, Judge, Plan, ScoringGraph
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,10 @@ def on_features():
 
 
 SIZE = list(exported.SIZES)
+
+
+def graph_of(model: HGADModel) -> ScoringGraph:
+    return ScoringGraph(model, Plan(exported.SIZES, None, model.config.img_size), None).eval()
 
 
 def run_torch(path: Path, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -113,61 +123,50 @@ def test_the_sidecar_says_all(of_images):
     assert half.stat().st_size < onnx.stat().st_size
 
 
-def test_the_hash_is_that_of_weights_and_calibration(tmp_path):
-    hashes = []
-    for rate in (0.2, 0.2, 0.4):
-        model = exported.on_features()
-        if rate == 0.4:
-            with torch.no_grad():
-                model.mixture.mus[0][0, 0] += 1e-3
-        path = model.export(tmp_path / "model.pt2", size=SIZE)
-        hashes.append(exported.sidecar_of(path)["model"]["sha256"])
-    assert hashes[0] == hashes[1] != hashes[2]
+def test_the_hash_is_that_of_weights_and_calibration():
+    def identity(model: HGADModel) -> str:
+        plan = Plan(exported.SIZES, None, model.config.img_size, outputs=("score",))
+        return contract(model, plan, "torch", "fp32", range(3))["model"]["sha256"]
+
+    model = exported.on_features()
+    first = identity(model)
+    assert first == identity(exported.on_features())
+    with torch.no_grad():
+        model.mixture.mus[0][0, 0] += 1e-3
+    assert first != identity(model)
+    model = exported.on_features()
+    model.calibration = replace(model.calibration, scores=model.calibration.scores + 1e-3)
+    assert first != identity(model)
 
 
-def test_a_loaded_model_exports_the_same(on_features, tmp_path):
+def test_the_graph_of_a_loaded_model_is_the_same(on_features, tmp_path):
     on_features.save(tmp_path / "model.safetensors")
+    own, loaded = graph_of(on_features), graph_of(load(tmp_path / "model.safetensors"))
+    assert own.state_dict().keys() == loaded.state_dict().keys()
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
     levels = exported.features(2)
-    paths = [
-        model.export(tmp_path / name, size=SIZE)
-        for model, name in ((on_features, "a.onnx"), (load(tmp_path / "model.safetensors"), "b.onnx"))
-    ]
-    first, second = (exported.run_onnx(path, *levels) for path in paths)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name])
+    with torch.no_grad():
+        assert all(map(torch.equal, own(*levels), loaded(*levels)))
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
-def test_classes_that_are_given(on_features, tmp_path, suffix):
-    levels = exported.features(4, seed=2)
-    expected = on_features.score_features(levels, torch.tensor([1, 2, 0, 1]))
-    path = on_features.export(tmp_path / f"given.{suffix}", size=SIZE, class_input=True, outputs=("score", "class_id"))
-    given = torch.tensor([1, 2, 0, 1])
-    if suffix == "onnx":
-        outputs = exported.run_onnx(path, *levels, given)
-    else:
-        outputs = dict(zip(("score", "class_id"), torch.export.load(path).module()(*levels, given), strict=True))
+def test_classes_that_are_given(on_features, tmp_path):
+    levels, given = exported.features(4, seed=2), torch.tensor([1, -1, 0, 1])
+    ids = torch.where(given < 0, on_features.score_features(levels).class_id, given)
+    expected = on_features.score_features(levels, ids)
+    path = on_features.export(tmp_path / "given.onnx", size=SIZE, class_input=True, outputs=("score", "class_id"))
+    outputs = exported.run_onnx(path, *levels, given)
     assert torch.equal(outputs["class_id"], expected.class_id)
     torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
     assert list(exported.sidecar_of(path)["inputs"]) == ["features_0", "features_1", "given_class"]
 
 
-def test_a_class_that_is_fixed(on_features, tmp_path):
-    path = on_features.export(tmp_path / "one.onnx", size=SIZE, class_id="class 2")
-    levels = exported.features(3, seed=2)
-    outputs, expected = exported.run_onnx(path, *levels), on_features.score_features(levels, 2)
-    assert outputs["class_id"].tolist() == [2, 2, 2] and exported.sidecar_of(path)["group"] == "class 2"
-    torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
-
-
-@pytest.mark.parametrize(("map_size", "shape"), [(None, (20, 16)), ("seen", (20, 16)), (9, (9, 9)), ((8, 20), (8, 20))])
-def test_maps_of_a_size(on_features, tmp_path, map_size, shape):
-    path = on_features.export(tmp_path / "maps.pt2", size=[(5, 4), (3, 2)], map_size=map_size)
+def test_maps_of_a_size(on_features, tmp_path):
+    path = on_features.export(tmp_path / "maps.pt2", size=[(5, 4), (3, 2)], map_size=(8, 20))
     levels = exported.features(1, sizes=[(5, 4), (3, 2)])
     result = run_torch(path, *levels)["anomaly_map"]
-    assert tuple(result.shape[1:]) == tuple(exported.sidecar_of(path)["outputs"]["anomaly_map"]["shape"][1:]) == shape
-    expected = on_features.score_features(levels, map_size=None if map_size == "seen" else map_size)
-    torch.testing.assert_close(result, expected.anomaly_map, **CLOSE)
+    assert exported.sidecar_of(path)["outputs"]["anomaly_map"]["shape"] == ["batch", *result.shape[1:]]
+    torch.testing.assert_close(result, on_features.score_features(levels, map_size=(8, 20)).anomaly_map, **CLOSE)
 
 
 def test_calibration_images_are_judged_as_at_home(tmp_path):
@@ -190,6 +189,22 @@ def test_a_model_of_less_precision_is_exported_in_float32(tmp_path):
     torch.testing.assert_close(run_torch(path, *levels)["score"], expected.image_score, **CLOSE)
 
 
+def test_half_precision_leaves_the_judge_as_it_is(tmp_path):
+    """Thresholds and p-values are those of the calibration, in numbers enough to be worth halving."""
+    model = exported.on_features(n_intra_centers=100)
+    scores = torch.linspace(5, 20, 1500)
+    model.calibration = replace(model.calibration, scores=scores, class_ids=torch.arange(1500) % 3)
+    path = model.export(tmp_path / "model.pt2", size=SIZE, precision="fp16", check=False)
+    outputs = run_torch(path, *exported.features(24, seed=1))
+    judged = Judge(model.calibration)(outputs["score"], outputs["class_id"])
+    for name, expected in judged.items():
+        assert torch.equal(outputs[name], expected), name
+    exact = graph_of(model).state_dict()
+    stored = torch.export.load(path).state_dict
+    assert sum(x.nbytes for x in stored.values()) < sum(x.nbytes for x in exact.values())
+    assert len(outputs["p_value"].unique()) > 12
+
+
 def test_features_of_a_backbone(tmp_path):
     model = exported.on_images()
     path = model.export(tmp_path / "features.pt2", inputs="features")
@@ -207,24 +222,63 @@ def test_images_that_are_not_square(tmp_path):
     assert exported.sidecar_of(path)["resize"]["width"] == 80
 
 
+# ------------------------------------------------------------------------------------------------ the process
+
+
+@pytest.fixture
+def unusual_process() -> Iterator[None]:
+    """Have another default dtype, number of threads and list of filters than Python and torch begin with."""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", "a filter of the user's", ResourceWarning)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(threads + 1)
+        yield
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+
+
+def state_of(model: HGADModel) -> list[object]:
+    """Return what a model is apart from its numbers: precision, modes, and what is to be trained."""
+    modes = [module.training for module in model.modules()]
+    return [model.precision, modes, [parameter.requires_grad for parameter in model.parameters()]]
+
+
+def test_an_export_changes_nothing_else(tmp_path, request):
+    model = exported.on_features().train()
+    request.getfixturevalue("unusual_process")
+    numbers = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, process, filters = state_of(model), process_state(), list(warnings.filters)
+    drawn = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    model.export(tmp_path / "model.onnx", size=SIZE)
+    assert torch.equal(torch.get_rng_state(), drawn[0])
+    assert (random.getstate(), repr(np.random.get_state())) == drawn[1:]
+    assert not changes(process, process_state()) and list(warnings.filters) == filters
+    assert state_of(model) == state and model.state_dict().keys() == numbers.keys()
+    assert all(torch.equal(tensor, numbers[name]) for name, tensor in model.state_dict().items())
+
+
+def test_two_exports_at_once(on_features, tmp_path):
+    levels, given = exported.features(4, seed=2), torch.tensor([1, 2, 0, 1])
+    jobs = {"given.pt2": {"class_input": True}, "fixed.onnx": {"class_id": "class 2"}}
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        results = [
+            pool.submit(on_features.export, tmp_path / name, size=SIZE, check=False, **options)
+            for name, options in jobs.items()
+        ]
+    of_given, of_fixed = (result.result() for result in results)
+    assert exported.sidecar_of(of_given)["group"] is None and exported.sidecar_of(of_fixed)["group"] == "class 2"
+    for outputs, ids in (
+        (run_torch(of_given, *levels, given), given),
+        (exported.run_onnx(of_fixed, *levels), torch.full((4,), 2)),
+    ):
+        expected = on_features.score_features(levels, ids)
+        assert torch.equal(outputs["class_id"], ids)
+        torch.testing.assert_close(outputs["score"], expected.image_score, **CLOSE)
+        torch.testing.assert_close(outputs["anomaly_map"], expected.anomaly_map, **CLOSE)
+
+
 # ------------------------------------------------------------------------------------------------ the check
-
-
-class _Wrong:
-    """What an export runs, with an output changed."""
-
-    def __init__(self, name, change):
-        self.index, self.change = OUTPUTS.index(name), change
-
-    def __call__(self, kind, path):
-        run = formats.runner(kind, path)
-
-        def changed(inputs):
-            outputs = run(inputs)
-            outputs[self.index] = self.change(outputs[self.index])
-            return outputs
-
-        return changed
 
 
 @pytest.mark.parametrize(
@@ -240,15 +294,30 @@ class _Wrong:
     ],
     ids=["score", "nan", "map", "class", "p-value", "threshold", "verdict"],
 )
-def test_a_file_that_differs_is_not_kept(on_features, tmp_path, monkeypatch, name, change, figure):
+def test_the_check_names_what_differs(on_features, name, change, figure):
+    graph = graph_of(on_features)
+
+    @torch.no_grad()
+    def run(inputs):
+        outputs = dict(zip(OUTPUTS, graph(*inputs), strict=True))
+        return list((outputs | {name: change(outputs[name])}).values())
+
+    inputs = check.drawn_features(on_features, graph.plan)
+    with pytest.raises(ValueError, match=figure):
+        check.compared(on_features, graph.plan, graph.groups, run, inputs, "fp32")
+
+
+def test_a_file_that_differs_is_not_kept(on_features, tmp_path, monkeypatch):
+    def wrong(kind, path):
+        run = formats.runner(kind, path)
+        return lambda inputs: [x + 1 if x.is_floating_point() else x for x in run(inputs)]
+
     path = tmp_path / "model.pt2"
     path.write_bytes(b"the file before")
-    monkeypatch.setattr(write, "runner", _Wrong(name, change))
-    with pytest.raises(ValueError, match=figure):
+    monkeypatch.setattr(write, "runner", wrong)
+    with pytest.raises(ValueError, match="differs from what the model gives"):
         on_features.export(path, size=SIZE)
     assert path.read_bytes() == b"the file before" and list(tmp_path.iterdir()) == [path]
-    on_features.export(path, size=SIZE, check=False)
-    assert exported.sidecar_of(path)["check"] is None
 
 
 def test_nothing_is_left_half_written(on_features, tmp_path, monkeypatch):

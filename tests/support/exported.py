@@ -20,8 +20,8 @@ BACKBONE: dict[str, Any] = {"backbone_arch": "test_efficientnet", "backbone_weig
 EPS = torch.finfo(torch.float32).eps
 # A graph and the model compute the same values in another order of sums. Two orders of n products differ by about
 # sqrt(n) roundings of the sum of the products' sizes (Higham and Mary, see rounding.py). Here n is at most 200, and
-# that sum about twice as large as the value: 30 roundings. A value goes through about ten sums in a row: two in each of
-# up to four subnets, and those that whiten, resize and blur.
+# that sum about twice as large as the value: 30 roundings. A value goes through about ten sums in a row: two in each
+# of up to four subnets, and those that whiten, resize and blur.
 CLOSE = {"rtol": 300 * EPS, "atol": 300 * EPS}
 FORBIDDEN = {"GatherND", "ScatterND", "NonZero", "Loop", "Scan", "If", "ReduceLogSumExp"}  # TensorRT's stumbling blocks
 
