@@ -35,7 +35,7 @@ SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 PRECISIONS = ("fp32", "fp16")
 
 
-_EXPORTING = threading.Lock()  # torch traces one program at a time
+_EXPORTING = threading.Lock()  # torch traces one program at a time, and filters of warnings are the process's
 
 
 @plain_torch()
@@ -111,10 +111,10 @@ def export(
     # A torch program keeps its example, and is compiled for its strides: no image of the user's, and no view.
     example = [torch.zeros(2, *x.shape[1:]) for x in examples]
     example += [torch.zeros(2, dtype=torch.int64)] * class_input
-    with _EXPORTING:
-        program = Program(kind, traced(graph, plan, example), plan)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name[:20]}-", dir=path.parent) as folder:
+    prefix = f".{path.name[:20]}-"
+    with _EXPORTING, _naming(path), tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+        program = Program(kind, traced(graph, plan, example), plan)
         file = Path(folder, path.name)
         sidecar = contract(model, described, kind, precision, graph.groups)
         if check:
