@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import random
 import warnings
 from collections.abc import Iterator
@@ -422,6 +424,27 @@ def test_a_model_without_calibration_is_refused(on_features, tmp_path):
     model.calibration = None
     with pytest.raises(ValueError, match="normalisation constants"):
         model.export(tmp_path / "model.onnx", size=SIZE)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_a_pipe_is_not_replaced(on_features, tmp_path):
+    path = tmp_path / "model.onnx"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no file, but a pipe"):
+        on_features.export(path, size=SIZE)
+    assert path.is_fifo()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(on_features, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        on_features.export(path, size=SIZE)
+    assert raised.value.filename == str(path) and not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_no_file(on_features, tmp_path):
