@@ -35,10 +35,18 @@ SUFFIXES = {".onnx": "onnx", ".pt2": "torch"}
 PRECISIONS = ("fp32", "fp16")
 
 
-_EXPORTING = threading.Lock()  # torch traces one program at a time, and filters of warnings are the process's
+_EXPORTING = threading.Lock()
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    """Let exports of several threads wait for each other: what torch patches to trace a program is the process's."""
+    with _EXPORTING:
+        yield
 
 
 @plain_torch()
+@_in_turn()
 def export(
     model: Detector,
     path: str | os.PathLike[str],
@@ -62,6 +70,9 @@ def export(
     those of the model's calibration, at its `false_alarm_rate` and its `img_size`.
 
     Before the file is put in its place it is run, and compared with the model.
+
+    Exports of several threads take turns. No other thread should run any module of torch meanwhile: to trace a program,
+    torch patches modules for all threads.
 
     Args:
         model: a calibrated model; it stays as it is.
@@ -113,7 +124,7 @@ def export(
     example += [torch.zeros(2, dtype=torch.int64)] * class_input
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name[:20]}-"
-    with _EXPORTING, _naming(path), tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+    with _naming(path), tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         program = Program(kind, traced(graph, plan, example), plan)
         file = Path(folder, path.name)
         sidecar = contract(model, described, kind, precision, graph.groups)
