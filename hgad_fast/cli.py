@@ -33,6 +33,7 @@ from .options import (
     Weights,
     begin,
     configuration,
+    given_class,
     image_size,
     in_options,
     is_first,
@@ -299,7 +300,7 @@ def score(
         raise ValueError(f"there are no images in {', '.join(map(printable, images))}")
     if output is not None and overlays is None and not with_overlays and is_first():
         say("hgad-fast: overlays are left out, as they need matplotlib: pip install 'hgad-fast[plot]'")
-    class_id = int(class_) if class_ and class_.isdecimal() and class_ not in detector.groups else class_
+    class_id = given_class(class_, detector.groups)
     job = pipeline.Job(
         class_id,
         output,

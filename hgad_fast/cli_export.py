@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, begin, load_model, plain_errors, require_no_folder
+from .options import AsJson, begin, given_class, load_model, plain_errors, require_no_folder
 from .terminal import printable, say, working
 
 
@@ -81,12 +81,11 @@ def export(
     options: dict[str, Any] = {"size": sizes, "inputs": inputs, "precision": precision, "check": check}
     if outputs is not None:
         options["outputs"] = tuple(name.strip() for name in outputs.split(","))
-    if class_ is not None:
-        options["class_id"] = int(class_) if class_.isdecimal() and class_ not in detector.groups else class_
     with working(f"writing {printable(output)}"):
         path = detector.export(
             output,
             format,
+            class_id=given_class(class_, detector.groups),
             class_input=class_input,
             map_size=map_size if map_size == "seen" else _pair("--map-size", map_size),
             check_images=check_images,

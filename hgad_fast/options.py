@@ -13,7 +13,7 @@ import re
 import shlex
 import subprocess
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -226,6 +226,11 @@ def image_size(text: str | None) -> int | str | None:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--img-size is {text!r}; give the short side in pixels, or native")
     return int(text)
+
+
+def given_class(text: str | None, groups: Sequence[str]) -> int | str | None:
+    """Return the class that ``--class`` names: a number, unless a group of the model has it as its name."""
+    return int(text) if text and text.isdecimal() and text not in groups else text
 
 
 def numbers(option: str, text: str) -> list[int]:

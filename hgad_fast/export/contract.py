@@ -27,7 +27,7 @@ OUTPUT_NOTES = {
     "anomaly_map": ("float32", "how anomalous each pixel is; above the threshold it counts as anomalous"),
     "score": ("float32", "how anomalous the image is; infinite where it is no image in [0, 1], or overflows"),
     "class_id": ("int64", "the number of the group, given or inferred"),
-    "p_value": ("float32", "share of normal images of the group that score as high; NaN without calibration images"),
+    "p_value": ("float32", "(1 + m) / (n + 1): m of n calibration images of the group score as high; NaN without any"),
     "threshold": ("float32", "of the group: a higher score is anomalous; NaN: none, no image is ever anomalous"),
     "is_anomalous": ("bool", "the verdict: score above threshold, by more than the rounding of a runtime"),
 }

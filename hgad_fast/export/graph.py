@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..features.graph import LARGEST, constant
 from ..protocol import Densities, Detector
 from ..scoring.calibration import Calibration, required_calibration
 from ..scoring.maps import blurred_axis, cells_on_map, map_grid
@@ -27,7 +28,6 @@ ROUNDING = 2e-5
 """Part of a score or threshold by which runtimes may differ: what ties with a calibration image ties in all of them."""
 
 SLACK = 1e-3  # by which values of an image may lie outside of [0, 1], after arithmetic of less than float32
-LARGEST = 3e38  # that a finite float32 may be, almost
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ScoringGraph(nn.Module):
         self.densities = model.density_graph(plan.sizes, plan.group)
         self.groups: list[int] = self.densities.get_buffer("groups").tolist()
         self.judge = Judge(calibration)
-        self.register_buffer("level_max", calibration.level_max.detach().cpu().clone())
+        self.register_buffer("level_max", constant(calibration.level_max))
         with torch.no_grad():
             channels = zip(model.feature_dims, plan.sizes, strict=True)
             example = self.densities([torch.zeros(1, c, *size) for c, size in channels], None)
@@ -146,7 +146,7 @@ class MapGraph(nn.Module):
     def __init__(self, example: Densities, grid: tuple[int, int], weights: Tensor | None, scope: str = "map") -> None:
         super().__init__()
         self.scope = scope
-        self.register_buffer("weights", None if weights is None else weights.detach().cpu().clone())
+        self.register_buffer("weights", None if weights is None else constant(weights))
         for x in example.logps:
             for name, n, m in zip(("rows", "columns"), x.shape[1:], grid, strict=True):
                 matrix = blurred_axis(n, m, torch.float32, torch.device("cpu"))

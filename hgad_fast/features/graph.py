@@ -15,6 +15,8 @@ from .backbone import Backbone
 from .composite import CompositeBackbone
 from .streamlined import streamlined
 
+LARGEST = 3e38  # that a finite float32 may be, almost: a comparison with it is no operation that a runtime leaves out
+
 
 class BackboneGraph(nn.Module):
     """What a `Backbone` computes of images (B, 3, H, W) in [0, 1]: one (B, C, h, w) a level, as in scoring to rounding.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..features.graph import constant, sharing_copy
+from ..features.graph import LARGEST, constant, sharing_copy
 from ..features.interpolate import resizing
 from ..ops import SeparablePosition
 from .codebook import Codebook
@@ -39,7 +39,6 @@ from .flow import dense_position, sinusoidal_position
 from .groups import groups_of_images, one_group
 
 TAPS = 9  # of a kernel, 3 x 3
-LARGEST = 3e38  # that a finite float32 may be, almost
 
 
 class ConditionValues(NamedTuple):

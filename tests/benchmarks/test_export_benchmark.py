@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import exported
 import numpy as np
 import pytest
 import torch
@@ -14,23 +15,11 @@ from PIL import Image
 from benchmarks import export, verdict
 from hgad_fast.export.check import TOLERANCES
 
-SMALL = {
-    "backbone_arch": "test_efficientnet",
-    "out_indices": (1,),
-    "n_classes": 3,
-    "n_intra_centers": 2,
-    "coupling_layers": 2,
-    "pos_embed_dim": 8,
-    "img_size": 64,
-    "msk_size": 32,
-    "center_crop": False,
-}
-
 
 def test_a_model_gets_the_figures_of_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in verdict.ONNX:
         pytest.importorskip(package)
-    verdict.calibrated_model(**SMALL).save(tmp_path / "small" / "model.safetensors")
+    verdict.calibrated_model(**exported.ON_IMAGES).save(tmp_path / "small" / "model.safetensors")
     images = tmp_path / "images"
     images.mkdir()
     for i, width in enumerate((64, 64, 80)):

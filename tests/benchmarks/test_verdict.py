@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import exported
 import pytest
 import torch
 
@@ -9,17 +10,6 @@ from benchmarks import verdict
 from hgad_fast.export.check import TOLERANCES
 from hgad_fast.export.graph import OUTPUTS
 from hgad_fast.scoring.scorer import Scorer
-
-SMALL = {
-    "backbone_arch": "test_efficientnet",
-    "out_indices": (1,),
-    "n_classes": 3,
-    "n_intra_centers": 2,
-    "coupling_layers": 2,
-    "pos_embed_dim": 8,
-    "img_size": 64,
-    "msk_size": 32,
-}
 
 
 @pytest.fixture(name="frame")
@@ -30,7 +20,7 @@ def frame_fixture():
 def test_onnxruntime_and_the_scorer_are_timed_on_the_same_frame(frame):
     for package in verdict.ONNX:
         pytest.importorskip(package)
-    calls = verdict.contenders(frame, with_onnx=True, **SMALL)
+    calls = verdict.contenders(frame, with_onnx=True, **exported.ON_IMAGES)
     own, outputs = calls["verdict"](), calls["onnxruntime"]()
     score = float(outputs[OUTPUTS.index("score")][0])
     assert score == pytest.approx(own.score, abs=TOLERANCES["fp32"][0] * max(abs(own.score), abs(own.threshold)))
@@ -40,5 +30,5 @@ def test_onnxruntime_and_the_scorer_are_timed_on_the_same_frame(frame):
 
 
 def test_a_profile_counts_products_and_convolutions(frame):
-    text, share = verdict.profile(Scorer(verdict.calibrated_model(**SMALL)), frame, rounds=1)
+    text, share = verdict.profile(Scorer(verdict.calibrated_model(**exported.ON_IMAGES)), frame, rounds=1)
     assert 0 < share < 1 and "conv" in text and "aten::addmm" in text

@@ -17,6 +17,7 @@ from hgad_fast.features.extract import FeatureSet
 DIMS, SIZES = (6, 7), ((6, 5), (3, 3))
 SMALL: dict[str, Any] = {"n_classes": 3, "n_intra_centers": 2, "coupling_layers": 2, "pos_embed_dim": 8, "msk_size": 16}
 BACKBONE: dict[str, Any] = {"backbone_arch": "test_efficientnet", "backbone_weights": None, "out_indices": (1,)}
+ON_IMAGES = SMALL | BACKBONE | {"img_size": 64, "msk_size": 32}
 EPS = torch.finfo(torch.float32).eps
 # A graph and the model compute the same values in another order of sums. Two orders of n products differ by about
 # sqrt(n) roundings of the sum of the products' sizes (Higham and Mary, see rounding.py). Here n is at most 200, and
@@ -62,7 +63,7 @@ def on_features(**changes: Any) -> HGADModel:
 
 def on_images(**changes: Any) -> HGADModel:
     """Return a calibrated HGAD with a backbone of random weights, for images of 64 x 64 pixels."""
-    model = stirred(HGADModel(HGADConfig(**SMALL | BACKBONE | {"img_size": 64, "msk_size": 32} | changes)))
+    model = stirred(HGADModel(HGADConfig(**ON_IMAGES | changes)))
     encoder: Any = model.encoder
     levels = [encoder(encoder.normalize(image[None]), fast=True) for image in images(12, seed=1)]
     held_out = FeatureSet.from_levels(list(map(torch.cat, zip(*levels, strict=True))), torch.arange(12) % 3)
