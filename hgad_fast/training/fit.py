@@ -37,6 +37,7 @@ from .checkpoint import (
 from .display import Display
 from .feeding import Selection
 from .processes import joined
+from .schedule import order_of_pass
 from .step import Step
 
 RECOGNITION_IMAGES = 200  # held-out images, at most, whose class is inferred to see whether it is recognised
@@ -339,9 +340,8 @@ class _Run:
         }
 
     def _batches(self, passes: int) -> Iterator[list[int]]:
-        """Yield each batch's image numbers, in an order that depends on the seed and the number of the pass alone."""
-        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + passes) % 2**63)
-        order = torch.randperm(len(self.features), generator=generator).tolist()
+        """Yield each batch's image numbers in a pass."""
+        order = order_of_pass(len(self.features), self.config.seed, passes)
         for batch in range(self.batches):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 

@@ -1,10 +1,21 @@
-"""Learning rates over a training."""
+"""The course of a training: the order of the images, and learning rates."""
 
 from __future__ import annotations
 
 import math
 
+import torch
+
 from ..protocol import Progress, Settings
+
+
+def order_of_pass(images: int, seed: int, number: int) -> list[int]:
+    """Return the numbers of the images in the order in which a pass takes them.
+
+    It depends on nothing else than the seed and the number of the pass, from 0.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+    return torch.randperm(images, generator=generator).tolist()
 
 
 def warmed_up_cosine(progress: Progress, config: Settings, warm_up_epochs: int) -> float:
