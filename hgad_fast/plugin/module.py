@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,10 +19,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from .. import methods
+from ..data.images import ImageError, read_header
 from ..features.preprocess import seen_shape
 from ..files import printable
 from ..models.detector import Detector
-from ..scoring.calibration import NO_THRESHOLDS, check_false_alarm_rate, split
+from ..scoring.calibration import check_false_alarm_rate, split
+from ..scoring.rates import NO_THRESHOLDS
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_prepared
 from ..scoring.stored import stored_calibration
@@ -171,7 +173,7 @@ class DetectorModule(AnomalibModule):
         if isinstance(post_processor, PostProcessor) and not isinstance(post_processor, ThresholdPostProcessor):
             raise ValueError(
                 f"post_processor is a {type(post_processor).__name__}, which would learn thresholds from validation, "
-                "and the model has its own: take hgad_fast.anomalib.ThresholdPostProcessor, which has sensitivities, too"
+                "and the model has its own: take hgad_fast.anomalib.ThresholdPostProcessor; it has sensitivities, too"
             )
         if cache not in ("ram", "disk", None):
             raise ValueError(f"cache is {cache!r}; allowed are 'ram', 'disk' and None")
@@ -193,6 +195,7 @@ class DetectorModule(AnomalibModule):
         self.false_alarm_rate = false_alarm_rate
         self.model = Predictor()
         self.seen_size: tuple[int, int] | None = None  # of the training images, where they have one in common
+        self._class_ids: dict[str, int] = {}  # of the images of a `MultiClassFolder`, by their paths
         self._begun = False
         self._fitting: Fitting | None = None
         self._config = self._configured(tuple(classes) if classes is not None else ("any",))
@@ -279,7 +282,7 @@ class DetectorModule(AnomalibModule):
     @property
     def trainer(self) -> Any:
         """The trainer that the model is attached to."""
-        return LightningModule.trainer.fget(self)  # type: ignore[attr-defined]
+        return LightningModule.trainer.fget(self)
 
     @trainer.setter
     def trainer(self, trainer: Any) -> None:
@@ -292,7 +295,7 @@ class DetectorModule(AnomalibModule):
             if loop.max_epochs is None and trainer.max_steps == -1:
                 closed_form = methods.METHODS[self.method].closed_form
                 loop.max_epochs = 1 if closed_form else passes_of(self._config)
-        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
+        LightningModule.trainer.fset(self, trainer)
 
     def setup(self, stage: str) -> None:
         """Check what the trainer is asked for, and take the classes of the data.
@@ -308,15 +311,18 @@ class DetectorModule(AnomalibModule):
                 f"precision is {precision!r}; {type(self).__name__} computes in float32, and allows {allowed} "
                 "(--trainer.precision)"
             )
+        datamodule = trainer.datamodule
+        if isinstance(datamodule, MultiClassFolder):
+            for subset in (datamodule.train_data, datamodule.val_data, datamodule.test_data):
+                self._class_ids |= subset.class_ids
         if stage != "fit":
             return
         if trainer.world_size > 1:
             raise ValueError(
-                f"{trainer.world_size} devices: {type(self).__name__} is fitted on one, devices=1 (--trainer.devices 1); "
-                "on several by the library, torchrun --nproc-per-node N -m hgad_fast train"
+                f"{trainer.world_size} devices: {type(self).__name__} is fitted on one here, devices=1 "
+                "(--trainer.devices 1); the library trains on several: torchrun --nproc-per-node N -m hgad_fast train"
             )
         trainer.num_sanity_val_steps = 0  # before the training there is nothing to validate
-        datamodule = trainer.datamodule
         if not self._has_classes:
             names = getattr(datamodule, "class_names", None) or (getattr(datamodule, "category", ""),)
             if not all(names):
@@ -354,8 +360,8 @@ class DetectorModule(AnomalibModule):
         detector.config = config.replace(batch_size=batch_size or config.batch_size)
         if detector.config.accumulate > 1:
             raise ValueError(
-                f"accumulate is {detector.config.accumulate}: in anomalib batches are accumulated by the trainer; leave "
-                "it 1, and give accumulate_grad_batches (--trainer.accumulate_grad_batches)"
+                f"accumulate is {detector.config.accumulate}: in anomalib the trainer accumulates batches; leave it 1, "
+                "and give accumulate_grad_batches (--trainer.accumulate_grad_batches)"
             )
         optimizer = make_optimizer(detector)
         schedule = MethodSchedule(optimizer, detector, steps_of_pass)
@@ -384,7 +390,7 @@ class DetectorModule(AnomalibModule):
                 display.say("fitting")
             self._fitting = Fitting(detector, training, held_out, self.false_alarm_rate, self._begun)
         self._begun = True
-        self.seen_size = _common_size(trainer.train_dataloader.dataset, detector.config)
+        self.seen_size = _common_size(training.numbers, detector.config)
         if isinstance(dataset, MultiClassDataset):
             dataset.needs_images = False
         detector.train()
@@ -487,9 +493,8 @@ class DetectorModule(AnomalibModule):
         Raises:
             ValueError: the path does not tell.
         """
-        datamodule = self.trainer.datamodule if self._trainer is not None else None
-        if isinstance(datamodule, MultiClassFolder) and path in datamodule.class_ids:
-            return datamodule.class_ids[path]
+        if path in self._class_ids:
+            return self._class_ids[path]
         names = self.class_names
         if len(names) == 1:
             return 0
@@ -593,17 +598,20 @@ class DetectorModule(AnomalibModule):
 
 
 class HGAD(DetectorModule):
-    __doc__ = f"HGAD (arXiv 2403.13349): normalizing flows with a hierarchical Gaussian mixture.\n\n{DetectorModule.__doc__}"
+    """HGAD (arXiv 2403.13349): normalizing flows with a hierarchical Gaussian mixture; see `DetectorModule`."""
+
     method = "hgad"
 
 
 class VQFlow(DetectorModule):
-    __doc__ = f"VQ-Flow (arXiv 2409.00942): flows on quantised prototypes and patterns.\n\n{DetectorModule.__doc__}"
+    """VQ-Flow (arXiv 2409.00942): flows on quantised prototypes and patterns; see `DetectorModule`."""
+
     method = "vqflow"
 
 
 class PlaceGaussian(DetectorModule):
-    __doc__ = f"A Gaussian for each place of each class, in closed form.\n\n{DetectorModule.__doc__}"
+    """A Gaussian for each place of each class, in closed form: there is one epoch; see `DetectorModule`."""
+
     method = "gaussian"
 
 
@@ -621,12 +629,13 @@ def _paths(batch: Any) -> list[str]:
 def _joined(results: Sequence[ScoreResult]) -> ScoreResult:
     """Return the results of single images as that of a batch."""
     names = ("anomaly_map", "image_score", "class_id", "p_value", "is_anomalous", "threshold", "false_alarm_rate")
-    return ScoreResult(**{name: torch.cat([getattr(result, name) for result in results]) for name in names})
+    return ScoreResult(*(torch.cat([getattr(result, name) for result in results]) for name in names))
 
 
-def _common_size(dataset: Any, config: Any) -> tuple[int, int] | None:
-    """Return the (h, w) at which all images of a `MultiClassDataset` are seen; None where they differ, or elsewhere."""
-    if not isinstance(dataset, MultiClassDataset):
+def _common_size(paths: Iterable[str], config: Any) -> tuple[int, int] | None:
+    """Return the (h, w) at which images are seen, by the headers of their files; None where they differ."""
+    try:
+        sizes = {seen_shape(read_header(path)[:2], config) for path in paths}
+    except ImageError:
         return None
-    sizes = {seen_shape(size, config) for size in dataset.sizes()}
     return sizes.pop() if len(sizes) == 1 else None
