@@ -99,11 +99,10 @@ class Predictor(nn.Module):
             group = detector.groups[int(result.class_id[int((~result.threshold.isfinite()).nonzero()[0])])]
             raise ValueError(f"{NO_THRESHOLDS.format('no image')} (group {group!r})")
         maps, threshold = torch.as_tensor(result.anomaly_map), result.threshold.float()
-        of_maps = threshold.to(maps.device)[:, None, None]
-        return InferenceBatch(
-            pred_score=multiples(result.image_score, threshold, result.is_anomalous).to(detector.device),
-            anomaly_map=multiples(maps, of_maps, maps > of_maps)[:, None].to(detector.device),
-        )
+        of_maps, from_zero = threshold.to(maps.device)[:, None, None], detector.scores_from_zero
+        scores = multiples(result.image_score, threshold, result.is_anomalous, from_zero)
+        pixels = multiples(maps, of_maps, maps > of_maps, from_zero)
+        return InferenceBatch(pred_score=scores.to(detector.device), anomaly_map=pixels[:, None].to(detector.device))
 
     @property
     def tiler(self) -> None:

@@ -1,8 +1,10 @@
 """The scale of scores in anomalib: 0 to 1, and 0.5 is the threshold, of every class.
 
-Scores leave the model in multiples x of the threshold of their class, and become x / (1 + x), which keeps their order.
-Both steps keep the verdict to the bit: a score is above 1, or 0.5, exactly where the image is anomalous. They consist
-of plain operations, as graphs have them, too.
+Scores s leave the model in multiples x of the threshold t of their class, and become x / (1 + x). Scores of some methods
+can be below 0 (`Detector.scores_from_zero`): what is called a multiple of the threshold here is 1 + (s - t) of theirs
+where they are above it, and 1 / (1 + (t - s)) below. All this keeps the order of the scores of a class, and the verdict
+to the bit: a score is above 1, or 0.5, exactly where the image is anomalous. It consists of plain operations, as graphs
+have them, too.
 """
 
 from __future__ import annotations
@@ -15,15 +17,20 @@ ABOVE_ONE = 1 + 2.0**-23  # the smallest float32 above 1
 ABOVE_HALF = 0.5 + 2.0**-24  # the smallest float32 above 0.5
 
 
-def multiples(scores: Tensor, thresholds: Tensor, are_anomalous: Tensor) -> Tensor:
+def multiples(scores: Tensor, thresholds: Tensor, are_anomalous: Tensor, from_zero: bool = True) -> Tensor:
     """Return scores, or pixels of maps, in multiples of thresholds: float32, above 1 exactly where they are anomalous.
 
     Args:
         scores: any shape; infinite ones stay so.
-        thresholds: of a shape that fits; finite, and not negative.
+        thresholds: of a shape that fits; finite.
         are_anomalous: bool, the verdicts.
+        from_zero: whether neither is ever below 0.
     """
-    quotients = scores.float() / thresholds.float().clamp(min=SMALLEST)
+    if from_zero:
+        quotients = scores.float() / thresholds.float().clamp(min=SMALLEST)
+    else:
+        above = scores.float() - thresholds.float()
+        quotients = torch.where(above > 0, 1 + above, 1 / (1 + above.neg().clamp(min=0)))
     return torch.where(are_anomalous, quotients.clamp(min=ABOVE_ONE), quotients.clamp(max=1.0))
 
 
