@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -250,7 +251,7 @@ class DetectorModule(AnomalibModule):
         self.model.detector = detector.to(self.device)
         self._config, self._has_classes = detector.config, True
         if isinstance(self.pre_processor, SeenPreProcessor):
-            self.pre_processor.load_checkpoint_config(SeenPreProcessor(View.of(detector.config)).checkpoint_config())
+            self.pre_processor.view = View.of(detector.config)
 
     # ---- what anomalib asks for
 
@@ -349,6 +350,7 @@ class DetectorModule(AnomalibModule):
         trainer, detector = self.trainer, self.detector
         if detector.closed_form:
             return None
+        trainer.fit_loop.setup_data()  # lightning counts the batches of an epoch there
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("max_epochs is -1: the learning rate falls towards an end; give max_epochs or max_steps")
@@ -628,8 +630,9 @@ def _paths(batch: Any) -> list[str]:
 
 def _joined(results: Sequence[ScoreResult]) -> ScoreResult:
     """Return the results of single images as that of a batch."""
-    names = ("anomaly_map", "image_score", "class_id", "p_value", "is_anomalous", "threshold", "false_alarm_rate")
-    return ScoreResult(*(torch.cat([getattr(result, name) for result in results]) for name in names))
+    names = [field.name for field in fields(ScoreResult) if isinstance(getattr(results[0], field.name), Tensor)]
+    joined: dict[str, Any] = {name: torch.cat([getattr(result, name) for result in results]) for name in names}
+    return ScoreResult(**joined)
 
 
 def _common_size(paths: Iterable[str], config: Any) -> tuple[int, int] | None:

@@ -43,9 +43,18 @@ class SeenResize(Resize):
     """
 
     def __init__(self, view: View) -> None:
-        side = view.img_size if isinstance(view.img_size, int) else None
-        super().__init__(size=side, max_size=None if side else 2**31, antialias=True)
+        super().__init__(size=1, antialias=True)
         self.view = view
+
+    @property
+    def view(self) -> View:
+        """How images are seen."""
+        return self._view
+
+    @view.setter
+    def view(self, view: View) -> None:
+        self._view = view
+        self.size = [view.img_size] if isinstance(view.img_size, int) else []  # what anomalib looks at
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Return an image or a mask as it is seen; anything else as it is."""
@@ -74,11 +83,16 @@ class SeenPreProcessor(PreProcessor):
 
     def __init__(self, view: View) -> None:
         super().__init__()
-        self._take(view)
-
-    def _take(self, view: View) -> None:
-        self.view = view
         self.transform = self.export_transform = SeenResize(view)
+
+    @property
+    def view(self) -> View:
+        """How images are seen. Datasets that have taken over the transform see them so, too, when it is set."""
+        return self.transform.view
+
+    @view.setter
+    def view(self, view: View) -> None:
+        self.transform.view = view
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Leave a batch as it is: a training step takes the features of its images, which are kept."""
@@ -89,7 +103,7 @@ class SeenPreProcessor(PreProcessor):
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Take what `checkpoint_config` returned."""
-        self._take(View(**config["view"]))
+        self.view = View(**config["view"])
 
 
 class ThresholdPostProcessor(PostProcessor):
