@@ -27,6 +27,7 @@ from hgad_fast.data.masks import read_mask
 from hgad_fast.plugin import data as data_module
 from hgad_fast.plugin.batch import MultiClassBatch, MultiClassItem
 from hgad_fast.plugin.data import MultiClassDataset, MultiClassFolder
+from hgad_fast.plugin.module import HGAD
 from hgad_fast.plugin.processing import SeenResize, View
 from hgad_fast.scoring.calibration import split
 from hgad_fast.training.schedule import order_of_pass
@@ -366,6 +367,22 @@ def test_workers(root: Path) -> None:
         assert isinstance(other, MultiClassBatch) and batch.image_path == other.image_path
         assert torch.equal(batch.image, other.image) and torch.equal(batch.gt_class, other.gt_class)
         assert batch.gt_mask is other.gt_mask is None or torch.equal(batch.gt_mask, other.gt_mask)
+
+
+@pytest.mark.parametrize("cache", ["ram", None])
+def test_a_model_that_keeps_features(root: Path, cache: str | None) -> None:
+    """Its training batches hold images of two sizes and no pixels, also where features are computed in each epoch."""
+    fields = {"out_indices": (1,), "coupling_layers": 2, "pos_embed_dim": 8, "n_intra_centers": 2}
+    backbone = {"backbone": "test_efficientnet", "img_size": 32}
+    parameters = []
+    # the first keeps the features of files, the second takes those of augmented items
+    for workers, augmentation in ((0, None), (2, RandomHorizontalFlip(p=0))):
+        data = MultiClassFolder(root, num_workers=workers, train_batch_size=4, train_augmentations=augmentation)
+        settings = {"backbone_weights": None, **fields}
+        model = HGAD(classes=data.class_names, cache=cache, settings=settings, visualizer=False, **backbone)
+        trainer(max_epochs=2, limit_val_batches=0).fit(model, data)
+        parameters.append(torch.cat([value.flatten() for value in model.detector.parameters()]))
+    assert torch.equal(*parameters)
 
 
 def test_pickling(root: Path) -> None:
