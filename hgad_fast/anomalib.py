@@ -22,11 +22,13 @@ if importlib.util.find_spec("anomalib") is None:
     )
 
 from .plugin.batch import MultiClassBatch, MultiClassItem
+from .plugin.class_metrics import ClassMetrics
 from .plugin.data import MultiClassFolder
 from .plugin.module import HGAD, PlaceGaussian, VQFlow
 from .plugin.processing import SeenPreProcessor, ThresholdPostProcessor
 
 __all__ = [
+    "ClassMetrics",
     "HGAD",
     "MultiClassBatch",
     "MultiClassFolder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,9 @@ def path_features(detector: Detector, dataset: Any, class_of: Callable[[str], in
             "training images are augmented, and their features are computed once: each keeps its first draw; "
             "cache=None draws anew in each epoch, and runs the backbone in each"
         )
+    if isinstance(dataset, MultiClassDataset):
+        dataset = copy.copy(dataset)  # that of the batches goes without pixels
+        dataset.needs_images = True
     images = _ItemFeatures(detector, dataset, keep=keeping.cache is not None)
     paths = images.read(keeping)
     if len(set(paths)) < len(paths):

@@ -331,6 +331,7 @@ class DetectorModule(AnomalibModule):
             self._has_classes = True
             self.hparams["classes"] = list(names)
         if isinstance(datamodule, MultiClassFolder):
+            datamodule.train_data.needs_images = False  # workers read the first batches before `on_train_start`
             self.detector.adopt_classes(datamodule.class_names, str(datamodule.dataset.root))
             if self.detector.config.class_names != datamodule.class_names:
                 raise ValueError(
