@@ -33,6 +33,7 @@ from ..training.schedule import order_of_pass
 from .batch import MultiClassBatch, MultiClassItem
 from .processing import SeenResize
 
+BATCH_SIZE = 8  # images, where nothing else is said
 MOST_WORKERS = 4  # processes that read images, unless the user asks for more
 
 
@@ -240,7 +241,8 @@ class MultiClassFolder(AnomalibDataModule):
     Args:
         root: the folder of a dataset or of one class of it, or a CSV file; several of them in a list, or in a string
             with `+` between them; or a `hgad_fast.data.datasets.Dataset`.
-        train_batch_size: images of a training batch, or all images where there are fewer.
+        train_batch_size: images of a training batch, or all images where there are fewer; None: as many as the model
+            that is trained asks for (its `batch_size`), and 8 of a model that does not say.
         eval_batch_size: most images of a batch in validation, test and prediction.
         num_workers: processes that read images; None: one a core, but four at most.
         calibration_fraction: share of the training images held out, at least 8 images per class and never more than
@@ -266,7 +268,7 @@ class MultiClassFolder(AnomalibDataModule):
     def __init__(
         self,
         root: str | Path | list[str | Path] | Dataset,
-        train_batch_size: int = 8,
+        train_batch_size: int | None = None,
         eval_batch_size: int = 8,
         num_workers: int | None = None,
         calibration_fraction: float = 0.1,
@@ -279,7 +281,7 @@ class MultiClassFolder(AnomalibDataModule):
         augmentations: Transform | None = None,
     ) -> None:
         for argument, size in (("train_batch_size", train_batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
+            if size is not None and size < 1:
                 raise ValueError(f"{argument} is {size}; allowed: whole numbers from 1 on")
         if not 0 <= calibration_fraction < 1:
             raise ValueError(f"calibration_fraction is {calibration_fraction}; allowed: numbers in [0, 1)")
@@ -336,12 +338,18 @@ class MultiClassFolder(AnomalibDataModule):
         count = len(self.train_data)
         return DataLoader(
             self.train_data,
-            batch_size=min(self.train_batch_size, count),
+            batch_size=min(self._train_batch_size(), count),
             sampler=PassOrder(count, self.seed, epoch),
             drop_last=True,
             num_workers=self.num_workers,
             collate_fn=self.external_collate_fn or self.train_data.collate_fn,
         )
+
+    def _train_batch_size(self) -> int:
+        """Return the number of images of a training batch."""
+        if self.train_batch_size is not None:
+            return self.train_batch_size
+        return getattr(getattr(self.trainer, "lightning_module", None), "own_batch_size", BATCH_SIZE)
 
     def val_dataloader(self) -> DataLoader:
         """Return the batches of held-out normal images."""

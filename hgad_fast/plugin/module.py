@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from anomalib import LearningType
-from anomalib.data import InferenceBatch
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule
@@ -25,7 +22,6 @@ from ..features.preprocess import seen_shape
 from ..files import printable
 from ..models.detector import Detector
 from ..scoring.calibration import check_false_alarm_rate, split
-from ..scoring.rates import NO_THRESHOLDS
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_prepared
 from ..scoring.stored import stored_calibration
@@ -34,9 +30,9 @@ from ..training.fit import NonFiniteLossError
 from ..training.step import exactly, make_optimizer
 from .batch import MultiClassBatch
 from .data import MultiClassDataset, MultiClassFolder
-from .features import Keeping, PathFeatures, checked, path_features
+from .features import Keeping, PathFeatures, path_features
+from .predictor import Predictor, joined, paths_of, require_proportions
 from .processing import SeenPreProcessor, ThresholdPostProcessor, View
-from .scale import multiples
 from .training import Fitting, MethodSchedule, passes_of, progress_at, scheduled
 
 FORMAT = "hgad_fast anomalib 1"
@@ -44,74 +40,6 @@ KEY = "hgad_fast"  # of what a checkpoint holds beside the tensors
 CHECKED_EVERY = 20  # steps between two looks at whether losses are numbers: on a GPU a look waits for the device
 SPLITS = ("train", "training", "test", "testing", "val", "validation", "test_public", "test_private")
 PRECISIONS = ("32-true", "bf16-mixed")
-NATIVE_SIZES = (
-    "tiles are not made here, as maps of images at their full size need none: choose settings={'img_size': 'native'}, "
-    "or score by the library, model.detector.score(image, img_size='native')"
-)
-
-
-class Predictor(nn.Module):
-    """Images -> scores and maps in multiples of the threshold of their class.
-
-    Attributes:
-        detector: a model of the library; None before it is made.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.detector: Detector | None = None
-
-    def forward(self, images: Tensor) -> InferenceBatch:
-        """Return `pred_score` (B,) and `anomaly_map` (B, 1, H, W) of images (B, 3, H, W) in [0, 1]."""
-        return self.in_multiples(self.score(images))
-
-    def score(self, images: Tensor) -> ScoreResult:
-        """Return the result of images (B, 3, H, W) in [0, 1], with maps of their size.
-
-        Raises:
-            ValueError: there are no thresholds, or these are no images in [0, 1].
-        """
-        detector = self.calibrated
-        for i, image in enumerate(images):
-            checked(image.as_subclass(Tensor), f"image {i} of a batch")
-        return detector.score(images.as_subclass(Tensor), throughput=detector.device.type != "cpu")
-
-    @property
-    def calibrated(self) -> Detector:
-        """The detector.
-
-        Raises:
-            ValueError: it has no thresholds.
-        """
-        detector = self.detector
-        if detector is None or detector.calibration is None:
-            raise ValueError("the model is not trained: Engine.fit(model, datamodule) first, or load a checkpoint")
-        return detector
-
-    def in_multiples(self, result: ScoreResult) -> InferenceBatch:
-        """Return scores and maps in multiples of the thresholds, on the detector's device.
-
-        Raises:
-            ValueError: a group has no threshold.
-        """
-        detector = self.calibrated
-        if not result.threshold.isfinite().all():
-            group = detector.groups[int(result.class_id[int((~result.threshold.isfinite()).nonzero()[0])])]
-            raise ValueError(f"{NO_THRESHOLDS.format('no image')} (group {group!r})")
-        maps, threshold = torch.as_tensor(result.anomaly_map), result.threshold.float()
-        of_maps, from_zero = threshold.to(maps.device)[:, None, None], detector.scores_from_zero
-        scores = multiples(result.image_score, threshold, result.is_anomalous, from_zero)
-        pixels = multiples(maps, of_maps, maps > of_maps, from_zero)
-        return InferenceBatch(pred_score=scores.to(detector.device), anomaly_map=pixels[:, None].to(detector.device))
-
-    @property
-    def tiler(self) -> None:
-        """None: there are no tiles."""
-        return None
-
-    @tiler.setter
-    def tiler(self, tiler: Any) -> None:
-        raise ValueError(NATIVE_SIZES)
 
 
 class DetectorModule(AnomalibModule):
@@ -239,6 +167,11 @@ class DetectorModule(AnomalibModule):
         """The names of the classes; empty before they are known."""
         return self.detector.class_names if self._has_classes else ()
 
+    @property
+    def own_batch_size(self) -> int:
+        """The number of images of a training batch that the configuration asks for."""
+        return self._config.batch_size
+
     def _configured(self, classes: tuple[str, ...]) -> Any:
         """Return the configuration for these classes."""
         config_class = methods.config_class(self.method, self._preset)
@@ -312,9 +245,6 @@ class DetectorModule(AnomalibModule):
                 "(--trainer.precision)"
             )
         datamodule = trainer.datamodule
-        if isinstance(datamodule, MultiClassFolder):
-            for subset in (datamodule.train_data, datamodule.val_data, datamodule.test_data):
-                self._class_ids |= subset.class_ids
         if stage != "fit":
             return
         if trainer.world_size > 1:
@@ -332,6 +262,8 @@ class DetectorModule(AnomalibModule):
             self.hparams["classes"] = list(names)
         if isinstance(datamodule, MultiClassFolder):
             datamodule.train_data.needs_images = False  # workers read the first batches before `on_train_start`
+            for subset in (datamodule.train_data, datamodule.val_data):
+                self._class_ids |= subset.class_ids
             self.detector.adopt_classes(datamodule.class_names, str(datamodule.dataset.root))
             if self.detector.config.class_names != datamodule.class_names:
                 raise ValueError(
@@ -426,7 +358,7 @@ class DetectorModule(AnomalibModule):
         batches = trainer.num_training_batches
         progress = progress_at(self.detector.config, self.current_epoch, batch_idx, batches)
         step = self.current_epoch * batches + batch_idx
-        outcome = fitting.loss(_paths(batch), progress, step)
+        outcome = fitting.loss(paths_of(batch), progress, step)
         if outcome is None:
             return None
         loss, terms = outcome
@@ -519,25 +451,30 @@ class DetectorModule(AnomalibModule):
 
     def validation_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Score a batch; in a training by the features of the held-out images, and with their loss, `val_loss`."""
-        fitting, paths = self._fitting, _paths(batch)
+        fitting, paths = self._fitting, paths_of(batch)
         features = None if fitting is None else fitting.features(paths)
         if fitting is None or features is None:
-            return self._predicted(batch, self.model.score(batch.image))
+            return self._predicted(batch, self._scored(batch))
         if not self.detector.closed_form:
             number = min(self.current_epoch, passes_of(self.detector.config) - 1)
             loss = fitting.held_out_loss(paths, progress_at(self.detector.config, number, 0, 1))
             self.log("val_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(paths))
         height, width = batch.image.shape[-2:]
         results = [score_prepared(self.detector, levels, map_size=(height, width)) for levels in features]
-        return self._predicted(batch, _joined(results))
+        return self._predicted(batch, joined(results))
 
     def test_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Score a batch."""
-        return self._predicted(batch, self.model.score(batch.image))
+        return self._predicted(batch, self._scored(batch))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return a batch with its scores, as one that knows of classes."""
-        return self._predicted(MultiClassBatch.of(batch), self.model.score(batch.image))
+        return self._predicted(MultiClassBatch.of(batch), self._scored(batch))
+
+    def _scored(self, batch: Any) -> ScoreResult:
+        """Return the result of a batch."""
+        require_proportions(batch, self.detector.config)
+        return self.model.score(batch.image)
 
     def _predicted(self, batch: Any, result: ScoreResult) -> Any:
         """Write scores, maps, classes and p-values into a batch, and return it."""
@@ -615,24 +552,6 @@ class PlaceGaussian(DetectorModule):
     """A Gaussian for each place of each class, in closed form: there is one epoch; see `DetectorModule`."""
 
     method = "gaussian"
-
-
-def _paths(batch: Any) -> list[str]:
-    """Return the paths of the images of a batch.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if not batch.image_path:
-        raise ValueError("a batch has no image_path, by which a model of hgad_fast finds the features of its images")
-    return [os.fspath(path) for path in batch.image_path]
-
-
-def _joined(results: Sequence[ScoreResult]) -> ScoreResult:
-    """Return the results of single images as that of a batch."""
-    names = [field.name for field in fields(ScoreResult) if isinstance(getattr(results[0], field.name), Tensor)]
-    joined: dict[str, Any] = {name: torch.cat([getattr(result, name) for result in results]) for name in names}
-    return ScoreResult(**joined)
 
 
 def _common_size(paths: Iterable[str], config: Any) -> tuple[int, int] | None:

@@ -1,10 +1,10 @@
 """The scale of scores in anomalib: 0 to 1, and 0.5 is the threshold, of every class.
 
-Scores s leave the model in multiples x of the threshold t of their class, and become x / (1 + x). Scores of some methods
-can be below 0 (`Detector.scores_from_zero`): what is called a multiple of the threshold here is 1 + (s - t) of theirs
-where they are above it, and 1 / (1 + (t - s)) below. All this keeps the order of the scores of a class, and the verdict
-to the bit: a score is above 1, or 0.5, exactly where the image is anomalous. It consists of plain operations, as graphs
-have them, too.
+Scores s leave the model in multiples x of the threshold t of their class, and become x / (1 + x). Some methods have
+scores below 0 (`Detector.scores_from_zero`): what is called a multiple of the threshold is 1 + (s - t) there where they
+are above it, and 1 / (1 + (t - s)) below. All this keeps the order of the scores of a class, and the verdict to the
+bit: a score is above 1, or 0.5, exactly where the image is anomalous. It consists of plain operations, as graphs have
+them, too.
 """
 
 from __future__ import annotations
