@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,39 @@ def require_packages(kind: str, check: bool) -> None:
         raise ImportError(f"an ONNX file needs {' and '.join(missing)}: {remedy}")
 
 
-@torch.no_grad()
 def traced(graph: nn.Module, plan: Plan, example: Sequence[Tensor]) -> Any:
     """Return the `torch.export.ExportedProgram` of a graph, for batches of any size.
 
     Raises:
         ValueError: the graph holds something that cannot be exported, such as an encoder that looks at values.
     """
-    batch = torch.export.Dim("batch", min=1, max=MOST_IMAGES)
     remedy = (
         "" if plan.size is None else "; inputs='features' (--inputs features) exports all that follows the backbone"
     )
+    batch = any_batch()
+    return traced_for(graph, example, (tuple({0: batch} for _ in example),), remedy)
+
+
+def any_batch() -> Any:
+    """Return the `torch.export.Dim` of a batch of any number of images."""
+    return torch.export.Dim("batch", min=1, max=MOST_IMAGES)
+
+
+@torch.no_grad()
+def traced_for(graph: nn.Module, example: Sequence[Tensor], dynamic_shapes: Any, remedy: str = "") -> Any:
+    """Return the `torch.export.ExportedProgram` of a graph.
+
+    Args:
+        graph: takes tensors alone.
+        example: the tensors.
+        dynamic_shapes: the axes whose sizes are not fixed, as `torch.export.export` has them.
+        remedy: the end of the error where the graph cannot be exported.
+
+    Raises:
+        ValueError: the graph holds something that cannot be exported.
+    """
     try:
-        program = torch.export.export(graph, tuple(example), dynamic_shapes=(tuple({0: batch} for _ in example),))
+        program = torch.export.export(graph, tuple(example), dynamic_shapes=dynamic_shapes)
     except (MemoryError, OSError):
         raise
     except Exception as error:  # torch raises many kinds
@@ -55,6 +75,15 @@ def traced(graph: nn.Module, plan: Plan, example: Sequence[Tensor]) -> Any:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # of the machine that writes the file
     return program
+
+
+class Names(Protocol):
+    """The names of what goes into a graph and comes out, in their order."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
 
 
 class Program:
@@ -66,7 +95,7 @@ class Program:
         plan: names of inputs and outputs.
     """
 
-    def __init__(self, kind: str, program: Any, plan: Plan) -> None:
+    def __init__(self, kind: str, program: Any, plan: Names) -> None:
         self.kind, self._program = kind, program
         self._onnx: Any = None
         if kind == "onnx":
@@ -85,6 +114,10 @@ class Program:
                 optimizer.optimize(self._onnx.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
             for node in self._onnx.model.graph.all_nodes():
                 node.metadata_props.clear()  # where in the source each comes from, on the machine that wrote the file
+
+    def keep(self, outputs: int) -> None:
+        """Leave out all but the first outputs of an ONNX program: the others were there to be compared."""
+        del self._onnx.model.graph.outputs[outputs:]
 
     def save(self, path: Path, sidecar: str) -> None:
         """Write the program to `path`, with the text of its sidecar in it.

@@ -39,14 +39,14 @@ _EXPORTING = threading.Lock()
 
 
 @contextmanager
-def _in_turn() -> Iterator[None]:
+def in_turn() -> Iterator[None]:
     """Let exports of several threads wait for each other: what torch patches to trace a program is the process's."""
     with _EXPORTING:
         yield
 
 
 @plain_torch()
-@_in_turn()
+@in_turn()
 def export(
     model: Detector,
     path: str | os.PathLike[str],
@@ -112,7 +112,7 @@ def export(
         raise ValueError("check_images are given, and check=False (--no-check) compares nothing: leave one of them out")
     require_packages(kind, check)
     reference = reference_model(model)
-    plan, encoder = _planned(reference, size, inputs, outputs, class_id, class_input, map_size)
+    plan, encoder = planned(reference, size, inputs, outputs, class_id, class_input, map_size)
     graph = _graph(reference, plan, encoder)
     described = replace(plan, map_size=plan.map_size or graph.grid)
     examples = _examples(reference, plan, check_images if check else None)
@@ -122,11 +122,8 @@ def export(
     # A torch program keeps its example, and is compiled for its strides: no image of the user's, and no view.
     example = [torch.zeros(2, *x.shape[1:]) for x in examples]
     example += [torch.zeros(2, dtype=torch.int64)] * class_input
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name[:20]}-"
-    with _naming(path), tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
+    with aside(path) as file:
         program = Program(kind, traced(graph, plan, example), plan)
-        file = Path(folder, path.name)
         sidecar = contract(model, described, kind, precision, graph.groups)
         if check:
             program.save(file, text_of(sidecar))
@@ -134,18 +131,23 @@ def export(
             runtime = "onnxruntime" if kind == "onnx" else "torch"
             figures["runtime"] = f"{runtime} {package_versions(runtime)[runtime]}"
             sidecar["check"] = figures
-            for checked in Path(folder).iterdir():  # the program stays, and gets a sidecar with these figures
+            for checked in file.parent.iterdir():  # the program stays, and gets a sidecar with these figures
                 checked.unlink()
         program.save(file, text_of(sidecar))
-        _move(file, path, text_of(sidecar))
+        put(file, path, text_of(sidecar))
     return path
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let an OSError inside the block name the file that was to be written, and no temporary one, or none."""
+def aside(path: Path) -> Iterator[Path]:
+    """Yield the path of a file of this name in a temporary folder beside it, in which it is written to be `put`.
+
+    An OSError inside the block names the file that was to be written, and no temporary one, or none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield
+        with tempfile.TemporaryDirectory(prefix=f".{path.name[:20]}-", dir=path.parent) as folder:
+            yield Path(folder, path.name)
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
@@ -172,16 +174,20 @@ def _kind(path: Path, format: str | None) -> str:
     return format
 
 
-def _planned(
+def planned(
     model: Detector,
-    size: int | Sequence[Any] | None,
-    inputs: str | None,
-    outputs: Sequence[str],
-    class_id: int | str | None,
-    class_input: bool,
-    map_size: int | tuple[int, int] | str | None,
+    size: int | Sequence[Any] | None = None,
+    inputs: str | None = None,
+    outputs: Sequence[str] = OUTPUTS,
+    class_id: int | str | None = None,
+    class_input: bool = False,
+    map_size: int | tuple[int, int] | str | None = None,
 ) -> tuple[Plan, nn.Module | None]:
     """Return the plan of a graph, and the encoder as it will be in it.
+
+    Args:
+        model: a calibrated model, on the CPU and in float32.
+        size, inputs, outputs, class_id, class_input, map_size: see `export`.
 
     Raises:
         ValueError: an argument does not fit the model.
@@ -303,13 +309,20 @@ def _examples(model: Detector, plan: Plan, check_images: Any) -> list[Tensor]:
     return [torch.cat(levels) for levels in zip(*features, strict=True)]
 
 
-def _move(file: Path, path: Path, sidecar: str) -> None:
-    """Put a file, its sidecar, and weights beside it in their places, whole; earlier weights of this name go."""
+def put(file: Path, path: Path, sidecar: str | None = None) -> None:
+    """Put a file, its sidecar, and weights beside it in their places, whole; earlier weights of this name go.
+
+    Args:
+        file: of `aside`.
+        path: where it is to be.
+        sidecar: the text of its sidecar; None: it has none.
+    """
     weights = [each.name for each in file.parent.iterdir() if each != file]
     for name in weights:
         os.replace(file.with_name(name), path.with_name(name))
-    with replacing(path.with_name(f"{path.name}.json")) as temporary:
-        temporary.write_text(sidecar, encoding="ascii")
+    if sidecar is not None:
+        with replacing(path.with_name(f"{path.name}.json")) as temporary:
+            temporary.write_text(sidecar, encoding="ascii")
     with file.open("rb+") as written:
         os.fsync(written.fileno())
     os.replace(file, path)
