@@ -91,6 +91,7 @@ class InferenceGraph(nn.Module):
         size, whole = checked_map_size(seen, "seen"), checked_map_size(input_size, "input_size")
         assert size is not None
         self.normalised, self.thresholded, self.compared = normalised, thresholded, False
+        self.from_zero = detector.scores_from_zero
         self.image_limit = _limit("image_sensitivity", image_sensitivity, normalised)
         self.pixel_limit = _limit("pixel_sensitivity", pixel_sensitivity, normalised)
         reference = reference_model(detector)
@@ -126,8 +127,8 @@ class InferenceGraph(nn.Module):
         maps, scores, thresholds, are_anomalous = self.scoring(seen)
         scores = torch.where(valid, scores, math.inf)
         maps, pixel_thresholds = maps[:, None], thresholds[:, None, None, None]
-        scores = scale.multiples(scores, thresholds, are_anomalous | ~valid)
-        maps = scale.multiples(maps, pixel_thresholds, ~(maps <= pixel_thresholds))
+        scores = scale.multiples(scores, thresholds, are_anomalous | ~valid, self.from_zero)
+        maps = scale.multiples(maps, pixel_thresholds, ~(maps <= pixel_thresholds), self.from_zero)
         results = {"score_multiple": scores, "map_multiple": maps}
         if self.normalised:
             scores, maps = scale.to_unit(scores), scale.to_unit(maps)
@@ -310,8 +311,8 @@ def _expected(detector: Detector, graph: InferenceGraph, images: Tensor) -> tupl
     result = score_images(detector, seen, map_size=graph.resizing.seen, img_size=plan.img_size)
     assert isinstance(result.anomaly_map, Tensor)
     maps, thresholds = result.anomaly_map[:, None], result.threshold[:, None, None, None]
-    scores = scale.multiples(result.image_score, result.threshold, result.is_anomalous)
-    return scores, scale.multiples(maps, thresholds, maps > thresholds)
+    scores = scale.multiples(result.image_score, result.threshold, result.is_anomalous, graph.from_zero)
+    return scores, scale.multiples(maps, thresholds, maps > thresholds, graph.from_zero)
 
 
 def _multiples(graph: InferenceGraph) -> tuple[str, ...]:

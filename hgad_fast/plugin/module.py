@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from anomalib import LearningType
+from anomalib.deploy import ExportType
 from anomalib.models.components import AnomalibModule
+from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import methods
 from ..data.images import ImageError, read_header
+from ..export.contract import OPSET
 from ..features.preprocess import seen_shape
 from ..files import printable
 from ..models.detector import Detector
@@ -30,6 +33,7 @@ from ..training.step import exactly, make_optimizer
 from .batch import MultiClassBatch
 from .data import MultiClassDataset, MultiClassFolder
 from .features import Keeping, PathFeatures, path_features
+from .graph import write_onnx
 from .predictor import Predictor, joined, paths_of, require_proportions
 from .processing import SeenPreProcessor, ThresholdPostProcessor, View
 from .training import Fitting, MethodSchedule, passes_of, progress_at, scheduled
@@ -485,6 +489,79 @@ class DetectorModule(AnomalibModule):
         return batch
 
     # ---- files
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Write the model as an ONNX file, of the library's own graph, and return its path; see `graph.write_onnx`.
+
+        It takes batches of any number of images, and resizes them itself. `to_openvino` goes this way, too.
+
+        Args:
+            export_root: the file is `weights/onnx/<model_file_name>.onnx` in this folder.
+            model_file_name: see there.
+            input_size: H and W of the images that go in; None: any, of the proportions of the training images.
+            kwargs: `input_names`, a name; `opset_version`, which is 20; and `check` of `graph.write_onnx`.
+
+        Raises:
+            ValueError: the model is not trained, an argument does not fit, or the file differs from the model.
+        """
+        (input_name,) = kwargs.pop("input_names", ("input",))
+        opset = kwargs.pop("opset_version", OPSET)
+        if opset != OPSET:
+            raise ValueError(f"opset_version is {opset}: the graph is written in opset {OPSET}; leave it out")
+        check = kwargs.pop("check", True)
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: to_onnx of {type(self).__name__} takes no such arguments")
+        folder = create_export_root(export_root, ExportType.ONNX)
+        return write_onnx(
+            self.model.calibrated,
+            folder / f"{model_file_name}.onnx",
+            seen=self._seen_by_graph(input_size),
+            input_size=input_size,
+            input_name=input_name,
+            check=check,
+            **self._on_scale(),
+        )
+
+    def _seen_by_graph(self, input_size: tuple[int, int] | None) -> tuple[int, int]:
+        """Return the (h, w) at which a graph of fixed size sees images.
+
+        Raises:
+            ValueError: the training images have several, and nothing says which of them it is to be.
+        """
+        config = self.detector.config
+        if input_size is not None:
+            return seen_shape(input_size, config)
+        if self.seen_size is not None:
+            return self.seen_size
+        if isinstance(config.img_size, str) or not (config.square or config.center_crop):
+            raise ValueError(
+                "input_size is None, and training images are seen at several sizes, or none is known: give "
+                "input_size=(height, width) of the images that will go in, and export a file for each proportion"
+            )
+        return config.img_size, config.img_size
+
+    def _on_scale(self) -> dict[str, Any]:
+        """Return the scale of the post-processor, as `graph.write_onnx` takes it."""
+        post_processor = self.post_processor
+        if post_processor is None:
+            return {"normalised": False, "thresholded": False}
+        if not isinstance(post_processor, ThresholdPostProcessor):
+            raise ValueError(
+                f"the post-processor is a {type(post_processor).__name__}, which the graph does not know: export with "
+                "a ThresholdPostProcessor, or without one (post_processor=False)"
+            )
+        return {
+            "image_sensitivity": post_processor.image_sensitivity,
+            "pixel_sensitivity": post_processor.pixel_sensitivity,
+            "normalised": post_processor.enable_normalization,
+            "thresholded": post_processor.enable_thresholding,
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write configuration and calibration into a checkpoint; the model is calibrated as it is."""

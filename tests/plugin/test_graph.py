@@ -74,10 +74,11 @@ def expected_of(detector: Any, images: Tensor, seen: tuple[int, int]) -> dict[st
         detector.score(resized, map_size=seen).anomaly_map[:, None],
         result.threshold[:, None, None, None],
     )
+    from_zero = detector.scores_from_zero
     return {
-        "pred_score": to_unit(multiples(result.image_score, result.threshold, result.is_anomalous)),
+        "pred_score": to_unit(multiples(result.image_score, result.threshold, result.is_anomalous, from_zero)),
         "pred_label": result.is_anomalous,
-        "anomaly_map": to_unit(multiples(maps, thresholds, maps > thresholds)),
+        "anomaly_map": to_unit(multiples(maps, thresholds, maps > thresholds, from_zero)),
         "pred_mask": maps > thresholds,
     }
 

@@ -12,11 +12,13 @@ import pytest
 
 pytest.importorskip("anomalib")
 
+import numpy as np  # noqa: E402
+import onnxruntime  # noqa: E402
 import small_plugin  # noqa: E402
 import torch  # noqa: E402
 from anomalib.callbacks import ModelCheckpoint, TilerConfigurationCallback  # noqa: E402
 from anomalib.data import Folder, PredictDataset  # noqa: E402
-from anomalib.deploy import ExportType, TorchInferencer  # noqa: E402
+from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer  # noqa: E402
 from anomalib.metrics import AUPRO, AUROC, Evaluator  # noqa: E402
 from anomalib.post_processing import PostProcessor  # noqa: E402
 from lightning.pytorch import Callback  # noqa: E402
@@ -27,9 +29,11 @@ from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, 
 
 from hgad_fast import anomalib as plugin  # noqa: E402
 from hgad_fast import methods  # noqa: E402
+from hgad_fast.data.images import read_image  # noqa: E402
 from hgad_fast.evaluation import metrics  # noqa: E402
 from hgad_fast.evaluation.evaluate import evaluate  # noqa: E402
 from hgad_fast.features.backbone import Backbone  # noqa: E402
+from hgad_fast.plugin.batch import MultiClassBatch  # noqa: E402
 from hgad_fast.training.fit import NonFiniteLossError  # noqa: E402
 
 NAMES = ("HGAD", "VQFlow", "PlaceGaussian")
@@ -370,6 +374,65 @@ def test_the_torch_inferencer(
             torch.testing.assert_close(result.pred_score[0], item.pred_score, rtol=0, atol=1e-5)
             torch.testing.assert_close(result.anomaly_map[0], item.anomaly_map, rtol=0, atol=1e-5)
             assert bool(result.pred_label[0]) == bool(item.pred_label)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_files_predict_what_the_engine_predicts(
+    name: str,
+    root: Path,
+    engine: MakeEngine,
+    fitted: dict[str, tuple[Any, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX by onnxruntime and OpenVINO by its inferencer, from image files of their own size: same verdicts."""
+    model, _ = fitted[name]
+    batches = engine().predict(model=model, datamodule=make_data(root))
+    onnx = engine().export(model=model, export_type=ExportType.ONNX, export_root=tmp_path)
+    xml = engine().export(model=model, export_type=ExportType.OPENVINO, export_root=tmp_path)
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    for batch in batches:
+        images = np.stack([read_image(path).numpy() for path in batch.image_path])
+        names = [output.name for output in session.get_outputs()]
+        outputs = dict(zip(names, session.run(None, {"input": images}), strict=True))
+        assert_predicts(outputs, batch)
+    monkeypatch.chdir(tmp_path)  # the inferencer keeps a cache in the working folder
+    inferencer = OpenVINOInferencer(xml, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+    for item in batches[0]:
+        prediction = inferencer.predict(item.image_path)
+        fields = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+        outputs = {field: np.asarray(getattr(prediction, field)).reshape(1, -1) for field in fields}
+        assert_predicts(outputs, MultiClassBatch.collate([item]))
+
+
+def assert_predicts(outputs: dict[str, np.ndarray], batch: Any) -> None:
+    """Check the outputs of an exported file against a batch of the engine."""
+    for value, verdict in (("pred_score", "pred_label"), ("anomaly_map", "pred_mask")):
+        expected = getattr(batch, value).flatten()
+        torch.testing.assert_close(torch.from_numpy(outputs[value]).flatten(), expected, rtol=0, atol=1e-4)
+        decided = (expected - 0.5).abs() > 1e-4
+        same = torch.from_numpy(outputs[verdict]).flatten().bool() == getattr(batch, verdict).flatten().bool()
+        assert bool(same[decided].all())
+
+
+def test_the_scale_and_the_size_of_exported_files(
+    root: Path, engine: MakeEngine, fitted: dict[str, tuple[Any, Path]], tmp_path: Path
+) -> None:
+    own = fitted["HGAD"][0]
+    bare = plugin.HGAD.from_detector(own.detector, post_processor=False)
+    path = bare.to_onnx(tmp_path / "bare", "bare", input_size=(48, 72), input_names=["image"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["pred_score", "anomaly_map"]
+    assert session.get_inputs()[0].name == "image" and session.get_inputs()[0].shape[1:] == [3, 48, 72]
+    with pytest.raises(ValueError, match="give input_size=") as error:  # it does not know the training images
+        bare.to_onnx(tmp_path / "bare")
+    assert "several sizes" in str(error.value)
+    with pytest.raises(ValueError, match="opset 20"):
+        own.to_onnx(tmp_path, opset_version=14)
+    with pytest.raises(ValueError, match="do_constant_folding"):
+        own.to_onnx(tmp_path, do_constant_folding=True)
+    with pytest.raises(ValueError, match="the model is not trained"):
+        make_model().to_onnx(tmp_path)
 
 
 def test_figures_are_those_of_the_library(root: Path, engine: MakeEngine, fitted: dict[str, tuple[Any, Path]]) -> None:
