@@ -64,6 +64,7 @@ class Detector(nn.Module):
         preparation: name of what `prepare` does; empty where features stay as the encoder gives them. It is part of
             the name under which features are cached.
         closed_form: whether `begin` fits the model, so that no step is made.
+        scores_from_zero: whether maps and scores are never below 0, so that multiples of a threshold have a meaning.
         fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
             weights from the calibration, or one of them alone, by its name.
         loss_terms: title and explanation of each term that the objective reports, for reports.
@@ -79,6 +80,7 @@ class Detector(nn.Module):
     groups_are_classes: bool = True
     pointwise: bool = True
     closed_form: bool = False
+    scores_from_zero: bool = True
     preparation: str = ""
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}

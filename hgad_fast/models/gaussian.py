@@ -59,6 +59,7 @@ class GaussianModel(Detector):
     config: GaussianConfig
     encoder: Backbone | None
     closed_form = True
+    scores_from_zero = False
 
     def build(self) -> None:
         """Make the whitenings, and the Gaussians of a configuration that knows its grids."""

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from anomalib.data import ImageBatch, ImageItem
 from torch import Tensor
 
+from ..files import printable
+
 
 @dataclass
 class MultiClassItem(ImageItem):
@@ -51,3 +53,37 @@ class MultiClassBatch(ImageBatch):
         if isinstance(batch, cls):
             return batch
         return cls(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+
+    @classmethod
+    def collate(cls, items: list[MultiClassItem]) -> MultiClassBatch:
+        """Return items as a batch. None is stretched, as those of anomalib's other batches are.
+
+        Where any has the path of a mask, those without have "".
+
+        Raises:
+            ValueError: images differ in size, or only some have a mask.
+        """
+        for item in items[1:]:
+            _require_stackable(items[0], item)
+        batch = super().collate(items)
+        if any(item.mask_path for item in items):
+            batch.mask_path = [item.mask_path or "" for item in items]
+        return batch
+
+
+def _require_stackable(first: MultiClassItem, other: MultiClassItem) -> None:
+    """Raise a ValueError if two items cannot be in one batch."""
+    names = [printable(item.image_path or "an image without a path") for item in (first, other)]
+    if first.image.shape != other.image.shape:
+        sizes = [" x ".join(map(str, item.image.shape[-2:])) for item in (first, other)]
+        raise ValueError(
+            f"{names[0]} is seen at {sizes[0]} pixels (height x width), {names[1]} at {sizes[1]}, and images of one "
+            "batch have one size: let MultiClassFolder make the batches, take batches of 1 image, or a model that sees "
+            "all images at one size (center_crop=True)"
+        )
+    if (first.gt_mask is None) != (other.gt_mask is None):
+        with_mask, without = names if other.gt_mask is None else reversed(names)
+        raise ValueError(
+            f"{with_mask} has a mask and {without} none, so they do not stack: let MultiClassFolder make the batches, "
+            "or take batches of 1 image"
+        )

@@ -73,7 +73,30 @@ def score_features(
     size = checked_map_size(map_size)
     features = checked_features(model, features)
     ids = checked_group_ids(model, class_ids, len(features[0]))
-    batches = densities(model, model.prepare(features), ids, throughput)
+    return score_prepared(model, model.prepare(features), ids, normalization, size, throughput=throughput)
+
+
+@plain_torch()
+@torch.no_grad()
+def score_prepared(
+    model: Detector,
+    features: list[Tensor],
+    group_ids: Tensor | None = None,
+    normalization: str = "calibrated",
+    map_size: tuple[int, int] | None = None,
+    *,
+    throughput: bool = False,
+) -> ScoreResult:
+    """Return what `score_features` does, of features that are prepared (`Detector.prepare`), as they are kept.
+
+    Args:
+        model: the detector.
+        features: one (B, C, h, w) tensor per level, on the model's device.
+        group_ids: (B,) int64 on the CPU; None: inferred.
+        normalization, throughput: see `score_features`.
+        map_size: (H, W) of the returned maps; default: those that scores are computed on.
+    """
+    batches = densities(model, features, group_ids, throughput)
     if normalization == "official":
         published = first_official(model, batches)
         maps, scores = published.maps, _published_scores(published, batches)
@@ -83,7 +106,7 @@ def score_features(
         maps, scores = (torch.cat(tensors) for tensors in zip(*scored, strict=True))
     group_ids = torch.cat([batch.group_ids for batch in batches])
     result = judged(model, scores, group_ids, normalization)
-    result.anomaly_map = resample(maps, size)
+    result.anomaly_map = resample(maps, map_size)
     result.logps = [torch.cat(level) for level in zip(*(batch.logps for batch in batches), strict=True)]
     result.neg_entropy = [torch.cat(level) for level in zip(*(batch.neg_entropy for batch in batches), strict=True)]
     return result

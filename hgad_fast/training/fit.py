@@ -166,7 +166,7 @@ def fit(
         fraction = model.config.calibration_fraction if calibration is None else 0.0
         rows, held_out_rows = split(features.class_ids, fraction, model.config.seed)
         held_out = features.subset(held_out_rows) if calibration is None else features_of(calibration, "float32")
-        _require_every_class(model, features, held_out)
+        require_every_class(model, features, held_out)
         training = features.subset(rows)
         history = History()
         if model.closed_form:
@@ -193,7 +193,7 @@ def fit(
                 model.save(folder / MODEL)
         if processes.is_first:
             warn_of_shortcomings(model)  # at the end: the model is kept where warnings are errors
-            _warn_of_recognition(history.recognition)
+            warn_of_recognition(history.recognition)
     return history
 
 
@@ -215,7 +215,7 @@ def recognition(model: Detector, held_out: FeatureSet) -> dict[str, tuple[int, i
     return counts
 
 
-def _warn_of_recognition(counts: dict[str, tuple[int, int]]) -> None:
+def warn_of_recognition(counts: dict[str, tuple[int, int]]) -> None:
     """Warn where too few held-out images are taken for their own class."""
     right, tried = (sum(pair[i] for pair in counts.values()) for i in range(2))
     if right < RECOGNISED * tried:
@@ -228,7 +228,7 @@ def _warn_of_recognition(counts: dict[str, tuple[int, int]]) -> None:
         )
 
 
-def _require_every_class(model: Detector, *sets: FeatureSet) -> None:
+def require_every_class(model: Detector, *sets: FeatureSet) -> None:
     """Raise a ValueError where a class has no images: calibration needs some, and would fail only after training."""
     present = torch.cat([features.class_ids for features in sets]).unique().tolist()
     missing = [name for k, name in enumerate(model.groups) if k not in present]

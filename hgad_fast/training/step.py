@@ -198,7 +198,7 @@ class Step:
                 loss, terms = self._loss(batch, pixels)
                 # DistributedDataParallel takes the mean over the processes, and the loss is a sum over them.
                 loss = loss * self.processes.count if self.processes.count > 1 else loss
-                with _exactly(loss.device.type):
+                with exactly(loss.device.type):
                     loss.backward()
             reported = reported + terms
         if self.config.clip_grad_norm is not None:
@@ -238,7 +238,7 @@ class Step:
 
 
 @contextmanager
-def _exactly(device_type: str) -> Iterator[None]:
+def exactly(device_type: str) -> Iterator[None]:
     """Let a backward pass round as the forward pass did: without autocast, and without tf32 in convolutions."""
     cudnn: Any = torch.backends.cudnn
     before = cudnn.conv.fp32_precision

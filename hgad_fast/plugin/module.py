@@ -1,0 +1,563 @@
+"""The models of this library as models of anomalib."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from anomalib import LearningType
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from .. import methods
+from ..data.images import ImageError, read_header
+from ..features.preprocess import seen_shape
+from ..files import printable
+from ..models.detector import Detector
+from ..scoring.calibration import check_false_alarm_rate, split
+from ..scoring.result import ScoreResult
+from ..scoring.score import score_prepared
+from ..scoring.stored import stored_calibration
+from ..training.display import Display
+from ..training.fit import NonFiniteLossError
+from ..training.step import exactly, make_optimizer
+from .batch import MultiClassBatch
+from .data import MultiClassDataset, MultiClassFolder
+from .features import Keeping, PathFeatures, path_features
+from .predictor import Predictor, joined, paths_of, require_proportions
+from .processing import SeenPreProcessor, ThresholdPostProcessor, View
+from .training import Fitting, MethodSchedule, passes_of, progress_at, scheduled
+
+FORMAT = "hgad_fast anomalib 1"
+KEY = "hgad_fast"  # of what a checkpoint holds beside the tensors
+CHECKED_EVERY = 20  # steps between two looks at whether losses are numbers: on a GPU a look waits for the device
+SPLITS = ("train", "training", "test", "testing", "val", "validation", "test_public", "test_private")
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+class DetectorModule(AnomalibModule):
+    """A model of this library in anomalib: one model for all classes.
+
+    Each epoch is a pass over the training images. The schedule of the method follows the number of epochs of the
+    trainer; where that is not given, it is the method's own. The backbone is frozen and sees each image once, before
+    the first step: its features are kept, by the path of the image.
+
+    Thresholds are those of the library: they rest on normal images that are held out of the training images, never on
+    test images, and there is one for each class, for a target false-alarm rate. Scores are in (0, 1), 0.5 is the
+    threshold of every class.
+
+    Args:
+        classes: the names of the classes. The class of a training image is what a `MultiClassFolder` says, or else the
+            name in its path: that of the folder before train or test, or the innermost one that is the name of a class.
+            None: those of the data that the model is fitted to.
+        preset: a preset of the method (`hgad-fast presets` lists them); None: the method's defaults.
+        backbone: a model of timm; None: that of the preset.
+        backbone_weights: ``"pretrained"`` (timm's hub), ``"packaged"``, or a file; None: those of the preset.
+        img_size: short side at which images are seen, in pixels, or ``"native"``; None: that of the preset.
+        settings: further fields of the method's configuration, such as ``{"coupling_layers": 8}``.
+        false_alarm_rate: target false-alarm rate, the share of normal images that may be called anomalous.
+        seed: of initial weights, order and split.
+        cache: where features are kept: ``"ram"``, ``"disk"`` (of a `MultiClassFolder`), or None: they are computed in
+            each epoch.
+        cache_dir: the folder of ``"disk"``, which `hgad-fast train` may use, too.
+        pre_processor: False: images are resized in the model alone; or a pre-processor, which must not normalise.
+        post_processor: True, False (scores are multiples of the threshold), or a `ThresholdPostProcessor`.
+        evaluator: as in any model of anomalib.
+        visualizer: as in any model of anomalib.
+
+    Attributes:
+        detector: the model of the library, e.g. to save it: ``model.detector.save("model.safetensors")``.
+
+    Raises:
+        ValueError: an argument has a value that cannot work.
+    """
+
+    method: ClassVar[str]
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None = None,
+        preset: str | None = None,
+        backbone: str | None = None,
+        backbone_weights: str | None = None,
+        img_size: int | str | None = None,
+        settings: dict[str, Any] | None = None,
+        false_alarm_rate: float = 0.01,
+        seed: int = 0,
+        cache: str | None = "ram",
+        cache_dir: str | None = None,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Any = True,
+        visualizer: Any = True,
+    ) -> None:
+        if isinstance(post_processor, PostProcessor) and not isinstance(post_processor, ThresholdPostProcessor):
+            raise ValueError(
+                f"post_processor is a {type(post_processor).__name__}, which would learn thresholds from validation, "
+                "and the model has its own: take hgad_fast.anomalib.ThresholdPostProcessor; it has sensitivities, too"
+            )
+        if cache not in ("ram", "disk", None):
+            raise ValueError(f"cache is {cache!r}; allowed are 'ram', 'disk' and None")
+        if cache == "disk" and cache_dir is None:
+            raise ValueError("cache='disk' needs a folder: give cache_dir")
+        check_false_alarm_rate(false_alarm_rate)
+        if isinstance(classes, str):
+            raise ValueError(f"classes is {classes!r}; pass a sequence of names, such as [{classes!r}]")
+        super().__init__(
+            pre_processor=pre_processor if isinstance(pre_processor, nn.Module) else False,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        given = {"backbone_arch": backbone, "backbone_weights": backbone_weights, "img_size": img_size}
+        self._fields = {name: value for name, value in given.items() if value is not None}
+        self._fields |= {"seed": seed, **(settings or {})}
+        self._preset, self._cache, self._cache_dir = preset, cache, cache_dir
+        self.false_alarm_rate = false_alarm_rate
+        self.model = Predictor()
+        self.seen_size: tuple[int, int] | None = None  # of the training images, where they have one in common
+        self._class_ids: dict[str, int] = {}  # of the images of a `MultiClassFolder`, by their paths
+        self._begun = False
+        self._fitting: Fitting | None = None
+        self._config = self._configured(tuple(classes) if classes is not None else ("any",))
+        self._has_classes = classes is not None
+        if pre_processor is True:
+            self.pre_processor = SeenPreProcessor(View.of(self._config))
+
+    @classmethod
+    def from_detector(cls, detector: Any, **options: Any) -> DetectorModule:
+        """Return a model of the library as a model of anomalib, to test, to predict or to export with it.
+
+        Args:
+            detector: a model of the library, of this method.
+            options: pre_processor, post_processor, evaluator, visualizer.
+
+        Raises:
+            ValueError: it is of another method.
+        """
+        if not isinstance(detector, Detector) or detector.config.method != cls.method:
+            what = detector.config.method if isinstance(detector, Detector) else type(detector).__name__
+            raise ValueError(f"{cls.__name__} takes a model of the method {cls.method!r}, and this is {what!r}")
+        model = cls(classes=detector.class_names, **options)
+        model._take(detector)
+        return model
+
+    @property
+    def detector(self) -> Any:
+        """The model of the library; it is made when it is first needed.
+
+        Raises:
+            ValueError: the classes are not known yet.
+        """
+        if self.model.detector is None:
+            if not self._has_classes:
+                raise ValueError("the classes are not known before the model is fitted: pass classes=[...]")
+            self._take(methods.METHODS[self.method](self._config))
+        return self.model.detector
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes; empty before they are known."""
+        return self.detector.class_names if self._has_classes else ()
+
+    @property
+    def own_batch_size(self) -> int:
+        """The number of images of a training batch that the configuration asks for."""
+        return self._config.batch_size
+
+    def _configured(self, classes: tuple[str, ...]) -> Any:
+        """Return the configuration for these classes."""
+        config_class = methods.config_class(self.method, self._preset)
+        fields = self._fields | {"n_classes": len(classes), "class_names": classes}
+        return config_class.from_fields(fields) if self._preset is None else config_class.preset(self._preset, **fields)
+
+    def _take(self, detector: Detector) -> None:
+        """Take over a detector, and see images as it does."""
+        self.model.detector = detector.to(self.device)
+        self._config, self._has_classes = detector.config, True
+        if isinstance(self.pre_processor, SeenPreProcessor):
+            self.pre_processor.view = View.of(detector.config)
+
+    # ---- what anomalib asks for
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """None: anomalib would set them over those that the user gave."""
+        return {}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Of normal images alone."""
+        return LearningType.ONE_CLASS
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> SeenPreProcessor:
+        """Return a pre-processor that shows images at the short side of `image_size`, in their proportions.
+
+        Raises:
+            ValueError: there is no size.
+        """
+        if image_size is None:
+            raise ValueError("image_size is None: a model makes the pre-processor of its own img_size by itself")
+        return SeenPreProcessor(View(min(image_size)))
+
+    def configure_post_processor(self) -> ThresholdPostProcessor:
+        """Return the post-processor with the threshold at 0.5."""
+        return ThresholdPostProcessor()
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer that the model is attached to."""
+        return LightningModule.trainer.fget(self)
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        """Attach a trainer. One that is to fit the model, and has no limit, gets the method's own number of epochs.
+
+        lightning would take 1000 for it a moment later, and these could not be told from 1000 that were asked for.
+        """
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            loop = trainer.fit_loop
+            if loop.max_epochs is None and trainer.max_steps == -1:
+                closed_form = methods.METHODS[self.method].closed_form
+                loop.max_epochs = 1 if closed_form else passes_of(self._config)
+        LightningModule.trainer.fset(self, trainer)
+
+    def setup(self, stage: str) -> None:
+        """Check what the trainer is asked for, and take the classes of the data.
+
+        Raises:
+            ValueError: precision or devices are not possible, or the data are of other classes.
+        """
+        trainer = self.trainer
+        precision = str(trainer.precision)
+        if precision not in PRECISIONS or (precision == "bf16-mixed" and self.method != "hgad"):
+            allowed = "'32-true' and 'bf16-mixed'" if self.method == "hgad" else "'32-true'"
+            raise ValueError(
+                f"precision is {precision!r}; {type(self).__name__} computes in float32, and allows {allowed} "
+                "(--trainer.precision)"
+            )
+        datamodule = trainer.datamodule
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"{trainer.world_size} devices: {type(self).__name__} is fitted on one here, devices=1 "
+                "(--trainer.devices 1); the library trains on several: torchrun --nproc-per-node N -m hgad_fast train"
+            )
+        trainer.num_sanity_val_steps = 0  # before the training there is nothing to validate
+        if not self._has_classes:
+            names = getattr(datamodule, "class_names", None) or (getattr(datamodule, "category", ""),)
+            if not all(names):
+                raise ValueError(f"classes is None, and {type(datamodule).__name__} names none: pass classes=[...]")
+            self._config = self._configured(tuple(names))
+            self._has_classes = True
+            self.hparams["classes"] = list(names)
+        if isinstance(datamodule, MultiClassFolder):
+            datamodule.train_data.needs_images = False  # workers read the first batches before `on_train_start`
+            for subset in (datamodule.train_data, datamodule.val_data):
+                self._class_ids |= subset.class_ids
+            self.detector.adopt_classes(datamodule.class_names, str(datamodule.dataset.root))
+            if self.detector.config.class_names != datamodule.class_names:
+                raise ValueError(
+                    f"{printable(str(datamodule.dataset.root))} has the classes {', '.join(datamodule.class_names)}; "
+                    f"the model was made for {', '.join(self.class_names)}: pass classes=data.class_names"
+                )
+        if precision == "bf16-mixed":
+            self.detector.precision = "bf16"
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam as the method has it, with its learning rates; None where it has a closed form.
+
+        Raises:
+            ValueError: the number of epochs has no end.
+        """
+        trainer, detector = self.trainer, self.detector
+        if detector.closed_form:
+            return None
+        trainer.fit_loop.setup_data()  # lightning counts the batches of an epoch there
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("max_epochs is -1: the learning rate falls towards an end; give max_epochs or max_steps")
+        steps_of_pass = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        config = scheduled(detector.config, -(-steps // steps_of_pass))
+        batch_size = getattr(trainer.train_dataloader, "batch_size", None)
+        if batch_size is None:
+            batch_size = getattr(getattr(trainer.train_dataloader, "batch_sampler", None), "batch_size", None)
+        detector.config = config.replace(batch_size=batch_size or config.batch_size)
+        if detector.config.accumulate > 1:
+            raise ValueError(
+                f"accumulate is {detector.config.accumulate}: in anomalib the trainer accumulates batches; leave it 1, "
+                "and give accumulate_grad_batches (--trainer.accumulate_grad_batches)"
+            )
+        optimizer = make_optimizer(detector)
+        schedule = MethodSchedule(optimizer, detector, steps_of_pass)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- training
+
+    def on_train_start(self) -> None:
+        """Take the features of all images, and what the method takes from them before the first step."""
+        trainer, detector = self.trainer, self.detector
+        loader = trainer.train_dataloader
+        dataset = loader.dataset
+        if isinstance(dataset, MultiClassDataset):
+            detector.config = detector.config.replace(white_level=dataset.white_level)
+        with ExitStack() as stack:
+            display = stack.enter_context(Display(None if self._shows_progress else False))
+            workers = loader.num_workers
+            keeping = Keeping(self._cache, self._cache_dir, workers, display.track, display.say)
+            training = path_features(detector, dataset, self.class_of, keeping)
+            separate = self._held_out_dataset()
+            if separate is not None:
+                held_out = path_features(detector, separate, self.class_of, keeping)
+            else:
+                training, held_out = self._divided(training)
+            if detector.closed_form:
+                display.say("fitting")
+            self._fitting = Fitting(detector, training, held_out, self.false_alarm_rate, self._begun)
+        self._begun = True
+        self.seen_size = _common_size(training.numbers, detector.config)
+        if isinstance(dataset, MultiClassDataset):
+            dataset.needs_images = False
+        detector.train()
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+
+    def _held_out_dataset(self) -> MultiClassDataset | None:
+        """Return the validation images, if they are normal images of a `MultiClassFolder`; None where they are not."""
+        loaders = self.trainer.val_dataloaders
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        datasets = [getattr(self.trainer.datamodule, "val_data", None)]
+        datasets += [getattr(loader, "dataset", None) for loader in loaders]
+        for dataset in datasets:
+            if isinstance(dataset, MultiClassDataset) and len(dataset) and not dataset.has_anomalous:
+                return dataset
+        return None
+
+    def _divided(self, images: PathFeatures) -> tuple[PathFeatures, PathFeatures]:
+        """Return the images that are trained on, and those that are held out."""
+        config = self.detector.config
+        rows, held_out = split(images.features.class_ids, config.calibration_fraction, config.seed)
+        return images.subset(rows), images.subset(held_out)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Return the loss of a batch, by the features of its images; None where all of them are held out."""
+        if self.detector.closed_form:
+            return torch.zeros((), device=self.device, requires_grad=True)
+        trainer, fitting = self.trainer, self._required_fitting()
+        batches = trainer.num_training_batches
+        progress = progress_at(self.detector.config, self.current_epoch, batch_idx, batches)
+        step = self.current_epoch * batches + batch_idx
+        outcome = fitting.loss(paths_of(batch), progress, step)
+        if outcome is None:
+            return None
+        loss, terms = outcome
+        if step % CHECKED_EVERY == 0 or batch_idx == batches - 1 or self.device.type == "cpu":
+            for name, value in terms.items():
+                if not value.isfinite():
+                    raise NonFiniteLossError(
+                        f"{name} is {float(value)} at step {step}. Lower lr ({self.detector.config.lr}), or look for "
+                        "images with broken features"
+                    )
+        size = len(batch.image_path)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
+        named = {f"train_{name}": value for name, value in terms.items()}
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients, rounded as the loss was."""
+        with exactly(loss.device.type):
+            loss.backward(*args, **kwargs)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients as the trainer is told to, or else as the method does (``clip_grad_norm``)."""
+        norm = self.detector.config.clip_grad_norm
+        if gradient_clip_val is not None or norm is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for parameters in self.detector.clip_groups():
+            nn.utils.clip_grad_norm_(parameters, norm)
+
+    def on_train_epoch_end(self) -> None:
+        """Stop after the first epoch where there is a closed form."""
+        if self.detector.closed_form:
+            self.trainer.should_stop = True
+
+    def on_train_end(self) -> None:
+        """Calibrate the trained model."""
+        self._required_fitting().bring_up_to_date(self.trainer.global_step)
+        self._required_fitting().end()
+        self.detector.eval()
+
+    def teardown(self, stage: str) -> None:
+        """Let go of features."""
+        if self._fitting is not None:
+            self._fitting.feed.clear()
+        self._fitting = None
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        if isinstance(dataset, MultiClassDataset):
+            dataset.needs_images = True
+
+    def _required_fitting(self) -> Fitting:
+        assert self._fitting is not None, "lightning calls on_train_start first"
+        return self._fitting
+
+    def class_of(self, path: str) -> int:
+        """Return the number of the class of an image.
+
+        Args:
+            path: as batches have it in `image_path`.
+
+        Raises:
+            ValueError: the path does not tell.
+        """
+        if path in self._class_ids:
+            return self._class_ids[path]
+        names = self.class_names
+        if len(names) == 1:
+            return 0
+        folders = Path(path).parts[:-1]
+        before_split = [name for name, after in zip(folders, folders[1:], strict=False) if after.lower() in SPLITS]
+        candidates = [name for name in (*folders, *before_split) if name in names]
+        if not candidates:
+            raise ValueError(
+                f"{printable(path)}: no folder in this path has the name of a class ({', '.join(names)}); take "
+                "MultiClassFolder, which knows the classes of its images"
+            )
+        return names.index(candidates[-1])
+
+    # ---- scoring
+
+    def on_validation_epoch_start(self) -> None:
+        """Calibrate the model as it is in the midst of a training."""
+        if self._fitting is not None:
+            self._fitting.bring_up_to_date(self.trainer.global_step)
+
+    def validation_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Score a batch; in a training by the features of the held-out images, and with their loss, `val_loss`."""
+        fitting, paths = self._fitting, paths_of(batch)
+        features = None if fitting is None else fitting.features(paths)
+        if fitting is None or features is None:
+            return self._predicted(batch, self._scored(batch))
+        if not self.detector.closed_form:
+            number = min(self.current_epoch, passes_of(self.detector.config) - 1)
+            loss = fitting.held_out_loss(paths, progress_at(self.detector.config, number, 0, 1))
+            self.log("val_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(paths))
+        height, width = batch.image.shape[-2:]
+        results = [score_prepared(self.detector, levels, map_size=(height, width)) for levels in features]
+        return self._predicted(batch, joined(results))
+
+    def test_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Score a batch."""
+        return self._predicted(batch, self._scored(batch))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return a batch with its scores, as one that knows of classes."""
+        return self._predicted(MultiClassBatch.of(batch), self._scored(batch))
+
+    def _scored(self, batch: Any) -> ScoreResult:
+        """Return the result of a batch."""
+        require_proportions(batch, self.detector.config)
+        return self.model.score(batch.image)
+
+    def _predicted(self, batch: Any, result: ScoreResult) -> Any:
+        """Write scores, maps, classes and p-values into a batch, and return it."""
+        batch.update(**self.model.in_multiples(result)._asdict())
+        batch.pred_class = result.class_id.to(self.device)
+        batch.pred_class_name = [self.detector.groups[k] for k in result.class_id.tolist()]
+        batch.p_value = result.p_value.to(self.device)
+        return batch
+
+    # ---- files
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write configuration and calibration into a checkpoint; the model is calibrated as it is."""
+        super().on_save_checkpoint(checkpoint)
+        if self._fitting is not None:
+            self._fitting.bring_up_to_date(self.trainer.global_step)
+        detector = self.detector
+        calibration = detector.calibration
+        checkpoint[KEY] = {
+            "format": FORMAT,
+            "method": self.method,
+            "config": detector.config.to_json(),
+            "begun": self._begun,
+            "seen_size": self.seen_size,
+            "calibration": None if calibration is None else {**calibration.tensors()},
+            "calibration_settings": None if calibration is None else calibration.settings(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the detector that a checkpoint holds, whose tensors come after this.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+        """
+        super().on_load_checkpoint(checkpoint)
+        held: Mapping[str, Any] = checkpoint.get(KEY) or {}
+        if held.get("format") != FORMAT or held.get("method") != self.method:
+            found = f"a model of the method {held['method']!r}" if "method" in held else "none of hgad_fast"
+            raise ValueError(f"the checkpoint holds {found}, and {type(self).__name__} loads {self.method!r}")
+        model_class = methods.METHODS[self.method]
+        config = model_class.config_class.from_fields(json.loads(held["config"]))
+        # the weights of the backbone are in the checkpoint
+        detector = model_class(config.replace(backbone_weights=None))
+        detector.config = detector.config.replace(backbone_weights=config.backbone_weights)
+        if held["calibration"] is not None:
+            detector.calibration = stored_calibration(
+                held["calibration"],
+                held["calibration_settings"],
+                groups=len(detector.groups),
+                levels=detector.density_levels,
+                parts=detector.density_parts,
+                fusion=detector.fusion,
+            )
+        self._take(detector)
+        self._begun = held["begun"]
+        self.seen_size = None if held["seen_size"] is None else tuple(held["seen_size"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_fitting": None}
+
+
+class HGAD(DetectorModule):
+    """HGAD (arXiv 2403.13349): normalizing flows with a hierarchical Gaussian mixture; see `DetectorModule`."""
+
+    method = "hgad"
+
+
+class VQFlow(DetectorModule):
+    """VQ-Flow (arXiv 2409.00942): flows on quantised prototypes and patterns; see `DetectorModule`."""
+
+    method = "vqflow"
+
+
+class PlaceGaussian(DetectorModule):
+    """A Gaussian for each place of each class, in closed form: there is one epoch; see `DetectorModule`."""
+
+    method = "gaussian"
+
+
+def _common_size(paths: Iterable[str], config: Any) -> tuple[int, int] | None:
+    """Return the (h, w) at which images are seen, by the headers of their files; None where they differ."""
+    try:
+        sizes = {seen_shape(read_header(path)[:2], config) for path in paths}
+    except ImageError:
+        return None
+    return sizes.pop() if len(sizes) == 1 else None

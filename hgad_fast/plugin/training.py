@@ -1,0 +1,200 @@
+"""A training in anomalib: the steps that lightning asks for, on features that are kept.
+
+It is the training of `hgad_fast.training.fit`: the same order of images, draws of pixels, losses and learning rates.
+lightning does the rest: the loop, the optimizer's steps, checkpoints, loggers, callbacks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..environment import plain_torch
+from ..files import printable
+from ..models.detector import Detector
+from ..protocol import Progress
+from ..scoring.calibration import calibration_from, warn_of_shortcomings
+from ..training.drawing import EVERY_PIXEL, Draw
+from ..training.feeding import DeviceFeed, DeviceQueue, Feed, HostFeed, Selection
+from ..training.fit import NonFiniteLossError, recognition, require_every_class, warn_of_recognition
+from .features import PathFeatures
+
+
+def passes_of(config: Any) -> int:
+    """Return how many passes over the images a configuration asks for."""
+    return config.meta_epochs * config.sub_epochs
+
+
+def scheduled(config: Any, passes: int) -> Any:
+    """Return a configuration for this number of passes, by its own schedule as far as possible.
+
+    There are as many meta-epochs, of fewer or more passes; where passes are fewer than meta-epochs, each is one.
+    """
+    sub_epochs = max(1, passes // config.meta_epochs)
+    return config.replace(meta_epochs=math.ceil(passes / sub_epochs), sub_epochs=sub_epochs)
+
+
+def progress_at(config: Any, number: int, batch: int, batches: int) -> Progress:
+    """Return the progress at a batch of `batches` in the pass of a number, from 0."""
+    meta_epoch, sub_epoch = divmod(number, config.sub_epochs)
+    return Progress(meta_epoch, sub_epoch, batch, batches)
+
+
+class MethodSchedule(LRScheduler):
+    """The learning rates of a method, step by step.
+
+    Args:
+        optimizer: whose rates are set.
+        detector: of the method; its configuration has the numbers of meta-epochs and sub-epochs.
+        steps: in a pass.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, detector: Detector, steps: int) -> None:
+        self._detector, self._steps = detector, steps
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the rate of the next step, the same for all groups of parameters."""
+        number, batch = divmod(self.last_epoch, self._steps)
+        _, rate = self._detector.schedule(progress_at(self._detector.config, number, batch, self._steps))
+        return [rate for _ in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of the step, as plain data."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+
+class Fitting:
+    """What a training needs between its start and its end.
+
+    Args:
+        detector: trained in place.
+        training: features that are trained on.
+        held_out: features of normal images that are calibrated on.
+        false_alarm_rate: the target of the thresholds.
+        begun: whether `begin` was called in a training that this one resumes.
+
+    Raises:
+        ValueError: a class has no images, or none is held out.
+    """
+
+    def __init__(
+        self, detector: Detector, training: PathFeatures, held_out: PathFeatures, false_alarm_rate: float, begun: bool
+    ) -> None:
+        self.detector, self.training, self.held_out = detector, training, held_out
+        self.false_alarm_rate = false_alarm_rate
+        if len(training.features) == 0:
+            raise ValueError("there are no training images")
+        require_every_class(detector, training.features)
+        counts = torch.bincount(held_out.features.class_ids, minlength=len(detector.groups)).tolist()
+        without = [name for name, count in zip(detector.groups, counts, strict=False) if count == 0]
+        if len(held_out.features) == 0 or (detector.groups_are_classes and without):
+            raise ValueError(
+                f"no normal images are held out of {', '.join(map(repr, without)) or 'the training images'}, and "
+                "thresholds rest on them: give at least two images of each class, and a calibration_fraction above 0"
+            )
+        self.feed: Feed = HostFeed(detector.device)
+        if detector.device.type == "cuda":
+            self.feed = DeviceFeed(DeviceQueue(detector.device))
+        self._stage, self._objective = 0, nn.Module()
+        self._calibrated_at: int | None = None
+        with plain_torch():
+            if not begun:
+                detector.begin(training.features)
+                if detector.closed_form:
+                    detector.finish(training.features)
+
+    def loss(self, paths: Sequence[str], progress: Progress, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Return the loss of a batch, and the mean over the levels of each of its terms, by name.
+
+        Args:
+            paths: of its images. Those that are held out are left out; None is returned where all are.
+            progress: the batch's place in the training.
+            step: its number in the training, on which the draw of pixels depends.
+
+        Raises:
+            ValueError: an image is not among those that the training began with.
+        """
+        training, held_out = self.training.numbers, self.held_out.numbers
+        if unknown := [path for path in paths if path not in training and path not in held_out]:
+            raise ValueError(f"{printable(unknown[0])} was not among the training images when the training began")
+        numbers = [training[path] for path in paths if path in training]
+        if not numbers:
+            return None
+        config = self.detector.config
+        draw = Draw(self.detector.pixels_per_step, config.seed, step)
+        return self._loss(self.training, numbers, progress, draw)
+
+    @torch.no_grad()
+    def held_out_loss(self, paths: Sequence[str], progress: Progress) -> Tensor:
+        """Return the loss of held-out images, by their paths."""
+        feed = self.feed
+        self.feed = HostFeed(self.detector.device)
+        try:
+            loss, _ = self._loss(self.held_out, [self.held_out.numbers[path] for path in paths], progress, EVERY_PIXEL)
+        finally:
+            self.feed = feed
+        return loss
+
+    @plain_torch()
+    def _loss(
+        self, of: PathFeatures, numbers: list[int], progress: Progress, draw: Draw
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of images by their numbers, and its terms."""
+        stage, _ = self.detector.schedule(progress)
+        if stage != self._stage:
+            self._stage, self._objective = stage, self.detector.objective(stage)
+        images, labels = Selection(of.features.images, numbers), of.features.class_ids[numbers]
+        (part,) = self.feed.parts(images, labels, 1, draw)
+        pixels = [sum(group.pixels for group in groups) for groups in part.members]
+        loss, terms = self._objective(part.batch(), pixels)
+        names: Any = self._objective.terms
+        return loss, dict(zip(names, terms.detach().mean(0), strict=True))
+
+    def features(self, paths: Sequence[str]) -> list[list[Tensor]] | None:
+        """Return the features of held-out images, (1, C, h, w) of each level; None where one is none of them."""
+        if any(path not in self.held_out.numbers for path in paths):
+            return None
+        device = self.detector.device
+        images = [self.held_out.features.images[self.held_out.numbers[path]] for path in paths]
+        return [[level[None].to(device) for level in image] for image in images]
+
+    @plain_torch()
+    @torch.no_grad()
+    def bring_up_to_date(self, step: int) -> None:
+        """Calibrate the model as it is after this number of steps, if that is not done yet.
+
+        Raises:
+            NonFiniteLossError: a parameter is not finite.
+        """
+        if step == self._calibrated_at:
+            return
+        detector = self.detector
+        for name, parameter in detector.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise NonFiniteLossError(f"parameter {name} is not finite after step {step}: lower lr")
+        was_training = [module for module in detector.modules() if module.training]
+        detector.eval()
+        try:
+            if not detector.closed_form:
+                detector.finish(self.training.features)
+            detector.calibration = calibration_from(
+                detector, self.held_out.features, self.false_alarm_rate, stand_in=self.training.features
+            )
+        finally:
+            for module in was_training:
+                module.training = True
+        self._calibrated_at = step
+
+    @plain_torch()
+    @torch.no_grad()
+    def end(self) -> None:
+        """Give memory back, and warn of what users should know of thresholds and classes."""
+        self.feed.clear()
+        warn_of_shortcomings(self.detector)
+        warn_of_recognition(recognition(self.detector, self.held_out.features))
