@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -124,7 +123,6 @@ class DetectorModule(AnomalibModule):
         self.model = Predictor()
         self.seen_size: tuple[int, int] | None = None  # of the training images, where they have one in common
         self._class_ids: dict[str, int] = {}  # of the images of a `MultiClassFolder`, by their paths
-        self._begun = False
         self._fitting: Fitting | None = None
         self._config = self._configured(tuple(classes) if classes is not None else ("any",))
         self._has_classes = classes is not None
@@ -307,11 +305,12 @@ class DetectorModule(AnomalibModule):
         """Take the features of all images, and what the method takes from them before the first step."""
         trainer, detector = self.trainer, self.detector
         loader = trainer.train_dataloader
+        if not hasattr(loader, "dataset"):
+            raise ValueError(f"the training images come as a {type(loader).__name__}; pass one DataLoader of a dataset")
         dataset = loader.dataset
         if isinstance(dataset, MultiClassDataset):
             detector.config = detector.config.replace(white_level=dataset.white_level)
-        with ExitStack() as stack:
-            display = stack.enter_context(Display(None if self._shows_progress else False))
+        with Display(None if self._shows_progress else False) as display:
             workers = loader.num_workers
             keeping = Keeping(self._cache, self._cache_dir, workers, display.track, display.say)
             training = path_features(detector, dataset, self.class_of, keeping)
@@ -322,8 +321,7 @@ class DetectorModule(AnomalibModule):
                 training, held_out = self._divided(training)
             if detector.closed_form:
                 display.say("fitting")
-            self._fitting = Fitting(detector, training, held_out, self.false_alarm_rate, self._begun)
-        self._begun = True
+            self._fitting = Fitting(detector, training, held_out, self.false_alarm_rate, trainer.global_step > 0)
         self.seen_size = _common_size(training.numbers, detector.config)
         if isinstance(dataset, MultiClassDataset):
             dataset.needs_images = False
@@ -452,14 +450,16 @@ class DetectorModule(AnomalibModule):
     def validation_step(self, batch: Any, batch_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Score a batch; in a training by the features of the held-out images, and with their loss, `val_loss`."""
         fitting, paths = self._fitting, paths_of(batch)
-        features = None if fitting is None else fitting.features(paths)
-        if fitting is None or features is None:
+        if fitting is None or (self.detector.config.center_crop and self.pre_processor is None):
             return self._predicted(batch, self._scored(batch))
         if not self.detector.closed_form:
             number = min(self.current_epoch, passes_of(self.detector.config) - 1)
             loss = fitting.held_out_loss(paths, progress_at(self.detector.config, number, 0, 1))
-            self.log("val_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(paths))
+            if loss is not None:
+                self.log("val_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(paths))
+        require_proportions(batch, self.detector.config)
         height, width = batch.image.shape[-2:]
+        features = fitting.features(paths, batch.image, keep=self._cache is not None)
         results = [score_prepared(self.detector, levels, map_size=(height, width)) for levels in features]
         return self._predicted(batch, joined(results))
 
@@ -497,7 +497,6 @@ class DetectorModule(AnomalibModule):
             "format": FORMAT,
             "method": self.method,
             "config": detector.config.to_json(),
-            "begun": self._begun,
             "seen_size": self.seen_size,
             "calibration": None if calibration is None else {**calibration.tensors()},
             "calibration_settings": None if calibration is None else calibration.settings(),
@@ -529,11 +528,10 @@ class DetectorModule(AnomalibModule):
                 fusion=detector.fusion,
             )
         self._take(detector)
-        self._begun = held["begun"]
         self.seen_size = None if held["seen_size"] is None else tuple(held["seen_size"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_fitting": None}
+        return super().__getstate__() | {"_fitting": None, "_class_ids": {}}
 
 
 class HGAD(DetectorModule):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..environment import plain_torch
+from ..features.preprocess import preprocess, seen_features
 from ..files import printable
 from ..models.detector import Detector
 from ..protocol import Progress
@@ -22,7 +23,7 @@ from ..scoring.calibration import calibration_from, warn_of_shortcomings
 from ..training.drawing import EVERY_PIXEL, Draw
 from ..training.feeding import DeviceFeed, DeviceQueue, Feed, HostFeed, Selection
 from ..training.fit import NonFiniteLossError, recognition, require_every_class, warn_of_recognition
-from .features import PathFeatures
+from .features import PathFeatures, checked
 
 
 def passes_of(config: Any) -> int:
@@ -77,14 +78,14 @@ class Fitting:
         training: features that are trained on.
         held_out: features of normal images that are calibrated on.
         false_alarm_rate: the target of the thresholds.
-        begun: whether `begin` was called in a training that this one resumes.
+        resumed: whether the training goes on from a checkpoint.
 
     Raises:
         ValueError: a class has no images, or none is held out.
     """
 
     def __init__(
-        self, detector: Detector, training: PathFeatures, held_out: PathFeatures, false_alarm_rate: float, begun: bool
+        self, detector: Detector, training: PathFeatures, held_out: PathFeatures, false_alarm_rate: float, resumed: bool
     ) -> None:
         self.detector, self.training, self.held_out = detector, training, held_out
         self.false_alarm_rate = false_alarm_rate
@@ -102,9 +103,10 @@ class Fitting:
         if detector.device.type == "cuda":
             self.feed = DeviceFeed(DeviceQueue(detector.device))
         self._stage, self._objective = 0, nn.Module()
+        self._validated: dict[str, list[Tensor]] = {}  # features of validation images that are not held out, by path
         self._calibrated_at: int | None = None
         with plain_torch():
-            if not begun:
+            if not resumed:
                 detector.begin(training.features)
                 if detector.closed_form:
                     detector.finish(training.features)
@@ -131,8 +133,10 @@ class Fitting:
         return self._loss(self.training, numbers, progress, draw)
 
     @torch.no_grad()
-    def held_out_loss(self, paths: Sequence[str], progress: Progress) -> Tensor:
-        """Return the loss of held-out images, by their paths."""
+    def held_out_loss(self, paths: Sequence[str], progress: Progress) -> Tensor | None:
+        """Return the loss of held-out images, by their paths; None where one is not held out."""
+        if any(path not in self.held_out.numbers for path in paths):
+            return None
         feed = self.feed
         self.feed = HostFeed(self.detector.device)
         try:
@@ -156,13 +160,29 @@ class Fitting:
         names: Any = self._objective.terms
         return loss, dict(zip(names, terms.detach().mean(0), strict=True))
 
-    def features(self, paths: Sequence[str]) -> list[list[Tensor]] | None:
-        """Return the features of held-out images, (1, C, h, w) of each level; None where one is none of them."""
-        if any(path not in self.held_out.numbers for path in paths):
-            return None
-        device = self.detector.device
-        images = [self.held_out.features.images[self.held_out.numbers[path]] for path in paths]
-        return [[level[None].to(device) for level in image] for image in images]
+    @plain_torch()
+    @torch.no_grad()
+    def features(self, paths: Sequence[str], images: Tensor, keep: bool) -> list[list[Tensor]]:
+        """Return the features of validation images, (1, C, h, w) of each level.
+
+        Args:
+            paths: those of images that are held out are known; the features of others are computed, and kept.
+            images: (B, 3, H, W) in [0, 1].
+            keep: whether they are kept.
+        """
+        device, numbers = self.detector.device, self.held_out.numbers
+        features = []
+        for path, image in zip(paths, images, strict=True):
+            levels = self._validated.get(path)
+            if path in numbers:
+                levels = self.held_out.features.images[numbers[path]]
+            elif levels is None:
+                seen = preprocess(checked(image.as_subclass(Tensor), path), self.detector.config)
+                levels = [level[0].cpu() for level in seen_features(self.detector, seen)]
+                if keep:
+                    self._validated[path] = levels
+            features.append([level[None].to(device) for level in levels])
+        return features
 
     @plain_torch()
     @torch.no_grad()
