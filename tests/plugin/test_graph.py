@@ -70,11 +70,8 @@ def expected_of(detector: Any, images: Tensor, seen: tuple[int, int]) -> dict[st
     """Return what the model gives of images, on the scale of anomalib."""
     result = detector.score(images)
     resized = torch.stack([preprocess(image, detector.config) for image in images])
-    maps, thresholds = (
-        detector.score(resized, map_size=seen).anomaly_map[:, None],
-        result.threshold[:, None, None, None],
-    )
-    from_zero = detector.scores_from_zero
+    maps = detector.score(resized, map_size=seen).anomaly_map[:, None]
+    thresholds, from_zero = result.threshold[:, None, None, None], detector.scores_from_zero
     return {
         "pred_score": to_unit(multiples(result.image_score, result.threshold, result.is_anomalous, from_zero)),
         "pred_label": result.is_anomalous,
@@ -163,7 +160,7 @@ def test_a_file_of_one_size(detector, tmp_path):
         torch.testing.assert_close(outputs["pred_score"].double(), expected, rtol=1e-4, atol=0)
         metadata = metadata_of(path)
         assert metadata["inputs"]["frame"]["shape"] == ["batch", 3, *input_size]
-        assert "limits" not in metadata and metadata["scale"] == "multiples of the threshold of the group"
+        assert "limits" not in metadata and metadata["scale"] == "multiples x = s / t of the threshold t of the group"
         products.append(exported.operators(path)["MatMul"])
     assert products[1] == products[0] + 2
 
@@ -227,17 +224,22 @@ def test_a_file_that_differs_is_refused(detector):
         outputs = outputs_of(graph, inputs[0])
         if changed:
             outputs[changed] = outputs[changed] * (1 + by)
+        if math.isnan(by):  # on the scale from 0 to 1 it is 1
+            outputs["pred_score"], outputs["anomaly_map"] = (to_unit(outputs[name]) for name in graph_module.CHECKED)
+            outputs["pred_label"], outputs["pred_mask"] = outputs["pred_score"] > 0.5, outputs["anomaly_map"] > 0.5
         return list(outputs.values())
 
     figures = graph_module._compared(detector, graph, run)
     assert figures["pred_score"] <= 1e-5 and figures["anomaly_map"] <= 1e-5
-    for output, name in (("score_multiple", "pred_score"), ("map_multiple", "anomaly_map")):
-        for wrong in (1e-2, math.nan):
-            with pytest.raises(ValueError, match=f"differs from what the model gives: .*{name}|not on its scale"):
-                graph_module._compared(detector, graph, lambda inputs, o=output, w=wrong: run(inputs, o, w))
-    for output in ("pred_score", "anomaly_map"):
-        with pytest.raises(ValueError, match="not on its scale"):
-            graph_module._compared(detector, graph, lambda inputs, o=output: run(inputs, o, 1e-2))
+    for output, name in zip(graph_module.CHECKED, ("pred_score", "anomaly_map"), strict=True):
+        with pytest.raises(ValueError, match=f"differs from what the model gives: {name} by nan"):
+            graph_module._compared(detector, graph, lambda inputs, o=output: run(inputs, o, math.nan))
+        for wrong in (output, name):
+            with pytest.raises(ValueError, match=r"not on its scale.* report this, .* check=False"):
+                graph_module._compared(detector, graph, lambda inputs, o=wrong: run(inputs, o, 1e-2))
+    other = small_detectors.hgad(fusion="entropy")
+    with pytest.raises(ValueError, match=r"differs from what the model gives: pred_score by .*\(allowed: 5e-05\)"):
+        graph_module._compared(other, graph, run)
 
 
 def test_what_does_not_fit_is_refused_with_the_remedy(detector):
