@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import protocol
 from ..environment import package_versions, plain_torch, require_float32
 from ..export.check import TOLERANCES, drawn_images, reference_model
 from ..export.contract import contract, text_of
@@ -24,7 +23,7 @@ from ..export.formats import Program, Run, any_batch, require_packages, runner, 
 from ..export.graph import ScoringGraph
 from ..export.write import aside, in_turn, planned, put
 from ..features.preprocess import preprocess, seeing, seen_shape
-from ..models.detector import Detector
+from ..protocol import Detector
 from ..scoring.calibration import required_calibration
 from ..scoring.inputs import check_normalization, checked_map_size
 from ..scoring.rates import listed
@@ -201,7 +200,7 @@ def write_onnx(
     """
     path = Path(path)
     require_packages("onnx", check)
-    require_float32(detector)
+    require_float32(detector)  # type: ignore[arg-type]
     graph = InferenceGraph(
         detector,
         seen=seen,
@@ -264,7 +263,7 @@ def _described(detector: Detector, graph: InferenceGraph, input_name: str) -> di
     return described
 
 
-def _compared(detector: protocol.Detector, graph: InferenceGraph, run: Run) -> dict[str, Any]:
+def _compared(detector: Detector, graph: InferenceGraph, run: Run) -> dict[str, Any]:
     """Return how far what a file gives for drawn images is from what the model gives, as its metadata have it.
 
     Multiples of thresholds are compared, which say on which side of the threshold they are: those of images in units of
@@ -311,7 +310,7 @@ def _drawn_sizes(graph: InferenceGraph) -> Sequence[tuple[int, int]]:
     return [(h, w), (3 * h // 2, 2 * w) if graph.resizing.any_proportions else (2 * h, 2 * w)]
 
 
-def _expected(detector: protocol.Detector, graph: InferenceGraph, images: Tensor) -> tuple[Tensor, Tensor]:
+def _expected(detector: Detector, graph: InferenceGraph, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return what the model gives for images: scores (B,) and maps (B, 1, h, w), in multiples of thresholds."""
     seen = torch.stack([preprocess(image, graph.config) for image in images])
     plan = graph.scoring.plan
