@@ -1,0 +1,42 @@
+"""docs/anomalib.md: its example runs, and its command lines parse."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("anomalib")
+
+import small_plugin  # noqa: E402
+from anomalib.cli import AnomalibCLI  # noqa: E402
+
+TEXT = (Path(__file__).parents[2] / "docs" / "anomalib.md").read_text()
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def my_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the data of the document."""
+    monkeypatch.chdir(tmp_path)
+    return small_plugin.write_dataset(tmp_path / "my_data", train=6, test=1)
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert "MultiClassFolder" in example and "engine.fit" in example
+    exec(compile(example, "docs/anomalib.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert printed.count("my_data/cloth/test") == 2 and "mean/pixel_AUPRO" in printed
+    assert list(Path("results").rglob("*.xml")) and Path("model.safetensors").is_file()
+
+
+def test_the_command_lines_parse() -> None:
+    lines = [line for line in TEXT.replace("\\\n", " ").splitlines() if line.startswith("anomalib ")]
+    assert len(lines) == 2
+    for line in lines:
+        cli = AnomalibCLI(shlex.split(line, comments=True)[1:], run=False)
+        assert type(cli.model).__name__ == "HGAD"
