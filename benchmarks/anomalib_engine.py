@@ -2,7 +2,7 @@
 
 Each contender is fitted and tested as users of anomalib do it: `Engine.fit`, then `Engine.test` on all test images,
 with anomalib's metrics in its Evaluator, fed by its post-processor. What is said of a class is computed from the images
-of that class, and means are taken over the classes. `benchmarks.peers` compares detectors under equal conditions instead:
+of that class, and means are taken over the classes. `benchmarks.peers` compares detectors on equal terms instead:
 the same crop, our metrics, costs measured one by one.
 
 - `padim` and `patchcore` are one model for all classes: the datamodule Folder with a list of folders.
@@ -26,8 +26,8 @@ one with the best F1 score on the validation set, and that consists of test imag
 default of its datamodules in the MVTec AD layout, or of a half of them with `from_test`, Folder's own default, which
 leaves the other half to test on. Ours are calibrated on normal training images that are held out, a tenth of them.
 
-Fitting time is that of `Engine.fit`, from image files to thresholds: `validation_seconds` of it are the validation of
-the last epoch. The size of a model is that of what `Engine.export` writes for torch.
+Fitting time is that of `Engine.fit`, from image files to thresholds: `validation_seconds` of it are the validations,
+which set the thresholds, one an epoch. The size of a model is that of what `Engine.export` writes for torch.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from benchmarks.peers import (
@@ -70,6 +71,7 @@ from hgad_fast.environment import environment, package_versions
 from hgad_fast.files import replacing
 
 STAGES = (2, 3)  # of the backbone, that anomalib's models read: strides 8 and 16
+OUR_PRESETS = {"PlaceGaussian": "gaussian", "HGAD": "fast"}
 FIGURES = {
     "image AUROC": "image_AUROC",
     "F1": "image_F1Score",
@@ -94,7 +96,7 @@ class Contender:
 
     @property
     def is_ours(self) -> bool:
-        return self.model in ("PlaceGaussian", "HGAD")
+        return self.model in OUR_PRESETS
 
 
 CONTENDERS = {
@@ -221,17 +223,15 @@ def trial(
     """Fit a model to classes of the dataset in `root` and test it on them; what Engine writes goes to `folder`."""
     from anomalib.deploy import ExportType
     from anomalib.engine import Engine
-    from lightning import seed_everything
 
     from benchmarks.anomalib_figures import ClassFigures, Stopwatch
 
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    seed_everything(SEED)  # the order of PaDiM's features, PatchCore's first patch and random projection
+    # the order of training images, PaDiM's order of features, PatchCore's first patch and its random projection
+    torch.manual_seed(SEED)
     figures, stopwatch = ClassFigures(root, classes), Stopwatch()
-    of_engine: dict[str, Any] = {}
     if contender.is_ours:
         model, data, settings = ours(contender.model, root, figures, options)
-        of_engine = settings.pop("engine")
     else:
         model, settings = peer(contender.model, figures, options)
         data = folders(root, classes, options.validation)
@@ -242,7 +242,7 @@ def trial(
         devices=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **of_engine,
+        max_epochs=options.epochs if contender.model == "HGAD" else None,
     )
     start = time.perf_counter()
     engine.fit(model=model, datamodule=data)
@@ -263,7 +263,7 @@ def trial(
         "model_bytes": model_bytes,
         "checkpoint_bytes": checkpoint_bytes,
         "validation_images": len(data.val_data),
-        "settings": settings,
+        "settings": settings | {"epochs": engine.trainer.max_epochs},
     }
 
 
@@ -309,8 +309,14 @@ def folders(root: Path, classes: Iterable[str], validation: str) -> Any:
 
 
 def ours(kind: str, root: Path, evaluator: Any, options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """Return our model "PlaceGaussian" or "HGAD", its datamodule and its settings."""
-    raise NotImplementedError
+    """Return our model "PlaceGaussian" or "HGAD", its datamodule, and its settings."""
+    from hgad_fast import anomalib
+
+    settings: dict[str, Any] = {"preset": OUR_PRESETS[kind], "backbone": BACKBONE, "img_size": SIDE, "seed": SEED}
+    weights = str(options.weights)
+    model = getattr(anomalib, kind)(**settings, backbone_weights=weights, evaluator=evaluator, visualizer=False)
+    data = anomalib.MultiClassFolder(root, num_workers=0)
+    return model, data, settings | {"false_alarm_rate": model.false_alarm_rate}
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -62,18 +62,22 @@ class ClassFigures(Evaluator):
 
 
 class Stopwatch(Callback):
-    """Takes the time of the last validation, from its first batch to the thresholds."""
+    """Adds up the time of validations, from before their first batch to the thresholds.
+
+    Attributes:
+        seconds: of all validations so far.
+    """
 
     def __init__(self) -> None:
         self.seconds = self._start = 0.0
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start; models that are fitted before a validation have been."""
+        """Start: anomalib's models have been fitted, before the validation began."""
         self._start = time.perf_counter()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop."""
-        self.seconds = time.perf_counter() - self._start
+        self.seconds += time.perf_counter() - self._start
 
 
 def _of_images() -> list[AnomalibMetric]:
