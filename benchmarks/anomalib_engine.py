@@ -124,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # contender, folder
     options = parser.parse_args(words)
     if options.child:
+        warnings.simplefilter("ignore")
+        for logger in ("lightning.pytorch", "anomalib"):
+            logging.getLogger(logger).setLevel(logging.ERROR)
         name, folder = options.child
         (Path(folder) / f"{name}.json").write_text(json.dumps(outcome_of(name, Path(folder), options)))
         return
@@ -195,8 +198,6 @@ def write_images(dataset: Dataset, root: Path) -> None:
 def outcome_of(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Fit and test a contender on the images under `folder`/images; return its figures, costs and settings."""
     contender, root = CONTENDERS[name], folder / "images"
-    for name_of_logger in ("lightning.pytorch", "anomalib"):
-        logging.getLogger(name_of_logger).setLevel(logging.ERROR)
     class_names = datasets.discover(root).class_names
     trials = [
         trial(contender, classes, root, folder / name / str(i), options)
@@ -226,7 +227,6 @@ def trial(
 
     from benchmarks.anomalib_figures import ClassFigures, Stopwatch
 
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # the order of training images, PaDiM's order of features, PatchCore's first patch and its random projection
     torch.manual_seed(SEED)
     figures, stopwatch = ClassFigures(root, classes), Stopwatch()
