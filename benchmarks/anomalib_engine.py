@@ -84,6 +84,7 @@ VALIDATION = {  # how images that thresholds are taken from are called in the ta
     "from_test": "test images, half",
     "held out of training": "held-out normal images",
 }
+KEPT_APART = ("commit", "date", "contenders")  # what may differ between a record and an earlier one of its setting
 SUMS = ("validation_images", "fit_seconds", "validation_seconds", "test_seconds", "model_bytes", "checkpoint_bytes")
 
 
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation", choices=("same_as_test", "from_test"), default="same_as_test")
     parser.add_argument("--epochs", type=int, help="of HGAD; default: those of its preset")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here")
+    parser.add_argument("--keep", action="store_true", help="contenders that the file --output has of this setting")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # contender, folder
     options = parser.parse_args(words)
     if options.child:
@@ -158,9 +160,16 @@ def run(options: argparse.Namespace, words: Sequence[str], folder: Path) -> dict
         "training_images_a_class": options.training_images or "all",
         "test_images": len(dataset.test),
         "side": SIDE,
+        "coreset": options.coreset,
+        "validation": options.validation,
+        "epochs": options.epochs,
         "contenders": {},
     }
+    if options.keep and options.output is not None and options.output.exists():
+        record["contenders"] = kept(json.loads(options.output.read_text()), record, options.output)
     for name in options.contenders:
+        if name in record["contenders"]:
+            continue
         command = [sys.executable, "-m", "benchmarks.anomalib_engine", *words, "--child", name, str(folder)]
         search_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         variables = os.environ | {"PYTHONPATH": search_path}
@@ -171,6 +180,20 @@ def run(options: argparse.Namespace, words: Sequence[str], folder: Path) -> dict
         record["contenders"][name] = outcome
         print(f"{name}: fitted in {outcome['fit_seconds']:.1f} s", file=sys.stderr, flush=True)
     return record
+
+
+def kept(earlier: dict[str, Any], record: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the contenders of an earlier record, read from `file`, which has the setting of this one.
+
+    Raises:
+        ValueError: it has another setting.
+    """
+    differing = [name for name in record if name not in KEPT_APART and earlier.get(name) != record[name]]
+    if differing:
+        raise ValueError(
+            f"{file} has other values of {', '.join(differing)}: give another --output, or leave out --keep"
+        )
+    return earlier["contenders"]
 
 
 def write_images(dataset: Dataset, root: Path) -> None:

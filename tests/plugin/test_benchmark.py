@@ -205,3 +205,11 @@ def test_a_missing_anomalib_is_an_error_before_anything_is_fitted(root: Path, mo
     monkeypatch.setattr(anomalib_engine, "run", lambda *_: pytest.fail("something was fitted"))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hgad-fast\[anomalib\]'"):
         anomalib_engine.main([str(root), "--contenders", "padim"])
+
+
+def test_contenders_of_an_earlier_run_are_kept_if_its_setting_is_the_same(tmp_path: Path) -> None:
+    earlier = {"classes": ["bolt"], "commit": "a", "date": "yesterday", "contenders": {"padim": {"models": 1}}}
+    record = earlier | {"commit": "b", "date": "today", "contenders": {}}
+    assert anomalib_engine.kept(earlier, record, tmp_path) == {"padim": {"models": 1}}
+    with pytest.raises(ValueError, match=r"record\.json has other values of classes: .* leave out --keep"):
+        anomalib_engine.kept(earlier, record | {"classes": ["nut"]}, tmp_path / "record.json")
