@@ -19,7 +19,8 @@ has to be set:
 - mean and deviation of the images: those of the weights, and not ImageNet's;
 - workers of the data loaders (none, so that all contenders have the same cores) and the visualizer (off).
 
-Ours see images in proportions, 256 pixels on the short side, and have their presets.
+Ours see images in proportions, 256 pixels on the short side, and have their presets. Their maps are resized to the
+square of anomalib's before figures of pixels are computed, so that these stand on the same pixels and masks.
 
 A verdict on an image is that of the threshold which a contender has out of the box. anomalib's post-processor takes the
 one with the best F1 score on the validation set, and that consists of test images: of all with `same_as_test`, the
@@ -252,7 +253,7 @@ def trial(
 
     # the order of training images, PaDiM's order of features, PatchCore's first patch and its random projection
     torch.manual_seed(SEED)
-    figures, stopwatch = ClassFigures(root, classes), Stopwatch()
+    figures, stopwatch = ClassFigures(datasets.discover(root), classes, SIDE), Stopwatch()
     if contender.is_ours:
         model, data, settings = ours(contender.model, root, figures, options)
     else:

@@ -126,7 +126,8 @@ def batches_of(dataset: Dataset, rng: np.random.Generator) -> list[ImageBatch]:
 
 def test_figures_of_a_class_are_those_of_its_images_alone(images: Path) -> None:
     dataset = datasets.discover(images)
-    evaluator, batches = ClassFigures(images, dataset.class_names), batches_of(dataset, np.random.default_rng(1))
+    evaluator = ClassFigures(dataset, dataset.class_names, SIDE)
+    batches = batches_of(dataset, np.random.default_rng(1))
     for i, batch in enumerate(batches):
         evaluator.on_test_batch_end(None, None, None, batch, i)
     figures = evaluator.by_class()
@@ -148,6 +149,24 @@ def test_figures_of_a_class_are_those_of_its_images_alone(images: Path) -> None:
         assert found["false_alarms"] == pairs.count((False, True)) and found["misses"] == pairs.count((True, False))
         hits, wrong = pairs.count((True, True)), found["false_alarms"] + found["misses"]
         assert found["image_F1Score"] == pytest.approx(2 * hits / (2 * hits + wrong), abs=1e-6)
+
+
+def test_maps_of_several_sizes_count_at_one_size(images: Path) -> None:
+    dataset = datasets.discover(images)
+    batches, small = batches_of(dataset, np.random.default_rng(1)), SIDE // 2
+    evaluators = [ClassFigures(dataset, dataset.class_names, small) for _ in range(2)]
+    for i, batch in enumerate(batches):
+        evaluators[0].on_test_batch_end(None, None, None, batch, i)
+        # bilinear samples of a map of half the size lie between four pixels
+        maps = torch.nn.functional.avg_pool2d(batch.anomaly_map[:, None], 2)
+        masks = batch.gt_mask[:, ::2, ::2]  # the nearest pixel that resizing takes
+        batch.update(anomaly_map=maps, gt_mask=masks, image=torch.zeros(len(maps), 3, small, small))
+        evaluators[1].on_test_batch_end(None, None, None, batch, i)
+    resized, as_given = (evaluator.by_class() for evaluator in evaluators)
+    for name in dataset.class_names:
+        for figure, value in as_given[name].items():
+            # rounding of the maps may exchange a few of some ten thousand pixels
+            assert resized[name][figure] == pytest.approx(value, abs=1e-4), (name, figure)
 
 
 def test_the_stopwatch_adds_up_validations(monkeypatch: pytest.MonkeyPatch) -> None:
