@@ -445,7 +445,8 @@ class Peer:
         from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
         self.kind, self.stages, self.coreset = kind, stages, coreset
-        torch.manual_seed(SEED)  # the order of PaDiM's features, PatchCore's first patch and random projection
+        torch.manual_seed(SEED)  # the order of PaDiM's features, PatchCore's first patch, signs of its projection
+        np.random.seed(SEED)  # the rest of the projection, which scikit-learn draws
         common: dict[str, Any] = {"backbone": BACKBONE, "layers": [LAYERS[s] for s in stages], "pre_trained": False}
         self.model: Any
         if kind == "patchcore":
