@@ -418,6 +418,19 @@ class CentreCrop:
     square: bool = False
 
 
+def give_weights(model: Any, weights: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Give a torch model of anomalib our weights of its backbone; return mean and deviation of images for them.
+
+    Raises:
+        ValueError: the weights do not fit the backbone.
+    """
+    net = model.feature_extractor.feature_extractor
+    missing = net.load_state_dict(read_state_dict(weights), strict=False).missing_keys
+    if missing:
+        raise ValueError(f"--weights {weights}: no tensor {missing[0]!r}, which {BACKBONE} needs")
+    return net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+
+
 class Peer:
     """A model of anomalib, "padim" or "patchcore", on stages of our backbone with our weights.
 
@@ -432,19 +445,16 @@ class Peer:
         from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
         self.kind, self.stages, self.coreset = kind, stages, coreset
-        torch.manual_seed(SEED)  # the order of PaDiM's features, PatchCore's first patch and random projection
+        torch.manual_seed(SEED)  # the order of PaDiM's features, PatchCore's first patch, signs of its projection
+        np.random.seed(SEED)  # the rest of the projection, which scikit-learn draws
         common: dict[str, Any] = {"backbone": BACKBONE, "layers": [LAYERS[s] for s in stages], "pre_trained": False}
         self.model: Any
         if kind == "patchcore":
             self.model = PatchcoreModel(**common)
         else:
             self.model = PadimModel(**common, n_features=sum(CHANNELS[stage] for stage in stages))
-        net = self.model.feature_extractor.feature_extractor
-        missing = net.load_state_dict(read_state_dict(weights), strict=False).missing_keys
-        if missing:
-            raise ValueError(f"--weights {weights}: no tensor {missing[0]!r}, which {BACKBONE} needs")
-        statistics = net.pretrained_cfg
-        self.mean, self.std = (torch.tensor(statistics[name]).view(3, 1, 1) for name in ("mean", "std"))
+        mean, std = give_weights(self.model, weights)
+        self.mean, self.std = (torch.tensor(statistic).view(3, 1, 1) for statistic in (mean, std))
         self.model.eval()
 
     @property
