@@ -112,8 +112,11 @@ def verdicts(table: str) -> list[dict[str, float]]:
 
 @pytest.mark.usefixtures("small_presets", "camera")
 def test_every_line_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands, programs = 0, 0
+    commands, programs, others = 0, 0, 0
     for language, text in blocks():
+        if language == "python" and "anomalib" in text:
+            others += 1  # tests/plugin/test_docs.py runs it, in an environment with anomalib
+            continue
         if language == "python":
             exec(compile(text, "README.md", "exec"), {})
             programs += 1
@@ -134,6 +137,6 @@ def test_every_line_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
                     assert own == pytest.approx(other, rel=1e-4)
             else:
                 assert line.startswith(("make ", "pip install ", "my_data/", TIMES_THINGS)), line
-    assert (programs, commands) == (4, 13)
+    assert (programs, commands, others) == (4, 13, 1)
     assert (workspace / "scores" / "scores.csv").read_text().count("\n") == 3
     assert "bottle" in capsys.readouterr().out  # the camera's verdict on the square

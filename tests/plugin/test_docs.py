@@ -1,4 +1,4 @@
-"""docs/anomalib.md: its example runs, and its command lines parse."""
+"""docs/anomalib.md and the README: examples with anomalib run, and command lines parse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ pytest.importorskip("anomalib")
 import small_plugin  # noqa: E402
 from anomalib.cli import AnomalibCLI  # noqa: E402
 
-TEXT = (Path(__file__).parents[2] / "docs" / "anomalib.md").read_text()
+from hgad_fast import HGADConfig  # noqa: E402
+
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "anomalib.md").read_text()
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -32,6 +35,16 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed.count("my_data/cloth/test") == 2 and "mean/pixel_AUPRO" in printed
     assert list(Path("results").rglob("*.xml")) and Path("model.safetensors").is_file()
+
+
+def test_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its preset, with a backbone of random weights and fewer pixels."""
+    tiny = {"backbone_arch": "test_efficientnet", "backbone_weights": None, "out_indices": (1, 2), "img_size": 32}
+    monkeypatch.setitem(HGADConfig.presets, "fast", HGADConfig.presets["fast"] | tiny | {"meta_epochs": 1})
+    readme = (DOCS.parent / "README.md").read_text()
+    (example,) = (text for text in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "anomalib" in text)
+    exec(compile(example.replace(', backbone_weights="packaged"', ""), "README.md", "exec"), {"__name__": "__main__"})
+    assert list(Path("results").rglob("*.ckpt"))
 
 
 def test_the_command_lines_parse() -> None:
