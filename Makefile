@@ -35,7 +35,7 @@ test-machines: $(READY)
 # The models in anomalib, in an environment of their own: `make test` shows that the library does not need it.
 test-anomalib:
 	$(MAKE) setup VENV=.venv-anomalib EXTRAS=test,anomalib
-	OMP_NUM_THREADS=1 .venv-anomalib/bin/python -m pytest tests/plugin -n logical --shuffle=$(SHUFFLE)
+	OMP_NUM_THREADS=1 .venv-anomalib/bin/python -m pytest tests/plugin -n logical --dist loadfile --shuffle=$(SHUFFLE)
 
 # What takes minutes, such as a training that is killed thirty times.
 test-long: $(READY)

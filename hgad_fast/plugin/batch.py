@@ -49,10 +49,16 @@ class MultiClassBatch(ImageBatch):
 
     @classmethod
     def of(cls, batch: Any) -> MultiClassBatch:
-        """Return a batch of images as one that knows of classes; itself if it does."""
-        if isinstance(batch, cls):
-            return batch
-        return cls(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+        """Return a batch of images as one that knows of classes.
+
+        anomalib's metrics look at the batch that went into a step: a plain one becomes what is returned, in its place.
+        Batches of other kinds, of depth or video, are returned as they are.
+        """
+        if type(batch) is ImageBatch:
+            batch.__class__ = cls
+            for field in fields(cls):
+                batch.__dict__.setdefault(field.name, None)
+        return batch
 
     @classmethod
     def collate(cls, items: list[MultiClassItem]) -> MultiClassBatch:

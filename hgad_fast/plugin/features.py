@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.datasets import Dataset, Sample
+from ..environment import plain_torch
 from ..features.extract import FeatureSet, ShowProgress, channels_last, feature_set
 from ..features.preprocess import preprocess, seen_features
 from ..files import printable
 from ..protocol import Detector
 from ..terminal import warn_user
 from .data import MultiClassDataset
-from .processing import SeenResize
+from .processing import SeenResize, checked
 
 
 @dataclass
@@ -48,18 +49,21 @@ class PathFeatures:
     Attributes:
         features: of all images.
         numbers: by the `image_path` that batches have.
+        fixed: whether an image has the same features each time they are asked for.
     """
 
     features: FeatureSet
     numbers: dict[str, int]
+    fixed: bool = True
 
     def subset(self, rows: Tensor) -> PathFeatures:
         """Return the images with these numbers (n,), in this order."""
         position = {number: i for i, number in enumerate(rows.tolist())}
         numbers = {path: position[number] for path, number in self.numbers.items() if number in position}
-        return PathFeatures(self.features.subset(rows), numbers)
+        return PathFeatures(self.features.subset(rows), numbers, self.fixed)
 
 
+@plain_torch()
 def path_features(detector: Detector, dataset: Any, class_of: Callable[[str], int], keeping: Keeping) -> PathFeatures:
     """Return the features of a dataset's images, each image by itself, as scoring has them.
 
@@ -111,7 +115,7 @@ def path_features(detector: Detector, dataset: Any, class_of: Callable[[str], in
     class_ids = torch.tensor([class_of(path) for path in paths], dtype=torch.int64)
     # what the set is called says nothing: a training in anomalib is resumed by its checkpoints alone
     features = FeatureSet(images, class_ids, fingerprint="items of a dataset")
-    return PathFeatures(features, {path: i for i, path in enumerate(paths)})
+    return PathFeatures(features, {path: i for i, path in enumerate(paths)}, fixed=keeping.cache is not None)
 
 
 def _has_augmentations(dataset: Any) -> bool:
@@ -139,7 +143,7 @@ class _ItemFeatures(Sequence[list[Tensor]]):
         return len(self.dataset)
 
     def __getitem__(self, i: Any) -> Any:
-        return self._kept[i] if self.keep else self._computed(self.dataset[i])
+        return self._kept[i] if self.keep else self._of(self.dataset[i])
 
     def read(self, keeping: Keeping) -> list[str]:
         """Read all items, keep their features if they are to be kept, and return their paths."""
@@ -155,30 +159,24 @@ class _ItemFeatures(Sequence[list[Tensor]]):
                 )
             paths.append(str(path))
             if self.keep:
-                self._kept.append(self._computed(item))
+                self._kept.append(self._of(item))
         return paths
 
-    def _computed(self, item: Any) -> list[Tensor]:
-        image = checked(item.image.as_subclass(Tensor), str(item.image_path))
-        levels = seen_features(self.detector, preprocess(image, self.detector.config))
-        return [channels_last(level[0]).cpu() for level in levels]
+    def _of(self, item: Any) -> list[Tensor]:
+        return computed(self.detector, item.image, str(item.image_path))
+
+
+@plain_torch()
+@torch.no_grad()
+def computed(detector: Detector, image: Tensor, name: str) -> list[Tensor]:
+    """Return the features of an image (3, H, W) in [0, 1]: one (C, h, w) per level, prepared, on the CPU.
+
+    Raises:
+        ValueError: it is no such image; `name` says which.
+    """
+    seen = preprocess(checked(image.as_subclass(Tensor), name), detector.config)
+    return [channels_last(level[0]).cpu() for level in seen_features(detector, seen)]
 
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def checked(image: Tensor, name: str) -> Tensor:
-    """Return an image (3, H, W) as float32.
-
-    Raises:
-        ValueError: it is no image in [0, 1]; `name` says which.
-    """
-    low, high = (float(value) for value in image.aminmax())
-    if image.dim() != 3 or image.shape[0] != 3 or not (0 <= low and high <= 1):
-        raise ValueError(
-            f"{printable(name)}: the image has shape {tuple(image.shape)} and values from {low:g} to {high:g}; the "
-            "model takes (3, H, W) in [0, 1], and normalises by itself: leave Normalize out of pre-processor and "
-            "augmentations"
-        )
-    return image.float()

@@ -32,7 +32,7 @@ from ..terminal import warn_user
 from . import scale
 from .resizing import LARGEST_SIDE, Resizing, by
 
-FORMAT = "hgad_fast anomalib 1"
+FORMAT = "hgad_fast anomalib graph 1"
 SCORED = ("anomaly_map", "score", "threshold", "is_anomalous")  # outputs of the graph of scoring
 CHECKED = ("score_multiple", "map_multiple")  # outputs that are compared, and not written
 CHECKED_IMAGES = 2  # of each size
@@ -201,6 +201,7 @@ def write_onnx(
     path = Path(path)
     require_packages("onnx", check)
     require_float32(detector)  # type: ignore[arg-type]
+    detector = reference_model(detector)
     graph = InferenceGraph(
         detector,
         seen=seen,
@@ -217,7 +218,7 @@ def write_onnx(
         program = Program("onnx", _traced(graph), _Names((input_name,), graph.outputs))
         if check:
             program.save(file, text_of(described))
-            described["check"] = _compared(reference_model(detector), graph, runner("onnx", file))
+            described["check"] = _compared(detector, graph, runner("onnx", file))
             program.keep(written)
             for checked in file.parent.iterdir():
                 checked.unlink()

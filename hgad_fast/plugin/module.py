@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from anomalib import LearningType
-from anomalib.deploy import ExportType
 from anomalib.models.components import AnomalibModule
-from anomalib.models.components.base.export_mixin.utils import create_export_root
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from .. import methods
-from ..data.images import ImageError, read_header
-from ..export.contract import OPSET
-from ..features.preprocess import seen_shape
 from ..files import printable
 from ..models.detector import Detector
 from ..scoring.calibration import check_false_alarm_rate, split
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_prepared
-from ..scoring.stored import stored_calibration
 from ..training.display import Display
-from ..training.fit import NonFiniteLossError
 from ..training.step import exactly, make_optimizer
 from .batch import MultiClassBatch
+from .checkpoint import KEY, restored, stored
+from .classes import class_in
 from .data import MultiClassDataset, MultiClassFolder
+from .exporting import common_size, export_options
 from .features import Keeping, PathFeatures, path_features
 from .graph import write_onnx
 from .predictor import Predictor, joined, paths_of, require_proportions
 from .processing import SeenPreProcessor, ThresholdPostProcessor, View
-from .training import Fitting, MethodSchedule, passes_of, progress_at, scheduled
+from .schedule import MethodSchedule, passes_of, progress_at, scheduled
+from .training import Fitting, require_finite
 
-FORMAT = "hgad_fast anomalib 1"
-KEY = "hgad_fast"  # of what a checkpoint holds beside the tensors
+DEVICES = ("cpu", "cuda")
 CHECKED_EVERY = 20  # steps between two looks at whether losses are numbers: on a GPU a look waits for the device
-SPLITS = ("train", "training", "test", "testing", "val", "validation", "test_public", "test_private")
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
@@ -106,6 +100,11 @@ class DetectorModule(AnomalibModule):
                 f"post_processor is a {type(post_processor).__name__}, which would learn thresholds from validation, "
                 "and the model has its own: take hgad_fast.anomalib.ThresholdPostProcessor; it has sensitivities, too"
             )
+        if not isinstance(pre_processor, (bool, SeenPreProcessor)):
+            raise ValueError(
+                f"pre_processor is a {type(pre_processor).__name__}; the model sees images as the library does, in "
+                "training, scoring and export alike: leave it True, and set img_size, or in settings center_crop"
+            )
         if cache not in ("ram", "disk", None):
             raise ValueError(f"cache is {cache!r}; allowed are 'ram', 'disk' and None")
         if cache == "disk" and cache_dir is None:
@@ -114,7 +113,7 @@ class DetectorModule(AnomalibModule):
         if isinstance(classes, str):
             raise ValueError(f"classes is {classes!r}; pass a sequence of names, such as [{classes!r}]")
         super().__init__(
-            pre_processor=pre_processor if isinstance(pre_processor, nn.Module) else False,
+            pre_processor=False,  # it needs the configuration
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -128,10 +127,14 @@ class DetectorModule(AnomalibModule):
         self.seen_size: tuple[int, int] | None = None  # of the training images, where they have one in common
         self._class_ids: dict[str, int] = {}  # of the images of a `MultiClassFolder`, by their paths
         self._fitting: Fitting | None = None
-        self._config = self._configured(tuple(classes) if classes is not None else ("any",))
+        self._sanity_steps = 0  # those of the trainer
+        self._asked = self._configured(tuple(classes) if classes is not None else ("any",))
         self._has_classes = classes is not None
-        if pre_processor is True:
-            self.pre_processor = SeenPreProcessor(View.of(self._config))
+        view = View.of(self._asked)
+        if isinstance(pre_processor, SeenPreProcessor) and pre_processor.view != view:
+            raise ValueError(f"pre_processor has {pre_processor.view}, and the model {view}: set img_size or settings")
+        if pre_processor is not False:
+            self.pre_processor = SeenPreProcessor(view)
 
     @classmethod
     def from_detector(cls, detector: Any, **options: Any) -> DetectorModule:
@@ -148,6 +151,7 @@ class DetectorModule(AnomalibModule):
             what = detector.config.method if isinstance(detector, Detector) else type(detector).__name__
             raise ValueError(f"{cls.__name__} takes a model of the method {cls.method!r}, and this is {what!r}")
         model = cls(classes=detector.class_names, **options)
+        model._asked = detector.config
         model._take(detector)
         return model
 
@@ -161,7 +165,7 @@ class DetectorModule(AnomalibModule):
         if self.model.detector is None:
             if not self._has_classes:
                 raise ValueError("the classes are not known before the model is fitted: pass classes=[...]")
-            self._take(methods.METHODS[self.method](self._config))
+            self._take(methods.METHODS[self.method](self._asked))
         return self.model.detector
 
     @property
@@ -172,7 +176,7 @@ class DetectorModule(AnomalibModule):
     @property
     def own_batch_size(self) -> int:
         """The number of images of a training batch that the configuration asks for."""
-        return self._config.batch_size
+        return self._asked.batch_size
 
     def _configured(self, classes: tuple[str, ...]) -> Any:
         """Return the configuration for these classes."""
@@ -183,7 +187,7 @@ class DetectorModule(AnomalibModule):
     def _take(self, detector: Detector) -> None:
         """Take over a detector, and see images as it does."""
         self.model.detector = detector.to(self.device)
-        self._config, self._has_classes = detector.config, True
+        self._has_classes = True
         if isinstance(self.pre_processor, SeenPreProcessor):
             self.pre_processor.view = View.of(detector.config)
 
@@ -229,7 +233,7 @@ class DetectorModule(AnomalibModule):
             loop = trainer.fit_loop
             if loop.max_epochs is None and trainer.max_steps == -1:
                 closed_form = methods.METHODS[self.method].closed_form
-                loop.max_epochs = 1 if closed_form else passes_of(self._config)
+                loop.max_epochs = 1 if closed_form else passes_of(self._asked)
         LightningModule.trainer.fset(self, trainer)
 
     def setup(self, stage: str) -> None:
@@ -239,6 +243,10 @@ class DetectorModule(AnomalibModule):
             ValueError: precision or devices are not possible, or the data are of other classes.
         """
         trainer = self.trainer
+        self._let_go()  # of what a training has left that ended in an error
+        device = trainer.strategy.root_device.type
+        if device not in DEVICES:
+            raise ValueError(f"the accelerator is {device!r}; allowed are cpu and cuda (--trainer.accelerator cpu)")
         precision = str(trainer.precision)
         if precision not in PRECISIONS or (precision == "bf16-mixed" and self.method != "hgad"):
             allowed = "'32-true' and 'bf16-mixed'" if self.method == "hgad" else "'32-true'"
@@ -254,12 +262,14 @@ class DetectorModule(AnomalibModule):
                 f"{trainer.world_size} devices: {type(self).__name__} is fitted on one here, devices=1 "
                 "(--trainer.devices 1); the library trains on several: torchrun --nproc-per-node N -m hgad_fast train"
             )
-        trainer.num_sanity_val_steps = 0  # before the training there is nothing to validate
+        if trainer.current_epoch:
+            raise ValueError("this Engine has fitted before, and goes on counting its epochs: make a new Engine()")
+        self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0  # nothing to validate yet
         if not self._has_classes:
             names = getattr(datamodule, "class_names", None) or (getattr(datamodule, "category", ""),)
             if not all(names):
                 raise ValueError(f"classes is None, and {type(datamodule).__name__} names none: pass classes=[...]")
-            self._config = self._configured(tuple(names))
+            self._asked = self._configured(tuple(names))
             self._has_classes = True
             self.hparams["classes"] = list(names)
         if isinstance(datamodule, MultiClassFolder):
@@ -272,8 +282,12 @@ class DetectorModule(AnomalibModule):
                     f"{printable(str(datamodule.dataset.root))} has the classes {', '.join(datamodule.class_names)}; "
                     f"the model was made for {', '.join(self.class_names)}: pass classes=data.class_names"
                 )
-        if precision == "bf16-mixed":
-            self.detector.precision = "bf16"
+
+    def on_fit_start(self) -> None:
+        """Take over the precision of the trainer."""
+        if self.method == "hgad":
+            mixed = str(self.trainer.precision) == "bf16-mixed"
+            self.detector.precision = "bf16" if mixed else self._asked.precision
 
     def configure_optimizers(self) -> Any:
         """Return Adam as the method has it, with its learning rates; None where it has a closed form.
@@ -289,11 +303,11 @@ class DetectorModule(AnomalibModule):
         if steps == float("inf"):
             raise ValueError("max_epochs is -1: the learning rate falls towards an end; give max_epochs or max_steps")
         steps_of_pass = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-        config = scheduled(detector.config, -(-steps // steps_of_pass))
+        schedule_fields = scheduled(self._asked, -(-steps // steps_of_pass))
         batch_size = getattr(trainer.train_dataloader, "batch_size", None)
         if batch_size is None:
             batch_size = getattr(getattr(trainer.train_dataloader, "batch_sampler", None), "batch_size", None)
-        detector.config = config.replace(batch_size=batch_size or config.batch_size)
+        detector.config = detector.config.replace(**schedule_fields, batch_size=batch_size or self.own_batch_size)
         if detector.config.accumulate > 1:
             raise ValueError(
                 f"accumulate is {detector.config.accumulate}: in anomalib the trainer accumulates batches; leave it 1, "
@@ -326,7 +340,7 @@ class DetectorModule(AnomalibModule):
             if detector.closed_form:
                 display.say("fitting")
             self._fitting = Fitting(detector, training, held_out, self.false_alarm_rate, trainer.global_step > 0)
-        self.seen_size = _common_size(training.numbers, detector.config)
+        self.seen_size = common_size(training.numbers, detector.config)
         if isinstance(dataset, MultiClassDataset):
             dataset.needs_images = False
         detector.train()
@@ -365,15 +379,10 @@ class DetectorModule(AnomalibModule):
             return None
         loss, terms = outcome
         if step % CHECKED_EVERY == 0 or batch_idx == batches - 1 or self.device.type == "cpu":
-            for name, value in terms.items():
-                if not value.isfinite():
-                    raise NonFiniteLossError(
-                        f"{name} is {float(value)} at step {step}. Lower lr ({self.detector.config.lr}), or look for "
-                        "images with broken features"
-                    )
+            require_finite(terms, step, self.detector.config.lr)
         size = len(batch.image_path)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
-        named = {f"train_{name}": value for name, value in terms.items()}
+        named = {f"train_{name}": of_levels.mean() for name, of_levels in terms.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=size)
         return loss
 
@@ -389,12 +398,15 @@ class DetectorModule(AnomalibModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip gradients as the trainer is told to, or else as the method does (``clip_grad_norm``)."""
+        everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = self.detector.config.clip_grad_norm
-        if gradient_clip_val is not None or norm is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        for parameters in self.detector.clip_groups():
-            nn.utils.clip_grad_norm_(parameters, norm)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(everything, gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(everything, gradient_clip_val)
+        elif norm is not None:
+            for parameters in self.detector.clip_groups():
+                nn.utils.clip_grad_norm_(parameters, norm)
 
     def on_train_epoch_end(self) -> None:
         """Stop after the first epoch where there is a closed form."""
@@ -408,13 +420,18 @@ class DetectorModule(AnomalibModule):
         self.detector.eval()
 
     def teardown(self, stage: str) -> None:
-        """Let go of features."""
-        if self._fitting is not None:
-            self._fitting.feed.clear()
-        self._fitting = None
+        """Let go of features, and give images back to the datasets."""
+        self._let_go()
+        if stage == "fit":
+            self.trainer.num_sanity_val_steps = self._sanity_steps
         dataset = getattr(self.trainer.train_dataloader, "dataset", None)
         if isinstance(dataset, MultiClassDataset):
             dataset.needs_images = True
+
+    def _let_go(self) -> None:
+        if self._fitting is not None:
+            self._fitting.feed.clear()
+        self._fitting = None
 
     def _required_fitting(self) -> Fitting:
         assert self._fitting is not None, "lightning calls on_train_start first"
@@ -431,18 +448,7 @@ class DetectorModule(AnomalibModule):
         """
         if path in self._class_ids:
             return self._class_ids[path]
-        names = self.class_names
-        if len(names) == 1:
-            return 0
-        folders = Path(path).parts[:-1]
-        before_split = [name for name, after in zip(folders, folders[1:], strict=False) if after.lower() in SPLITS]
-        candidates = [name for name in (*folders, *before_split) if name in names]
-        if not candidates:
-            raise ValueError(
-                f"{printable(path)}: no folder in this path has the name of a class ({', '.join(names)}); take "
-                "MultiClassFolder, which knows the classes of its images"
-            )
-        return names.index(candidates[-1])
+        return class_in(path, self.class_names)
 
     # ---- scoring
 
@@ -472,8 +478,8 @@ class DetectorModule(AnomalibModule):
         return self._predicted(batch, self._scored(batch))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Return a batch with its scores, as one that knows of classes."""
-        return self._predicted(MultiClassBatch.of(batch), self._scored(batch))
+        """Return a batch with its scores."""
+        return self._predicted(batch, self._scored(batch))
 
     def _scored(self, batch: Any) -> ScoreResult:
         """Return the result of a batch."""
@@ -482,6 +488,7 @@ class DetectorModule(AnomalibModule):
 
     def _predicted(self, batch: Any, result: ScoreResult) -> Any:
         """Write scores, maps, classes and p-values into a batch, and return it."""
+        batch = MultiClassBatch.of(batch)
         batch.update(**self.model.in_multiples(result)._asdict())
         batch.pred_class = result.class_id.to(self.device)
         batch.pred_class_name = [self.detector.groups[k] for k in result.class_id.tolist()]
@@ -510,74 +517,16 @@ class DetectorModule(AnomalibModule):
         Raises:
             ValueError: the model is not trained, an argument does not fit, or the file differs from the model.
         """
-        (input_name,) = kwargs.pop("input_names", ("input",))
-        opset = kwargs.pop("opset_version", OPSET)
-        if opset != OPSET:
-            raise ValueError(f"opset_version is {opset}: the graph is written in opset {OPSET}; leave it out")
-        check = kwargs.pop("check", True)
-        if kwargs:
-            raise ValueError(f"{', '.join(kwargs)}: to_onnx of {type(self).__name__} takes no such arguments")
-        folder = create_export_root(export_root, ExportType.ONNX)
-        return write_onnx(
-            self.model.calibrated,
-            folder / f"{model_file_name}.onnx",
-            seen=self._seen_by_graph(input_size),
-            input_size=input_size,
-            input_name=input_name,
-            check=check,
-            **self._on_scale(),
-        )
-
-    def _seen_by_graph(self, input_size: tuple[int, int] | None) -> tuple[int, int]:
-        """Return the (h, w) at which a graph of fixed size sees images.
-
-        Raises:
-            ValueError: the training images have several, and nothing says which of them it is to be.
-        """
-        config = self.detector.config
-        if input_size is not None:
-            return seen_shape(input_size, config)
-        if self.seen_size is not None:
-            return self.seen_size
-        if isinstance(config.img_size, str) or not (config.square or config.center_crop):
-            raise ValueError(
-                "input_size is None, and training images are seen at several sizes, or none is known: give "
-                "input_size=(height, width) of the images that will go in, and export a file for each proportion"
-            )
-        return config.img_size, config.img_size
-
-    def _on_scale(self) -> dict[str, Any]:
-        """Return the scale of the post-processor, as `graph.write_onnx` takes it."""
-        post_processor = self.post_processor
-        if post_processor is None:
-            return {"normalised": False, "thresholded": False}
-        if not isinstance(post_processor, ThresholdPostProcessor):
-            raise ValueError(
-                f"the post-processor is a {type(post_processor).__name__}, which the graph does not know: export with "
-                "a ThresholdPostProcessor, or without one (post_processor=False)"
-            )
-        return {
-            "image_sensitivity": post_processor.image_sensitivity,
-            "pixel_sensitivity": post_processor.pixel_sensitivity,
-            "normalised": post_processor.enable_normalization,
-            "thresholded": post_processor.enable_thresholding,
-        }
+        detector = self.model.calibrated
+        options = export_options(self.detector.config, self.post_processor, self.seen_size, input_size, kwargs)
+        return write_onnx(detector, Path(export_root) / "weights" / "onnx" / f"{model_file_name}.onnx", **options)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write configuration and calibration into a checkpoint; the model is calibrated as it is."""
         super().on_save_checkpoint(checkpoint)
         if self._fitting is not None:
             self._fitting.bring_up_to_date(self.trainer.global_step)
-        detector = self.detector
-        calibration = detector.calibration
-        checkpoint[KEY] = {
-            "format": FORMAT,
-            "method": self.method,
-            "config": detector.config.to_json(),
-            "seen_size": self.seen_size,
-            "calibration": None if calibration is None else {**calibration.tensors()},
-            "calibration_settings": None if calibration is None else calibration.settings(),
-        }
+        checkpoint[KEY] = stored(self.detector, self._asked, self.seen_size)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the detector that a checkpoint holds, whose tensors come after this.
@@ -586,26 +535,8 @@ class DetectorModule(AnomalibModule):
             ValueError: the checkpoint is of another model.
         """
         super().on_load_checkpoint(checkpoint)
-        held: Mapping[str, Any] = checkpoint.get(KEY) or {}
-        if held.get("format") != FORMAT or held.get("method") != self.method:
-            found = f"a model of the method {held['method']!r}" if "method" in held else "none of hgad_fast"
-            raise ValueError(f"the checkpoint holds {found}, and {type(self).__name__} loads {self.method!r}")
-        model_class = methods.METHODS[self.method]
-        config = model_class.config_class.from_fields(json.loads(held["config"]))
-        # the weights of the backbone are in the checkpoint
-        detector = model_class(config.replace(backbone_weights=None))
-        detector.config = detector.config.replace(backbone_weights=config.backbone_weights)
-        if held["calibration"] is not None:
-            detector.calibration = stored_calibration(
-                held["calibration"],
-                held["calibration_settings"],
-                groups=len(detector.groups),
-                levels=detector.density_levels,
-                parts=detector.density_parts,
-                fusion=detector.fusion,
-            )
+        detector, self._asked, self.seen_size = restored(checkpoint.get(KEY) or {}, self.method)
         self._take(detector)
-        self.seen_size = None if held["seen_size"] is None else tuple(held["seen_size"])
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_fitting": None, "_class_ids": {}}
@@ -627,12 +558,3 @@ class PlaceGaussian(DetectorModule):
     """A Gaussian for each place of each class, in closed form: there is one epoch; see `DetectorModule`."""
 
     method = "gaussian"
-
-
-def _common_size(paths: Iterable[str], config: Any) -> tuple[int, int] | None:
-    """Return the (h, w) at which images are seen, by the headers of their files; None where they differ."""
-    try:
-        sizes = {seen_shape(read_header(path)[:2], config) for path in paths}
-    except ImageError:
-        return None
-    return sizes.pop() if len(sizes) == 1 else None

@@ -18,7 +18,7 @@ from ..models.detector import Detector
 from ..scoring.rates import NO_THRESHOLDS
 from ..scoring.result import ScoreResult
 from .batch import MultiClassBatch
-from .features import checked
+from .processing import checked
 from .scale import multiples
 
 NATIVE_SIZES = (

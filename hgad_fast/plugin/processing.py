@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import Resize
 
 from ..features.preprocess import Seeing, preprocess
+from ..files import printable
 from .scale import to_multiple, to_unit
 
 THRESHOLD = 1.0  # of scores in multiples of it
@@ -32,6 +33,22 @@ class View:
         return cls(config.img_size, config.center_crop, config.square)
 
 
+def checked(image: Tensor, name: str) -> Tensor:
+    """Return an image (3, H, W) as float32.
+
+    Raises:
+        ValueError: it is no image in [0, 1]; `name` says which.
+    """
+    low, high = (float(value) for value in image.aminmax())
+    if image.dim() != 3 or image.shape[0] != 3 or not (0 <= low and high <= 1):
+        raise ValueError(
+            f"{printable(name)}: the image has shape {tuple(image.shape)} and values from {low:g} to {high:g}; the "
+            "model takes (3, H, W) in [0, 1], and normalises by itself: leave Normalize out of pre-processor and "
+            "augmentations"
+        )
+    return image.float()
+
+
 class SeenResize(Resize):
     """Resizes images, and masks with them, as the library does: antialiased, by Pillow's Lanczos filter.
 
@@ -40,6 +57,9 @@ class SeenResize(Resize):
 
     Args:
         view: how images are seen.
+
+    Raises, where it is used:
+        ValueError: an image has values beyond [0, 1], which resizing would clip.
     """
 
     def __init__(self, view: View) -> None:
@@ -67,7 +87,7 @@ class SeenResize(Resize):
             return tv_tensors.wrap(seen.to(planes.dtype).reshape(*planes.shape[:-2], *seen.shape[-2:]), like=inpt)
         images = inpt.as_subclass(Tensor)
         flat = images.reshape(-1, *images.shape[-3:])
-        seen = torch.stack([preprocess(image, self.view) for image in flat])
+        seen = torch.stack([preprocess(checked(image, "an image"), self.view) for image in flat])
         seen = seen.reshape(*images.shape[:-2], *seen.shape[-2:])
         return tv_tensors.wrap(seen, like=inpt) if isinstance(inpt, tv_tensors.Image) else seen
 
@@ -137,8 +157,16 @@ class ThresholdPostProcessor(PostProcessor):
             image_sensitivity=image_sensitivity,
             pixel_sensitivity=pixel_sensitivity,
         )
-        self._image_threshold.fill_(THRESHOLD)
-        self._pixel_threshold.fill_(THRESHOLD)
+
+    @property
+    def image_threshold(self) -> Tensor:
+        """The threshold of image scores as the model gives them, (): they are in multiples of it."""
+        return torch.tensor(THRESHOLD)
+
+    @property
+    def pixel_threshold(self) -> Tensor:
+        """The threshold of pixels as the model gives them, ()."""
+        return torch.tensor(THRESHOLD)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Learn nothing."""

@@ -7,15 +7,13 @@ lightning does the rest: the loop, the optimizer's steps, checkpoints, loggers, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from ..environment import plain_torch
-from ..features.preprocess import preprocess, seen_features
 from ..files import printable
 from ..models.detector import Detector
 from ..protocol import Progress
@@ -23,51 +21,7 @@ from ..scoring.calibration import calibration_from, warn_of_shortcomings
 from ..training.drawing import EVERY_PIXEL, Draw
 from ..training.feeding import DeviceFeed, DeviceQueue, Feed, HostFeed, Selection
 from ..training.fit import NonFiniteLossError, recognition, require_every_class, warn_of_recognition
-from .features import PathFeatures, checked
-
-
-def passes_of(config: Any) -> int:
-    """Return how many passes over the images a configuration asks for."""
-    return config.meta_epochs * config.sub_epochs
-
-
-def scheduled(config: Any, passes: int) -> Any:
-    """Return a configuration for this number of passes, by its own schedule as far as possible.
-
-    There are as many meta-epochs, of fewer or more passes; where passes are fewer than meta-epochs, each is one.
-    """
-    sub_epochs = max(1, passes // config.meta_epochs)
-    return config.replace(meta_epochs=math.ceil(passes / sub_epochs), sub_epochs=sub_epochs)
-
-
-def progress_at(config: Any, number: int, batch: int, batches: int) -> Progress:
-    """Return the progress at a batch of `batches` in the pass of a number, from 0."""
-    meta_epoch, sub_epoch = divmod(number, config.sub_epochs)
-    return Progress(meta_epoch, sub_epoch, batch, batches)
-
-
-class MethodSchedule(LRScheduler):
-    """The learning rates of a method, step by step.
-
-    Args:
-        optimizer: whose rates are set.
-        detector: of the method; its configuration has the numbers of meta-epochs and sub-epochs.
-        steps: in a pass.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, detector: Detector, steps: int) -> None:
-        self._detector, self._steps = detector, steps
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Return the rate of the next step, the same for all groups of parameters."""
-        number, batch = divmod(self.last_epoch, self._steps)
-        _, rate = self._detector.schedule(progress_at(self._detector.config, number, batch, self._steps))
-        return [rate for _ in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of the step, as plain data."""
-        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+from .features import PathFeatures, computed
 
 
 class Fitting:
@@ -100,7 +54,7 @@ class Fitting:
                 "thresholds rest on them: give at least two images of each class, and a calibration_fraction above 0"
             )
         self.feed: Feed = HostFeed(detector.device)
-        if detector.device.type == "cuda":
+        if detector.device.type == "cuda" and training.fixed:  # it keeps features on the device
             self.feed = DeviceFeed(DeviceQueue(detector.device))
         self._stage, self._objective = 0, nn.Module()
         self._validated: dict[str, list[Tensor]] = {}  # features of validation images that are not held out, by path
@@ -112,7 +66,7 @@ class Fitting:
                     detector.finish(training.features)
 
     def loss(self, paths: Sequence[str], progress: Progress, step: int) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Return the loss of a batch, and the mean over the levels of each of its terms, by name.
+        """Return the loss of a batch, and each of its terms (levels,), by name.
 
         Args:
             paths: of its images. Those that are held out are left out; None is returned where all are.
@@ -130,35 +84,31 @@ class Fitting:
             return None
         config = self.detector.config
         draw = Draw(self.detector.pixels_per_step, config.seed, step)
-        return self._loss(self.training, numbers, progress, draw)
+        return self._loss(self.training, numbers, progress, draw, self.feed)
 
     @torch.no_grad()
     def held_out_loss(self, paths: Sequence[str], progress: Progress) -> Tensor | None:
         """Return the loss of held-out images, by their paths; None where one is not held out."""
         if any(path not in self.held_out.numbers for path in paths):
             return None
-        feed = self.feed
-        self.feed = HostFeed(self.detector.device)
-        try:
-            loss, _ = self._loss(self.held_out, [self.held_out.numbers[path] for path in paths], progress, EVERY_PIXEL)
-        finally:
-            self.feed = feed
+        numbers = [self.held_out.numbers[path] for path in paths]
+        loss, _ = self._loss(self.held_out, numbers, progress, EVERY_PIXEL, HostFeed(self.detector.device))
         return loss
 
     @plain_torch()
     def _loss(
-        self, of: PathFeatures, numbers: list[int], progress: Progress, draw: Draw
+        self, of: PathFeatures, numbers: list[int], progress: Progress, draw: Draw, feed: Feed
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of images by their numbers, and its terms."""
         stage, _ = self.detector.schedule(progress)
         if stage != self._stage:
             self._stage, self._objective = stage, self.detector.objective(stage)
         images, labels = Selection(of.features.images, numbers), of.features.class_ids[numbers]
-        (part,) = self.feed.parts(images, labels, 1, draw)
+        (part,) = feed.parts(images, labels, 1, draw)
         pixels = [sum(group.pixels for group in groups) for groups in part.members]
         loss, terms = self._objective(part.batch(), pixels)
         names: Any = self._objective.terms
-        return loss, dict(zip(names, terms.detach().mean(0), strict=True))
+        return loss, dict(zip(names, terms.detach().unbind(1), strict=True))
 
     @plain_torch()
     @torch.no_grad()
@@ -177,8 +127,7 @@ class Fitting:
             if path in numbers:
                 levels = self.held_out.features.images[numbers[path]]
             elif levels is None:
-                seen = preprocess(checked(image.as_subclass(Tensor), path), self.detector.config)
-                levels = [level[0].cpu() for level in seen_features(self.detector, seen)]
+                levels = computed(self.detector, image, path)
                 if keep:
                     self._validated[path] = levels
             features.append([level[None].to(device) for level in levels])
@@ -197,7 +146,7 @@ class Fitting:
         detector = self.detector
         for name, parameter in detector.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
-                raise NonFiniteLossError(f"parameter {name} is not finite after step {step}: lower lr")
+                raise _diverged(f"parameter {name} is not finite after step {step}", detector.config.lr)
         was_training = [module for module in detector.modules() if module.training]
         detector.eval()
         try:
@@ -218,3 +167,21 @@ class Fitting:
         self.feed.clear()
         warn_of_shortcomings(self.detector)
         warn_of_recognition(recognition(self.detector, self.held_out.features))
+
+
+def require_finite(terms: Mapping[str, Tensor], step: int, rate: float) -> None:
+    """Raise a NonFiniteLossError where a term of the loss (levels,) of a step, or of one before it, is not finite.
+
+    Args:
+        terms: by their names.
+        step: the number of the step.
+        rate: the highest learning rate, for the message.
+    """
+    for name, values in terms.items():
+        for level, value in enumerate(values.tolist()):
+            if not math.isfinite(value):
+                raise _diverged(f"{name} of level {level} is {value} by step {step}", rate)
+
+
+def _diverged(problem: str, rate: float) -> NonFiniteLossError:
+    return NonFiniteLossError(f"{problem}. Lower lr ({rate}), or look for images with broken features.")

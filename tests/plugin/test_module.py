@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from anomalib.data import Folder, PredictDataset  # noqa: E402
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer  # noqa: E402
 from anomalib.metrics import AUPRO, AUROC, Evaluator  # noqa: E402
 from anomalib.post_processing import PostProcessor  # noqa: E402
+from anomalib.pre_processing import PreProcessor  # noqa: E402
 from lightning.pytorch import Callback  # noqa: E402
 from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
 from small_plugin import BACKBONE, CLASSES, settings  # noqa: E402
@@ -34,6 +36,8 @@ from hgad_fast.evaluation import metrics  # noqa: E402
 from hgad_fast.evaluation.evaluate import evaluate  # noqa: E402
 from hgad_fast.features.backbone import Backbone  # noqa: E402
 from hgad_fast.plugin.batch import MultiClassBatch  # noqa: E402
+from hgad_fast.plugin.processing import View  # noqa: E402
+from hgad_fast.plugin.schedule import scheduled  # noqa: E402
 from hgad_fast.training.fit import NonFiniteLossError  # noqa: E402
 
 NAMES = ("HGAD", "VQFlow", "PlaceGaussian")
@@ -150,17 +154,17 @@ def test_the_backbone_sees_each_image_once(root: Path, engine: MakeEngine, monke
 def test_the_epochs_of_the_user(root: Path, engine: MakeEngine) -> None:
     """Those of the trainer are respected; without any, the method's own are taken, and not lightning's 1000."""
     changes = {"meta_epochs": 3, "sub_epochs": 2}
-    for arguments, passes, scheduled in (
+    for arguments, passes, shape in (
         ({"max_epochs": 1}, 1, (1, 1)),
         ({}, 6, (3, 2)),
-        ({"max_epochs": 4}, 4, (4, 1)),
+        ({"max_epochs": 4}, 4, (2, 2)),
         ({"max_steps": 12, "max_epochs": None}, 3, (3, 1)),
     ):
         model = make_model(changes=changes)
         runner = engine(**arguments)
         runner.fit(model=model, datamodule=make_data(root))
         config = model.detector.config
-        assert runner.trainer.current_epoch == passes and (config.meta_epochs, config.sub_epochs) == scheduled
+        assert runner.trainer.current_epoch == passes and (config.meta_epochs, config.sub_epochs) == shape
         assert model.detector.calibration is not None
     with pytest.raises(ValueError, match="max_epochs is -1"):
         engine(max_epochs=-1).fit(model=make_model(), datamodule=make_data(root))
@@ -187,17 +191,19 @@ def test_a_training_goes_on_from_a_checkpoint(name: str, root: Path, engine: Mak
 
 
 def test_callbacks_of_lightning(root: Path, engine: MakeEngine, tmp_path: Path) -> None:
-    """The best checkpoint by the loss of held-out images is calibrated, whatever epoch it is of."""
+    """A checkpoint is calibrated, whatever epoch it is of; the loss of held-out images can choose it."""
 
     class Worse(Callback):
         def on_validation_epoch_end(self, trainer: Any, module: Any) -> None:
             module.log("worse", float(trainer.current_epoch))
 
     best = ModelCheckpoint(dirpath=tmp_path, filename="best-{epoch}", monitor="worse", mode="min")
-    runner = engine(max_epochs=4, callbacks=[Worse(), best, EarlyStopping("worse", patience=2)])
+    by_loss = ModelCheckpoint(dirpath=tmp_path, filename="loss-{epoch}", monitor="val_loss", mode="min")
+    runner = engine(max_epochs=4, callbacks=[Worse(), best, by_loss, EarlyStopping("worse", patience=2)])
     runner.fit(model=make_model(), datamodule=make_data(root))
     assert runner.trainer.current_epoch == 3  # stopped early
     assert "epoch=0" in best.best_model_path
+    assert by_loss.best_model_score == min(runner.trainer.callback_metrics["val_loss"], by_loss.best_model_score)
     loaded = plugin.HGAD.load_from_checkpoint(best.best_model_path)
     assert loaded.detector.calibration is not None
     assert {"train_loss", "val_loss", "train_L_g"} <= runner.trainer.callback_metrics.keys()
@@ -229,20 +235,109 @@ def test_data_of_anomalib_with_classes_by_path(root: Path, engine: MakeEngine) -
     assert len(seen) == 3 * 20 and all("/train/good/" in path.replace(os.sep, "/") for path in seen)
     counts = torch.bincount(model.detector.calibration.class_ids).tolist()
     assert counts == [8, 8, 8]
-    (figures,) = runner.test(model=model, datamodule=make_folder(root))
+    noted: list[Any] = []
+
+    class Note(Callback):
+        def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *rest: Any) -> None:
+            noted.extend(batch)
+
+    (figures,) = engine(callbacks=[Note()]).test(model=model, datamodule=make_folder(root))
+    assert noted and all(item.pred_class_name in CLASSES and 0 < item.p_value <= 1 for item in noted)
     assert {"image_AUROC", "pixel_AUROC"} <= figures.keys()
 
 
-def test_augmented_images_are_told_of(root: Path, engine: MakeEngine) -> None:
+def test_augmented_images(root: Path, engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The features of their first draw are kept, with a warning; or the backbone sees each draw, also for a GPU."""
+    seen: list[int] = []
+    forward = Backbone.feature_maps
+    monkeypatch.setattr(Backbone, "feature_maps", lambda self, *args: seen.append(1) or forward(self, *args))
+    data = make_data(root, train_augmentations=RandomHorizontalFlip())
     with pytest.warns(UserWarning, match="augmented"):
-        engine(max_epochs=1).fit(
-            model=make_model(), datamodule=make_data(root, train_augmentations=RandomHorizontalFlip())
-        )
+        engine(max_epochs=2, limit_val_batches=0).fit(model=make_model(), datamodule=data)
+    assert len(seen) == 36 + 24
+    seen.clear()
+
+    class Watch(Callback):
+        fixed: bool
+
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            self.fixed = module._fitting.training.fixed  # what is not stays on no device
+
+    watch = Watch()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*augmented")
-        engine(max_epochs=1).fit(
+        engine(max_epochs=2, limit_val_batches=0, callbacks=[watch]).fit(
             model=make_model(cache=None), datamodule=make_data(root, train_augmentations=RandomHorizontalFlip())
         )
+    assert len(seen) >= 2 * 32 and not watch.fixed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (
+        {"accumulate_grad_batches": 3},
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value", "precision": "bf16-mixed"},
+        {"limit_train_batches": 2, "limit_val_batches": 0},
+        {"val_check_interval": 0.5},
+    ),
+    ids=str,
+)
+def test_arguments_of_the_trainer(arguments: dict[str, Any], root: Path, engine: MakeEngine) -> None:
+    model, runner = make_model(), engine(max_epochs=EPOCHS, **arguments)
+    runner.fit(model=model, datamodule=make_data(root))
+    batches = min(4, arguments.get("limit_train_batches", 4))
+    steps = -(-batches // arguments.get("accumulate_grad_batches", 1))
+    assert runner.trainer.global_step == EPOCHS * steps and model.detector.calibration is not None
+    untouched = make_model().detector.state_dict()
+    assert any(not torch.equal(tensor, untouched[key]) for key, tensor in model.detector.state_dict().items())
+
+
+def test_workers(root: Path, engine: MakeEngine, fitted: dict[str, tuple[Any, Path]]) -> None:
+    model = make_model()
+    engine(max_epochs=EPOCHS).fit(model=model, datamodule=make_data(root, num_workers=2))
+    for tensor, expected in zip(model.parameters(), fitted["HGAD"][0].parameters(), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_is_fitted_again(root: Path, engine: MakeEngine, tmp_path: Path) -> None:
+    """By its own schedule, whatever that of the fit before was; with another engine, as this one counts on."""
+    model = make_model(changes={"meta_epochs": 3, "sub_epochs": 2})
+    runner = engine(max_epochs=1, callbacks=[ModelCheckpoint(dirpath=tmp_path, filename="first")])
+    runner.fit(model=model, datamodule=make_data(root))
+    with pytest.raises(ValueError, match="make a new Engine"):
+        runner.fit(model=model, datamodule=make_data(root))
+    engine(max_epochs=6).fit(model=model, datamodule=make_data(root))
+    resumed = make_model(changes={"meta_epochs": 3, "sub_epochs": 2})
+    engine(max_epochs=6).fit(model=resumed, datamodule=make_data(root), ckpt_path=tmp_path / "first.ckpt")
+    for each in (model, resumed):
+        assert (each.detector.config.meta_epochs, each.detector.config.sub_epochs) == (3, 2)
+
+
+@pytest.mark.parametrize("asked", ((3, 2), (5, 4), (11, 4), (25, 8)), ids=str)
+def test_schedules(asked: tuple[int, int]) -> None:
+    config = SimpleNamespace(meta_epochs=asked[0], sub_epochs=asked[1])
+    assert scheduled(config, asked[0] * asked[1]) == {"meta_epochs": asked[0], "sub_epochs": asked[1]}
+    for passes in range(1, 300):
+        fields = scheduled(config, passes)
+        meta_epochs, sub_epochs = fields["meta_epochs"], fields["sub_epochs"]
+        assert meta_epochs <= asked[0] and (meta_epochs - 1) * sub_epochs < passes <= meta_epochs * sub_epochs
+        assert passes > (sub_epochs - 1) * asked[0]  # of no more passes each than need be
+
+
+def test_the_state_of_torch_changes_nothing(
+    root: Path, engine: MakeEngine, fitted: dict[str, tuple[Any, Path]]
+) -> None:
+    """Features that are kept are those that are scored, whatever precision torch has been told to multiply in."""
+    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.conv.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    try:
+        model = make_model()
+        engine(max_epochs=EPOCHS).fit(model=model, datamodule=make_data(root))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.mkldnn.conv.fp32_precision = before
+    scores, expected = (m.detector.calibration.scores for m in (model, fitted["HGAD"][0]))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0)
 
 
 def test_a_loss_that_is_no_number_stops_the_training(root: Path, engine: MakeEngine) -> None:
@@ -321,7 +416,7 @@ def test_a_checkpoint_is_the_model(
 def test_a_checkpoint_of_another_model(
     root: Path, engine: MakeEngine, fitted: dict[str, tuple[Any, Path]], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="holds a model of the method 'hgad', and VQFlow loads 'vqflow'"):
+    with pytest.raises(ValueError, match="holds a model of the method 'hgad', and the model is one of"):
         engine().test(model=plugin.VQFlow(), datamodule=make_data(root), ckpt_path=fitted["HGAD"][1])
     content = torch.load(fitted["HGAD"][1], weights_only=True)
     del content["hgad_fast"]
@@ -348,11 +443,17 @@ def test_components_of_the_user(root: Path, engine: MakeEngine, fitted: dict[str
         plugin.VQFlow.from_detector(own.detector)
 
 
-def test_normalised_images_are_refused(root: Path, engine: MakeEngine) -> None:
-    pre_processor = plugin.SeenPreProcessor.__mro__[1](Compose([Resize((32, 32)), Normalize([0.5] * 3, [0.5] * 3)]))
+def test_other_views_of_images_are_refused(root: Path, engine: MakeEngine, fitted: dict[str, tuple[Any, Path]]) -> None:
+    """What a pre-processor does in testing alone, training and exported files would not do."""
+    for pre_processor in (PreProcessor(Compose([Resize((32, 32)), Normalize([0.5] * 3, [0.5] * 3)])), "yes"):
+        with pytest.raises(ValueError, match="pre_processor is a"):
+            make_model(pre_processor=pre_processor)
+    with pytest.raises(ValueError, match="pre_processor has View\\(img_size=24"):
+        make_model(pre_processor=plugin.SeenPreProcessor(View(24)))
+    assert make_model(pre_processor=plugin.SeenPreProcessor(View(32))).pre_processor.view == View(32)
+    data = make_data(root, test_augmentations=Normalize([0.5] * 3, [0.5] * 3))
     with pytest.raises(ValueError, match="leave Normalize out"):
-        model = plugin.HGAD.from_detector(own_fit("HGAD", root), pre_processor=pre_processor)
-        engine().test(model=model, datamodule=make_data(root))
+        engine().test(model=fitted["HGAD"][0], datamodule=data)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -441,6 +542,7 @@ def test_figures_are_those_of_the_library(root: Path, engine: MakeEngine, fitted
     Of a class they are those of an evaluation by the library, as far as all its images are taken for the same class:
     thresholds differ between classes, and so do the scales of their scores.
     """
+    compared: list[str] = []
     for name in NAMES:
         model = type(fitted[name][0]).from_detector(fitted[name][0].detector, evaluator=anomalibs_metrics())
         evaluated = evaluate(model.detector, root, details=False).to_dict(details=False)["protocols"]["honest"]
@@ -453,11 +555,13 @@ def test_figures_are_those_of_the_library(root: Path, engine: MakeEngine, fitted
             pixels = metrics.pixel_metrics(maps.numpy(), masks.bool().numpy())
             ours |= {"pixel_AUROC": pixels["auroc"], "pixel_AUPRO": pixels["aupro_0.3"]}
             if folder != root and len(torch.cat([b.pred_class for b in batches]).unique()) == 1:
+                compared.append(name)
                 own = evaluated["classes"][folder.name]
                 ours |= {"image_AUROC": own["image_auroc"], "pixel_AUROC": own["pixel_auroc"]}
                 ours |= {"pixel_AUPRO": own["pixel_aupro_30"]}
             for figure, value in ours.items():
                 assert theirs[figure] == pytest.approx(value, abs=1e-4), (name, folder.name, figure)
+    assert compared.count("PlaceGaussian") == 3  # it takes no image for one of another class
 
 
 def anomalibs_metrics() -> Evaluator:
@@ -493,12 +597,19 @@ def test_tiles_point_to_native_sizes(root: Path, engine: MakeEngine) -> None:
         engine(max_epochs=1, callbacks=[tiles]).fit(model=make_model(), datamodule=make_data(root))
 
 
-def test_several_devices_are_refused_by_name(root: Path, engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = engine(max_epochs=1)
-    runner._setup_trainer(make_model())
-    monkeypatch.setattr(type(runner.trainer), "world_size", property(lambda self: 2))
-    with pytest.raises(ValueError, match="2 devices: HGAD is fitted on one here, devices=1"):
-        runner.fit(model=make_model(), datamodule=make_data(root))
+def test_devices(root: Path) -> None:
+    """Several are refused by name, and so are those that nobody has tried."""
+    for device, world_size, message in (
+        ("cpu", 2, "2 devices: HGAD is fitted on one here, devices=1"),
+        ("mps", 1, "the accelerator is 'mps'; allowed are cpu and cuda"),
+    ):
+        model = make_model()
+        strategy = SimpleNamespace(root_device=torch.device(device))
+        model._trainer = SimpleNamespace(
+            strategy=strategy, precision="32-true", world_size=world_size, datamodule=None, current_epoch=0
+        )
+        with pytest.raises(ValueError, match=message):
+            model.setup("fit")
 
 
 def test_classes(root: Path, engine: MakeEngine) -> None:
