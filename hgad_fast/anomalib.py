@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 
-if importlib.util.find_spec("anomalib") is None:
+if getattr(importlib.util.find_spec("anomalib"), "origin", None) is None:  # a mere folder of that name has none
     raise ModuleNotFoundError(
         "hgad_fast.anomalib needs anomalib, which is not installed: pip install 'hgad-fast[anomalib]'", name="anomalib"
     )

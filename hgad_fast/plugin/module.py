@@ -11,6 +11,7 @@ from anomalib import LearningType
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ class DetectorModule(AnomalibModule):
         cache: where features are kept: ``"ram"``, ``"disk"`` (of a `MultiClassFolder`), or None: they are computed in
             each epoch.
         cache_dir: the folder of ``"disk"``, which `hgad-fast train` may use, too.
-        pre_processor: False: images are resized in the model alone; or a pre-processor, which must not normalise.
+        pre_processor: True, or False: images are resized in the model alone, and not by the workers that read them.
         post_processor: True, False (scores are multiples of the threshold), or a `ThresholdPostProcessor`.
         evaluator: as in any model of anomalib.
         visualizer: as in any model of anomalib.
@@ -180,7 +181,7 @@ class DetectorModule(AnomalibModule):
 
     def _configured(self, classes: tuple[str, ...]) -> Any:
         """Return the configuration for these classes."""
-        config_class = methods.config_class(self.method, self._preset)
+        config_class = methods.METHODS[self.method].config_class
         fields = self._fields | {"n_classes": len(classes), "class_names": classes}
         return config_class.from_fields(fields) if self._preset is None else config_class.preset(self._preset, **fields)
 
@@ -236,8 +237,29 @@ class DetectorModule(AnomalibModule):
                 loop.max_epochs = 1 if closed_form else passes_of(self._asked)
         LightningModule.trainer.fset(self, trainer)
 
+    def configure_callbacks(self) -> Any:
+        """Return the callbacks of the model; its parameters are there before any callback is set up to train them.
+
+        Raises:
+            ValueError: neither the model nor the data say which classes there are.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            if not self._has_classes:
+                self._take_classes(self.trainer.datamodule)
+            _ = self.detector
+        return super().configure_callbacks()
+
+    def _take_classes(self, datamodule: Any) -> None:
+        """Take the classes of the data, or the one category of a datamodule of anomalib."""
+        names = getattr(datamodule, "class_names", None) or (getattr(datamodule, "category", ""),)
+        if not all(names):
+            raise ValueError(f"classes is None, and {type(datamodule).__name__} names none: pass classes=[...]")
+        self._asked = self._configured(tuple(names))
+        self._has_classes = True
+        self.hparams["classes"] = list(names)
+
     def setup(self, stage: str) -> None:
-        """Check what the trainer is asked for, and take the classes of the data.
+        """Check what the trainer is asked for, and that data and model are of the same classes.
 
         Raises:
             ValueError: precision or devices are not possible, or the data are of other classes.
@@ -262,16 +284,14 @@ class DetectorModule(AnomalibModule):
                 f"{trainer.world_size} devices: {type(self).__name__} is fitted on one here, devices=1 "
                 "(--trainer.devices 1); the library trains on several: torchrun --nproc-per-node N -m hgad_fast train"
             )
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+            raise ValueError(
+                "StochasticWeightAveraging resets the statistics of batch norms, those of the backbone too, which is "
+                "frozen: take lightning's WeightAveraging or EMAWeightAveraging"
+            )
         if trainer.current_epoch:
             raise ValueError("this Engine has fitted before, and goes on counting its epochs: make a new Engine()")
         self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0  # nothing to validate yet
-        if not self._has_classes:
-            names = getattr(datamodule, "class_names", None) or (getattr(datamodule, "category", ""),)
-            if not all(names):
-                raise ValueError(f"classes is None, and {type(datamodule).__name__} names none: pass classes=[...]")
-            self._asked = self._configured(tuple(names))
-            self._has_classes = True
-            self.hparams["classes"] = list(names)
         if isinstance(datamodule, MultiClassFolder):
             datamodule.train_data.needs_images = False  # workers read the first batches before `on_train_start`
             for subset in (datamodule.train_data, datamodule.val_data):
@@ -280,7 +300,7 @@ class DetectorModule(AnomalibModule):
             if self.detector.config.class_names != datamodule.class_names:
                 raise ValueError(
                     f"{printable(str(datamodule.dataset.root))} has the classes {', '.join(datamodule.class_names)}; "
-                    f"the model was made for {', '.join(self.class_names)}: pass classes=data.class_names"
+                    f"those of the model are {', '.join(self.class_names)}: pass classes=data.class_names, in this order"
                 )
 
     def on_fit_start(self) -> None:
@@ -299,6 +319,8 @@ class DetectorModule(AnomalibModule):
         if detector.closed_form:
             return None
         trainer.fit_loop.setup_data()  # lightning counts the batches of an epoch there
+        if trainer.num_training_batches in (0, float("inf")):  # the latter where lightning has not looked
+            raise ValueError("there are no training batches: limit_train_batches is 0, or there are too few images")
         steps = trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("max_epochs is -1: the learning rate falls towards an end; give max_epochs or max_steps")
@@ -415,7 +437,8 @@ class DetectorModule(AnomalibModule):
 
     def on_train_end(self) -> None:
         """Calibrate the trained model."""
-        self._required_fitting().bring_up_to_date(self.trainer.global_step)
+        # callbacks may have put other weights in, such as means over the steps
+        self._required_fitting().bring_up_to_date(self.trainer.global_step, again=True)
         self._required_fitting().end()
         self.detector.eval()
 

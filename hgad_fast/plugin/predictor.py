@@ -49,9 +49,8 @@ class Predictor(nn.Module):
             ValueError: there are no thresholds, or these are no images in [0, 1].
         """
         detector = self.calibrated
-        for i, image in enumerate(images):
-            checked(image.as_subclass(Tensor), f"image {i} of a batch")
-        return detector.score(images.as_subclass(Tensor), throughput=detector.device.type != "cpu")
+        sound = [checked(image.as_subclass(Tensor), f"image {i} of a batch") for i, image in enumerate(images)]
+        return detector.score(torch.stack(sound), throughput=detector.device.type != "cpu")
 
     @property
     def calibrated(self) -> Detector:

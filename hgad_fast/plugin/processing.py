@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import Resize
 
+from ..export.graph import SLACK
 from ..features.preprocess import Seeing, preprocess
 from ..files import printable
 from .scale import to_multiple, to_unit
@@ -34,19 +35,21 @@ class View:
 
 
 def checked(image: Tensor, name: str) -> Tensor:
-    """Return an image (3, H, W) as float32.
+    """Return an image (3, H, W) as float32 in [0, 1].
+
+    Resizing by torch goes beyond [0, 1] by its rounding, and is cut back.
 
     Raises:
         ValueError: it is no image in [0, 1]; `name` says which.
     """
+    image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
     low, high = (float(value) for value in image.aminmax())
-    if image.dim() != 3 or image.shape[0] != 3 or not (0 <= low and high <= 1):
+    if image.dim() != 3 or image.shape[0] != 3 or not (-SLACK <= low and high <= 1 + SLACK):
         raise ValueError(
-            f"{printable(name)}: the image has shape {tuple(image.shape)} and values from {low:g} to {high:g}; the "
-            "model takes (3, H, W) in [0, 1], and normalises by itself: leave Normalize out of pre-processor and "
-            "augmentations"
+            f"{printable(name)}: the image has shape {tuple(image.shape)} and values from {low:.4g} to {high:.4g}; the "
+            "model takes (3, H, W) in [0, 1], and normalises by itself: leave Normalize out of augmentations"
         )
-    return image.float()
+    return image.clamp(0, 1)
 
 
 class SeenResize(Resize):

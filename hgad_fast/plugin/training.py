@@ -135,13 +135,13 @@ class Fitting:
 
     @plain_torch()
     @torch.no_grad()
-    def bring_up_to_date(self, step: int) -> None:
-        """Calibrate the model as it is after this number of steps, if that is not done yet.
+    def bring_up_to_date(self, step: int, again: bool = False) -> None:
+        """Calibrate the model as it is after this number of steps, if that is not done yet, or `again`.
 
         Raises:
             NonFiniteLossError: a parameter is not finite.
         """
-        if step == self._calibrated_at:
+        if step == self._calibrated_at and not again:
             return
         detector = self.detector
         for name, parameter in detector.named_parameters():

@@ -13,7 +13,7 @@ pytest.importorskip("anomalib")
 import small_plugin  # noqa: E402
 from anomalib.cli import AnomalibCLI  # noqa: E402
 
-from hgad_fast import HGADConfig  # noqa: E402
+from hgad_fast import GaussianConfig, HGADConfig  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "anomalib.md").read_text()
@@ -28,7 +28,9 @@ def my_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return small_plugin.write_dataset(tmp_path / "my_data", train=6, test=1)
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer pixels."""
+    monkeypatch.setitem(GaussianConfig.presets, "gaussian", {"img_size": 64, "msk_size": 64})
     (example,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     assert "MultiClassFolder" in example and "engine.fit" in example
     exec(compile(example, "docs/anomalib.md", "exec"), {"__name__": "__main__"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,12 @@ WITHOUT = """
 import importlib.util, sys
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "anomalib" else found(name, *rest)
+"""
+FOLDER = """
+import importlib.machinery, importlib.util
+found = importlib.util.find_spec
+namespace = importlib.machinery.PathFinder.find_spec("anomalib", ["."])
+importlib.util.find_spec = lambda name, *rest: namespace if name == "anomalib" else found(name, *rest)
 """
 
 
@@ -26,9 +33,17 @@ def test_the_library_does_not_import_it() -> None:
     assert outcome.stdout == "[]\n", outcome.stderr
 
 
-def test_without_anomalib_the_error_names_the_extra() -> None:
+@pytest.mark.parametrize("folder", (False, True))
+def test_without_anomalib_the_error_names_the_extra(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there is a folder of that name, which Python takes for a package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    Path("anomalib").mkdir()
+    hidden = FOLDER if folder else WITHOUT
     for line in ("import hgad_fast.anomalib", "from hgad_fast.anomalib import HGAD"):
-        outcome = run(WITHOUT + line)
+        outcome = run(hidden + line)
         last = outcome.stderr.strip().splitlines()[-1]
         assert last == (
             "ModuleNotFoundError: hgad_fast.anomalib needs anomalib, which is not installed: "

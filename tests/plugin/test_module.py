@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,11 @@ from anomalib.metrics import AUPRO, AUROC, Evaluator  # noqa: E402
 from anomalib.post_processing import PostProcessor  # noqa: E402
 from anomalib.pre_processing import PreProcessor  # noqa: E402
 from lightning.pytorch import Callback  # noqa: E402
-from lightning.pytorch.callbacks import EarlyStopping  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    EarlyStopping,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from small_plugin import BACKBONE, CLASSES, settings  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torchvision.transforms.v2 import Compose, Normalize, RandomHorizontalFlip, Resize  # noqa: E402
@@ -166,6 +171,8 @@ def test_the_epochs_of_the_user(root: Path, engine: MakeEngine) -> None:
         config = model.detector.config
         assert runner.trainer.current_epoch == passes and (config.meta_epochs, config.sub_epochs) == shape
         assert model.detector.calibration is not None
+    with pytest.raises(ValueError, match="limit_train_batches is 0"):
+        engine(max_epochs=1, limit_train_batches=0).fit(model=make_model(), datamodule=make_data(root))
     with pytest.raises(ValueError, match="max_epochs is -1"):
         engine(max_epochs=-1).fit(model=make_model(), datamodule=make_data(root))
 
@@ -314,6 +321,25 @@ def test_a_model_is_fitted_again(root: Path, engine: MakeEngine, tmp_path: Path)
         assert (each.detector.config.meta_epochs, each.detector.config.sub_epochs) == (3, 2)
 
 
+def test_callbacks_that_average_weights(root: Path, engine: MakeEngine) -> None:
+    """The thresholds are those of the mean; and nothing resets the batch norms of the frozen backbone."""
+    model = make_model()
+    runner = engine(max_epochs=3, callbacks=[WeightAveraging()], limit_val_batches=0)
+    runner.fit(model=model, datamodule=make_data(root))
+    held_out = [Path(path) for path in make_data_set_up(root).val_data.samples.image_path]
+    scores = model.detector.score(held_out, make_data_set_up(root).val_data.samples.gt_class.tolist()).image_score
+    torch.testing.assert_close(scores.sort().values, model.detector.calibration.scores.sort().values)
+    with pytest.raises(ValueError, match="StochasticWeightAveraging resets"):
+        swa = StochasticWeightAveraging(1e-3, swa_epoch_start=1)
+        engine(max_epochs=3, callbacks=[swa]).fit(model=make_model(), datamodule=make_data(root))
+
+
+def make_data_set_up(root: Path) -> plugin.MultiClassFolder:
+    data = make_data(root)
+    data.setup()
+    return data
+
+
 @pytest.mark.parametrize("asked", ((3, 2), (5, 4), (11, 4), (25, 8)), ids=str)
 def test_schedules(asked: tuple[int, int]) -> None:
     config = SimpleNamespace(meta_epochs=asked[0], sub_epochs=asked[1])
@@ -451,6 +477,14 @@ def test_other_views_of_images_are_refused(root: Path, engine: MakeEngine, fitte
     with pytest.raises(ValueError, match="pre_processor has View\\(img_size=24"):
         make_model(pre_processor=plugin.SeenPreProcessor(View(24)))
     assert make_model(pre_processor=plugin.SeenPreProcessor(View(32))).pre_processor.view == View(32)
+    images = torch.rand(2, 3, 48, 72, generator=torch.Generator().manual_seed(1))
+    model = fitted["HGAD"][0].eval()
+    for wrong in (255 * images, images - 0.5, torch.full_like(images, math.nan)):
+        with pytest.raises(ValueError, match="takes \\(3, H, W\\) in \\[0, 1\\]"):
+            model(wrong)
+    words = (255 * images).round().to(torch.uint8)
+    assert torch.equal(model(words).pred_score, model(words.float() / 255).pred_score)
+    model(images * (1 + 2**-20))  # by which torch's own resizing exceeds 1
     data = make_data(root, test_augmentations=Normalize([0.5] * 3, [0.5] * 3))
     with pytest.raises(ValueError, match="leave Normalize out"):
         engine().test(model=fitted["HGAD"][0], datamodule=data)
@@ -617,7 +651,7 @@ def test_classes(root: Path, engine: MakeEngine) -> None:
     engine(max_epochs=1).fit(model=model, datamodule=make_data(root))
     assert model.class_names == CLASSES and list(model.hparams["classes"]) == list(CLASSES)
     for classes in (["a", "b", "c"], ["cloth", "steel"], ["steel", "cloth", "wood"]):
-        with pytest.raises(ValueError, match="has the classes cloth, steel, wood"):
+        with pytest.raises(ValueError, match="has the classes cloth, steel, wood|the model has n_classes"):
             engine(max_epochs=1).fit(model=make_model(classes=classes), datamodule=make_data(root))
     with pytest.raises(ValueError, match="classes is None"):
         engine(max_epochs=1).fit(model=make_model(classes=None), datamodule=make_folder(root))
@@ -643,7 +677,7 @@ def test_arguments_that_cannot_be() -> None:
         ({"cache": "cloud"}, "cache is 'cloud'"),
         ({"cache": "disk"}, "give cache_dir"),
         ({"false_alarm_rate": 1.0}, "false_alarm_rate"),
-        ({"preset": "unknown"}, "unknown"),
+        ({"preset": "unknown"}, "has no preset 'unknown'"),
         ({"settings": {"lr": -1.0}}, "lr"),
         ({"settings": {"learning_rate": 1.0}}, "learning_rate"),
     ):
