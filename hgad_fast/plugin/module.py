@@ -296,11 +296,10 @@ class DetectorModule(AnomalibModule):
             datamodule.train_data.needs_images = False  # workers read the first batches before `on_train_start`
             for subset in (datamodule.train_data, datamodule.val_data):
                 self._class_ids |= subset.class_ids
-            self.detector.adopt_classes(datamodule.class_names, str(datamodule.dataset.root))
-            if self.detector.config.class_names != datamodule.class_names:
+            if self.class_names != datamodule.class_names:
                 raise ValueError(
-                    f"{printable(str(datamodule.dataset.root))} has the classes {', '.join(datamodule.class_names)}; "
-                    f"those of the model are {', '.join(self.class_names)}: pass classes=data.class_names, in this order"
+                    f"{printable(str(datamodule.dataset.root))} has the classes {', '.join(datamodule.class_names)}, and "
+                    f"the model {', '.join(self.class_names)}; pass classes=data.class_names, in its order"
                 )
 
     def on_fit_start(self) -> None:
