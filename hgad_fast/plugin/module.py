@@ -297,9 +297,10 @@ class DetectorModule(AnomalibModule):
             for subset in (datamodule.train_data, datamodule.val_data):
                 self._class_ids |= subset.class_ids
             if self.class_names != datamodule.class_names:
+                root, names = printable(str(datamodule.dataset.root)), ", ".join(datamodule.class_names)
                 raise ValueError(
-                    f"{printable(str(datamodule.dataset.root))} has the classes {', '.join(datamodule.class_names)}, and "
-                    f"the model {', '.join(self.class_names)}; pass classes=data.class_names, in its order"
+                    f"{root} has the classes {names}, and the model "
+                    f"{', '.join(self.class_names)}; pass classes=data.class_names, in its order"
                 )
 
     def on_fit_start(self) -> None:
