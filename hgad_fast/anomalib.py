@@ -24,11 +24,12 @@ if getattr(importlib.util.find_spec("anomalib"), "origin", None) is None:  # a m
 from .plugin.batch import MultiClassBatch, MultiClassItem
 from .plugin.class_metrics import ClassMetrics
 from .plugin.data import MultiClassFolder
-from .plugin.module import HGAD, PlaceGaussian, VQFlow
+from .plugin.module import HGAD, DetectorModule, PlaceGaussian, VQFlow
 from .plugin.processing import SeenPreProcessor, ThresholdPostProcessor
 
 __all__ = [
     "ClassMetrics",
+    "DetectorModule",
     "HGAD",
     "MultiClassBatch",
     "MultiClassFolder",

@@ -51,30 +51,8 @@ class DetectorModule(AnomalibModule):
     test images, and there is one for each class, for a target false-alarm rate. Scores are in (0, 1), 0.5 is the
     threshold of every class.
 
-    Args:
-        classes: the names of the classes. The class of a training image is what a `MultiClassFolder` says, or else the
-            name in its path: that of the folder before train or test, or the innermost one that is the name of a class.
-            None: those of the data that the model is fitted to.
-        preset: a preset of the method (`hgad-fast presets` lists them); None: the method's defaults.
-        backbone: a model of timm; None: that of the preset.
-        backbone_weights: ``"pretrained"`` (timm's hub), ``"packaged"``, or a file; None: those of the preset.
-        img_size: short side at which images are seen, in pixels, or ``"native"``; None: that of the preset.
-        settings: further fields of the method's configuration, such as ``{"coupling_layers": 8}``.
-        false_alarm_rate: target false-alarm rate, the share of normal images that may be called anomalous.
-        seed: of initial weights, order and split.
-        cache: where features are kept: ``"ram"``, ``"disk"`` (of a `MultiClassFolder`), or None: they are computed in
-            each epoch.
-        cache_dir: the folder of ``"disk"``, which `hgad-fast train` may use, too.
-        pre_processor: True, or False: images are resized in the model alone, and not by the workers that read them.
-        post_processor: True, False (scores are multiples of the threshold), or a `ThresholdPostProcessor`.
-        evaluator: as in any model of anomalib.
-        visualizer: as in any model of anomalib.
-
     Attributes:
         detector: the model of the library, e.g. to save it: ``model.detector.save("model.safetensors")``.
-
-    Raises:
-        ValueError: an argument has a value that cannot work.
     """
 
     method: ClassVar[str]
@@ -96,6 +74,30 @@ class DetectorModule(AnomalibModule):
         evaluator: Any = True,
         visualizer: Any = True,
     ) -> None:
+        """Make a model.
+
+        Args:
+            classes: the names of the classes. The class of a training image is what a `MultiClassFolder` says, or else
+                the name in its path: that of the folder before train or test, or the innermost one that is the name of
+                a class. None: those of the data that the model is fitted to.
+            preset: a preset of the method (`hgad-fast presets` lists them); None: the method's defaults.
+            backbone: a model of timm; None: that of the preset.
+            backbone_weights: ``"pretrained"`` (timm's hub), ``"packaged"``, or a file; None: those of the preset.
+            img_size: short side at which images are seen, in pixels, or ``"native"``; None: that of the preset.
+            settings: further fields of the method's configuration, such as ``{"coupling_layers": 8}``.
+            false_alarm_rate: target false-alarm rate, the share of normal images that may be called anomalous.
+            seed: of initial weights, order and split.
+            cache: where features are kept: ``"ram"``, ``"disk"`` (of a `MultiClassFolder`), or None: they are computed
+                in each epoch.
+            cache_dir: the folder of ``"disk"``, which `hgad-fast train` may use, too.
+            pre_processor: True, or False: images are resized in the model alone, and not by the workers that read them.
+            post_processor: True, False (scores are multiples of the threshold), or a `ThresholdPostProcessor`.
+            evaluator: as in any model of anomalib.
+            visualizer: as in any model of anomalib.
+
+        Raises:
+            ValueError: an argument has a value that cannot work.
+        """
         if isinstance(post_processor, PostProcessor) and not isinstance(post_processor, ThresholdPostProcessor):
             raise ValueError(
                 f"post_processor is a {type(post_processor).__name__}, which would learn thresholds from validation, "
