@@ -176,7 +176,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
 def test_a_file_says_what_it_is(case):
     metadata, calibration = metadata_of(case.path), case.detector.calibration
     h, w = case.seen
-    assert metadata["format"] == "hgad_fast anomalib 1" and metadata["versions"]["anomalib"]
+    assert metadata["format"] == "hgad_fast anomalib graph 1" and metadata["versions"]["anomalib"]
     assert metadata["inputs"] == {
         "input": {"shape": ["batch", 3, "height", "width"], "dtype": "float32", "channels": "RGB", "range": [0, 1]}
     }
