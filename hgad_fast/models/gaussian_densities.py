@@ -106,7 +106,7 @@ class GaussianGraph(nn.Module):
         column = self.columns.index_select(0, group_ids)
         logps, distances, all_distances = [], {}, {}
         for name, graph, x, of_level in zip(self.names, graphs, levels, of_groups, strict=True):
-            fine, total = (self._own(squares, column).T for squares in of_level)
+            fine, total = (self._own(squares, column).T.contiguous() for squares in of_level)
             if self.misfits is not None:
                 misfit = self.misfits.index_select(0, group_ids)[:, None]
                 fine, total = fine + misfit, total + misfit
