@@ -41,7 +41,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,13 +63,12 @@ from benchmarks.peers import (
     SIDE,
     chosen_images,
     give_weights,
+    report,
 )
-from hgad_fast import demo
 from hgad_fast.data import datasets
 from hgad_fast.data.datasets import GOOD, Dataset
 from hgad_fast.data.masks import read_mask
 from hgad_fast.environment import environment, package_versions
-from hgad_fast.files import replacing
 
 STAGES = (2, 3)  # of the backbone, that anomalib's models read: strides 8 and 16
 OUR_PRESETS = {"PlaceGaussian": "gaussian", "HGAD": "fast"}
@@ -138,15 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ModuleNotFoundError(
             "anomalib is not installed, whose Engine this runs; pip install 'hgad-fast[anomalib]'"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        if options.weights is None:
-            options.weights = demo.write_weights(Path(folder) / "lite0.safetensors")
-            words += ["--weights", str(options.weights)]
-        record = run(options, words, Path(folder))
-    print(table(record))
-    if options.output is not None:
-        with replacing(options.output) as file:
-            file.write_text(json.dumps(record, indent=2) + "\n")
+    report(options, words, run, table)
 
 
 def run(options: argparse.Namespace, words: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -114,6 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         (Path(folder) / f"{phase}.json").write_text(json.dumps(outcome))
         return
     require_anomalib(options.contenders)
+    report(options, words, run, table)
+
+
+def report(
+    options: argparse.Namespace,
+    words: list[str],
+    run: Callable[[argparse.Namespace, Sequence[str], Path], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Run a comparison in a temporary folder, print its table, and write its record where `--output` says.
+
+    Without `--weights` those of the [demo] extra are written first, and added to options and words.
+    """
     with tempfile.TemporaryDirectory() as folder:
         if options.weights is None:
             options.weights = demo.write_weights(Path(folder) / "lite0.safetensors")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import CenterCrop, Resize
 
 from ..data.datasets import Dataset, Sample
 from ..environment import plain_torch
@@ -121,10 +122,8 @@ def path_features(detector: Detector, dataset: Any, class_of: Callable[[str], in
 def _has_augmentations(dataset: Any) -> bool:
     """Return whether a dataset changes its images by more than resizing."""
     augmentations = getattr(dataset, "augmentations", None)
-    return augmentations is not None and any(type(each).__name__ not in _RESIZING for each in _flat(augmentations))
-
-
-_RESIZING = ("Resize", "SeenResize", "CenterCrop")
+    parts = [] if augmentations is None else _flat(augmentations)
+    return not all(isinstance(part, (Resize, CenterCrop)) for part in parts)
 
 
 def _flat(transform: Any) -> list[Any]:

@@ -167,14 +167,9 @@ def write_onnx(
     detector: Detector,
     path: str | os.PathLike[str],
     *,
-    seen: tuple[int, int],
-    input_size: tuple[int, int] | None = None,
-    image_sensitivity: float = 0.5,
-    pixel_sensitivity: float = 0.5,
-    normalised: bool = True,
-    thresholded: bool = True,
     input_name: str = "input",
     check: bool = True,
+    **options: Any,
 ) -> Path:
     """Write the `InferenceGraph` of a model as an ONNX file, which takes batches of any number of images.
 
@@ -186,9 +181,9 @@ def write_onnx(
         detector: a calibrated model; it stays as it is.
         path: the file; one that is there is replaced. Its folder is made. More than 1 GiB of weights are written beside
             it.
-        seen, input_size, image_sensitivity, pixel_sensitivity, normalised, thresholded: see `InferenceGraph`.
         input_name: the name of the input.
         check: whether the file is run and compared.
+        options: those of `InferenceGraph`, of which `seen` is needed.
 
     Returns:
         the path.
@@ -202,15 +197,7 @@ def write_onnx(
     require_packages("onnx", check)
     require_float32(detector)  # type: ignore[arg-type]
     detector = reference_model(detector)
-    graph = InferenceGraph(
-        detector,
-        seen=seen,
-        input_size=input_size,
-        image_sensitivity=image_sensitivity,
-        pixel_sensitivity=pixel_sensitivity,
-        normalised=normalised,
-        thresholded=thresholded,
-    ).eval()
+    graph = InferenceGraph(detector, **options).eval()
     described = _described(detector, graph, input_name)
     written = len(graph.outputs)
     graph.compared = check

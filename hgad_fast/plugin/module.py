@@ -22,6 +22,7 @@ from ..scoring.calibration import check_false_alarm_rate, split
 from ..scoring.result import ScoreResult
 from ..scoring.score import score_prepared
 from ..training.display import Display
+from ..training.fit import FETCH_EVERY
 from ..training.step import exactly, make_optimizer
 from .batch import MultiClassBatch
 from .checkpoint import KEY, restored, stored
@@ -36,7 +37,6 @@ from .schedule import MethodSchedule, passes_of, progress_at, scheduled
 from .training import Fitting, require_finite
 
 DEVICES = ("cpu", "cuda")
-CHECKED_EVERY = 20  # steps between two looks at whether losses are numbers: on a GPU a look waits for the device
 PRECISIONS = ("32-true", "bf16-mixed")
 
 
@@ -278,7 +278,6 @@ class DetectorModule(AnomalibModule):
                 f"precision is {precision!r}; {type(self).__name__} computes in float32, and allows {allowed} "
                 "(--trainer.precision)"
             )
-        datamodule = trainer.datamodule
         if stage != "fit":
             return
         if trainer.world_size > 1:
@@ -294,6 +293,7 @@ class DetectorModule(AnomalibModule):
         if trainer.current_epoch:
             raise ValueError("this Engine has fitted before, and goes on counting its epochs: make a new Engine()")
         self._sanity_steps, trainer.num_sanity_val_steps = trainer.num_sanity_val_steps, 0  # nothing to validate yet
+        datamodule = trainer.datamodule
         if isinstance(datamodule, MultiClassFolder):
             datamodule.train_data.needs_images = False  # workers read the first batches before `on_train_start`
             for subset in (datamodule.train_data, datamodule.val_data):
@@ -402,7 +402,7 @@ class DetectorModule(AnomalibModule):
         if outcome is None:
             return None
         loss, terms = outcome
-        if step % CHECKED_EVERY == 0 or batch_idx == batches - 1 or self.device.type == "cpu":
+        if step % FETCH_EVERY == 0 or batch_idx == batches - 1 or self.device.type == "cpu":
             require_finite(terms, step, self.detector.config.lr)
         size = len(batch.image_path)
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
@@ -440,7 +440,7 @@ class DetectorModule(AnomalibModule):
     def on_train_end(self) -> None:
         """Calibrate the trained model."""
         # callbacks may have put other weights in, such as means over the steps
-        self._required_fitting().bring_up_to_date(self.trainer.global_step, again=True)
+        self._required_fitting().bring_up_to_date(self.trainer.global_step, again=not self.detector.closed_form)
         self._required_fitting().end()
         self.detector.eval()
 

@@ -49,7 +49,7 @@ def checked(image: Tensor, name: str) -> Tensor:
             f"{printable(name)}: the image has shape {tuple(image.shape)} and values from {low:.4g} to {high:.4g}; the "
             "model takes (3, H, W) in [0, 1], and normalises by itself: leave Normalize out of augmentations"
         )
-    return image.clamp(0, 1)
+    return image if 0 <= low and high <= 1 else image.clamp(0, 1)
 
 
 class SeenResize(Resize):

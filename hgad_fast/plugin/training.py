@@ -20,7 +20,7 @@ from ..protocol import Progress
 from ..scoring.calibration import calibration_from, warn_of_shortcomings
 from ..training.drawing import EVERY_PIXEL, Draw
 from ..training.feeding import DeviceFeed, DeviceQueue, Feed, HostFeed, Selection
-from ..training.fit import NonFiniteLossError, recognition, require_every_class, warn_of_recognition
+from ..training.fit import broken_parameter, diverged, recognition, require_every_class, warn_of_recognition
 from .features import PathFeatures, computed
 
 
@@ -144,9 +144,8 @@ class Fitting:
         if step == self._calibrated_at and not again:
             return
         detector = self.detector
-        for name, parameter in detector.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise _diverged(f"parameter {name} is not finite after step {step}", detector.config.lr)
+        if name := broken_parameter(detector):
+            raise diverged(f"parameter {name} is not finite after step {step}", detector.config.lr)
         was_training = [module for module in detector.modules() if module.training]
         detector.eval()
         try:
@@ -180,8 +179,4 @@ def require_finite(terms: Mapping[str, Tensor], step: int, rate: float) -> None:
     for name, values in terms.items():
         for level, value in enumerate(values.tolist()):
             if not math.isfinite(value):
-                raise _diverged(f"{name} of level {level} is {value} by step {step}", rate)
-
-
-def _diverged(problem: str, rate: float) -> NonFiniteLossError:
-    return NonFiniteLossError(f"{problem}. Lower lr ({rate}), or look for images with broken features.")
+                raise diverged(f"{name} of level {level} is {value} by step {step}", rate)

@@ -50,6 +50,19 @@ class NonFiniteLossError(RuntimeError):
     """A loss became NaN or infinite; the message names step (from 0), level and term (or parameter)."""
 
 
+def diverged(problem: str, rate: float) -> NonFiniteLossError:
+    """Return the error that names a problem, and what can be done at this learning rate."""
+    return NonFiniteLossError(f"{problem}. Lower lr ({rate}), or look for images with broken features.")
+
+
+def broken_parameter(model: Detector) -> str | None:
+    """Return the name of the first trained parameter that is not finite; None: all are."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            return name
+    return None
+
+
 @dataclass
 class History:
     """The course of a training run, and what its model does with the images that were held out.
@@ -358,17 +371,14 @@ class _Run:
 
         The last step can make it so, and the loss of that step, computed before it, does not show this.
         """
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                step = (meta_epoch + 1) * self.config.sub_epochs * self.batches - 1
-                raise self._diverged(f"parameter {name} is not finite after step {step}")
+        if name := broken_parameter(self.model):
+            step = (meta_epoch + 1) * self.config.sub_epochs * self.batches - 1
+            raise self._diverged(f"parameter {name} is not finite after step {step}")
 
     def _diverged(self, problem: str) -> NonFiniteLossError:
         """Return the error that names the problem, the last checkpoint, and what can be done."""
         last_good = f"; the last good checkpoint is {self.output_dir / CHECKPOINT}" if self.output_dir else ""
-        return NonFiniteLossError(
-            f"{problem}{last_good}. Lower lr ({self.config.lr}), or look for images with broken features."
-        )
+        return diverged(f"{problem}{last_good}", self.config.lr)
 
     # ---- files
 
