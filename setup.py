@@ -8,8 +8,12 @@ BENCH = ["FrEIA==0.2", "matplotlib>=3.8", "psutil", "pytest>=8", "pytest-benchma
 ANOMALIB = ["anomalib==2.7.*"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6"]  # the second runs what the others write
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
+CAMERA = ["opencv-python-headless>=4.9"]
+SERVE = ["fastapi>=0.115", "python-multipart>=0.0.12", "uvicorn>=0.30"]
+TENSORBOARD = ["tensorboard>=2.16"]
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"]
 FOLDERS = (
-    *("bench", "data", "evaluation", "export", "features", "models"),
+    *("bench", "commands", "data", "evaluation", "export", "features", "models"),
     *("modules", "ops", "plugin", "scoring", "training"),
 )
 
@@ -44,10 +48,15 @@ setup(
         "report": REPORT,
         "demo": DEMO,
         "dinov2": DINOV2,
+        "camera": CAMERA,  # for examples/camera.py, which needs matplotlib for overlays, too
+        "serve": SERVE,  # for examples/serve.py
+        "tensorboard": TENSORBOARD,
+        "docs": DOCS,
         "bench": BENCH,
         "peers": ANOMALIB,  # for benchmarks/peers.py
         "test": [
-            *(*DEMO, *DINOV2, *BENCH, *EXPORT, *REPORT),  # onnxruntime runs the network of DINOv2's weights, too
+            *(*DEMO, *DINOV2, *BENCH, *CAMERA, *SERVE, *TENSORBOARD, "httpx>=0.27"),
+            *(*EXPORT, *REPORT),  # onnxruntime runs the network of DINOv2's weights, too
             *("hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"),
         ],
     },

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_export
+from .commands import data, export
 from .options import (
     AsJson,
     Assignments,
@@ -408,7 +408,7 @@ def calibrate(
     say(f"model: {printable(output)}", sys.stdout)
 
 
-app.command(name="export")(cli_export.export)
+app.command()(export.export)
 
 
 @app.command()
@@ -435,31 +435,7 @@ def report(
     say(f"report: {write_report(run, data, output, device=where, progress=tracked)}", sys.stdout)
 
 
-@app.command()
-@plain_errors
-def data(
-    roots: Annotated[
-        list[Path],
-        typer.Argument(metavar="ROOT...", help="Folders of datasets, or CSV files; several are one dataset."),
-    ],
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every image too: finds truncated files.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Count the images of a dataset by class and split, and say what looks wrong with them.
-
-    MVTec AD, MVTec AD 2, BTAD, VisA, MVTec 3D-AD, MVTec LOCO, Real-IAD and MPDD are recognised as they are published.
-    The exit code is 1 if something must be fixed: an unreadable file, a mask that is empty or does not fit, the same
-    image in training and test.
-    """
-    with begin(f"reading {', '.join(map(printable, roots))}"):
-        from .data.datasets import discover
-        from .data.survey import survey
-
-        result = survey(discover(roots), decode=decode)
-    say(json.dumps(result.to_dict(), indent=2) if as_json else result.table(), sys.stdout)
-    if result.errors:
-        place = printable(result.root)
-        raise ValueError(f"{len(result.errors)} errors in {place}: figures of it are wrong until they are fixed")
+app.command()(data.data)
 
 
 @app.command()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hgad_fast"
 # From the top of the house to its ground: a room may use those above it, and itself. `hgad_fast` is the package's face.
 ORDER = ("importing", "environment", "terminal", "files", "data", "features", "ops", "kernels", "modules", "protocol")
 ORDER += ("methods", "scoring", "training", "evaluation", "export", "models", "hgad_fast", "plugin", "anomalib", "demo")
-ORDER += ("bench", "options", "cli_export", "cli", "__main__")
+ORDER += ("bench", "options", "commands", "cli", "__main__")
 
 
 def sources() -> dict[str, Path]:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import AsJson, begin, given_class, load_model, plain_errors, require_no_folder
-from .terminal import printable, say, working
+from ..options import AsJson, begin, given_class, load_model, plain_errors, require_no_folder
+from ..terminal import printable, say, working
 
 
 @plain_errors
