@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .commands import data, export
+from .commands import data, export, monitor
 from .options import (
     AsJson,
     Assignments,
@@ -436,6 +436,7 @@ def report(
 
 
 app.command()(data.data)
+app.command()(monitor.monitor)
 
 
 @app.command()
