@@ -50,4 +50,5 @@ html_theme = "furo"
 html_title = f"hgad_fast {release}"
 html_math_renderer = "mathml"
 html_copy_source = False
+html_show_search_summary = False  # a browser that reads files fetches none
 html_show_sphinx = False

@@ -16,7 +16,9 @@ from docutils import nodes
 from docutils.utils.math import latex2mathml
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
 from sphinx.environment import BuildEnvironment
+from sphinx.util.docstrings import prepare_docstring
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
@@ -27,12 +29,12 @@ from hgad_fast.models.fields import fields_by_method
 
 def plain(text: str) -> str:
     """Return text as reStructuredText that shows it as it is."""
-    return re.sub(r"([\\*`_|<>:\[\]])", r"\\\1", text)
+    return re.sub(r"([\\*`_|<>:@\[\]])", r"\\\1", text)
 
 
-def table(title: Sequence[str], rows: Iterable[Sequence[str]], widths: str = "auto") -> Iterator[str]:
+def table(title: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table; cells are reStructuredText of one line."""
-    yield from (".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", "")
+    yield from (".. list-table::", "   :header-rows: 1", "   :widths: auto", "")
     for row in (title, *rows):
         yield from (f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(row))
     yield ""
@@ -91,8 +93,10 @@ class Presets(Lines):
     """What each preset needs and reaches."""
 
     def lines(self) -> Iterator[str]:
-        rows = methods.describe_presets()
-        yield from table([*map(str, rows[0])], ([plain(str(value or "-")) for value in row.values()] for row in rows))
+        for row in methods.describe_presets():
+            yield f"``{row['preset']}`` of {row['method']}"
+            yield from (f"   :{key}: {plain(value or '-')}" for key, value in list(row.items())[2:])
+            yield ""
 
 
 def show_formula(translator: Any, node: nodes.math | nodes.math_block) -> None:
@@ -136,13 +140,29 @@ def shorten_configuration(
     return signature, returns
 
 
+def keep_properties(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Show the docstring of a property as it is: Napoleon takes what stands before a colon in it for a type."""
+    if what == "property" and obj.__doc__:
+        lines[:] = prepare_docstring(obj.__doc__)
+
+
+def leave_out_aliases(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, of which Python says nothing but their number."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register all of it with Sphinx."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.add_directive("commands", Commands)
     app.add_directive("fields", Fields)
     app.add_directive("presets", Presets)
     app.add_html_math_renderer("mathml", (show_formula, None), (show_formula, None))
     app.connect("missing-reference", resolve_by_ending)
     app.connect("doctree-read", show_dashes)
+    app.connect("autodoc-skip-member", leave_out_aliases)
+    app.connect("autodoc-process-docstring", keep_properties, priority=600)  # after Napoleon's 500
     app.connect("autodoc-process-signature", shorten_configuration)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

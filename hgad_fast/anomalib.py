@@ -1,7 +1,5 @@
 """Models of this library in anomalib, and data of many classes for them: `pip install 'hgad-fast[anomalib]'`.
 
-::
-
     from anomalib.engine import Engine
     from hgad_fast.anomalib import HGAD, MultiClassFolder
 
