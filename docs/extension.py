@@ -131,13 +131,13 @@ def show_dashes(app: Sphinx, document: nodes.document) -> None:
         text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
 
 
-def shorten_configuration(
+def shorten_signature(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Leave the fields out of the signature of a configuration: a table tells them."""
+    """Leave out of a signature what nobody can read: the fields of a configuration, which a table tells, and objects."""
     if what == "class" and isinstance(obj, type) and issubclass(obj, Config):
         return "(**fields)", returns
-    return signature, returns
+    return signature and re.sub(r"= <[^<>]*>", "= ...", signature), returns
 
 
 def keep_properties(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -164,5 +164,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("doctree-read", show_dashes)
     app.connect("autodoc-skip-member", leave_out_aliases)
     app.connect("autodoc-process-docstring", keep_properties, priority=600)  # after Napoleon's 500
-    app.connect("autodoc-process-signature", shorten_configuration)
+    app.connect("autodoc-process-signature", shorten_signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
