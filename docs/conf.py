@@ -52,3 +52,4 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_show_search_summary = False  # a browser that reads files fetches none
 html_show_sphinx = False
+html_use_index = False  # names as long as lines, in columns: the search finds them

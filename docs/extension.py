@@ -134,7 +134,7 @@ def show_dashes(app: Sphinx, document: nodes.document) -> None:
 def shorten_signature(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Leave out of a signature the fields of a configuration, which a table tells, and defaults that are mere objects."""
+    """Leave out of a signature the fields of a configuration, which a table tells, and defaults that show nothing."""
     if what == "class" and isinstance(obj, type) and issubclass(obj, Config):
         return "(**fields)", returns
     return signature and re.sub(r"= <[^<>]*>", "= ...", signature), returns
