@@ -7,7 +7,7 @@ EXTRAS ?= test
 BIN := $(VENV)/bin
 # The name of the stamp says what was installed, so a change of the requirements installs again.
 READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '$(TORCH) $(EXTRAS)'; } | cksum))
-SPHINX := .venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --doctree-dir build/doctrees
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --doctree-dir build/doctrees
 # The order of the tests follows from this, any text; outside a git checkout it is 0.
 SHUFFLE ?= $(shell git rev-parse --short=8 HEAD 2>/dev/null || echo 0)
 SHELL := /bin/bash
@@ -55,16 +55,14 @@ bench: $(READY)
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 
-# The site, site/index.html, in an environment of its own; tests/site looks at what was built. A warning is an error.
-docs:
-	$(MAKE) setup VENV=.venv-docs EXTRAS=docs
+# The site, site/index.html; tests/site, which nothing else runs, looks at what was built. A warning is an error.
+docs: $(READY)
 	rm -rf site
 	$(SPHINX) --builder html --quiet docs site
-	.venv-docs/bin/python -m pytest --noconftest tests/site
+	$(BIN)/python -m pytest --noconftest tests/site
 
 # Whether the links to other hosts lead anywhere, which takes a network; without one, `tests/support/links.py` lists them.
-docs-links:
-	$(MAKE) setup VENV=.venv-docs EXTRAS=docs
+docs-links: $(READY)
 	$(SPHINX) --builder linkcheck docs build/links
 
 check: $(READY)
