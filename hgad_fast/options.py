@@ -95,6 +95,8 @@ _IN_PYTHON: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"check_images \(--check-images\)": "--check-images",
     r"inputs='features' \(--inputs features\)": "--inputs features",
     r"output_dir": "--output",
+    r"alpha(?= is )": "--alpha",
+    r"defect_rate(?= is )": "--defect-rate",
     r"(cache_dir|cache_dtype|cache_limit|false_alarm_rate|max_memory|map_path|skip_bad)": lambda found: (
         "--" + found[1].replace("_", "-")
     ),

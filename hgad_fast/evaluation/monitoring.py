@@ -53,7 +53,7 @@ class Course:
     def _by_class(self) -> dict[str, dict[str, float]]:
         """Return the number of images, the mean p-value, and the share of p-values up to `LOW`, by class."""
         figures = {}
-        for name, count in Counter(self.classes).items():
+        for name, count in sorted(Counter(self.classes).items()):
             own = self.p_values[[each == name for each in self.classes]]
             figures[name] = {"images": count, "mean_p": float(own.mean()), "low_p": float((own <= LOW).mean())}
         return figures
@@ -64,10 +64,10 @@ class Course:
         lines = []
         if state.changed:
             assert state.since is not None and state.found_at is not None
-            subject = "all classes" if state.group is None else f"class {printable(str(state.group))}"
-            of_all = f"{subject}: " if len(set(self.classes)) > 1 else ""
+            subject = "all classes" if state.group is None else f"class {state.group}"
+            of_which = f" of {subject}" if len(set(self.classes)) > 1 else ""
             lines.append(
-                f"CHANGED: {of_all}scores are {state.direction} since about image {state.since + 1} "
+                f"CHANGED: scores{of_which} are {state.direction} since about image {state.since + 1} "
                 f"({self.files[state.since]}), found at image {state.found_at + 1} ({self.files[state.found_at]})"
             )
         else:
