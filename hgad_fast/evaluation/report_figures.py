@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from ..protocol import Detector
+from ..scoring.calibration import Calibration
 from . import charts
 from .evaluate import Evaluation, Figures
 
@@ -80,8 +83,7 @@ def figure_tables(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "tables": tables,
         "protocols": [
-            (name, f"{_description(evaluation, name)} Checkpoint: {evaluation.checkpoints[name]}.")
-            for name in protocols
+            (name, f"{description(evaluation, name)} Checkpoint: {evaluation.checkpoints[name]}.") for name in protocols
         ],
         "confusion": confusion,
     }
@@ -92,7 +94,7 @@ def _cells(columns: list[Figures], names: list[str]) -> list[tuple[float | None,
     return [(finite_or_none(getattr(column, name)), column.intervals.get(name)) for name in names for column in columns]
 
 
-def _description(evaluation: Evaluation, protocol: str) -> str:
+def description(evaluation: Evaluation, protocol: str) -> str:
     """Return sentences on what the figures of a protocol are of."""
     told = evaluation.knows_classes
     if protocol == "honest":
@@ -222,6 +224,38 @@ def group_table(model: Detector, evaluation: Evaluation) -> dict[str, Any] | Non
         "heads": ["Group", "Images", *classes],
         "rows": rows[:GROUPS_LISTED],
     }
+
+
+def threshold_table(model: Detector, calibration: Calibration, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return the table of thresholds: how many images each rests on, and what it does to the test images."""
+    ids = torch.arange(len(model.groups))
+    _, _, thresholds, rates = calibration.judge(torch.zeros(len(ids)), ids)
+    counts = torch.bincount(calibration.class_ids, minlength=len(ids)).tolist()
+    rows = []
+    for name, count, threshold, rate in zip(model.groups, counts, thresholds.tolist(), rates.tolist(), strict=True):
+        images = f"{count}, borrows" if model.groups.index(name) in calibration.borrowers else str(count)
+        limit = f"{threshold:.4g}" if math.isfinite(threshold) else "–"
+        row = [name, images, limit, percent(calibration.false_alarm_rate), percent(rate)]
+        if evaluation is not None:
+            judged = [
+                image
+                for image in evaluation.images["honest"]
+                if (image.class_name if model.groups_are_classes else image.inferred_class) == name
+                and image.is_flagged is not None
+            ]
+            for is_anomalous in (False, True):
+                flags = [image.is_flagged for image in judged if image.is_anomalous == is_anomalous]
+                row.append(share(sum(map(bool, flags)), len(flags)))
+        rows.append(row)
+    kind = "Class" if model.groups_are_classes else "Group"
+    heads = [kind, "Calibration images", "Threshold", "Rate asked for", "Rate attained"]
+    heads += ["False alarms", "Defects found"] if evaluation else []
+    return {"caption": f"What the threshold of each {kind.lower()} rests on", "heads": heads, "rows": rows}
+
+
+def share(part: int, whole: int) -> str:
+    """Return a share as text, e.g. "5.0 % (1 of 20)"; a dash of nothing."""
+    return f"{percent(part / whole)} ({part} of {whole})" if whole else "–"
 
 
 def percent(value: float) -> str:
