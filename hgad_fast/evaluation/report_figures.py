@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
 from ..protocol import Detector
 from ..scoring.calibration import Calibration
 from . import charts
@@ -228,14 +226,13 @@ def group_table(model: Detector, evaluation: Evaluation) -> dict[str, Any] | Non
 
 def threshold_table(model: Detector, calibration: Calibration, evaluation: Evaluation | None) -> dict[str, Any]:
     """Return the table of thresholds: how many images each rests on, and what it does to the test images."""
-    ids = torch.arange(len(model.groups))
-    _, _, thresholds, rates = calibration.judge(torch.zeros(len(ids)), ids)
-    counts = torch.bincount(calibration.class_ids, minlength=len(ids)).tolist()
     rows = []
-    for name, count, threshold, rate in zip(model.groups, counts, thresholds.tolist(), rates.tolist(), strict=True):
-        images = f"{count}, borrows" if model.groups.index(name) in calibration.borrowers else str(count)
-        limit = f"{threshold:.4g}" if math.isfinite(threshold) else "–"
-        row = [name, images, limit, percent(calibration.false_alarm_rate), percent(rate)]
+    for k, rate in enumerate(calibration.rates(model.groups)):
+        name, others = rate["group"], rate["reference"] - rate["images"]
+        images = f"{rate['images']}, and {others} of others" if others > 0 else str(rate["images"])
+        images = f"{rate['images']}, borrows" if k in calibration.borrowers else images
+        limit = f"{rate['threshold']:.4g}" if math.isfinite(rate["threshold"]) else "–"
+        row = [name, images, limit, percent(rate["target"]), percent(rate["attained"])]
         if evaluation is not None:
             judged = [
                 image

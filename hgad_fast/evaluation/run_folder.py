@@ -5,7 +5,6 @@ The report and the model card are made of it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 from ..data.datasets import Dataset, discover, fingerprint
 from ..environment import VERSION
 from ..features.extract import ShowProgress
-from ..files import printable, replacing
+from ..files import file_hash, printable, replacing
 from ..methods import load
 from ..protocol import Detector
 from ..training.checkpoint import BEST, MODEL
@@ -115,5 +114,4 @@ def kept_evaluation(folder: Path) -> KeptEvaluation | None:
 
 def _hashes(folder: Path) -> list[str]:
     """Return the sha256 of the model files in a folder, in hexadecimal."""
-    models = [path for path in (folder / MODEL, folder / BEST) if path.is_file()]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in models]
+    return [file_hash(path) for path in (folder / MODEL, folder / BEST) if path.is_file()]
