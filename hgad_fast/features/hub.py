@@ -69,18 +69,20 @@ def reaching_hub(failure: str, remedy: str | Callable[[Exception], str]) -> Iter
         raise ConnectionError(f"{failure} ({reason}). {advice}") from error
 
 
-def ask_hub(repository: str, *files: str) -> None:
-    """Ask the hub once for files that are not in the cache, so as to fail at once: timm retries for a minute.
+def ask_hub(repository: str, *files: str, cache_dir: str | None = None, token: str | bool | None = None) -> None:
+    """Ask the hub once for files that are not in the cache, so as to fail at once: timm and the client retry for long.
 
     Args:
         repository: owner/name, which may end in @revision.
         files: one of them is enough.
+        cache_dir: the cache; None: the hub's own.
+        token: that of the hub; None: the one that the client knows.
     """
     import huggingface_hub as hub
     from huggingface_hub.utils import HfHubHTTPError
 
     name, _, revision = repository.partition("@")
-    if any(hub.try_to_load_from_cache(name, file, revision=revision or None) for file in files):
+    if any(hub.try_to_load_from_cache(name, file, cache_dir, revision or None) for file in files):
         return
     with suppress(HfHubHTTPError):  # the hub has answered, if only that there is no file of this name
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], revision=revision or None))
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], revision=revision or None), token=token)

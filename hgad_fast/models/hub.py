@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..environment import VERSION
-from ..features.hub import reaching_hub
+from ..features.hub import ask_hub, reaching_hub
 from ..files import printable
 from ..training.checkpoint import MODEL
 
@@ -75,8 +75,8 @@ class OnHub:
             token: one that may write; None: ``HF_TOKEN``, or that of ``hf auth login``.
             revision: the branch, which is made if need be; None: the main one.
             commit_message: what the history of the repository says.
-            card: its text (of several lines), a file with it, or the folder of the model's training, whose record and kept
-                figures it shows (`evaluation.card`). None: what the model alone tells, without figures.
+            card: its text (of several lines), a file with it, or the folder of the model's training, whose record and
+                kept figures it shows (`evaluation.card`). None: what the model alone tells, without figures.
             include_backbone: as in `save`. Without it users need the same weights of the backbone.
 
         Returns:
@@ -84,8 +84,8 @@ class OnHub:
 
         Raises:
             ConnectionError: the hub cannot be reached, or refuses.
-            ValueError: `repo_id` is no name of a repository, the repository is public though `private` (or the other way
-                round), `card` is none, or the folder's model is another.
+            ValueError: `repo_id` is no name of a repository, the repository is public though `private` (or the other
+                way round), `card` is none, or the folder's model is another.
         """
         name = _repository(repo_id)
         import huggingface_hub
@@ -101,8 +101,8 @@ class OnHub:
                 is_private = private if private is None else client.model_info(name).private
             if is_private != private:
                 raise ValueError(
-                    f"private is {private}, and {name} is {'private' if is_private else 'public'}: nothing was uploaded; "
-                    "change its settings on the hub, or name another repository"
+                    f"private is {private}, and {name} is {'private' if is_private else 'public'}: nothing was "
+                    "uploaded; change its settings on the hub, or name another repository"
                 )
             with reaching_hub(failure, lambda error: _remedy(error, name, revision, writing=True)):
                 if revision is not None and not revision.startswith("refs/"):
@@ -136,17 +136,23 @@ def _model_file(
     import huggingface_hub
 
     what = f"{MODEL} of {name}" + (f" at {revision}" if revision else "")
+    cache = None if cache_dir is None else os.fspath(cache_dir)
     with reaching_hub(f"{what} could not be had from the hub", lambda error: _remedy(error, name, revision)):
-        path = huggingface_hub.hf_hub_download(
-            name,
-            MODEL,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            library_name="hgad_fast",
-            library_version=VERSION,
-        )
+        if not local_files_only:
+            ask_hub(f"{name}@{revision or ''}", MODEL, cache_dir=cache, token=token)
+        try:
+            path = huggingface_hub.hf_hub_download(
+                name,
+                MODEL,
+                revision=revision,
+                token=token,
+                cache_dir=cache,
+                local_files_only=local_files_only,
+                library_name="hgad_fast",
+                library_version=VERSION,
+            )
+        except huggingface_hub.utils.LocalEntryNotFoundError as error:  # behind it is why the hub did not answer
+            raise error.__cause__ or error from None
     return Path(path)
 
 
@@ -161,6 +167,8 @@ def _repository(repo_id: str | os.PathLike[str]) -> str:
     name = os.fspath(repo_id)
     try:
         validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError(f"{name} has no owner")
     except HFValidationError as error:
         raise ValueError(
             f"repo_id is {printable(name)!r}, which is no name of a repository (owner/name, of letters, digits, -, _ "
@@ -211,11 +219,9 @@ def _remedy(error: Exception, name: str, revision: str | None, writing: bool = F
         return f"There is no repository {name}, or it is private: look at the name, or give {access}."
     if status in (401, 403):
         return f"The token is unknown, or does not allow this: give {access}."
-    if isinstance(error, utils.LocalEntryNotFoundError | utils.OfflineModeIsEnabled):
-        return (
-            "Without a network a model loads if it was downloaded before, or from a folder with its file; the hub is "
-            "asked only if local_files_only is False and HF_HUB_OFFLINE is not set."
-        )
-    if isinstance(error, utils.EntryNotFoundError):
+    if isinstance(error, utils.EntryNotFoundError) and not isinstance(error, utils.LocalEntryNotFoundError):
         return f"{name} holds no {MODEL}: it is no repository that push_to_hub has filled."
-    return "Look at the network and at the state of the hub, and try again."
+    return (
+        "Look at the network and at the state of the hub, which is asked only where HF_HUB_OFFLINE is not set and "
+        "local_files_only is False; without it a model loads that was downloaded before, or one of a folder."
+    )
