@@ -62,7 +62,8 @@ class GaussianModel(Detector):
     about = About(
         "place Gaussians: of each class and place of the feature map a Gaussian, in closed form",
         "Of each class and place it holds the sum of the features of the training images, the sum of their products, "
-        "and the number of images; of a class with one image that is the features of this image.",
+        "and the number of images (of a class with one image that is the features of this image); of all together the "
+        "mean and the principal directions of the features.",
         (
             "Objects have to lie where those of the training images lie, as they do under a fixed camera; a texture "
             "may lie anyhow.",

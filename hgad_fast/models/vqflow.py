@@ -137,8 +137,8 @@ class VQFlowModel(Detector):
     pointwise = False
     about = About(
         "VQ-Flow: flows conditioned on prototypes and patterns that the images form by themselves (arXiv 2409.00942)",
-        "It holds the weights of the flows, prototypes and patterns, which are running means of features, and how many "
-        "training images of each class every prototype has.",
+        "It holds the weights of the flows, prototypes and patterns, which are running means of what networks make of "
+        "features, and how many training images of each class every prototype has.",
         ("Thresholds are those of prototypes: products that share a prototype share its threshold.",),
     )
     loss_terms = {
