@@ -242,11 +242,11 @@ def _use(model: Detector, file: Path, repo: str | None) -> list[str]:
         ]
         lines += ["result = model.score_features(features)"]
     else:
-        lines += ['result = model.score("image.png")  # RGB: one image, a list, a folder; paths, arrays or tensors']
+        lines += ['result = model.score("image.png")  # or several: a list, a folder, arrays (RGB)']
     lines += [
-        "verdicts = zip(result.class_id, result.image_score, result.threshold, result.is_anomalous)",
-        "for class_id, score, threshold, is_anomalous in verdicts:",
-        "    print(model.groups[int(class_id)], float(score), float(threshold), bool(is_anomalous))",
+        "parts = result.class_id, result.image_score, result.threshold, result.is_anomalous",
+        "for k, score, threshold, anomalous in zip(*parts):",
+        "    print(model.groups[k], float(score), float(threshold), bool(anomalous))",
         "anomaly_map = result.anomaly_map[0]  # where: higher is more anomalous",
     ]
     code = "\n".join(lines)
@@ -306,8 +306,11 @@ def _figures(model: Detector, background: Background) -> Iterator[str]:
     by = f", {background.evaluated_by}" if background.evaluated_by else ""
     yield (
         f"On {evaluation.n_normal:,} normal and {evaluation.n_anomalous:,} defective test images{text(by)}, in "
-        "percent. A dash: the test images lack what the figure takes."
+        "percent. AUROC: 50 is chance. AUPRO 30 %: how much of a defect is marked, on average over up to 30 % of the "
+        "normal pixels marked. A dash: the test images lack what the figure takes."
     )
+    if evaluation.knows_classes and len(model.groups) > 1:
+        yield f"The class is recognised in {percent(evaluation.inferred_class_accuracy)} of the test images."
     for protocol in protocol_names(evaluation):
         by_class = evaluation.figures[protocol]
         rows = [_row(name, figures) for name, figures in by_class.items()]
@@ -317,8 +320,6 @@ def _figures(model: Detector, background: Background) -> Iterator[str]:
         mean = [_row("mean of the classes", evaluation.mean(protocol))] if len(rows) > 1 else []
         yield table(["Class", *FIGURES.values()], rows[:LISTED] + mean)
         yield from _others(rows, "classes, which are in the mean")
-    if evaluation.knows_classes and len(model.groups) > 1:
-        yield f"The class is recognised in {percent(evaluation.inferred_class_accuracy)} of the test images."
 
 
 def _row(name: str, figures: Figures) -> list[str]:
