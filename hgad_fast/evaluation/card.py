@@ -275,7 +275,7 @@ def _trained_on(model: Detector, record: Mapping[str, Any]) -> Iterator[str]:
     else:
         yield "Normal images; of which products is not recorded."
     root = re.split(r"[\\/]", str(record.get("data") or "").rstrip("\\/"))[-1]
-    facts = [f"the data set {text(root)}"] if root else []
+    facts = [f"the dataset {text(root)}"] if root else []
     facts += [f"on {text(str(record['date'])[:10])}"] if record.get("date") else []
     if facts:
         yield f"Trained on {', '.join(facts).removeprefix('on ')}."

@@ -182,7 +182,7 @@ def test_the_figures_are_those_of_the_evaluation_and_the_training(trained, data)
     facts = dict(content["The file"][1:])
     assert facts["sha256"] == file_hash(trained / "model.safetensors")
     assert all(package in facts["trained with"] for package in ("hgad_fast 0.", "torch 2.", "timm 1."))
-    assert f"the data set {text('my <data>')}, on {record['date'][:10]}." in card(trained)
+    assert f"the dataset {text('my <data>')}, on {record['date'][:10]}." in card(trained)
 
 
 def test_it_tells_no_paths_of_the_machine(trained, data):

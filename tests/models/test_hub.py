@@ -224,7 +224,7 @@ def test_a_card_is_a_text_a_file_or_the_folder_of_the_training(model, hub, tmp_p
     monkeypatch.setattr(run_folder, "evaluate", lambda *given, **options: pytest.fail("scores test images"))
     for include_backbone in (True, False):
         card = readme(card=run, include_backbone=include_backbone)
-        assert "Trained on the data set nuts, on 2026-01-02." in card and "/home" not in card
+        assert "Trained on the dataset nuts, on 2026-01-02." in card and "/home" not in card
         assert ("The file does not hold the backbone" in card) == (not include_backbone)
     calibrated = GaussianModel.load(run / "model.safetensors")
     calibrated.calibration.false_alarm_rate = 0.5

@@ -48,7 +48,6 @@ def hash_of(content: bytes) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
