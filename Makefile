@@ -7,12 +7,13 @@ EXTRAS ?= test
 BIN := $(VENV)/bin
 # The name of the stamp says what was installed, so a change of the requirements installs again.
 READY := $(VENV)/ready-$(firstword $(shell { cat setup.py pyproject.toml; echo '$(TORCH) $(EXTRAS)'; } | cksum))
+SPHINX := $(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --doctree-dir build/doctrees
 # The order of the tests follows from this, any text; outside a git checkout it is 0.
 SHUFFLE ?= $(shell git rev-parse --short=8 HEAD 2>/dev/null || echo 0)
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: demo test test-anomalib test-machines test-long test-matrix bench gpu check setup
+.PHONY: demo test test-anomalib test-machines test-long test-matrix bench gpu docs docs-links check setup
 
 demo:
 	@start=$$SECONDS; \
@@ -53,6 +54,16 @@ bench: $(READY)
 # go to runs/gpu. For a rented machine without network, `python -m benchmarks.gpu --plan` prints two short runs.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
+
+# The site, site/index.html; tests/site, which nothing else runs, looks at what was built. A warning is an error.
+docs: $(READY)
+	rm -rf site
+	$(SPHINX) --builder html --quiet docs site
+	$(BIN)/python -m pytest --noconftest tests/site
+
+# Whether the links to other hosts lead anywhere, which takes a network; without one, `tests/support/links.py` lists them.
+docs-links: $(READY)
+	$(SPHINX) --builder linkcheck docs build/links
 
 check: $(READY)
 	$(BIN)/ruff check .

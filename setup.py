@@ -11,7 +11,7 @@ REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
 CAMERA = ["opencv-python-headless>=4.9"]
 SERVE = ["fastapi>=0.115", "python-multipart>=0.0.12", "uvicorn>=0.30"]
 TENSORBOARD = ["tensorboard>=2.16"]
-DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8"]
+DOCS = ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"]
 FOLDERS = (
     *("bench", "commands", "data", "evaluation", "export", "features", "models"),
     *("modules", "ops", "plugin", "scoring", "training"),
@@ -56,7 +56,7 @@ setup(
         "peers": ANOMALIB,  # for benchmarks/peers.py
         "test": [
             *(*DEMO, *DINOV2, *BENCH, *CAMERA, *SERVE, *TENSORBOARD, "httpx>=0.27"),
-            *(*EXPORT, *REPORT),  # onnxruntime runs the network of DINOv2's weights, too
+            *(*DOCS, *EXPORT, *REPORT),  # onnxruntime runs the network of DINOv2's weights, too
             *("hypothesis>=6", "pytest-xdist>=3.5", "mypy>=1.10", "ruff>=0.6", "setuptools>=77"),
         ],
     },

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .models.gaussian import GaussianModel
     from .models.hgad import HGADModel
     from .models.vqflow import VQFlowModel
+    from .scoring.monitor import Monitor
     from .scoring.result import ScoreResult
     from .scoring.scorer import Scorer
 
@@ -23,6 +24,7 @@ __all__ = [
     "GaussianModel",
     "HGADConfig",
     "HGADModel",
+    "Monitor",
     "ScoreResult",
     "Scorer",
     "VQFlowConfig",
@@ -36,6 +38,7 @@ _HOMES = {
     "GaussianModel": "models.gaussian",
     "HGADConfig": "models.config",
     "HGADModel": "models.hgad",
+    "Monitor": "scoring.monitor",
     "ScoreResult": "scoring.result",
     "Scorer": "scoring.scorer",
     "VQFlowConfig": "models.config",

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .commands import card, data, export
+from .commands import card, data, export, monitor
 from .options import (
     AsJson,
     Assignments,
@@ -439,6 +439,7 @@ app.command()(card.card)
 
 
 app.command()(data.data)
+app.command()(monitor.monitor)
 
 
 @app.command()

@@ -23,6 +23,8 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 from hgad_fast.ops import dispatch
 
+collect_ignore = ["site"]  # of what `make docs` has built
+
 # The same examples in every run, and no limit on the time that one takes or that is needed to draw it.
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

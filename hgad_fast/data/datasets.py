@@ -492,7 +492,7 @@ def _listed_dataset(source: Path, root: Path, layout: str, rows: Iterable[_Row])
 
 def _csv_dataset(path: Path) -> Dataset:
     rows: list[_Row] = []
-    for line, row in _table(path, ("path", "class", "split", "label")):
+    for line, row in csv_rows(path, ("path", "class", "split", "label")):
         image = _listed_path(path.parent, row["path"])
         mask = _listed_path(path.parent, row["mask"]) if row.get("mask") else None
         rows.append(_Row(line, image, row["class"], row["split"], row["label"], mask))
@@ -506,7 +506,7 @@ def _visa_dataset(root: Path) -> Dataset:
             f"{printable(path)}: no such file; it comes with VisA and says which images are for training"
         )
     rows: list[_Row] = []
-    for line, row in _table(path, ("object", "split", "label", "image", "mask")):
+    for line, row in csv_rows(path, ("object", "split", "label", "image", "mask")):
         mask = _listed_path(root, row["mask"]) if row["mask"] else None
         rows.append(_Row(line, _listed_path(root, row["image"]), row["object"], row["split"], row["label"], mask))
     dataset = _listed_dataset(path, root, "VisA", rows)
@@ -516,7 +516,7 @@ def _visa_dataset(root: Path) -> Dataset:
     return replace(dataset, stray_masks=tuple(stray))
 
 
-def _table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the place, "<path>:<line>", and the cells of each row of a CSV file, in UTF-8 with commas or semicolons."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

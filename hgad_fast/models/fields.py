@@ -72,21 +72,29 @@ def shown(value: Any) -> str:
 
 
 def field_table(base: type[Any], methods: Sequence[type[Any]]) -> str:
-    """Return the fields of configurations with their defaults and meanings, for people.
+    """Return `fields_by_method` as a table for people."""
+    lines = ["--set FIELD=VALUE, where VALUE is JSON (null, true, [1, 2], 0.5) or a word; fields with their defaults:"]
+    for title, rows in fields_by_method(base, methods):
+        lines += ["", title, *(f"  {name:<20} {default:<24} {meaning}" for name, default, meaning in rows)]
+    return "\n".join(lines)
+
+
+def fields_by_method(base: type[Any], methods: Sequence[type[Any]]) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Return the fields of configurations: for "every method" and for each by its name, those with their meanings.
 
     Args:
         base: the configuration that all methods share.
         methods: those of the methods, of which fields are listed that `base` lacks or has another default for.
+
+    Returns:
+        titles, and for each (name, default as JSON, meaning) of its fields.
     """
     shared = {name: default for name, default, _ in _described(base)}
     parts = [("every method", _described(base))]
     for config in methods:
         own = [row for row in _described(config) if row[0] not in shared or row[1] != shared[row[0]]]
         parts.append((config.method, own))
-    lines = ["--set FIELD=VALUE, where VALUE is JSON (null, true, [1, 2], 0.5) or a word; fields with their defaults:"]
-    for title, rows in parts:
-        lines += ["", title, *(f"  {name:<20} {default:<24} {meaning}" for name, default, meaning in rows)]
-    return "\n".join(lines)
+    return parts
 
 
 def _described(config: type[Any]) -> list[tuple[str, str, str]]:

@@ -47,7 +47,8 @@ def open_browser() -> Iterator[Browser]:
     command = executable()
     if command is None:
         raise FileNotFoundError(f"there is none of {', '.join(NAMES)} on PATH")
-    with tempfile.TemporaryDirectory() as profile, contextlib.ExitStack() as stack:
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # its helpers may write a moment longer
+    with folder as profile, contextlib.ExitStack() as stack:
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for pipe in (os.pipe(), os.pipe()) for end in _closing(stack, pipe)]
         their_input, our_output, our_input, their_output = _closing(stack, ends)
         process = subprocess.Popen(
@@ -142,7 +143,8 @@ class Browser:
         if message.get("method") == "Runtime.consoleAPICalled":
             self.messages.append(" ".join(str(part.get("value")) for part in parameters["args"]))
         elif message.get("method") == "Runtime.exceptionThrown":
-            self.messages.append(parameters["exceptionDetails"]["exception"]["description"])
+            details = parameters["exceptionDetails"]
+            self.messages.append(details.get("exception", {}).get("description", details["text"]))
         elif message.get("method") == "Log.entryAdded":
             self.messages.append(parameters["entry"]["text"])
         elif message.get("method") == "Network.requestWillBeSent":

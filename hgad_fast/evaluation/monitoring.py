@@ -1,0 +1,163 @@
+"""Past runs of `hgad-fast score`, seen by a `Monitor`: whether, when and how their images changed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..data.datasets import csv_rows
+from ..files import printable, replacing
+from ..scoring.monitor import Monitor, MonitorState
+from ..scoring.rates import percent
+
+RUNNING = 50  # images of the running share in the image
+LOW = 0.1  # p-value, whose share is shown
+SHOWN_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a monitor made of past images, n of them.
+
+    Attributes:
+        files, classes: of each image.
+        p_values: (n,) float64.
+        evidence: (n,) float64, `Monitor.evidence` after each image.
+        state: that of the monitor at the end.
+        alpha: the probability of a false alarm that it was made with.
+        skipped: how many rows had no p-value: images that could not be scored, or have no threshold.
+    """
+
+    files: list[str]
+    classes: list[str]
+    p_values: NDArray[np.float64]
+    evidence: NDArray[np.float64]
+    state: MonitorState
+    alpha: float
+    skipped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state, the files that it speaks of, and figures by class, in types that JSON has."""
+        state = asdict(self.state)
+        state["since_file"] = None if self.state.since is None else self.files[self.state.since]
+        state["found_at_file"] = None if self.state.found_at is None else self.files[self.state.found_at]
+        return {**state, "alpha": self.alpha, "skipped": self.skipped, "classes": self._by_class()}
+
+    def _by_class(self) -> dict[str, dict[str, float]]:
+        """Return the number of images, the mean p-value, and the share of p-values up to `LOW`, by class."""
+        figures = {}
+        for name, count in Counter(self.classes).items():
+            own = self.p_values[[each == name for each in self.classes]]
+            figures[name] = {"images": count, "mean_p": float(own.mean()), "low_p": float((own <= LOW).mean())}
+        return figures
+
+    def table(self) -> str:
+        """Return the verdict and the figures by class as text."""
+        state = self.state
+        lines = []
+        if state.changed:
+            assert state.since is not None and state.found_at is not None
+            subject = "all classes" if state.group is None else f"class {printable(str(state.group))}"
+            of_all = f"{subject}: " if len(set(self.classes)) > 1 else ""
+            lines.append(
+                f"CHANGED: {of_all}scores are {state.direction} since about image {state.since + 1} "
+                f"({self.files[state.since]}), found at image {state.found_at + 1} ({self.files[state.found_at]})"
+            )
+        else:
+            lines.append("no change found")
+        lines.append(
+            f"{state.images} images, p {state.p_value:.2g}; a false alarm, ever, has a probability of at most "
+            f"{percent(self.alpha)}"
+        )
+        if self.skipped:
+            lines.append(f"left out: {self.skipped} rows without a p-value (failed, or of a class without a threshold)")
+        lines.append(f"  {'class':<20} {'images':>7} {'mean p':>7} {f'p <= {LOW}':>9}")
+        figures = self._by_class()
+        for name in list(figures)[:SHOWN_CLASSES]:
+            row = figures[name]
+            lines.append(f"  {name:<20} {row['images']:>7} {row['mean_p']:>7.2f} {percent(row['low_p']):>9}")
+        if len(figures) > SHOWN_CLASSES:
+            lines.append(f"  and {len(figures) - SHOWN_CLASSES} more classes")
+        lines.append(f"of images like the calibration images, about half have p <= 0.5, and {percent(LOW)} p <= {LOW}")
+        return "\n".join(lines)
+
+
+def course(tables: Sequence[str | os.PathLike[str]], monitor: Monitor) -> Course:
+    """Return what a monitor makes of the images in tables such as `hgad-fast score` writes, in their order.
+
+    Args:
+        tables: CSV files with the columns file, class and p_value, as scores.csv, the oldest first.
+        monitor: a new one.
+
+    Raises:
+        ValueError: a file is no such table, a p-value is no number above 0 and at most 1, or there is none at all.
+        OSError: a file cannot be read.
+    """
+    files, classes, p_values, evidence, skipped = [], [], [], [], 0
+    for table in tables:
+        for place, row in csv_rows(Path(table), ("file", "class", "p_value")):
+            if not row["p_value"]:
+                skipped += 1
+                continue
+            try:
+                monitor.update(float(row["p_value"]), row["class"])
+            except ValueError as error:
+                raise ValueError(f"{place}: p_value is {row['p_value']!r}; it must be above 0 and at most 1") from error
+            files.append(row["file"])
+            classes.append(row["class"])
+            p_values.append(float(row["p_value"]))
+            evidence.append(monitor.evidence)
+    if not files:
+        raise ValueError(
+            f"there is no p-value in {', '.join(printable(str(table)) for table in tables)}: the model has no "
+            "thresholds, or no image was scored; hgad-fast calibrate makes thresholds"
+        )
+    return Course(files, classes, np.array(p_values), np.array(evidence), monitor.state, monitor.alpha, skipped)
+
+
+def plot(past: Course, path: str | os.PathLike[str]) -> Path:
+    """Write an image (PNG) of the p-values, the evidence for a change, and when it was found.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(past.p_values)
+    numbers = np.arange(1, count + 1)
+    figure = Figure(figsize=(9, 5), dpi=120, facecolor="white", layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.plot(
+        numbers, past.p_values, ".", color="#8a94a6", markersize=max(2.0, min(6.0, 900 / count)), label="p-value"
+    )
+    window = min(RUNNING, count)
+    running = np.convolve(past.p_values, np.full(window, 1 / window), "valid")
+    upper.plot(numbers[window - 1 :], running, color="#1f5fbf", linewidth=1.8, label=f"mean of {window} images")
+    upper.axhline(0.5, color="#444444", linewidth=0.8, linestyle=":")
+    upper.set_ylim(0, 1.02)
+    upper.set_ylabel("p-value")
+    lower.plot(numbers, np.log10(past.evidence), color="#1f5fbf", linewidth=1.8, label="evidence")
+    lower.axhline(-np.log10(past.alpha), color="#b3261e", linewidth=1.2, linestyle="--", label=f"1 / {past.alpha:g}")
+    lower.set_ylabel("evidence for a change, log10")
+    lower.set_xlabel("image, in the order of the table")
+    if past.state.since is not None and past.state.found_at is not None:
+        for panel in (upper, lower):
+            panel.axvspan(past.state.since + 1, past.state.found_at + 1, color="#b3261e", alpha=0.12, linewidth=0)
+            panel.axvline(past.state.found_at + 1, color="#b3261e", linewidth=1.2)
+        title = f"changed since about image {past.state.since + 1}, found at image {past.state.found_at + 1}"
+    else:
+        title = f"no change found in {count} images"
+    upper.set_title(title, loc="left", fontsize=11)
+    for panel in (upper, lower):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return Path(path)
