@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .commands import data, export, monitor
+from .commands import card, data, export, monitor
 from .options import (
     AsJson,
     Assignments,
@@ -433,6 +433,9 @@ def report(
 
         where = usable_device(device)
     say(f"report: {write_report(run, data, output, device=where, progress=tracked)}", sys.stdout)
+
+
+app.command()(card.card)
 
 
 app.command()(data.data)

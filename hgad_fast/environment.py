@@ -184,6 +184,13 @@ def package_versions(*packages: str) -> dict[str, str | None]:
     return versions
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this library and of the packages that scores depend on."""
+    packages = package_versions("torch", "triton", "timm", "numpy", "scikit-learn", "scipy")
+    known = {"hgad_fast": VERSION, "python": platform.python_version()}
+    return known | {name: version or "not installed" for name, version in packages.items()}
+
+
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU or of the processor."""
     if device.type == "cuda":

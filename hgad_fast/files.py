@@ -108,6 +108,15 @@ def readable(size: float) -> str:
     return f"{float(f'{size / _UNITS[unit]:.3g}'):g} {unit}B"
 
 
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def state_hash(module: nn.Module) -> str:
     """Return the `tensor_hash` of a module's parameters and buffers."""
     return tensor_hash(module.state_dict())

@@ -103,6 +103,14 @@ class Densities:
             yield replace(self, logps=logps, neg_entropy=neg_entropy, group_ids=self.group_ids[i : i + 1])
 
 
+class About(NamedTuple):
+    """What people who are given a model of a method should know of it, in sentences for the model card."""
+
+    what: str  # a phrase: its name, and what it is
+    keeps: str  # what of the training images a model file holds
+    limits: tuple[str, ...] = ()  # what it cannot do, beyond what no method here can
+
+
 class OfficialMaps(NamedTuple):
     """The maps and scores of n images by one of the procedures that a method was published with."""
 
@@ -118,6 +126,8 @@ class Detector(FeatureSource, Protocol):
     calibration: Any  # a `scoring.calibration.Calibration`, or None before there is one
     checkpoint: str
 
+    @property
+    def about(self) -> About: ...
     @property
     def stages(self) -> Mapping[int, str]: ...
     @property

@@ -633,7 +633,7 @@ def test_an_error_of_ours_is_not_hidden(data, tmp_path, monkeypatch):
 def test_every_command_has_help(command):
     text = click.unstyle(succeeds(command, "--help").stdout)
     assert f"Usage: hgad-fast {command}" in text.replace("root", "hgad-fast")
-    assert ("--json" in text) == (command not in ("train", "calibrate", "report", "weights"))
+    assert ("--json" in text) == (command not in ("train", "calibrate", "report", "card", "weights"))
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

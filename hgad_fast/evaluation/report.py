@@ -8,12 +8,10 @@ matplotlib: `pip install hgad-fast[report]`.
 from __future__ import annotations
 
 import base64
-import hashlib
 import importlib.util
 import json
 import math
 import os
-import platform
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib import resources
@@ -23,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.datasets import GOOD, Dataset, discover, fingerprint
+from ..data.datasets import GOOD, Dataset
 from ..data.images import read_image, resize_image, resize_mask
 from ..data.masks import read_mask
-from ..environment import VERSION, package_versions
+from ..environment import VERSION, versions
 from ..features.extract import ShowProgress
 from ..files import printable, replacing
 from ..methods import load
@@ -34,9 +32,9 @@ from ..protocol import Detector
 from ..scoring import plot
 from ..scoring.calibration import Calibration
 from ..scoring.score import score_images
-from ..training.checkpoint import BEST, METRICS, MODEL, RUN
+from ..training.checkpoint import METRICS, MODEL, RUN
 from . import charts
-from .evaluate import Evaluation, ScoredImage, evaluate, shown_path, test_set
+from .evaluate import Evaluation, ScoredImage, shown_path
 from .remarks import remarks
 from .report_figures import (
     curve_panels,
@@ -46,11 +44,12 @@ from .report_figures import (
     panel,
     percent,
     protocol_names,
+    share,
+    threshold_table,
     tiles,
 )
+from .run_folder import evaluated, read_object, test_data
 
-EVALUATION = "evaluation.json"
-EVALUATION_FORMAT = 2
 REPORT = "report.html"
 SHOWN = 6  # images shown of each kind of mistake
 LISTED = 300  # mistakes named in the list
@@ -97,54 +96,13 @@ def write_report(
         )
     output = Path(output or folder / REPORT)
     model = load(folder / MODEL, device)
-    record = _read_json(folder / RUN)
-    dataset, missing = _test_data(model, data, record.get("data"))
-    evaluation = None if dataset is None else _evaluated(model, dataset, folder, progress)
-    page = _page(model, folder, record, dataset, evaluation, missing)
+    record = read_object(folder / RUN)
+    dataset, reason = test_data(model, data, record.get("data"))
+    evaluation = None if dataset is None else evaluated(model, dataset, folder, progress)
+    page = _page(model, folder, record, dataset, evaluation, "" if dataset else _WITHOUT_TEST.format(reason))
     with replacing(output) as file:
         file.write_text(page, encoding="utf-8")
     return output
-
-
-def _require_packages() -> None:
-    """Raise a ModuleNotFoundError that says how to install what is missing."""
-    for module, name in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib")):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"the report needs {name}: pip install 'hgad-fast[report]'", name=module)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one where there is no file."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{printable(path)} is damaged ({error}); delete it: the report can do without") from error
-
-
-def _test_data(
-    model: Detector, given: str | os.PathLike[str] | None, recorded: str | None
-) -> tuple[Dataset | None, str]:
-    """Return the dataset to test on, or None and the text that tells the reader why there is none.
-
-    A dataset that is given must be fit for it. One that is only recorded may be gone or have changed since; and of
-    several datasets in one, the folder that they share is recorded, which need not be a dataset.
-    """
-    root = given or recorded
-    if root is None:
-        return None, _WITHOUT_TEST.format("none were named")
-    try:
-        dataset = discover(root)
-        if dataset.test:
-            return test_set(model, dataset), ""
-    except ValueError as error:
-        if given is not None:
-            raise
-        return None, _WITHOUT_TEST.format(
-            f"those of {recorded}, which the model was trained on, do not serve ({error})"
-        )
-    return None, _WITHOUT_TEST.format(f"{printable(root)} has none")
 
 
 _WITHOUT_TEST = (
@@ -153,29 +111,11 @@ _WITHOUT_TEST = (
 )
 
 
-def _evaluated(
-    model: Detector,
-    dataset: Dataset,
-    folder: Path,
-    progress: ShowProgress | None,
-) -> Evaluation:
-    """Return the evaluation kept in the folder if it is of this model, dataset and version; else make and keep one."""
-    masks = [replace(sample, path=sample.mask) for sample in dataset.test if sample.mask is not None]
-    models = [path for path in (folder / MODEL, folder / BEST) if path.is_file()]
-    identity = {
-        "format": EVALUATION_FORMAT,
-        "version": VERSION,
-        "models": [hashlib.sha256(path.read_bytes()).hexdigest() for path in models],
-        "data": fingerprint([*dataset.test, *masks], dataset.root),
-    }
-    kept = _read_json(folder / EVALUATION)
-    if kept.get("identity") == identity:
-        return Evaluation.from_dict(kept["evaluation"])
-    official = load(folder / BEST, model.device) if (folder / BEST).is_file() else None
-    evaluation = evaluate(model, dataset, official=official, progress=progress)
-    with replacing(folder / EVALUATION) as file:
-        file.write_text(json.dumps({"identity": identity, "evaluation": evaluation.to_dict()}) + "\n", encoding="utf-8")
-    return evaluation
+def _require_packages() -> None:
+    """Raise a ModuleNotFoundError that says how to install what is missing."""
+    for module, name in (("jinja2", "Jinja2"), ("matplotlib", "matplotlib")):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"the report needs {name}: pip install 'hgad-fast[report]'", name=module)
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -301,7 +241,7 @@ def _calibration(model: Detector, evaluation: Evaluation | None) -> dict[str, An
         "kind": "class" if model.groups_are_classes else "group",
         "borrowers": len(calibration.borrowers),
         "panels": [],
-        "tables": [_threshold_table(model, calibration, evaluation)],
+        "tables": [threshold_table(model, calibration, evaluation)],
     }
     if evaluation is not None:
         curve = [_at_rate(model, calibration, evaluation, thousandths / 1000) for thousandths in range(1, 200)]
@@ -356,9 +296,9 @@ def _rates_table(rows: list[_AtRate]) -> dict[str, Any]:
             [
                 percent(row.target),
                 percent(row.attained),
-                _share(row.false_alarms, row.normal),
+                share(row.false_alarms, row.normal),
                 "{} to {}".format(*row.expected) if row.normal else "–",
-                _share(row.found, row.defective),
+                share(row.found, row.defective),
             ]
             for row in rows
         ],
@@ -381,33 +321,6 @@ def _rate_panels(rows: list[_AtRate]) -> list[dict[str, Any]]:
         svg = charts.rates(targets, recall, "defective images found", f"Defects found. {words}")
         panels.append(panel(svg, "Defects found", words))
     return panels
-
-
-def _threshold_table(model: Detector, calibration: Calibration, evaluation: Evaluation | None) -> dict[str, Any]:
-    """Return the table of thresholds: how many images each rests on, and what it does to the test images."""
-    ids = torch.arange(len(model.groups))
-    _, _, thresholds, rates = calibration.judge(torch.zeros(len(ids)), ids)
-    counts = torch.bincount(calibration.class_ids, minlength=len(ids)).tolist()
-    rows = []
-    for name, count, threshold, rate in zip(model.groups, counts, thresholds.tolist(), rates.tolist(), strict=True):
-        images = f"{count}, borrows" if model.groups.index(name) in calibration.borrowers else str(count)
-        limit = f"{threshold:.4g}" if math.isfinite(threshold) else "–"
-        row = [name, images, limit, percent(calibration.false_alarm_rate), percent(rate)]
-        if evaluation is not None:
-            judged = [
-                image
-                for image in evaluation.images["honest"]
-                if (image.class_name if model.groups_are_classes else image.inferred_class) == name
-                and image.is_flagged is not None
-            ]
-            for is_anomalous in (False, True):
-                flags = [image.is_flagged for image in judged if image.is_anomalous == is_anomalous]
-                row.append(_share(sum(map(bool, flags)), len(flags)))
-        rows.append(row)
-    kind = "Class" if model.groups_are_classes else "Group"
-    heads = [kind, "Calibration images", "Threshold", "Rate asked for", "Rate attained"]
-    heads += ["False alarms", "Defects found"] if evaluation else []
-    return {"caption": f"What the threshold of each {kind.lower()} rests on", "heads": heads, "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -539,11 +452,8 @@ def _setup(
         ("tested on", "nothing" if dataset is None else str(dataset.root)),
         ("report made", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
     ]
-    versions = {"hgad_fast": VERSION, "python": platform.python_version()}
-    packages = package_versions("torch", "triton", "timm", "numpy", "scikit-learn", "scipy")
-    versions |= {name: version or "not installed" for name, version in packages.items()}
     settings = [(name, _setting(value)) for name, value in asdict(model.config).items()]
-    return [("Files", files), ("Versions", list(versions.items())), ("Configuration", settings)]
+    return [("Files", files), ("Versions", list(versions().items())), ("Configuration", settings)]
 
 
 def _setting(value: Any) -> str:
@@ -551,8 +461,3 @@ def _setting(value: Any) -> str:
     if value is None:
         return "–"
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _share(part: int, whole: int) -> str:
-    """Return a share as text, e.g. "5.0 % (1 of 20)"; a dash of nothing."""
-    return f"{percent(part / whole)} ({part} of {whole})" if whole else "–"

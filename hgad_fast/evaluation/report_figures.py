@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 from ..protocol import Detector
+from ..scoring.calibration import Calibration
 from . import charts
 from .evaluate import Evaluation, Figures
 
@@ -80,8 +81,7 @@ def figure_tables(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "tables": tables,
         "protocols": [
-            (name, f"{_description(evaluation, name)} Checkpoint: {evaluation.checkpoints[name]}.")
-            for name in protocols
+            (name, f"{description(evaluation, name)} Checkpoint: {evaluation.checkpoints[name]}.") for name in protocols
         ],
         "confusion": confusion,
     }
@@ -92,7 +92,7 @@ def _cells(columns: list[Figures], names: list[str]) -> list[tuple[float | None,
     return [(finite_or_none(getattr(column, name)), column.intervals.get(name)) for name in names for column in columns]
 
 
-def _description(evaluation: Evaluation, protocol: str) -> str:
+def description(evaluation: Evaluation, protocol: str) -> str:
     """Return sentences on what the figures of a protocol are of."""
     told = evaluation.knows_classes
     if protocol == "honest":
@@ -222,6 +222,37 @@ def group_table(model: Detector, evaluation: Evaluation) -> dict[str, Any] | Non
         "heads": ["Group", "Images", *classes],
         "rows": rows[:GROUPS_LISTED],
     }
+
+
+def threshold_table(model: Detector, calibration: Calibration, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return the table of thresholds: how many images each rests on, and what it does to the test images."""
+    rows = []
+    for k, rate in enumerate(calibration.rates(model.groups)):
+        name, others = rate["group"], rate["reference"] - rate["images"]
+        images = f"{rate['images']}, and {others} of others" if others > 0 else str(rate["images"])
+        images = f"{rate['images']}, borrows" if k in calibration.borrowers else images
+        limit = f"{rate['threshold']:.4g}" if math.isfinite(rate["threshold"]) else "–"
+        row = [name, images, limit, percent(rate["target"]), percent(rate["attained"])]
+        if evaluation is not None:
+            judged = [
+                image
+                for image in evaluation.images["honest"]
+                if (image.class_name if model.groups_are_classes else image.inferred_class) == name
+                and image.is_flagged is not None
+            ]
+            for is_anomalous in (False, True):
+                flags = [image.is_flagged for image in judged if image.is_anomalous == is_anomalous]
+                row.append(share(sum(map(bool, flags)), len(flags)))
+        rows.append(row)
+    kind = "Class" if model.groups_are_classes else "Group"
+    heads = [kind, "Calibration images", "Threshold", "Rate asked for", "Rate attained"]
+    heads += ["False alarms", "Defects found"] if evaluation else []
+    return {"caption": f"What the threshold of each {kind.lower()} rests on", "heads": heads, "rows": rows}
+
+
+def share(part: int, whole: int) -> str:
+    """Return a share as text, e.g. "5.0 % (1 of 20)"; a dash of nothing."""
+    return f"{percent(part / whole)} ({part} of {whole})" if whole else "–"
 
 
 def percent(value: float) -> str:

@@ -470,7 +470,8 @@ def _create(config: BackboneSettings, arch: str, weights: str | None) -> tuple[A
     except Exception:
         if not pretrained:
             raise
-        with reaching_hub(f"the pretrained weights of {arch!r}", IN_A_PACKAGE if arch in PACKAGED else OWN_WEIGHTS):
+        failure = f"the pretrained weights of {arch!r} could not be had from timm's hub"
+        with reaching_hub(failure, IN_A_PACKAGE if arch in PACKAGED else OWN_WEIGHTS):
             raise
     if state is not None:
         _load_weights(net, state, config)

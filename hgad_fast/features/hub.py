@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from ..importing import uncollected
@@ -41,7 +41,7 @@ def without_hub(arch: str, weights: str | None) -> tuple[str, str | None]:
     repository = arch.partition(":")[2]
     if repository.startswith("timm/") and timm.is_model(repository.removeprefix("timm/")):
         return repository.removeprefix("timm/"), weights  # one of timm's own, whose weights it knows by this name
-    with reaching_hub(f"the configuration of {arch!r}", OWN_NAME):
+    with reaching_hub(f"the configuration of {arch!r} could not be had from timm's hub", OWN_NAME):
         ask_hub(repository, "config.json")
         _, architecture, options = timm.models.load_model_config_from_hf(repository)
     if options or not timm.is_model(architecture):
@@ -54,27 +54,35 @@ def without_hub(arch: str, weights: str | None) -> tuple[str, str | None]:
 
 
 @contextmanager
-def reaching_hub(what: str, remedy: str) -> Iterator[None]:
-    """Turn any error of the body, which asks the hub for something, into a ConnectionError with the remedy."""
+def reaching_hub(failure: str, remedy: str | Callable[[Exception], str]) -> Iterator[None]:
+    """Turn any error of the body, which asks a hub for something, into a ConnectionError with the remedy.
+
+    Args:
+        failure: a clause that says what could not be done.
+        remedy: a sentence, or what makes it of the error.
+    """
     try:
         yield
-    except Exception as error:  # timm lets errors of several network libraries through
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ConnectionError(f"{what} could not be had from timm's hub ({reason}). {remedy}") from error
+    except Exception as error:  # timm and the hub's client let errors of several network libraries through
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        advice = remedy if isinstance(remedy, str) else remedy(error)
+        raise ConnectionError(f"{failure} ({reason}). {advice}") from error
 
 
-def ask_hub(repository: str, *files: str) -> None:
-    """Ask the hub once for files that are not in the cache, so as to fail at once: timm retries for a minute.
+def ask_hub(repository: str, *files: str, cache_dir: str | None = None, token: str | bool | None = None) -> None:
+    """Ask the hub once for files that are not in the cache, so as to fail at once: timm and the client retry for long.
 
     Args:
         repository: owner/name, which may end in @revision.
         files: one of them is enough.
+        cache_dir: the cache; None: the hub's own.
+        token: that of the hub; None: the one that the client knows.
     """
     import huggingface_hub as hub
     from huggingface_hub.utils import HfHubHTTPError
 
     name, _, revision = repository.partition("@")
-    if any(hub.try_to_load_from_cache(name, file, revision=revision or None) for file in files):
+    if any(hub.try_to_load_from_cache(name, file, cache_dir, revision or None) for file in files):
         return
     with suppress(HfHubHTTPError):  # the hub has answered, if only that there is no file of this name
-        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], revision=revision or None))
+        hub.get_hf_file_metadata(hub.hf_hub_url(name, files[0], revision=revision or None), token=token)

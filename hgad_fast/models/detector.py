@@ -26,8 +26,8 @@ from ..features.composite import make_backbone
 from ..features.extract import FeatureSet
 from ..features.outline import Outline, stages_in
 from ..files import state_hash
-from ..methods import FORMAT, ModelFile, opened, write_model_file
-from ..protocol import Densities, OfficialMaps, Progress
+from ..methods import FORMAT, METHODS, ModelFile, opened, write_model_file
+from ..protocol import About, Densities, OfficialMaps, Progress
 from ..scoring.calibration import Calibration, calibrate
 from ..scoring.maps import official_maps
 from ..scoring.result import ScoreResult
@@ -36,6 +36,7 @@ from ..scoring.stored import stored_calibration
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
 from .config import Config, Settings
+from .hub import OnHub
 
 CALIBRATION, ENCODER = "calibration.", "encoder."  # before the names of their tensors in a model file
 
@@ -44,7 +45,7 @@ MAX_CALIBRATION = 10**7  # numbers in the calibration of a model file
 Model = TypeVar("Model", bound="Detector")
 
 
-class Detector(nn.Module):
+class Detector(OnHub, nn.Module):
     """One anomaly detector for all classes, on the features of a frozen backbone.
 
     Args:
@@ -68,6 +69,7 @@ class Detector(nn.Module):
         fusion: how the maps of several `Densities.parts` become one: their product, or "standardised", their sum with
             weights from the calibration, or one of them alone, by its name.
         loss_terms: title and explanation of each term that the objective reports, for reports.
+        about: what the model card says of the method.
         stages: what a stage of the training does, by its number from 2 on, for reports.
         variant_options: names of what `variants` takes beyond the names of some of them.
 
@@ -82,6 +84,9 @@ class Detector(nn.Module):
     closed_form: bool = False
     scores_from_zero: bool = True
     preparation: str = ""
+    about: About = About(
+        "a method of its own", "Nobody has written down what a model file holds of the training images."
+    )
     loss_terms: Mapping[str, tuple[str, str]] = {}
     stages: Mapping[int, str] = {}
     variant_options: ClassVar[tuple[str, ...]] = ()
@@ -440,6 +445,7 @@ class Detector(nn.Module):
         if file.method != cls.config_class.method:
             raise file.error(
                 f"holds a model of the method {file.method!r}, and {cls.__name__} is of another: use hgad_fast.load"
+                + (f", or {METHODS[file.method].__name__}" if file.method in METHODS else "")
             )
         config = cls._config_in(file)
         left_out = file.metadata.get("backbone") == "left out"

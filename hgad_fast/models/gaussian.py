@@ -21,7 +21,7 @@ from ..methods import register
 from ..modules.place_gaussian import Distances, Moments, PlaceGaussians, Whitening, evidence_of, grid_fits, places
 from ..modules.place_graph import PlaceGraph
 from ..ops.dispatch import float32_products
-from ..protocol import Densities, OfficialMaps, ProportionsError
+from ..protocol import About, Densities, OfficialMaps, ProportionsError
 from ..scoring.maps import resized_and_blurred
 from ..terminal import warn_user
 from .config import GaussianConfig
@@ -59,6 +59,17 @@ class GaussianModel(Detector):
     config: GaussianConfig
     encoder: Backbone | None
     closed_form = True
+    about = About(
+        "place Gaussians: of each class and place of the feature map a Gaussian, in closed form",
+        "Of each class and place it holds the sum of the features of the training images, the sum of their products, "
+        "and the number of images (of a class with one image that is the features of this image); of all together the "
+        "mean and the principal directions of the features.",
+        (
+            "Objects have to lie where those of the training images lie, as they do under a fixed camera; a texture "
+            "may lie anyhow.",
+            "An image of other proportions than the training images is refused.",
+        ),
+    )
     scores_from_zero = False
 
     def build(self) -> None:

@@ -26,7 +26,7 @@ from ..modules.groups import group_numbers, groups_of_images, one_group
 from ..modules.mixture import HierarchicalMixture
 from ..modules.scaling import feature_scaling
 from ..ops import Blocks, SeparablePosition, flow_path
-from ..protocol import Densities, Progress
+from ..protocol import About, Densities, Progress
 from ..scoring.densities import chunk_pixels
 from ..scoring.result import ScoreResult
 from ..terminal import warn_user
@@ -99,6 +99,11 @@ class HGADModel(OfficialSurface, Detector):
     config_class = HGADConfig
     config: HGADConfig
     encoder: Backbone | None
+    about = About(
+        "HGAD: normalizing flows to a mixture of Gaussians, several for each class (arXiv 2403.13349)",
+        "It holds the weights of the flows, the centres of the mixture and, where features are scaled, means and "
+        "deviations of the features of all training images together.",
+    )
     loss_terms = {
         "L_g": ("Likelihood, all classes", "How surprising the normal images are; it should fall."),
         "L_mi": ("Mutual information", "How well the classes keep apart; it should rise."),

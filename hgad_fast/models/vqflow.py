@@ -32,7 +32,7 @@ from ..modules.convolutional_graph import ConditionGraph, FlowGraph, FusionGraph
 from ..modules.groups import group_numbers
 from ..modules.synchronised import exchanging, process_count
 from ..ops.dispatch import float32_products
-from ..protocol import Densities, OfficialMaps, Progress
+from ..protocol import About, Densities, OfficialMaps, Progress
 from ..training.schedule import warmed_up_cosine
 from ..training.step import Batch
 from .config import VQFlowConfig
@@ -135,6 +135,12 @@ class VQFlowModel(Detector):
     encoder: Backbone | None
     groups_are_classes = False
     pointwise = False
+    about = About(
+        "VQ-Flow: flows conditioned on prototypes and patterns that the images form by themselves (arXiv 2409.00942)",
+        "It holds the weights of the flows, prototypes and patterns, which are running means of what networks make of "
+        "features, and how many training images of each class every prototype has.",
+        ("Thresholds are those of prototypes: products that share a prototype share its threshold.",),
+    )
     loss_terms = {
         "L_nll": ("Negative log-density", "How surprising the normal images are, in nats per value; it should fall."),
         "L_prototype": ("Distance to the prototypes", "Of the images' semantic vectors; small is good."),

@@ -22,7 +22,7 @@ MODEL = "model.safetensors"
 BEST = "best.safetensors"  # see `evaluation.evaluate.BestCheckpoint`
 FEATURES = "features"
 REMEDY = "; start anew without resume, or resume from a copy that is whole"
-RUN = "run.json"  # {"data": folder of the images or null}, read by the report
+RUN = "run.json"  # {"data": folder of the images or null, ...}, read by the report and the model card
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import Dataset
-from ..environment import plain_torch, require_float32
+from ..environment import plain_torch, require_float32, versions
 from ..features.extract import FeatureSet, feature_set
 from ..files import replacing
 from ..protocol import Detector, Progress
@@ -120,7 +122,8 @@ def fit(
             same data, backbone and configuration; the result is bit for bit that of an uninterrupted run. For the sake
             of callbacks, torch's global random state becomes that of the checkpoint too.
         output_dir: where ``checkpoint.pt`` (at the start and after every meta-epoch), ``metrics.jsonl`` and in the end
-            ``run.json`` (the root of the data) and ``model.safetensors`` are written; None writes nothing.
+            ``run.json`` (the root of the data, images of each class, versions, the day) and ``model.safetensors`` are
+            written; None writes nothing.
         cache: where features are kept between passes: ``"ram"``; ``"disk"``, where later runs and other processes can
             use them too; or None to compute them anew in every pass. The result is the same bit for bit. Beside that, a
             GPU keeps those trained on where they take a third of its free memory at most (`training.feeding`).
@@ -199,15 +202,29 @@ def fit(
         model.calibration, history.recognition = processes.from_first((model.calibration, history.recognition))
         if folder is not None:
             with writing(folder / RUN), replacing(folder / RUN) as file:
-                root = data.root if isinstance(data, Dataset) else data
-                is_path = isinstance(root, (str, os.PathLike))
-                file.write_text(json.dumps({"data": os.path.abspath(root) if is_path else None}) + "\n")
+                file.write_text(json.dumps(_record(model, data, training, held_out)) + "\n", encoding="utf-8")
             with writing(folder / MODEL):
                 model.save(folder / MODEL)
         if processes.is_first:
             warn_of_shortcomings(model)  # at the end: the model is kept where warnings are errors
             warn_of_recognition(history.recognition)
     return history
+
+
+def _record(model: Detector, data: Any, training: FeatureSet, held_out: FeatureSet) -> dict[str, Any]:
+    """Return what ``run.json`` says of a training: where the data lie, images of each class, versions, the day."""
+    root = data.root if isinstance(data, Dataset) else data
+    names = dict(enumerate(model.config.names))
+    counts = {
+        part: Counter(names.get(k, f"class {k}") for k in features.class_ids.tolist())
+        for part, features in (("trained_on", training), ("held_out", held_out))
+    }
+    return {
+        "data": os.path.abspath(root) if isinstance(root, (str, os.PathLike)) else None,
+        **counts,
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def recognition(model: Detector, held_out: FeatureSet) -> dict[str, tuple[int, int]]:

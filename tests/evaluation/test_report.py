@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 from hgad_fast import HGADConfig, HGADModel
 from hgad_fast.cli import app
-from hgad_fast.evaluation import charts, report, report_figures
+from hgad_fast.data.datasets import discover
+from hgad_fast.evaluation import charts, report, report_figures, run_folder
 from hgad_fast.evaluation.evaluate import Evaluation
 
 LONG = "housing_of_the_left_front_door_actuator-variant_with_bracket.v2"  # no defects in its test set
@@ -231,7 +232,7 @@ def test_a_large_image_becomes_a_small_one(data: Path, run: Path, evaluation: Ev
     monkeypatch.setattr(report, "THUMBNAIL", 30)
     model = HGADModel.load(run / "model.safetensors")
     image = next(p for p in evaluation.images["honest"] if p.class_name == "plate" and p.is_anomalous)
-    shown = report._shown(model, report.discover(data), image)
+    shown = report._shown(model, discover(data), image)
     assert (shown["width"], shown["height"], shown["has_mask"]) == (30, 22, True)
 
 
@@ -259,8 +260,10 @@ def test_the_evaluation_is_used_again_until_model_or_data_change(
     data: Path, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    evaluate = report.evaluate
-    monkeypatch.setattr(report, "evaluate", lambda *given, **named: calls.append(named) or evaluate(*given, **named))
+    evaluate = run_folder.evaluate
+    monkeypatch.setattr(
+        run_folder, "evaluate", lambda *given, **options: calls.append(options) or evaluate(*given, **options)
+    )
     monkeypatch.setattr(report, "_page", lambda *given: "")  # what takes time, and other tests look at
     output = tmp_path / "elsewhere" / "page.html"
     assert hgad(copied, "--output", output) == f"report: {output}\n"
