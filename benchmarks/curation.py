@@ -118,7 +118,7 @@ def whitened(dataset: Dataset, cache: dict[str, Any]) -> dict[str, Any]:
     """
     model = model_of(config(), None)
     samples, features = features_of(model, dataset.root, dataset.train, None, cache)
-    model.begin(features)
+    model._fit_whitenings(features)
     (whitening,) = model.whitenings
     means = torch.stack([features.images[i][0].mean((1, 2)) for i in range(len(features))])
     vectors = whitening(means).double().numpy()

@@ -49,8 +49,8 @@ class Clusters:
 
     Attributes:
         groups: the images of each group, from the centre to the edge; the largest group first.
-        silhouettes: the mean silhouette of each K that was tried, after small groups were merged; empty for a K that
-            was given, and where there are too few images for two groups.
+        silhouettes: the mean silhouette of each K that was tried, after small groups were merged, if two or more are
+            left; empty for a K that was given.
         notes: what in the folders was left out, in lines for people.
     """
 

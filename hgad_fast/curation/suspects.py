@@ -12,6 +12,7 @@ defects do not move. It is no probability: maxima of maps have a longer tail tha
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -166,15 +167,18 @@ def suspects(
         model.config = settings
         try:
             samples, scores, maps = _scored(model, dataset.root, name, of_class, folds, progress, options)
-        except ProportionsError as error:
-            warn_user(f"{error}. Meanwhile the images of {name!r} are compared as squares")
+        except ProportionsError:
+            warn_user(
+                f"the images of {name!r} differ in their proportions by more than 5%, and are compared as squares; a "
+                "place Gaussian takes images of one shape"
+            )
             model.config = _Squared(**{each.name: getattr(settings, each.name) for each in fields(settings)})
             samples, scores, maps = _scored(model, dataset.root, name, of_class, folds, progress, options)
         median = float(np.median(scores))
         spread = max(1.4826 * float(np.median(np.abs(scores - median))), 1e-6 * abs(median), 1e-12)
         standardised = (scores - median) / spread
         for sample, score, anomaly_map in zip(samples, standardised, maps, strict=True):
-            scored.append((float(score) if np.isfinite(score) else np.inf, name, sample))
+            scored.append((math.inf if math.isnan(score) else float(score), name, sample))
             drawn[sample.path] = _Drawn(anomaly_map, median + OUTLINED * spread)
     scored.sort(key=lambda row: (-row[0], row[1], row[2].path))
     rows = (Suspect(rank, sample.path, name, score) for rank, (score, name, sample) in enumerate(scored, 1))
@@ -232,7 +236,8 @@ def _scored(
         with model.without(features.subset(((fold == k) | left_out).nonzero().flatten())):
             for i in (fold == k).nonzero().flatten().tolist():
                 anomaly_map = _map(model, features.images[i])
-                scores[i] = float(anomaly_map.max())
+                highest_pixel = float(anomaly_map.max())
+                scores[i] = highest_pixel if math.isfinite(highest_pixel) else math.inf  # NaN is never normal
                 maps[i] = _coarse(anomaly_map)
     return sound, scores, maps
 

@@ -255,9 +255,17 @@ class GaussianModel(Detector):
     def without(self, images: FeatureSet) -> Iterator[None]:
         """For the length of the block forget some of the images that the Gaussians know; the whitening stays.
 
-        The Gaussians have the bits that they would have without those images, and afterwards those of before.
+        The Gaussians have the bits that they would have without those images, and afterwards those of before. Images
+        that they do not know would spoil them.
+
+        Raises:
+            ValueError: the model is not fitted, or its groups are clusters, which do not note which images they have.
         """
         self._require_fitted()
+        if self.config.grouping == "clusters":
+            raise ValueError(
+                "grouping is 'clusters': which images a cluster knows is not noted, so none can be left out"
+            )
         members = self._members(images)
         self._add(images, members, sign=-1)
         try:
