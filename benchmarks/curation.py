@@ -7,7 +7,8 @@ the share of images whose class has most of their group. Beside it is what k-mea
 Then defects of the test images are mixed into the training images of each class, so that they are 5% of them, drawn
 with a seed, and `hgad_fast.curation.suspects` ranks them: which share of the defects is among the first 5% and 10%?
 `detected` are the classes whose defects the trained detector finds: with an image AUROC above 0.85 by a record of
-`benchmarks.gaussian`. What FILE holds already is not computed again, so that a run may be cut.
+`benchmarks.gaussian`. What FILE holds already is not computed again, so that a run may be cut; `commit` stands beside
+each figure, and the environment is that of the last run.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = discover(arguments.root)
     known = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    about = measure.about_run(torch.device("cpu"))
     record: dict[str, Any] = {
         "dataset": arguments.root.name,
-        **measure.about_run(torch.device("cpu")),
+        **about,
         "clusters": known.get("clusters", {}),
         "suspects": known.get("suspects", {}),
         "summary": {},
@@ -73,13 +75,13 @@ def main() -> None:
     for chosen in sets if "clusters" in arguments.parts else []:
         name = ", ".join(dataset.class_names[k] for k in chosen)
         if name not in record["clusters"]:
-            record["clusters"][name] = groups(dataset, chosen, cache)
+            record["clusters"][name] = groups(dataset, chosen, cache) | {"commit": about["commit"]}
             print(name, record["clusters"][name], flush=True)
             save()
     for seed, k in itertools.product(range(arguments.seeds), range(count)) if "suspects" in arguments.parts else []:
         of_class = record["suspects"].setdefault(dataset.class_names[k], {})
         if f"seed {seed}" not in of_class:
-            of_class[f"seed {seed}"] = mixed(dataset, k, seed, cache)
+            of_class[f"seed {seed}"] = mixed(dataset, k, seed, cache) | {"commit": about["commit"]}
             print(dataset.class_names[k], seed, of_class[f"seed {seed}"], flush=True)
             save()
     save()

@@ -82,7 +82,7 @@ class Suspects:
     """
 
     rows: tuple[Suspect, ...]
-    _drawn: dict[Path, _Drawn] = field(repr=False, compare=False)
+    _drawn: dict[tuple[str, Path], _Drawn] = field(repr=False, compare=False)
 
     def write_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write rank, path (relative to the file), class and score of each image, and return the path.
@@ -106,8 +106,8 @@ class Suspects:
         cases = [
             Case(
                 reduced(read_image(row.path).numpy()),
-                self._drawn[row.path].anomaly_map,
-                self._drawn[row.path].threshold,
+                self._drawn[row.class_name, row.path].anomaly_map,
+                self._drawn[row.class_name, row.path].threshold,
                 label=f"{row.rank}. {row.class_name}, {row.score:.1f}",
             )
             for row in rows
@@ -161,7 +161,7 @@ def suspects(
     model = model_of(config, device)
     settings = model.config
     scored: list[tuple[float, str, Sample]] = []
-    drawn: dict[Path, _Drawn] = {}
+    drawn: dict[tuple[str, Path], _Drawn] = {}
     for class_id, name in enumerate(dataset.class_names):
         of_class = [sample for sample in dataset.train if sample.class_id == class_id]
         model.config = settings
@@ -179,7 +179,7 @@ def suspects(
         standardised = (scores - median) / spread
         for sample, score, anomaly_map in zip(samples, standardised, maps, strict=True):
             scored.append((math.inf if math.isnan(score) else float(score), name, sample))
-            drawn[sample.path] = _Drawn(anomaly_map, median + OUTLINED * spread)
+            drawn[name, sample.path] = _Drawn(anomaly_map, median + OUTLINED * spread)
     scored.sort(key=lambda row: (-row[0], row[1], row[2].path))
     rows = (Suspect(rank, sample.path, name, score) for rank, (score, name, sample) in enumerate(scored, 1))
     return Suspects(tuple(rows), drawn)
