@@ -13,7 +13,7 @@ SERVE = ["fastapi>=0.115", "python-multipart>=0.0.12", "uvicorn>=0.30"]
 TENSORBOARD = ["tensorboard>=2.16"]
 DOCS = ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"]
 FOLDERS = (
-    *("bench", "commands", "data", "evaluation", "export", "features", "models"),
+    *("bench", "commands", "curation", "data", "evaluation", "export", "features", "models"),
     *("modules", "ops", "plugin", "scoring", "training"),
 )
 

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "hgad_fast"
 
 # From the top of the house to its ground: a room may use those above it, and itself. `hgad_fast` is the package's face.
 ORDER = ("importing", "environment", "terminal", "files", "data", "features", "ops", "kernels", "modules", "protocol")
-ORDER += ("methods", "scoring", "training", "evaluation", "export", "models", "hgad_fast", "plugin", "anomalib", "demo")
-ORDER += ("bench", "options", "commands", "cli", "__main__")
+ORDER += ("methods", "scoring", "training", "evaluation", "export", "models", "curation", "hgad_fast", "plugin")
+ORDER += ("anomalib", "demo", "bench", "options", "commands", "cli", "__main__")
 
 
 def sources() -> dict[str, Path]:

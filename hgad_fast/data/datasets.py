@@ -154,6 +154,14 @@ def _discovered(root: Root | Sequence[Root]) -> Dataset:
     return _folder_dataset(path)
 
 
+def is_dataset(folder: Path) -> bool:
+    """Return whether a folder, or a folder in it, holds a dataset in a layout that says which images are normal."""
+    return any(
+        _layout(place) is not None or _holds_classes(place) or _realiad_parts(place) is not None
+        for place in (folder, *_folders(folder))
+    )
+
+
 def notes_on(dataset: Dataset) -> list[str]:
     """Return a line for each kind of files that lie in the dataset's folders and are not used: what, and how many."""
     notes = [passed_over(dataset.passed_over)] if dataset.passed_over else []

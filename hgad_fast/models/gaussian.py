@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -260,6 +261,29 @@ class GaussianModel(Detector):
             raise
         self._solve()
 
+    @contextmanager
+    @torch.no_grad()
+    def without(self, images: FeatureSet) -> Iterator[None]:
+        """For the length of the block forget some of the images that the Gaussians know; the whitening stays.
+
+        The Gaussians have the bits that they would have without those images, and afterwards those of before. Images
+        that they do not know would spoil them.
+
+        Raises:
+            ValueError: the model is not fitted, or its groups are clusters, which do not note which images they have.
+        """
+        self._require_fitted()
+        if self.config.grouping == "clusters":
+            raise ValueError(
+                "grouping is 'clusters': which images a cluster knows is not noted, so none can be left out"
+            )
+        members = self._members(images)
+        self._add(images, members, sign=-1)
+        try:
+            yield
+        finally:
+            self._add(images, members)
+
     def _fit_whitenings(self, feature_set: FeatureSet) -> list[tuple[tuple[int, int], ...]]:
         """Fit the whitenings to a part of the pixels of each image; return the (h, w) of each image's levels."""
         quota = MOMENT_PIXELS / max(len(feature_set), 1)
@@ -351,14 +375,14 @@ class GaussianModel(Detector):
             grids.append(grid)
         return tuple(grids)
 
-    def _add(self, feature_set: FeatureSet, members: list[list[int]]) -> None:
-        """Add images to the sums of their groups."""
+    def _add(self, feature_set: FeatureSet, members: list[list[int]], sign: int = 1) -> None:
+        """Add images to the sums of their groups; with a `sign` of -1 take them out."""
         for k, rows in enumerate(members):
             together = max(1, PIXELS_TOGETHER // max(math.prod(gaussians.grids[k]) for gaussians in self._gaussians))
             for start in range(0, len(rows), together):
                 images = [self._on_grid(feature_set, i, k) for i in rows[start : start + together]]
                 for gaussians, level_images in zip(self._gaussians, zip(*images, strict=True), strict=True):
-                    gaussians.add(k, torch.stack(level_images))
+                    gaussians.add(k, torch.stack(level_images), sign)
 
     def _solve(self) -> None:
         for gaussians in self._gaussians:

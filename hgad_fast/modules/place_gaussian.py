@@ -193,8 +193,10 @@ class PlaceGaussians(nn.Module):
 
     # ---- the sums
 
-    def add(self, group: int, y: Tensor) -> None:
+    def add(self, group: int, y: Tensor, sign: int = 1) -> None:
         """Add whitened features (n, P, D) of images of a group, on the group's grid.
+
+        With a `sign` of -1 images that were added before are taken out again: whole numbers leave no trace.
 
         Raises:
             ValueError: they are not finite, or so large that the sums would not be exact.
@@ -203,7 +205,7 @@ class PlaceGaussians(nn.Module):
         totals, products = self._sums(j)
         values = (y.double().cpu() / STEP).round()
         known = products[row].cpu().long()
-        squares = values.square().sum(0) + known[:, self._diagonal().cpu()].double()
+        squares = sign * values.square().sum(0) + known[:, self._diagonal().cpu()].double()
         if not float(squares.max()) < 2**52:  # NaN is not
             raise ValueError(
                 f"features are not finite, or beyond {2**26 * STEP:.0f} standard deviations of those trained on: the "
@@ -215,14 +217,14 @@ class PlaceGaussians(nn.Module):
         for start in range(0, values.shape[1], step):
             places = values[:, start : start + step].transpose(0, 1)  # (p, n, D)
             # Whole numbers below 2^53, in any order of additions: no product and no sum is rounded.
-            sums[start : start + step] = (places.mT @ places)[:, lower[0], lower[1]].to(torch.int64)
+            sums[start : start + step] = sign * (places.mT @ places)[:, lower[0], lower[1]].to(torch.int64)
         sums += known
         if products.dtype == torch.int32 and int(sums.abs().max()) >= 2**31:
             products = products.long()
             setattr(self, f"products_{j}", products)
         products[row] = sums.to(products)
-        totals[row] += values.sum(0).to(totals)
-        self.images[group] += len(y)
+        totals[row] += sign * values.sum(0).to(totals)
+        self.images[group] += sign * len(y)
         self.forget()
 
     def solve(self) -> None:

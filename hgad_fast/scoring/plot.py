@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 SCALE_END = 2.0  # the last score on the colour scale, in multiples of the threshold
 SHEET_SIDE = 2000
 """Images with a longer side than this get a sheet: a reduced view, and the worst regions at full resolution."""
+
+SHEET_PANEL = 480
+"""Longest side, in pixels, to which images for an `image_sheet` are reduced; its panels have half of that, squared."""
 
 CROPS = 6  # regions that a sheet shows at full resolution
 _COLOUR_MAP = "inferno"  # of scores
@@ -212,6 +215,66 @@ def contact_sheet(
         page.text(left, y - 8, case.label, size=11, bold=True, width=label_width)
         _panels(page, case, images, left, y, side, gap, top if row == 0 else None)
     page.legend(margin, bottom + 24, [case for of_model in by_model.values() for case in of_model])
+    return page.save(path)
+
+
+def reduced(image: ArrayLike) -> NDArray[np.float32]:
+    """Return an image (3, H, W) that takes little memory, for `image_sheet`: reduced to its panels by means of pixels.
+
+    One with no side above `SHEET_PANEL` stays as it is.
+    """
+    planes = np.asarray(image, np.float32)
+    scale = min(SHEET_PANEL / max(planes.shape[1:]), 1.0)
+    return _resized(
+        planes, (max(round(planes.shape[1] * scale), 1), max(round(planes.shape[2] * scale), 1)), reduce="mean"
+    )
+
+
+def image_sheet(
+    cases: Sequence[Case],
+    path: str | os.PathLike[str],
+    *,
+    names: Sequence[str],
+    title: str,
+    note: str = "",
+    with_maps: bool = False,
+) -> Path:
+    """Write a JPEG or PNG of many images in rows, each with its label, if it has one, and its name below.
+
+    With maps, what reaches the threshold is outlined in each image, and its heat map stands beside it. Panels have the
+    proportions of the middle one of the images. Returns the path.
+
+    Raises:
+        ValueError: there are no cases.
+    """
+    if not cases:
+        raise ValueError("image_sheet: there are no images to draw")
+    aspect = float(np.clip(np.median([case.size[1] / case.size[0] for case in cases]), 0.3, 3))
+    width, height = (round(SHEET_PANEL / 2 * side) for side in (aspect**0.5, aspect**-0.5))
+    views: list[PanelFunction] = [_found_panel, _score_panel] if with_maps else [_image_panel]
+    gap, between, line, margin = 22, 4, 24, 32
+    cell_width = max(len(views) * (width + between) - between, 150)
+    columns = min(max(1600 // (cell_width + gap), 1), len(cases))
+    text_lines = 1 + any(case.label for case in cases)
+    cell_height = height + text_lines * line + gap
+    top = 60 + _LINE * bool(note)
+    page_width = max(2 * margin + columns * (cell_width + gap) - gap, _LEGEND_WIDTH)
+    page = _Page(page_width, top + -(-len(cases) // columns) * cell_height + margin - gap)
+    page.head(margin, title, note, size=14)
+    for index, (case, name) in enumerate(zip(cases, names, strict=True)):
+        row, column = divmod(index, columns)
+        left, y = margin + column * (cell_width + gap), top + row * cell_height
+        scale = min(width / case.size[1], height / case.size[0])
+        w, h = (max(1, round(side * scale)) for side in (case.size[1], case.size[0]))
+        middle, baseline = left + cell_width // 2, y + height + line - 5
+        x = middle - (len(views) * (w + between) - between) // 2
+        for draw in views:
+            page.panel(x, y + height - h, w, h, case, draw)
+            x += w + between
+        if case.label:
+            page.text(middle, baseline, case.label, size=10, align="m", bold=True, width=cell_width)
+            baseline += line
+        page.text(middle, baseline, name, size=9, align="m", colour=_QUIET, width=cell_width)
     return page.save(path)
 
 
@@ -448,9 +511,13 @@ class _Page:
             self.text(x + width + 48, y + 14 + 24 * number, line, size=9, colour=colour, bold=True)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to a PNG file, and return its path."""
+        """Write the page to a PNG file, or to a JPEG where the name says so, and return its path."""
+        is_jpeg = Path(path).suffix.lower() in (".jpg", ".jpeg")
+        options: dict[str, Any] = (
+            {"format": "JPEG", "quality": 90} if is_jpeg else {"format": "PNG", "compress_level": 3}
+        )
         with replacing(path) as temporary:
-            self.image.save(temporary, format="PNG", compress_level=3)
+            self.image.save(temporary, **options)
         return Path(path)
 
 

@@ -20,6 +20,7 @@ from hgad_fast.data.datasets import (
     content_hash,
     discover,
     fingerprint,
+    is_dataset,
     notes_on,
     union,
 )
@@ -673,3 +674,21 @@ def test_fingerprint_is_of_the_data_and_not_of_the_place(samples: tuple[Sample, 
     draw(samples[0].path, NOISE ^ 1)
     seen.add(fingerprint(samples, tmp_path))
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ("nut/train/good/1.png", True),
+        ("train/good/1.png", True),
+        ("mvtec/nut/train/good/1.png", True),  # which `discover` refuses with advice
+        ("Data/Images/1.png", False),
+        ("split_csv/1.png", True),
+        ("nut/1.png", False),
+        ("day 1/camera 2/1.png", False),
+        ("1.png", False),
+    ],
+)
+def test_a_dataset_is_told_from_a_folder_of_images(tmp_path: Path, image: str, expected: bool) -> None:
+    write(tmp_path / image)
+    assert is_dataset(tmp_path) is expected

@@ -83,6 +83,53 @@ def test_added_images_count_like_those_of_the_fit():
     assert_same_state(together.state_dict(), apart.state_dict())
 
 
+@pytest.mark.parametrize("grouping", GROUPINGS[:2], ids=lambda grouping: grouping["grouping"])
+def test_images_may_be_left_out_for_a_while(grouping):
+    """Blocks may lie in each other; the sums are those of the images that stay, and at the end those of before."""
+    features = feature_set()
+    model = small_model(**grouping)
+    model.begin(features)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def distances() -> list[torch.Tensor]:
+        group_ids = labels(3).clamp(max=len(model.groups) - 1)
+        images = densities(model, class_features(3, seed=2), group_ids)
+        return [image.all_distances["likelihood"] for image in images]
+
+    of_all = distances()
+    with model.without(features.subset(torch.arange(0, 5))):
+        with model.without(features.subset(torch.arange(20, 31))):
+            of_few = distances()
+            state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert int(model.gaussians[0].images.sum()) == 31
+    assert_same_state(before, model.state_dict())
+    assert all(map(torch.equal, distances(), of_all))
+    for buffer_name, buffer in model.gaussians[0].named_buffers():
+        if buffer_name.startswith(("images", "totals", "products")):
+            buffer.zero_()
+    rest = torch.cat([torch.arange(5, 20), torch.arange(31, 36)])
+    with torch.no_grad():
+        model._add(features.subset(rest), model._members(features.subset(rest)))
+    assert_same_state(state, model.state_dict())
+    assert all(map(torch.equal, distances(), of_few)) and not any(map(torch.equal, of_all, of_few))
+
+
+def test_images_come_back_after_an_error_and_clusters_leave_none_out():
+    features = feature_set()
+    model = small_model()
+    with pytest.raises(ValueError, match="the model is not fitted"), model.without(features):
+        pass
+    model.begin(features)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyError), model.without(features.subset(torch.arange(7))):
+        raise KeyError
+    assert_same_state(before, model.state_dict())
+    clusters = small_model(**GROUPINGS[2])
+    clusters.begin(features)
+    with pytest.raises(ValueError, match="none can be left out"), clusters.without(features):
+        pass
+
+
 def test_a_class_needs_two_images_and_features_are_finite():
     features = feature_set(7)
     model = small_model()

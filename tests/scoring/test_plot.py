@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from hgad_fast.scoring import lettering
-from hgad_fast.scoring.plot import Case, contact_sheet, overlay
+from hgad_fast.scoring.plot import SHEET_PANEL, Case, contact_sheet, image_sheet, overlay, reduced
 
 GREY = 0.5  # of test images, so that panels can be found on the white page
 RED, BLUE = (255, 42, 26), (0, 200, 240)
@@ -244,3 +244,55 @@ def test_title_and_note_are_above_the_panels(tmp_path: Path) -> None:
     assert added > 40 and np.array_equal(titled[added + 24 :], plain[24:])
     for rows in (slice(10, 42), slice(48, 70)):
         assert (titled[rows] < 150).any()
+
+
+def sheet_case(height: int, width: int, hot: bool = True) -> Case:
+    scores = hot_square(12, 12, slice(3, 6), slice(6, 9)) if hot else np.zeros((1, 1))
+    return Case(np.full((3, height, width), GREY, np.float32), scores, 1.0 if hot else float("nan"), label="1. brick")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_an_image_sheet_has_all_images_and_no_overlap(tmp_path: Path, suffix: str) -> None:
+    cases = [sheet_case(*size, hot=False) for size in [(64, 64), (40, 120), (120, 40), (64, 64), (64, 64)] * 2]
+    names = [f"{i}-größe-部品-{'very-' * 20}long.png" for i in range(len(cases))]
+    path = image_sheet(cases, tmp_path / f"sheet{suffix}", names=names, title="all", note="a note")
+    assert Image.open(path).format == {".jpg": "JPEG", ".png": "PNG"}[suffix]
+    grey = close_to(read(path), (128, 128, 128), within=12)
+    boxes = [box for box in connected(grey) if min(box[1] - box[0], box[3] - box[2]) > 30]
+    assert len(boxes) == len(cases)
+    shapes = sorted(round((right - left) / (bottom - top), 1) for top, bottom, left, right in boxes)
+    assert shapes == pytest.approx([0.3] * 2 + [1.0] * 6 + [3.0] * 2, abs=0.1)
+
+
+def connected(marked: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Top, bottom, left and right of each connected part of the marked pixels."""
+    from scipy.ndimage import find_objects, label
+
+    return [(y.start, y.stop, x.start, x.stop) for y, x in find_objects(label(marked)[0])]
+
+
+def test_an_image_sheet_with_maps_outlines_what_reaches_the_threshold(tmp_path: Path) -> None:
+    image = read(image_sheet([sheet_case(60, 60)], tmp_path / "sheet.png", names=["a.png"], title="t", with_maps=True))
+    boxes = connected(close_to(image, (128, 128, 128), within=2))  # of the image itself, and in letters
+    top, bottom, left, right = max(boxes, key=lambda box: (box[1] - box[0]) * (box[3] - box[2]))
+    assert right - left == bottom - top == SHEET_PANEL // 2
+    red = close_to(image, RED)
+    assert not red[:, right:].any()  # in the heat map nothing is outlined
+    extent = extent_in_image(red[top:bottom, left:right], np.ones((bottom - top, right - left), bool))
+    np.testing.assert_allclose(extent, [0.25, 0.5, 0.5, 0.75], atol=0.03)
+
+
+def test_an_image_sheet_of_no_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are no images to draw"):
+        image_sheet([], tmp_path / "sheet.jpg", names=[], title="")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_for_a_sheet_are_reduced_and_never_enlarged() -> None:
+    image = np.zeros((3, 1000, 2000), np.float32)
+    image[:, :, ::2] = 1
+    small = reduced(image)
+    assert small.shape == (3, SHEET_PANEL // 2, SHEET_PANEL)
+    np.testing.assert_allclose(small, 0.5, atol=0.11)  # means of four or five columns
+    assert np.array_equal(reduced(image[:, :40, :50]), image[:, :40, :50])
+    assert reduced(np.ones((3, 1, 5000))).shape == (3, 1, SHEET_PANEL)
