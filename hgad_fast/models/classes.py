@@ -27,7 +27,7 @@ from ..protocol import Detector
 from ..scoring.calibration import Calibration, calibration_from, held_out_densities, split, warn_of_shortcomings
 from ..scoring.inputs import as_images
 from ..scoring.maps import cells_on_map
-from ..scoring.rates import enumerated, percent
+from ..scoring.rates import enumerated, listed, percent
 from ..terminal import warn_user
 from ..training.fit import recognition, warn_of_recognition
 
@@ -353,7 +353,7 @@ def _known_group(model: Detector, class_name: str | None) -> int:
         return 0
     if class_name not in names:
         raise ValueError(
-            f"class {class_name!r} is unknown; the model knows {enumerated(names)}. A new one is added "
+            f"class {class_name!r} is unknown; the model knows {listed(names)}. A new one is added "
             "(model.add_class, hgad-fast add-class)"
         )
     return model.groups.index(class_name) if model.groups_are_classes else 0
