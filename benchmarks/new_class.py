@@ -46,7 +46,7 @@ from hgad_fast.scoring.score import score_prepared
 RATE = 0.05
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_aupro_30")
 ABSORBED, FOLDS = 10, 5
-BRIGHTNESS = (0.8, 1.2)
+BRIGHTNESS = (0.5, 1.6)
 
 
 def main() -> None:
@@ -135,12 +135,18 @@ def on_gaussian(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
             **added.to_dict(),
             "figures": figures[name],
             "at_once": at_once[name],
-            "points": {figure: round(100 * (figures[name][figure] - at_once[name][figure]), 3) for figure in FIGURES},
-            "others": bits,
+            "points": points(figures[name], at_once[name]),
+            "points_of_the_others": {names[j]: points(figures[names[j]], at_once[names[j]]) for j in others},
+            "bits_of_the_others": bits,
         }
         record["added"][name] = row
         print(name, row["points"], bits, f"{seconds:.2f} s", flush=True)
     return record
+
+
+def points(figures: dict[str, Any], at_once: dict[str, Any]) -> dict[str, float]:
+    """Return the differences of figures, in percentage points."""
+    return {figure: round(100 * (figures[figure] - at_once[figure]), 3) for figure in FIGURES}
 
 
 def same_bits(

@@ -365,6 +365,7 @@ def _features(model: Detector, images: Any, group: int, skip_bad: bool, progress
     Raises:
         ValueError: there are none, one cannot be read, or features do not fit the model.
     """
+    model = copy.copy(model)  # a dataset's class names are taken over, and those of a model may be made up
     data: Any
     if isinstance(images, FeatureSet):
         data = replace(images, class_ids=torch.zeros(len(images), dtype=torch.int64))

@@ -230,7 +230,8 @@ class PlaceGaussians(nn.Module):
     def extended(self, grid: tuple[int, int]) -> PlaceGaussians:
         """Return Gaussians of one group more, the last, without images and on a grid; of the others it holds copies."""
         grids, coarse_dim = (*self.grids, grid), self.width - self.dim
-        extended = PlaceGaussians(grids, self.dim, coarse_dim, self.shrinkage, self.floor).to(self.images.device)
+        extended = PlaceGaussians(grids, self.dim, coarse_dim, self.shrinkage, self.floor)
+        extended.to(self.get_buffer("mean_0"))
         for name, buffer in self.named_buffers():
             rows = getattr(extended, name).to(buffer.dtype)  # products may be int64
             rows[: len(buffer)] = buffer

@@ -13,7 +13,7 @@ from small_vqflow import assert_same_scores, assert_same_state
 from hgad_fast.features.extract import FeatureSet
 from hgad_fast.scoring.score import score_prepared
 
-pytestmark = pytest.mark.filterwarnings("ignore:too few calibration images")
+pytestmark = pytest.mark.filterwarnings("ignore:too few calibration images", "ignore:.* absorbed images score")
 
 
 def brighter(n: int, seed: int, shift: float = 1.5) -> FeatureSet:

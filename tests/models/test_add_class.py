@@ -16,13 +16,12 @@ from small_gaussian import class_features, feature_set, small_model
 from small_vqflow import assert_same_state
 
 from hgad_fast import GaussianModel, HGADModel, load
-from hgad_fast.data.datasets import DatasetError
-from hgad_fast.data.normals import normal_images
 from hgad_fast.features.extract import FeatureSet
-from hgad_fast.modules.mixture import fitted_centres
 from hgad_fast.scoring.result import ScoreResult
 
-pytestmark = pytest.mark.filterwarnings("ignore:too few calibration images", "ignore:the class of ")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:too few calibration images", "ignore:the class of ", "ignore:.* has no threshold"
+)
 
 FIELDS = ("anomaly_map", "image_score", "class_id", "p_value", "threshold", "false_alarm_rate", "is_anomalous")
 
@@ -127,19 +126,6 @@ def test_images_are_held_out_as_in_fit(fraction, images, held_out):
     assert math.isnan(added.threshold) == (held_out == 0)
 
 
-@pytest.mark.parametrize("kept", ["products", "Gaussians"])
-def test_wide_sums_and_what_is_computed_are_kept(kept):
-    model = gaussian_of(2)
-    gaussians = model.gaussians[0]
-    if kept == "products":
-        gaussians.products_0 = gaussians.products_0.long()
-    grid, shape = gaussians.grids[0], gaussians.mean_0.shape[1:]
-    other = gaussians.extended(grid)
-    assert other.products_0.dtype == gaussians.products_0.dtype
-    assert other._known == [*gaussians._known, 0] and other.mean_0.shape == (3, *shape)
-    assert torch.equal(other.mean_0[:2], gaussians.mean_0) and other.mean_0[2].isnan().all()
-
-
 def test_a_class_of_other_proportions():
     """It has a grid of its own, as in `fit`; each class is inferred among those whose places correspond."""
     model, wide = gaussian_of(2), ((8, 16), (4, 8), (2, 4))
@@ -194,7 +180,7 @@ def test_hgad_takes_centres_and_keeps_its_flows(changes, tmp_path):
         grown = after.state_dict()[name]
         assert torch.equal(grown[: len(tensor)] if name.startswith("mixture") else grown, tensor), name
     for level in range(2):  # relative weights stay, and the new class has the mean one
-        first, second = (model.mixture.phi_inters[level].softmax(0) for model in (before, after))
+        first, second = (model.mixture.phi_inters[level].detach().softmax(0) for model in (before, after))
         assert torch.allclose(second[:3] / second[:3].sum(), first) and float(second[3]) == pytest.approx(1 / 4)
     levels = exported.features(9, seed=4)
     one, other = (model.score_features(levels, torch.arange(9) % 3) for model in (before, after))
@@ -229,27 +215,6 @@ def test_the_official_optimiser_is_of_the_new_centres():
     model.add_class("new", new_features(20))
     assert model.optimizer is not before
     assert [p.shape[0] for p in model.optimizer.param_groups[1]["params"]] == [4] * 4
-
-
-def test_centres_are_found_and_the_first_is_the_mean():
-    """Latents of three clouds of unit variance: each centre lies in its cloud, up to the rounding of a mean."""
-    generator = torch.Generator().manual_seed(0)
-    clouds = torch.tensor([[0.0, 0.0], [30.0, 0.0], [0.0, 30.0]], dtype=torch.float64)
-    counts = (500, 300, 200)
-    noise = torch.randn(1000, 2, generator=generator, dtype=torch.float64)
-    z = clouds.repeat_interleave(torch.tensor(counts), 0) + noise
-    mu, delta, phi = fitted_centres(z, 4, seed=0)
-    assert torch.equal(mu, z.mean(0))
-    free, weights = mu + delta, phi.softmax(0)
-    expected = torch.stack([cloud.mean(0) for cloud in z.split(counts)])
-    nearest = torch.cdist(free, expected).argmin(1)
-    assert sorted(nearest.tolist()) == [0, 1, 2]
-    assert torch.allclose(free, expected[nearest], atol=1e-3)  # the main centre, far from all, takes next to nothing
-    assert torch.allclose(weights[1:], torch.tensor(counts, dtype=torch.float64)[nearest] / 1000, atol=2e-3)
-    one = fitted_centres(z, 1, seed=0)
-    assert one[1].shape == (0, 2) and one[2].tolist() == [0.0]
-    same = fitted_centres(torch.ones(5, 2), 3, seed=0)
-    assert all(tensor.isfinite().all() for tensor in same)
 
 
 # ------------------------------------------------------------------------------------------------ images, and refusals
@@ -411,13 +376,3 @@ def test_vqflow_names_the_remedies():
         ValueError, match=r"forms its groups of images by itself.* Absorb .* calibrate anew .* train anew"
     ):
         model.add_class("new", small_detectors.feature_set(model, 4, seed=5))
-
-
-def test_a_folder_with_folders_beside_its_images(tmp_path):
-    """Nothing says whether images below are normal."""
-    for place in ("", "defects"):
-        (tmp_path / place).mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / place / "0.png")
-    with pytest.raises(DatasetError, match="defects: nothing says whether these images are normal"):
-        normal_images(tmp_path)
-    assert normal_images([tmp_path / "0.png", str(tmp_path / "0.png")]) == [tmp_path / "0.png"]
