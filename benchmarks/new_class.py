@@ -14,7 +14,8 @@ the alarms among the others are counted before and after, with the figures of th
 and once more with cross-fitted scores of the absorbed images among those that the threshold rests on.
 
 HGAD: models of all classes, and of all but the last, are trained with a part of the passes of the preset "fast", or
-read from FOLDER if they were.
+read from FOLDER if they were. The last class is added to the latter, with the likelihood map alone, as in the preset,
+and with the standardised sum of likelihood and entropy map.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import copy
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,78 +246,50 @@ def state_of(model: Any, rest: Sequence[Any], plain: dict[Path, Any], changed: d
 
 
 def on_hgad(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    names = dataset.class_names
-    last = len(names) - 1
-    models: dict[str, HGADModel] = {}
+    names, last = dataset.class_names, len(dataset.class_names) - 1
+
+    def first(count: int) -> Any:
+        """Return the dataset of the first classes."""
+        train, test = (tuple(s for s in samples if s.class_id < count) for samples in (dataset.train, dataset.test))
+        return replace(dataset, class_names=names[:count], train=train, test=test)
+
+    data = {"others": first(last), "at_once": dataset}
     record: dict[str, Any] = {"sub_epochs": arguments.sub_epochs, "last": names[-1], "training_seconds": {}}
-    features: FeatureSet | None = None
-    for title, count in (("others", last), ("at_once", len(names))):
+    models: dict[str, HGADModel] = {}
+    for title, trained_on in data.items():
         file = arguments.models and arguments.models / f"hgad-{title}-{arguments.sub_epochs}.safetensors"
         if file and file.is_file():
             models[title] = load(file)
             continue
         fields: dict[str, Any] = {"backbone_weights": "packaged", "center_crop": True}
-        fields |= {"n_classes": count, "class_names": names[:count], "sub_epochs": arguments.sub_epochs}
-        model = HGADModel(HGADConfig.preset("fast", **fields))
-        samples = tuple(sample for sample in dataset.train if sample.class_id < count)
+        fields |= {"n_classes": len(trained_on.class_names), "class_names": trained_on.class_names}
+        model = HGADModel(HGADConfig.preset("fast", **fields, sub_epochs=arguments.sub_epochs))
         start = time.perf_counter()
-        model.fit(replace(dataset, class_names=names[:count], train=samples, test=()), false_alarm_rate=RATE)
+        model.fit(trained_on, false_alarm_rate=RATE)
         record["training_seconds"][title] = round(time.perf_counter() - start)
         models[title] = model
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             model.save(file)
-    tests = test_features(models["others"], dataset)
-    known = replace(dataset, class_names=names[:last], test=tuple(s for s in dataset.test if s.class_id < last))
-    features = feature_set(
-        models["at_once"], replace(dataset, train=tuple(s for s in dataset.train if s.class_id == last))
-    )
+    tests = test_features(models["at_once"], dataset)
+    new = feature_set(models["at_once"], replace(dataset, train=tuple(s for s in dataset.train if s.class_id == last)))
     for fusion in ("likelihood", "standardised"):
         row = record[fusion] = {}
         for title, model in models.items():
             if model.fusion != fusion:  # its calibration has other weights
                 model.config = model.config.replace(fusion=fusion)
-                tested = (
-                    dataset
-                    if title == "at_once"
-                    else replace(
-                        dataset, class_names=names[:last], train=tuple(s for s in dataset.train if s.class_id < last)
-                    )
-                )
-                _, held_out = split(
-                    torch.tensor([s.class_id for s in tested.train]), model.config.calibration_fraction, 0
-                )
-                model.calibrate(replace(tested, train=tuple(tested.train[i] for i in held_out)), false_alarm_rate=RATE)
-        row["at_once"] = figures_of(models["at_once"], dataset, tests)
-        row["others_before"] = figures_of(models["others"], known, tests)
+                train = data[title].train
+                ids = torch.tensor([sample.class_id for sample in train])
+                _, held_out = split(ids, model.config.calibration_fraction, model.config.seed)
+                model.calibrate(replace(data[title], train=tuple(train[i] for i in held_out)), false_alarm_rate=RATE)
+            row[title] = figures_of(model, data[title], tests)
         grown = copy.deepcopy(models["others"])
         start = time.perf_counter()
-        added = grown.add_class(names[-1], features)
+        added = grown.add_class(names[-1], new)
         row["seconds_on_features"] = round(time.perf_counter() - start, 1)
-        row["report"] = added.to_dict()
-        row["grown"] = figures_of(grown, dataset, tests)
-        print(fusion, json.dumps({title: row[title] for title in row}, indent=1), flush=True)
-        if fusion == "likelihood":
-            row["absorbed"] = hgad_absorbing(models["at_once"], dataset)
-            print(row["absorbed"], flush=True)
+        row |= {"report": added.to_dict(), "grown": figures_of(grown, dataset, tests)}
+        print(fusion, json.dumps(row), flush=True)
     return record
-
-
-def hgad_absorbing(fitted: HGADModel, dataset: Any) -> dict[str, Any]:
-    """Return what absorbing darker normal images does to each class."""
-    rows = {}
-    for k, name in enumerate(dataset.class_names):
-        tests = [sample for sample in dataset.test if sample.class_id == k]
-        normal = [sample.path for sample in tests if not sample.is_anomalous]
-        absorbed = normal[:: max(1, len(normal) // ABSORBED)][:ABSORBED]
-        rest = [sample for sample in tests if sample.path not in absorbed]
-        dark = {s.path: image_features(fitted, read_image(s.path) * BRIGHTNESS[0]) for s in tests}
-        plain = {sample.path: image_features(fitted, read_image(sample.path)) for sample in rest}
-        model = copy.deepcopy(fitted)
-        before = state_of(model, rest, plain, dark, k)
-        report = model.absorb(name, set_of([dark[path] for path in absorbed], k))
-        rows[name] = {"before": before, "absorbed": asdict(report) | state_of(model, rest, plain, dark, k)}
-    return rows
 
 
 if __name__ == "__main__":
