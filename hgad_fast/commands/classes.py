@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import AsJson, Device, begin, load_model, plain_errors, require_no_folder, require_rate
+from ..options import AsJson, Device, begin, load_model, plain_errors, require_no_folder
 from ..terminal import printable, say, tracked
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model file (model.safetensors).")]
@@ -30,9 +30,6 @@ def add_class(
     calibration: Annotated[
         Path | None, typer.Option(help="Other normal images, for the threshold; default: some of FOLDER are held out.")
     ] = None,
-    false_alarm_rate: Annotated[
-        float | None, typer.Option(help="That of the model, which all classes share; another one is refused.")
-    ] = None,
     check: Annotated[
         Path | None,
         typer.Option(metavar="DATA", help="Dataset of the other classes, to measure what they lose."),
@@ -48,13 +45,11 @@ def add_class(
     it MODEL itself.
     """
     require_no_folder(output)
-    require_rate(false_alarm_rate)
     with begin(f"loading {printable(model)}"):
         detector = load_model(model, device)
     added = detector.add_class(
         name,
         images,
-        false_alarm_rate,
         calibration=calibration,
         check=check,
         skip_bad=skip_bad,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -201,8 +199,8 @@ def add_class(
     if false_alarm_rate not in (None, known.false_alarm_rate):
         raise ValueError(
             f"false_alarm_rate is {false_alarm_rate}, and the classes of the model share one of "
-            f"{known.false_alarm_rate}: leave it out, or set model.calibration.false_alarm_rate first, which moves the "
-            "thresholds of all"
+            f"{known.false_alarm_rate}: leave it out. Another one moves the thresholds of all: set "
+            "model.calibration.false_alarm_rate first"
         )
     tested = None if check is None else _check_set(model, check, name)
     grown, seen = _sharing(model), seeing(_sharing(model), known.img_size)
@@ -371,9 +369,8 @@ def _features(model: Detector, images: Any, group: int, skip_bad: bool, progress
         data = replace(images, class_ids=torch.zeros(len(images), dtype=torch.int64))
     elif are_files(images):
         files = normal_images(images)
-        root = os.path.commonpath([os.path.abspath(file.parent) for file in files])
         samples = tuple(Sample(file, 0) for file in files)
-        data = Dataset(cast(Any, root), model.config.names, samples, ())
+        data = Dataset(files[0].parent, model.config.names, samples, ())
     elif model.encoder is None:
         levels = list(images)
         data = levels, torch.zeros(len(levels[0]) if levels else 0, dtype=torch.int64)
@@ -436,18 +433,15 @@ def _checked(
 
 
 def _class_check(name: str, before: Evaluation, after: Evaluation) -> ClassCheck:
-    pairs: dict[str, Sequence[Any]] = {"false_alarms": [], "recognised": [], "image_auroc": [], "pixel_auroc": []}
-    for evaluation in (before, after):
+    values: dict[str, Any] = {}
+    for when, evaluation in (("before", before), ("after", after)):
         images = [image for image in evaluation.images["honest"] if image.class_name == name]
         normal = [image for image in images if not image.is_anomalous]
         figures = evaluation.figures["honest"][name]
-        values = {
-            "false_alarms": sum(bool(image.is_flagged) for image in normal),
-            "recognised": sum(image.inferred_class == name for image in images),
-            "image_auroc": figures.image_auroc,
-            "pixel_auroc": figures.pixel_auroc,
+        values |= {
+            f"false_alarms_{when}": sum(bool(image.is_flagged) for image in normal),
+            f"recognised_{when}": sum(image.inferred_class == name for image in images),
+            f"image_auroc_{when}": figures.image_auroc,
+            f"pixel_auroc_{when}": figures.pixel_auroc,
         }
-        for title, value in values.items():
-            cast(list[Any], pairs[title]).append(value)
-    times = {f"{title}_{when}": pair[i] for title, pair in pairs.items() for i, when in enumerate(("before", "after"))}
-    return ClassCheck(name, len(normal), len(images), **times)
+    return ClassCheck(name, len(normal), len(images), **values)

@@ -89,7 +89,6 @@ def test_errors_name_the_remedy(work, tmp_path):
             ("absorb", "gaussian", "neu", "neu/good"),
             "is unknown; the model knows 'class 0', 'class 1', 'class 2'. A new",
         ),
-        (("add-class", "gaussian", "neu", "neu/good", "--false-alarm-rate", "2"), "--false-alarm-rate is 2.0; allowed"),
     ):
         command, method, name, folder, *options = arguments
         result = hgad(command, work / f"{method}.safetensors", name, work / folder, "-o", output, *options)
