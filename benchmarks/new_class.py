@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -53,8 +54,9 @@ BRIGHTNESS = (0.5, 1.6)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="the dataset")
-    parser.add_argument("--parts", nargs="+", default=["gaussian", "absorb", "hgad"])
+    parser.add_argument("--parts", nargs="+", default=["gaussian", "absorb", "hgad", "hgad_standardised"])
     parser.add_argument("--models", type=Path, help="keep the trained models here")
+    parser.add_argument("--cache-dir", type=Path, help="keep features here, for another run")
     parser.add_argument("--sub-epochs", type=int, default=2, help="passes of a round of HGAD's training")
     parser.add_argument("--output", type=Path, help="write the figures as JSON here, after every part")
     arguments = parser.parse_args()
@@ -63,11 +65,16 @@ def main() -> None:
     if arguments.output is not None and arguments.output.is_file():
         record = json.loads(arguments.output.read_text()) | record
     parts = {"gaussian": on_gaussian, "absorb": absorbing, "hgad": on_hgad}
+    parts["hgad_standardised"] = functools.partial(on_hgad, fusion="standardised")
     for name in arguments.parts:
         record[name] = parts[name](dataset, arguments)
         if arguments.output is not None:
             with replacing(arguments.output) as file:
                 file.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def cached(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {} if arguments.cache_dir is None else {"cache": "disk", "cache_dir": arguments.cache_dir}
 
 
 def of_classes(features: FeatureSet, classes: Sequence[int]) -> FeatureSet:
@@ -114,7 +121,7 @@ def figures_of(model: Any, dataset: Any, tests: dict[Path, list[Tensor]]) -> dic
 def on_gaussian(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     names = dataset.class_names
     together = gaussian_of(names)
-    features = feature_set(together, dataset)
+    features = feature_set(together, dataset, **cached(arguments))
     tests = test_features(together, dataset)
     rows, held_out_rows = split(features.class_ids, together.config.calibration_fraction, together.config.seed)
     training, held_out = features.subset(rows), features.subset(held_out_rows)
@@ -179,7 +186,7 @@ def same_bits(
 def absorbing(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     names = dataset.class_names
     fitted = gaussian_of(names)
-    fitted.fit(feature_set(fitted, dataset), false_alarm_rate=RATE)
+    fitted.fit(feature_set(fitted, dataset, **cached(arguments)), false_alarm_rate=RATE)
     record: dict[str, Any] = {}
     for factor in BRIGHTNESS:
         for k, name in enumerate(names):
@@ -245,7 +252,7 @@ def state_of(model: Any, rest: Sequence[Any], plain: dict[Path, Any], changed: d
     return row
 
 
-def on_hgad(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def on_hgad(dataset: Any, arguments: argparse.Namespace, fusion: str = "likelihood") -> dict[str, Any]:
     names, last = dataset.class_names, len(dataset.class_names) - 1
 
     def first(count: int) -> Any:
@@ -254,7 +261,8 @@ def on_hgad(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         return replace(dataset, class_names=names[:count], train=train, test=test)
 
     data = {"others": first(last), "at_once": dataset}
-    record: dict[str, Any] = {"sub_epochs": arguments.sub_epochs, "last": names[-1], "training_seconds": {}}
+    record: dict[str, Any] = {"sub_epochs": arguments.sub_epochs, "fusion": fusion, "last": names[-1]}
+    record["training_seconds"] = {}
     models: dict[str, HGADModel] = {}
     for title, trained_on in data.items():
         file = arguments.models and arguments.models / f"hgad-{title}-{arguments.sub_epochs}.safetensors"
@@ -265,7 +273,7 @@ def on_hgad(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         fields |= {"n_classes": len(trained_on.class_names), "class_names": trained_on.class_names}
         model = HGADModel(HGADConfig.preset("fast", **fields, sub_epochs=arguments.sub_epochs))
         start = time.perf_counter()
-        model.fit(trained_on, false_alarm_rate=RATE)
+        model.fit(trained_on, false_alarm_rate=RATE, **cached(arguments))
         record["training_seconds"][title] = round(time.perf_counter() - start)
         models[title] = model
         if file:
@@ -273,22 +281,20 @@ def on_hgad(dataset: Any, arguments: argparse.Namespace) -> dict[str, Any]:
             model.save(file)
     tests = test_features(models["at_once"], dataset)
     new = feature_set(models["at_once"], replace(dataset, train=tuple(s for s in dataset.train if s.class_id == last)))
-    for fusion in ("likelihood", "standardised"):
-        row = record[fusion] = {}
-        for title, model in models.items():
-            if model.fusion != fusion:  # its calibration has other weights
-                model.config = model.config.replace(fusion=fusion)
-                train = data[title].train
-                ids = torch.tensor([sample.class_id for sample in train])
-                _, held_out = split(ids, model.config.calibration_fraction, model.config.seed)
-                model.calibrate(replace(data[title], train=tuple(train[i] for i in held_out)), false_alarm_rate=RATE)
-            row[title] = figures_of(model, data[title], tests)
-        grown = copy.deepcopy(models["others"])
-        start = time.perf_counter()
-        added = grown.add_class(names[-1], new)
-        row["seconds_on_features"] = round(time.perf_counter() - start, 1)
-        row |= {"report": added.to_dict(), "grown": figures_of(grown, dataset, tests)}
-        print(fusion, json.dumps(row), flush=True)
+    for title, model in models.items():
+        if model.fusion != fusion:  # its calibration has other weights
+            model.config = model.config.replace(fusion=fusion)
+            train = data[title].train
+            ids = torch.tensor([sample.class_id for sample in train])
+            _, held_out = split(ids, model.config.calibration_fraction, model.config.seed)
+            model.calibrate(replace(data[title], train=tuple(train[i] for i in held_out)), false_alarm_rate=RATE)
+        record[title] = figures_of(model, data[title], tests)
+    grown = models["others"]
+    start = time.perf_counter()
+    added = grown.add_class(names[-1], new)
+    record["seconds_on_features"] = round(time.perf_counter() - start, 1)
+    record |= {"report": added.to_dict(), "grown": figures_of(grown, dataset, tests)}
+    print(fusion, json.dumps(record), flush=True)
     return record
 
 

@@ -428,7 +428,10 @@ def _checked(
     before: Detector, after: Detector, dataset: Dataset, progress: ShowProgress | None
 ) -> tuple[ClassCheck, ...]:
     """Return what the test images of each class show of two models."""
-    first, second = (evaluate(model, dataset, details=False, progress=progress) for model in (before, after))
+    size = before.calibration.img_size
+    first, second = (
+        evaluate(model, dataset, img_size=size, details=False, progress=progress) for model in (before, after)
+    )
     return tuple(_class_check(name, first, second) for name in first.figures["honest"])
 
 

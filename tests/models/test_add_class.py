@@ -294,8 +294,10 @@ def test_a_model_calibrated_at_another_size(root):
     model = small_detectors.hgad()
     model.calibrate([root / f"class {k}" for k in range(3)], img_size=96, false_alarm_rate=0.25)
     files = sorted((root / "Größe/train/good").iterdir())
-    model.add_class("Größe", files[:5], calibration=files[5:])
+    added = model.add_class("Größe", files[:5], calibration=files[5:], check=root)
     assert model.calibration.img_size == 96
+    alarms = [model.score(root / f"class {k}" / "test" / "good", img_size=96).is_anomalous.sum() for k in range(3)]
+    assert [row.false_alarms_after for row in added.check] == list(map(int, alarms))
     expected = model.score(files[5:], "Größe", img_size=96).image_score
     assert torch.equal(model.calibration.scores[model.calibration.class_ids == 3], expected)
 
