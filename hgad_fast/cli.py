@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .commands import card, data, export, monitor
+from .commands import card, classes, data, export, monitor
 from .options import (
     AsJson,
     Assignments,
@@ -409,6 +409,8 @@ def calibrate(
 
 
 app.command()(export.export)
+app.command()(classes.add_class)
+app.command()(classes.absorb)
 
 
 @app.command()

@@ -76,7 +76,8 @@ ImgSize = Annotated[
 # What messages of the library call arguments, as the command line calls them.
 _IN_PYTHON: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"--skip-bad, skip_bad=True": "--skip-bad",
-    r"model\.calibrate, hgad-fast calibrate": "hgad-fast calibrate",
+    r"model\.(calibrate|absorb), hgad-fast \1": r"hgad-fast \1",
+    r"model\.add_class, hgad-fast add-class": "hgad-fast add-class",
     r"backbone_weights=None (for random weights )?\(--weights random\)": "--weights random",
     r"backbone_weights='packaged' \(--weights packaged\)": "--weights packaged",
     r"backbone_weights \(--weights FILE\)": "--weights FILE",

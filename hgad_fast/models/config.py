@@ -263,6 +263,10 @@ class Config:
         """Return a copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
+    def with_class(self: Settings, name: str, **changes: Any) -> Settings:
+        """Return a copy with one class more, the last, and some other fields changed."""
+        return self.replace(n_classes=self.n_classes + 1, class_names=(*self.names, name), **changes)
+
     def identity(self) -> str:
         """Return, as JSON, the settings that a training run must share with one that resumes it."""
         return self.replace(**self.without_effect).to_json()

@@ -35,6 +35,7 @@ from ..scoring.score import score_features, score_images
 from ..scoring.stored import stored_calibration
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
+from .classes import Absorbed, AddedClass, absorb, add_class
 from .config import Config, Settings
 from .hub import OnHub
 
@@ -146,6 +147,30 @@ class Detector(OnHub, nn.Module):
 
         Likewise, each process calls it.
         """
+
+    def grow(self, name: str, feature_set: FeatureSet) -> None:
+        """Take one class more, the last, from the features of its normal images; `config` grows with it.
+
+        What the model shares with others is replaced, and not changed: `add_class` calls this on a copy that shares all
+        modules, which becomes the model if nothing fails.
+
+        Raises:
+            ValueError: the method cannot; the message says what to do instead.
+        """
+        raise ValueError(
+            f"the method {self.config.method!r} forms its groups of images by itself, and learns them in training: no "
+            "class can be added. Absorb normal images of the new product (model.absorb, hgad-fast absorb), which moves "
+            "thresholds alone; calibrate anew with images of all products (model.calibrate, hgad-fast calibrate); or "
+            "train anew with the new product"
+        )
+
+    def take_images(self, feature_set: FeatureSet) -> bool:
+        """Learn from more normal images of known groups, where the method can; like `grow`, it changes nothing shared.
+
+        Returns:
+            whether it did; by default it cannot, and the calibration alone can take account of the images.
+        """
+        return False
 
     def objective(self, stage: int) -> nn.Module:
         """Return the module whose value is minimised in a stage of the training.
@@ -360,6 +385,14 @@ class Detector(OnHub, nn.Module):
     def calibrate(self, data: Any, **options: Any) -> tuple[str, ...]:
         """Set normalisation constants and thresholds from normal images; see `scoring.calibration.calibrate`."""
         return calibrate(self, data, **options)
+
+    def add_class(self, name: str, images: Any, false_alarm_rate: float | None = None, **options: Any) -> AddedClass:
+        """Add a class from normal images of it; see `models.classes.add_class` for the arguments."""
+        return add_class(self, name, images, false_alarm_rate, **options)
+
+    def absorb(self, class_name: str | None, images: Any, **options: Any) -> Absorbed:
+        """Take more normal images of a known class; see `models.classes.absorb` for the arguments."""
+        return absorb(self, class_name, images, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:
         """Return anomaly maps and scores of images; see `scoring.score.score_images` for the arguments.

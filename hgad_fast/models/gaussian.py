@@ -253,13 +253,57 @@ class GaussianModel(Detector):
         """
         self._require_fitted()
         images = feature_set(cast(Any, self), data, skip_bad=skip_bad, on_bad=lambda error: warn_user(str(error)))
-        before = copy.deepcopy(self.gaussians)
+        before = self.gaussians
         try:
-            self._add(images, self._members(images))
+            self.take_images(images)
         except BaseException:
             self.gaussians = before
             raise
-        self._solve()
+
+    @torch.no_grad()
+    def take_images(self, feature_set: FeatureSet) -> bool:
+        """Add normal images to the sums of their groups, in copies of these; return True.
+
+        Raises:
+            ValueError: the model is not fitted; images have other proportions than those of their group, or features
+                are not finite.
+        """
+        self._require_fitted()
+        self.gaussians = copy.deepcopy(self.gaussians)
+        self._add(feature_set, self._members(feature_set))
+        self.make_ready()
+        return True
+
+    @torch.no_grad()
+    def grow(self, name: str, feature_set: FeatureSet) -> None:
+        """Fit Gaussians of one class more. The whitening stays, and the others keep their bits.
+
+        Raises:
+            ValueError: the groups are not classes, the model is not fitted; or as `begin`.
+        """
+        if not self.groups_are_classes:
+            raise ValueError(
+                f"grouping is {self.config.grouping!r}: there are no Gaussians of single classes to add one to; absorb "
+                "normal images of the new product (model.absorb, hgad-fast absorb), or fit with grouping='class'"
+            )
+        self._require_fitted()
+        if len(feature_set) < 2:
+            raise ValueError(
+                f"class {name!r} has fewer than 2 training images, beside those held out; a covariance takes 2: give "
+                "more images, or pass the held-out ones as calibration="
+            )
+        sizes = [
+            tuple((x.shape[2], x.shape[3]) for x in self._joined([level[None] for level in levels]))
+            for levels in feature_set.images
+        ]
+        grid = self._grid(name, feature_set, sizes, Counter(sizes))
+        self.gaussians = nn.ModuleList(
+            gaussians.extended(level_grid) for gaussians, level_grid in zip(self._gaussians, grid, strict=True)
+        )
+        members: list[list[int]] = [[] for _ in self.groups]
+        self.config = self.config.with_class(name, grids=(*cast(Any, self.config.grids), grid))
+        self._add(feature_set, [*members, list(range(len(feature_set)))])
+        self.make_ready()
 
     @contextmanager
     @torch.no_grad()
@@ -348,32 +392,47 @@ class GaussianModel(Detector):
     def _grids(
         self, feature_set: FeatureSet, sizes: Sequence[tuple[tuple[int, int], ...]], members: list[list[int]]
     ) -> tuple[Any, ...]:
-        """Return the grid of each level of each group: the most frequent size of its images, and of equals the least.
+        """Return the `_grid` of each group; an empty cluster has that of all images."""
+        of_groups = [Counter(sizes[i] for i in rows) for rows in members]
+        everywhere = Counter(sizes)
+        common = min(everywhere, key=lambda size: (-everywhere[size], size))
+        return tuple(
+            self._grid(name, feature_set, sizes, counts) if counts else common
+            for name, counts in zip(self.groups, of_groups, strict=True)
+        )
+
+    def _grid(
+        self,
+        name: str,
+        feature_set: FeatureSet,
+        sizes: Sequence[tuple[tuple[int, int], ...]],
+        counts: Counter[tuple[tuple[int, int], ...]],
+    ) -> tuple[tuple[int, int], ...]:
+        """Return the grid of each level of a group: the most frequent size of its images, and of equals the least.
+
+        Args:
+            name: of the group.
+            feature_set, sizes: all images, and the (h, w) of the levels of each.
+            counts: how many images of the group have each size.
 
         Raises:
-            ValueError: another image of the group has other proportions.
+            ValueError: an image of the group has other proportions.
         """
-        everywhere = Counter(sizes)
-        grids = []
-        for name, rows in zip(self.groups, members, strict=True):
-            own = Counter(sizes[i] for i in rows)
-            counts = own or everywhere  # a cluster may be empty
-            grid = min(counts, key=lambda size: (-counts[size], size))
-            for size in own:
-                misfits = [level for level, pair in enumerate(zip(size, grid, strict=True)) if not grid_fits(*pair)]
-                if misfits:
-                    two = " and ".join(
-                        f"{self._in_pixels(each[misfits[0]], misfits[0])} ({feature_set.name(sizes.index(each))})"
-                        for each in (size, grid)
-                    )
-                    raise ProportionsError(
-                        f"training images of {name!r} have {two}, height x width as they are seen: their "
-                        "proportions differ by more than 5%, so that their places do not correspond. Give "
-                        f"{'each class' if self.groups_are_classes else 'all'} images of one shape, or set "
-                        "center_crop=True"
-                    )
-            grids.append(grid)
-        return tuple(grids)
+        grid = min(counts, key=lambda size: (-counts[size], size))
+        for size in counts:
+            misfits = [level for level, pair in enumerate(zip(size, grid, strict=True)) if not grid_fits(*pair)]
+            if misfits:
+                two = " and ".join(
+                    f"{self._in_pixels(each[misfits[0]], misfits[0])} ({feature_set.name(sizes.index(each))})"
+                    for each in (size, grid)
+                )
+                raise ProportionsError(
+                    f"training images of {name!r} have {two}, height x width as they are seen: their "
+                    "proportions differ by more than 5%, so that their places do not correspond. Give "
+                    f"{'each class' if self.groups_are_classes else 'all'} images of one shape, or set "
+                    "center_crop=True"
+                )
+        return grid
 
     def _add(self, feature_set: FeatureSet, members: list[list[int]], sign: int = 1) -> None:
         """Add images to the sums of their groups; with a `sign` of -1 take them out."""

@@ -23,7 +23,7 @@ from ..methods import register
 from ..modules.flow import OFFICIAL_NAMES, ConditionalFlow
 from ..modules.flow_graph import LevelGraph
 from ..modules.groups import group_numbers, groups_of_images, one_group
-from ..modules.mixture import HierarchicalMixture
+from ..modules.mixture import HierarchicalMixture, fitted_centres
 from ..modules.scaling import feature_scaling
 from ..ops import Blocks, SeparablePosition, flow_path
 from ..protocol import About, Densities, Progress
@@ -38,6 +38,7 @@ from .official import OfficialSurface, config_from_args
 
 WARM_UP_EPOCHS = 2  # meta-epochs of rising learning rate; also those of stage 1
 STAGE_2 = LOSS_TERMS[3:]
+LATENT_PIXELS = 2**16  # pixels, of all images together, that the centres of a class are fitted to
 MAX_KEPT = 2**28  # bytes of densities that are kept until the class is known; beyond it, the pixels are scored twice
 
 # The variants of an ablation, by the fields of the configuration that differ. The likelihood map says where a pixel is
@@ -245,6 +246,38 @@ class HGADModel(OfficialSurface, Detector):
     def scaled(self, x: Tensor, level: int) -> Tensor:
         """Return features (N, C) of a level as its flow takes them; see `feature_scaling`."""
         return self.scaling[level](x) if self.scaling else x
+
+    @torch.no_grad()
+    def grow(self, name: str, feature_set: FeatureSet) -> None:
+        """Fit the centres of one class more to the latents of its images. The flows stay.
+
+        Raises:
+            ValueError: the only class so far was calibrated without an entropy map, and is to have one now.
+        """
+        config = self.config
+        if config.n_classes == 1 and config.fusion != "likelihood":
+            raise ValueError(
+                f"the model knows one class, whose maps are made without entropy; with fusion={config.fusion!r} a "
+                "second class would change them, and no threshold would hold. Train anew with both classes, or set "
+                "model.config = model.config.replace(fusion='likelihood'), calibrate, and add the class then"
+            )
+        quota = LATENT_PIXELS / len(feature_set)
+        latents: list[list[Tensor]] = [[] for _ in self.nfs]
+        for maps in feature_set.images:
+            for level, x in enumerate(maps):
+                channels, height, width = x.shape
+                step = max(1, int(math.sqrt(height * width / quota)))
+                rows, columns = (slice(min(step, n) // 2, None, step) for n in (height, width))
+                flow: Any = self.nfs[level]
+                position = flow.grid(height, width, self.device)
+                if position is not None:
+                    position = SeparablePosition(position.column[columns], position.row[rows])
+                pixels = x[:, rows, columns].to(self.device).flatten(1).T.contiguous()
+                latents[level].append(flow(self.scaled(pixels, level), position)[0].cpu())
+        centres = [fitted_centres(torch.cat(z), config.n_intra_centers, config.seed) for z in latents]
+        self.mixture = self.mixture.extended(centres)
+        self.config = config.with_class(name)
+        self._optimizer = None  # of other parameters
 
     def objective(self, stage: int) -> nn.Module:
         """Return the loss of a stage."""

@@ -225,7 +225,21 @@ class PlaceGaussians(nn.Module):
         products[row] = sums.to(products)
         totals[row] += sign * values.sum(0).to(totals)
         self.images[group] += sign * len(y)
-        self.forget()
+        for k, count in enumerate(self.images.tolist()):
+            if k == group or count < 2:  # a group of a single image depends on the others
+                self._known[k] = 0
+
+    def extended(self, grid: tuple[int, int]) -> PlaceGaussians:
+        """Return Gaussians of one group more, the last, without images and on a grid; of the others it holds copies."""
+        grids, coarse_dim = (*self.grids, grid), self.width - self.dim
+        extended = PlaceGaussians(grids, self.dim, coarse_dim, self.shrinkage, self.floor)
+        extended.to(self.get_buffer("mean_0"))
+        for name, buffer in self.named_buffers():
+            rows = getattr(extended, name).to(buffer.dtype)  # products may be int64
+            rows[: len(buffer)] = buffer
+            setattr(extended, name, rows)
+        extended._known[: len(self.grids)] = self._known
+        return extended
 
     def solve(self) -> None:
         """Compute all Gaussians from the sums."""

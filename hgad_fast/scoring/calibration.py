@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.datasets import Dataset, are_roots, discover
@@ -257,6 +258,35 @@ class Calibration:
             return self.scores.double().sort().values
         own = self.scores[self.class_ids == k].double()
         return own.sort().values if self._suffice(len(own)) else self._pool(k)
+
+    def with_group(self, parts: int) -> Calibration:
+        """Return the calibration with one group more, the last, without images, whose constants are placeholders.
+
+        Groups that took no account of some of the `parts` of the densities, as there were fewer, take none.
+        """
+
+        def grown(weights: Tensor | None) -> Tensor | None:
+            return None if weights is None else F.pad(weights, (0, parts - weights.shape[1], 0, 1))
+
+        return replace(
+            self,
+            level_max=F.pad(self.level_max, (0, 0, 0, 1)),
+            weights=grown(self.weights),
+            score_weights=grown(self.score_weights),
+        )
+
+    def joined_by(self, scores: Tensor, group_ids: Tensor) -> Calibration:
+        """Return the calibration with more scores (n,) of normal images of the given groups (n,).
+
+        Constants and weights stay, with which the scores were made. Where groups are classes, the others keep their
+        thresholds and p-values, as in `renewed`.
+        """
+        more = replace(
+            self,
+            scores=torch.cat([self.scores, scores.to(self.scores)]),
+            class_ids=torch.cat([self.class_ids, group_ids.to(self.class_ids)]),
+        )
+        return more if self.borrowing else self.renewed(more, group_ids.unique().tolist())
 
     def renewed(self, other: Calibration, groups: Sequence[int]) -> Calibration:
         """Return the calibration that takes some groups from another one; the others keep all that they have.

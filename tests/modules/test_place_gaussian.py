@@ -250,6 +250,47 @@ def test_a_group_of_one_image_takes_the_covariance_of_the_others():
     np.testing.assert_allclose(gaussians.distances(x, (2, 3), 1).total[:, 0].numpy(), expected, rtol=1e-9)
 
 
+def test_an_addition_leaves_what_is_known_of_other_groups():
+    """A group of one image is solved anew, as it takes the covariances of the others."""
+    gaussians = PlaceGaussians(((2, 3), (2, 3), (2, 3)), 4, 2, 0.5, 0.02)
+    for k, count in enumerate((9, 5, 1)):
+        gaussians.add(k, drawn(count, 6, 6, seed=50 + k))
+    gaussians.solve()
+    before = gaussians.mean_log_det_0.clone()
+    gaussians.add(0, drawn(3, 6, 6, seed=60, scale=4.0))
+    assert [known == len(gaussians.bands) for known in gaussians._known] == [False, True, False]
+    gaussians.require(range(3))
+    assert (gaussians.mean_log_det_0 != before).tolist() == [True, False, True]
+    afresh = PlaceGaussians(gaussians.grids, 4, 2, 0.5, 0.02)
+    afresh.load_state_dict(gaussians.state_dict())
+    afresh.solve()
+    assert_same_bits(afresh, gaussians)
+
+
+@pytest.mark.parametrize("grid", [(4, 2), (3, 3)], ids=["known grid", "new grid"])
+@pytest.mark.parametrize("wide", [False, True], ids=["sums of 32 bits", "sums of 64 bits"])
+def test_a_group_more_leaves_the_others_as_they_are(grid, wide):
+    gaussians, _ = filled()
+    if wide:
+        gaussians.products_1 = gaussians.products_1.long()
+    extended = gaussians.extended(grid)
+    assert extended.grids == (*GRIDS, grid) and extended.images.tolist() == [9, 9, 9, 0]
+    for name, buffer in gaussians.named_buffers():
+        other = extended.get_buffer(name)[: len(buffer)]
+        assert other.dtype == buffer.dtype and torch.equal(other.nan_to_num(-7), buffer.nan_to_num(-7)), name
+    y = drawn(7, math.prod(grid), 6, seed=70)
+    extended.add(3, y)
+    extended.require(range(4))
+    alone = PlaceGaussians([grid], 4, 2, 0.5, 0.02).double()
+    alone.add(0, y)
+    alone.solve()
+    x = drawn(math.prod(grid), 6, seed=71)
+    assert torch.equal(extended.distances(x, grid, 3).total, alone.distances(x, grid, 0).total)
+    x = drawn(6, 6, seed=72)
+    assert torch.equal(extended.distances(x, (2, 3), 2).total, gaussians.distances(x, (2, 3), 2).total)
+    assert gaussians.images.tolist() == [9, 9, 9]
+
+
 @pytest.mark.parametrize("size, grid", [((4, 4), (4, 4)), ((8, 8), (4, 4)), ((3, 3), (4, 4)), ((10, 5), (8, 4))])
 def test_a_pixel_takes_the_place_at_its_relative_position(size, grid):
     cpu = torch.device("cpu")
