@@ -156,11 +156,16 @@ def write_map(path: Path, scores: np.ndarray, map_format: str | None) -> float |
 
         description: dict[str, Any] = {"content": "anomaly map"}
         if map_format == "tiff16":
-            scale = float(scores.max()) / 65535 or 1.0
-            scores = np.rint(scores / np.float32(scale)).clip(0, 65535).astype(np.uint16)
+            scores, scale = in_16_bits(scores)
             description["scale"] = scale
         Image.fromarray(scores).save(temporary, format="TIFF", description=json.dumps(description))
     return scale
+
+
+def in_16_bits(scores: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return a map (H, W) as uint16, and its scale: the score that a value of 1 stands for."""
+    scale = float(scores.max()) / 65535 or 1.0
+    return np.rint(scores / np.float32(scale)).clip(0, 65535).astype(np.uint16), scale
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -191,10 +196,10 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, A
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows([_cell(column, row.get(column)) for column in columns] for row in rows)
+        writer.writerows([cell(column, row.get(column)) for column in columns] for row in rows)
 
 
-def _cell(column: str, value: Any) -> Any:
+def cell(column: str, value: Any) -> Any:
     """Return a value as a table holds it: no text begins like a formula, which spreadsheets would compute.
 
     The path of such a file begins with ``./`` instead, and is a path to it still; other texts begin with an apostrophe.

@@ -49,7 +49,7 @@ from .outputs import (
 )
 from .plot import overlay
 from .regions import find_regions
-from .result import ScoreResult
+from .result import ScoreResult, finite
 from .score import score_images
 
 MAX_PIXELS_IN_FLIGHT = 2**25
@@ -240,12 +240,12 @@ def _score_batch(
 
 def _row(model: Detector, task: Task, result: ScoreResult, i: int) -> dict[str, Any]:
     """Return the figures of image i of a result, without its regions."""
-    p_value, group = _finite(result.p_value[i]), int(result.class_id[i])
+    p_value, group = finite(result.p_value[i]), int(result.class_id[i])
     return {
         "file": printable(task.file),
         "class": printable(model.groups[group]),
         "score": float(result.image_score[i]),
-        "threshold": _finite(result.threshold[i]),
+        "threshold": finite(result.threshold[i]),
         "p_value": p_value,
         "anomalous": bool(result.is_anomalous[i]) if p_value is not None else None,
         **_rates(model, group),
@@ -255,17 +255,10 @@ def _row(model: Detector, task: Task, result: ScoreResult, i: int) -> dict[str, 
 def _rates(model: Detector, group: int) -> dict[str, float | None]:
     """Return the false-alarm rate that was asked for, and the one that the threshold of a group attains."""
     calibration = required_calibration(model)
-    attained = calibration.attained_rate(group)
     return {
         "target_false_alarm_rate": calibration.false_alarm_rate,
-        "false_alarm_rate": attained if math.isfinite(attained) else None,
+        "false_alarm_rate": finite(calibration.attained_rate(group)),
     }
-
-
-def _finite(value: Tensor) -> float | None:
-    """Return a number that JSON can hold; None for a NaN or an infinity."""
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _finished(task: Task, image: Tensor, row: dict[str, Any], anomaly_map: Tensor, job: Job) -> Record:

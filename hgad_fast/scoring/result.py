@@ -86,6 +86,12 @@ def judged(
     )
 
 
+def finite(value: float | Tensor) -> float | None:
+    """Return a number that JSON can hold; None for a NaN or an infinity."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
 def require_numbers(model: Detector, scores: Tensor, group_ids: Tensor, name: Callable[[int], str]) -> None:
     """Raise a ValueError that names the first image whose score, of scores (B,), is NaN or infinite."""
     if not scores.isfinite().all():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..environment import plain_torch
 from ..features.preprocess import ImageSettings, memory_bytes, seeing
+from ..files import printable
 from ..methods import load
 from ..protocol import Detector, ProportionsError
 from ..terminal import warn_user
@@ -22,6 +23,7 @@ from .calibration import check_false_alarm_rate
 from .inputs import checked_map_size
 from .maps import laid
 from .regions import Region, find_regions
+from .result import finite
 from .score import score_images
 
 
@@ -60,6 +62,21 @@ class FrameScore:
     def regions(self) -> list[Region]:
         """Return the regions above the threshold, in pixels of the map, the worst first."""
         return find_regions(self.anomaly_map.numpy(), self.threshold)
+
+    def figures(self) -> dict[str, Any]:
+        """Return class, score and verdict by the names of ``scores.csv``, as JSON holds them: None for a NaN.
+
+        Without a threshold "anomalous" is None, too: there is no verdict.
+        """
+        p_value = finite(self.p_value)
+        return {
+            "class": printable(self.class_name),
+            "score": self.score,
+            "threshold": finite(self.threshold),
+            "p_value": p_value,
+            "anomalous": None if p_value is None else self.is_anomalous,
+            "false_alarm_rate": finite(self.false_alarm_rate),
+        }
 
 
 class Scorer:
@@ -129,30 +146,33 @@ class Scorer:
             if frame_size is not None:
                 raise
 
-    def __call__(self, frame: Any) -> FrameScore:
+    def __call__(self, frame: Any, class_id: int | str | None = None) -> FrameScore:
         """Return the score of a frame.
 
         Args:
             frame: in RGB: array (H, W, 3) or (H, W), unsigned integers or floats in [0, 1]; tensor (3, H, W); or a PIL
                 image. One of OpenCV, in BGR, first takes ``frame = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)``.
+            class_id: id or name of the class that this frame shows; None: the scorer's own.
 
         Raises:
-            ValueError: the frame has another shape or type, values outside [0, 1], or needs more than `max_memory`.
+            ValueError: the frame has another shape or type, values outside [0, 1], or needs more than `max_memory`; the
+                class is unknown; or the score is NaN or infinite, which is no verdict.
         """
+        class_id = self.class_id if class_id is None else class_id
         with self._turn:
-            result = score_images(self.model, frame, self.class_id, map_size="seen", **self._options)
+            result = score_images(self.model, frame, class_id, map_size="seen", **self._options)
         if len(result.image_score) != 1:
             raise ValueError(f"{len(result.image_score)} frames at once; a Scorer takes one, the model's score several")
         assert result.sizes is not None
-        class_id, (frame_size,) = int(result.class_id), result.sizes
+        group, (frame_size,) = int(result.class_id), result.sizes
         return FrameScore(
             score=float(result.image_score),
             threshold=float(result.threshold),
             p_value=float(result.p_value),
             is_anomalous=bool(result.is_anomalous),
             false_alarm_rate=float(result.false_alarm_rate),
-            class_id=class_id,
-            class_name=self.model.groups[class_id],
+            class_id=group,
+            class_name=self.model.groups[group],
             size=self.map_size or frame_size,
             _seen_map=result.anomaly_map[0],
             _frame_size=frame_size,

@@ -70,7 +70,9 @@ class History:
     """The course of a training run, and what its model does with the images that were held out.
 
     Attributes:
-        records: one per sub-epoch, as written to ``metrics.jsonl``.
+        records: one per sub-epoch, a pass over the data, as written to ``metrics.jsonl``: "pass" (from 0, of all that
+            the training has), "meta_epoch", "sub_epoch", "stage", "lr" (of the last step), "images_per_second",
+            "seconds", and "losses": for each level the means of the terms, by name.
         recognition: by classes, the number of held-out images whose class is inferred rightly, and of all that were
             tried, at most `RECOGNITION_IMAGES` together; empty where there is nothing to infer.
     """
@@ -360,6 +362,7 @@ class _Run:
         seconds = time.perf_counter() - start
         mean_losses = torch.cat(fetched).mean(0)
         return {
+            "pass": passes,
             "meta_epoch": meta_epoch,
             "sub_epoch": sub_epoch,
             "stage": stage,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,22 @@ def test_it_says_what_the_model_says(model: HGADModel, tmp_path: Path) -> None:
     assert inside == int((actual.anomaly_map.double() > actual.threshold).sum())
 
 
+def test_figures_are_those_of_the_tables(model: HGADModel) -> None:
+    (frame,) = frames(1)
+    verdict = Scorer(model)(frame)
+    assert verdict.figures() == {
+        "class": verdict.class_name,
+        "score": verdict.score,
+        "threshold": verdict.threshold,
+        "p_value": verdict.p_value,
+        "anomalous": verdict.is_anomalous,
+        "false_alarm_rate": verdict.false_alarm_rate,
+    }
+    without = replace(verdict, threshold=math.nan, p_value=math.nan, is_anomalous=False, false_alarm_rate=math.nan)
+    unknown = {"threshold", "p_value", "anomalous", "false_alarm_rate"}
+    assert {name for name, value in without.figures().items() if value is None} == unknown
+
+
 def test_class_and_map_size_are_the_scorers(model: HGADModel) -> None:
     (frame,) = frames(1)
     for name in ("a", "b"):
@@ -66,6 +84,8 @@ def test_class_and_map_size_are_the_scorers(model: HGADModel) -> None:
         expected = model.score(frame, name, map_size=(6, 10))
         assert actual.class_name == name and actual.score == float(expected.image_score)
         assert_scored(actual, model, frame, name, map_size=(6, 10))
+        given = Scorer(model, class_id="a", map_size=(6, 10))(frame, name)  # of this frame alone
+        assert given.class_name == name and given.score == actual.score
 
 
 def test_a_map_at_the_frames_size_is_made_only_when_it_is_asked_for(

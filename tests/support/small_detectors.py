@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import exported
@@ -56,3 +57,15 @@ def images_of_classes(n: int, seed: int = 0, size: tuple[int, int] = (64, 64)) -
     images = exported.images(n, seed, size)
     powers = torch.tensor([1.0, 2.0, 0.5])[torch.arange(n) % 3]
     return images ** powers[:, None, None, None]
+
+
+def broken(densities: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the `densities` of a model whose log-densities are no numbers, as those of images that overflow."""
+
+    def without_numbers(*args: Any, **kwargs: Any) -> Any:
+        result = densities(*args, **kwargs)
+        for level in result.logps:
+            level.fill_(float("nan"))
+        return result
+
+    return without_numbers
