@@ -9,7 +9,7 @@ ANOMALIB = ["anomalib==2.7.*"]
 EXPORT = ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.6"]  # the second runs what the others write
 REPORT = ["Jinja2>=3.1", "matplotlib>=3.8"]
 CAMERA = ["opencv-python-headless>=4.9"]
-SERVE = ["fastapi>=0.115", "python-multipart>=0.0.12", "uvicorn>=0.30"]
+SERVE = ["fastapi>=0.115", "python-multipart>=0.0.12", "uvicorn>=0.37"]
 TENSORBOARD = ["tensorboard>=2.16"]
 DOCS = ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"]
 FOLDERS = (

@@ -1,10 +1,11 @@
 """A minute of video through examples/camera.py: `python -m benchmarks.camera ROOT`, some minutes on a CPU.
 
-ROOT is a dataset, of which the test images of one class make the video: 640 x 480 pixels, 25 frames a second, each image
-for 15 frames, moved by a pixel from one to the next; one image of ten is defective. The number of a frame stands in its
-first rows, as squares of black and white. The preset "gaussian" is fitted to the class's training images in such frames. Then the program runs in a
-process of its own, which looks at what comes out: which number is in the image of which outcome, and how much memory
-the process has. It scores every frame; with --drop, played at its own pace, those that it has time for.
+ROOT is a dataset, of which the test images of one class make the video: 640 x 480 pixels, 25 frames a second, each
+image for 15 frames, moved by a pixel from one to the next; one image of ten is defective. The number of a frame stands
+in its first rows, as squares of black and white. The preset "gaussian" is fitted to the class's training images in such
+frames. Then the program runs in a process of its own, which looks at what comes out: which number is in the image of
+which outcome, and how much memory the process has. It scores every frame; with --drop, played at its own pace, those
+that it has time for.
 """
 
 from __future__ import annotations

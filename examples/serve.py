@@ -49,6 +49,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"serve.py needs {error.name}: pip install 'hgad-fast[serve]'")
 
 DISCARD = 1.0  # seconds for which the rest of a body is read that nobody wants
+STARTING = 120  # seconds without a sign of life before a worker is replaced, as one that imports torch gives none
 PREFIX = "HGAD_FAST_"  # of the settings in the environment
 SUFFIX = re.compile(r"\.[a-z0-9]{1,5}", re.IGNORECASE)  # of a client's file name; TGA and AVIF show by nothing else
 
@@ -323,7 +324,15 @@ def main() -> None:
     else:
         os.environ.update(settings.to_environment())
         folder = str(Path(__file__).parent)
-        uvicorn.run("serve:app", factory=True, app_dir=folder, host=host, port=port, workers=settings.workers)
+        uvicorn.run(
+            "serve:app",
+            factory=True,
+            app_dir=folder,
+            host=host,
+            port=port,
+            workers=settings.workers,
+            timeout_worker_healthcheck=STARTING,
+        )
 
 
 def parsed() -> tuple[Settings, str, int]:

@@ -365,12 +365,6 @@ def test_settings_pass_through_the_environment(model_file: Path) -> None:
             serve.Settings.from_environment(variables)
 
 
-def run(*arguments: str, **options: Any) -> subprocess.Popen:
-    command = [sys.executable, str(FOLDER / "serve.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
-
-
 def is_up(address: str) -> bool:
     try:
         return httpx.get(f"{address}/health", timeout=60).status_code == 200
@@ -380,9 +374,10 @@ def is_up(address: str) -> bool:
 
 def test_the_program_serves_with_two_workers(model_file: Path, model: GaussianModel, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(content())
-    with run(
-        str(model_file), "--port", "0", "--workers", "2", "--timeout", "60s", "--false-alarm-rate", "0.5"
-    ) as server:
+    options = ["--port", "0", "--workers", "2", "--timeout", "60s", "--false-alarm-rate", "0.5"]
+    command = [sys.executable, str(FOLDER / "serve.py"), str(model_file), *options]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
             address = next(found[0] for line in server.stderr if (found := re.search(r"http://127.0.0.1:\d+", line)))
@@ -396,9 +391,11 @@ def test_the_program_serves_with_two_workers(model_file: Path, model: GaussianMo
     assert answer["anomalous"] == (answer["p_value"] <= 0.5) and "Traceback" not in log
 
 
-def test_a_model_that_is_none_is_told_without_a_traceback(tmp_path: Path) -> None:
+def test_a_model_that_is_none_is_told_before_there_are_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").write_text("no model")
-    with run(str(tmp_path / "model.safetensors"), "--workers", "2") as server:
-        _, log = server.communicate(timeout=60)
-    assert server.returncode == 1 and log.startswith("serve.py: ") and "model.safetensors" in log
-    assert "Traceback" not in log
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(tmp_path / "model.safetensors"), "--workers", "2"])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        serve.main()
+    monkeypatch.setattr(sys, "argv", ["serve.py", "model.safetensors", "--timeout", "soon"])
+    with pytest.raises(ValueError, match="--timeout is 'soon'"):
+        serve.main()
