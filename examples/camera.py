@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hgad_fast import Scorer
+from hgad_fast import Monitor, Scorer
 from hgad_fast.options import given_class, image_size, in_options, load_model
 from hgad_fast.scoring.outputs import cell
 from hgad_fast.scoring.pipeline import caption
@@ -106,7 +106,7 @@ class Outcome:
 
 
 Sink = Callable[[Outcome], None]
-"""What is done with each outcome, in the order of the frames; a monitor of drift is one, too."""
+"""What is done with each outcome, in the order of the frames."""
 
 
 # ---------------------------------------------------------------------------------------------- frames
@@ -470,6 +470,23 @@ def say_alarm(outcome: Outcome) -> None:
         say(f"frame {outcome.frame.number}, {outcome.frame.seconds:.2f} s: {text}", sys.stdout)
 
 
+class Drift:
+    """Prints a line once frames are no longer like the images that the model was calibrated on."""
+
+    def __init__(self) -> None:
+        self.monitor = Monitor()
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Take the p-value of a frame; those without one tell nothing."""
+        verdict = outcome.verdict
+        if verdict is None or math.isnan(verdict.p_value) or self.monitor.state.changed:
+            return
+        state = self.monitor.update(verdict.p_value, verdict.class_name)
+        if state.changed:
+            count = state.images - state.since
+            say(f"CHANGED: in the last {count} scored frames, about, scores are {state.direction}", sys.stdout)
+
+
 # ---------------------------------------------------------------------------------------------- the loop
 
 
@@ -510,6 +527,8 @@ def main(arguments: Sequence[str] | None = None, sinks: Sequence[Sink] = ()) -> 
     try:
         with ExitStack() as stack:
             all_sinks: list[Sink] = [tally, say_alarm, *shown, *sinks]
+            if options.monitor:
+                all_sinks.append(Drift())
             if options.output is not None:
                 all_sinks.append(stack.enter_context(Table(options.output)))
                 if importlib.util.find_spec("matplotlib") is None:
@@ -563,6 +582,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="overlays of all frames, not only of anomalous ones")
     parser.add_argument("--max-overlays", type=_count, default=10_000, metavar="N", help="no more than these (10000)")
     parser.add_argument("--overwrite", action="store_true", help="replace a run in FOLDER")
+    parser.add_argument("--monitor", action="store_true", help="say if frames change; each must show another part")
     parser.add_argument("--window", action="store_true", help="show frames and verdicts; the key q ends it")
     return parser.parse_args(arguments)
 

@@ -22,7 +22,7 @@ import small_detectors
 from example_modules import FOLDER, example
 from PIL import Image
 
-from hgad_fast import GaussianModel
+from hgad_fast import GaussianModel, Scorer
 from hgad_fast.scoring import plot
 
 camera = example("camera")
@@ -460,3 +460,25 @@ def test_no_password_is_printed(monkeypatch: pytest.MonkeyPatch, live: Callable[
     with pytest.raises(ValueError, match="rtsp://host/stream: OpenCV cannot open it") as caught:
         camera.Source("rtsp://user:secret@host/stream")
     assert "secret" not in str(caught.value)
+
+
+def test_a_change_of_the_frames_is_said_once(model: GaussianModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """Frames that all have a defect are a change, as many normal ones none; one without a score tells nothing."""
+    frames = [np.ascontiguousarray(frame[..., ::-1]) for frame in drawn_frames(160)]
+    for defective, expected in ((False, 0), (True, 1)):
+        shown = [frame for i, frame in enumerate(frames) if (i % 4 == 1) == defective][:40]
+        camera.score_all(
+            Scorer(model), [camera.Frame(i, i, frame, 0.0) for i, frame in enumerate(shown)], [camera.Drift()]
+        )
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == expected and all(re.fullmatch(r"CHANGED: .* scores are higher", line) for line in lines)
+    drift = camera.Drift()
+    drift(camera.Outcome(camera.Frame(0, 0.0, frames[0], 0.0), None, "no number", 0.0, 0.0))
+    assert drift.monitor.state.images == 0
+
+
+def test_the_monitor_is_an_option(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    defective = write_video(tmp_path / "line.avi", [frame for i, frame in enumerate(drawn_frames(160)) if i % 4 == 1])
+    for options, expected in (([], 0), (["--monitor"], 1)):
+        assert camera.main([str(model_file), str(defective), *options]) == 0
+        assert capsys.readouterr().out.count("CHANGED") == expected
