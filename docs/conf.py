@@ -23,12 +23,6 @@ author = "the authors of hgad_fast"
 version = release = hgad_fast.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "extension"]
-# Pages that are on their way are in tables of contents already.
-suppress_warnings = ["toc.not_readable", "toc.excluded"]
-exclude_patterns = [
-    *([] if "Monitor" in hgad_fast.__all__ else ["api/monitor.rst"]),
-    *([] if importlib.util.find_spec("hgad_fast.curation") else ["api/curation.rst"]),
-]
 
 # Names in backticks are links where the site has them; types of other libraries and of the inside are none.
 default_role = "py:obj"
