@@ -273,6 +273,10 @@ class HGADModel(OfficialSurface, Detector):
         self.mixture = self.mixture.extended(centres)
         self.config = config.with_class(name)
         self._optimizer = None  # of other parameters
+        warn_user(
+            f"the flows were not trained on images of {name!r}: expect it to be recognised, and far fewer of its defects "
+            "to be found than after a training with it (docs/new-products.md); try images of defects before you rely on it"
+        )
 
     def objective(self, stage: int) -> nn.Module:
         """Return the loss of a stage."""
