@@ -196,8 +196,11 @@ def test_hgad_takes_centres_and_keeps_its_flows(changes, tmp_path):
 
 
 def test_hgad_warns_that_its_flows_do_not_know_the_class():
-    with pytest.warns(UserWarning, match="the flows were not trained on images of 'new': .* far fewer of its defects"):
+    known = "the flows were not trained on images of 'new': .* far fewer of its defects"
+    with pytest.warns(UserWarning, match=f"{known}.* entropy maps of the other classes have changed"):
         on_features().add_class("new", new_features(20))
+    with pytest.warns(UserWarning, match=f"{known}.*relying on it \\(docs/new-products.md\\)$"):
+        on_features(fusion="likelihood").add_class("new", new_features(20))
 
 
 def test_hgad_of_one_class():
