@@ -173,7 +173,8 @@ def add_class(
     A place Gaussian is fitted to the images in closed form, on the whitening that the model has: the other classes keep
     the bits of their maps, scores and p-values, wherever an image is taken for the same class as before. HGAD keeps its
     flows, and takes centres fitted to the latents of the images: densities of the other classes change by rounding
-    alone, but their entropy maps by a class more among those that a pixel may be of. All classes keep their thresholds.
+    alone, but their entropy maps by a class more among those that a pixel may be of. All classes keep their thresholds,
+    which may be too low where entropy maps count: `check` measures it.
 
     Args:
         model: a detector whose groups are the classes, calibrated; changed in place.

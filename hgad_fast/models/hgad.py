@@ -278,6 +278,16 @@ class HGADModel(OfficialSurface, Detector):
         self.mixture = self.mixture.extended(centres)
         self.config = config.with_class(name)
         self._optimizer = None  # of other parameters
+        warning = (
+            f"the flows were not trained on images of {name!r}: it may be recognised, and yet far fewer of its defects "
+            "be found than after a training with it; try images of defects before relying on it (docs/new-products.md)"
+        )
+        if config.fusion != "likelihood":
+            warning += (
+                ". The entropy maps of the other classes have changed, so that they may raise more false alarms: look "
+                "at what check= (--check DATA) says, and calibrate anew (model.calibrate, hgad-fast calibrate)"
+            )
+        warn_user(warning)
 
     def objective(self, stage: int) -> nn.Module:
         """Return the loss of a stage."""

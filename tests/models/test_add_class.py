@@ -20,7 +20,7 @@ from hgad_fast.features.extract import FeatureSet
 from hgad_fast.scoring.result import ScoreResult
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:too few calibration images", "ignore:the class of ", "ignore:.* has no threshold"
+    "ignore:too few calibration images", "ignore:the class of ", "ignore:.* has no threshold", "ignore:the flows were"
 )
 
 FIELDS = ("anomaly_map", "image_score", "class_id", "p_value", "threshold", "false_alarm_rate", "is_anomalous")
@@ -193,6 +193,14 @@ def test_hgad_takes_centres_and_keeps_its_flows(changes, tmp_path):
     loaded = HGADModel.load(tmp_path / "grown.safetensors")
     assert loaded.class_names == after.class_names
     small_vqflow.assert_same_scores(loaded.score_features(levels), after.score_features(levels))
+
+
+def test_hgad_warns_that_its_flows_do_not_know_the_class():
+    known = "the flows were not trained on images of 'new': .* far fewer of its defects"
+    with pytest.warns(UserWarning, match=f"{known}.* entropy maps of the other classes have changed"):
+        on_features().add_class("new", new_features(20))
+    with pytest.warns(UserWarning, match=f"{known}.*relying on it \\(docs/new-products.md\\)$"):
+        on_features(fusion="likelihood").add_class("new", new_features(20))
 
 
 def test_hgad_of_one_class():
