@@ -68,6 +68,12 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             Image.fromarray(mask).save(root / "ground_truth" / "dent" / f"{i}_mask.png")
     for i in range(12):
         write_image(tmp_path / "new_camera" / "bottle" / f"{i}.png", 0, 400 + i)
+    for i in range(20):
+        write_image(tmp_path / "caps" / f"{i}.png", 4, 600 + i)
+        for k in range(2):
+            write_image(tmp_path / "unsorted" / f"{2 * i + k}.png", k, 700 + i)
+    for i in range(3):
+        write_image(tmp_path / "false_alarms" / f"{i}.png", 4, 800 + i)
     for folder in ("new", "large", "check"):
         for i, name in enumerate("ab"):
             write_image(tmp_path / folder / f"{name}.png", i, 500 + i, defect=bool(i))
@@ -137,6 +143,6 @@ def test_every_line_runs(workspace: Path, capsys: pytest.CaptureFixture[str]) ->
                     assert own == pytest.approx(other, rel=1e-4)
             else:
                 assert line.startswith(("make ", "pip install ", "my_data/", TIMES_THINGS)), line
-    assert (programs, commands, others) == (4, 13, 1)
+    assert (programs, commands, others) == (4, 19, 1)
     assert (workspace / "scores" / "scores.csv").read_text().count("\n") == 3
     assert "bottle" in capsys.readouterr().out  # the camera's verdict on the square
