@@ -306,7 +306,7 @@ def test_when_all_places_are_taken_others_are_told_to_come_again(settings: Any, 
 
 
 def test_after_the_time_limit_work_that_was_begun_goes_on_and_other_work_is_given_up(settings: Any, held: Held) -> None:
-    with serving(replace(settings, places=2, timeout=1.0)) as client:
+    with serving(replace(settings, places=2, timeout=3.0)) as client:
         assert client.post("/score", content=content()).status_code == 504
         assert held.begun.acquire(timeout=60)
         assert client.post("/score", content=content()).status_code == 504  # waited, and is given up
