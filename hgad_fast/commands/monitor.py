@@ -41,9 +41,8 @@ def monitor(
         require_package("matplotlib", "--output", "plot")
     with begin(f"reading {', '.join(map(printable, tables))}"):
         from ..evaluation.monitoring import course, plot
-        from ..scoring.monitor import Monitor
 
-        past = course(tables, Monitor(alpha, defect_rate=defect_rate))
+        past = course(tables, alpha, defect_rate)
     say(json.dumps(past.to_dict(), indent=2) if as_json else past.table(), sys.stdout)
     if output is not None:
         say(f"drawn: {printable(plot(past, output))}", sys.stderr if as_json else sys.stdout)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..data.datasets import csv_rows
 from ..files import printable, replacing
-from ..scoring.monitor import Monitor, MonitorState
+from ..scoring.monitor import Monitor, MonitorState, references_of
 from ..scoring.rates import percent
 
 RUNNING = 50  # images of the running share in the image
@@ -23,11 +24,21 @@ SHOWN_CLASSES = 20
 
 
 @dataclass(frozen=True)
+class ClassCourse:
+    """The images of a class: their number, the mean of their p-values, and the share of these up to `LOW`."""
+
+    images: int
+    mean_p: float
+    low_p: float
+
+
+@dataclass(frozen=True)
 class Course:
     """What a monitor made of past images, n of them.
 
     Attributes:
-        files, classes: of each image.
+        files: of each image.
+        classes: by name.
         p_values: (n,) float64.
         evidence: (n,) float64, `Monitor.evidence` after each image.
         state: that of the monitor at the end.
@@ -36,7 +47,7 @@ class Course:
     """
 
     files: list[str]
-    classes: list[str]
+    classes: dict[str, ClassCourse]
     p_values: NDArray[np.float64]
     evidence: NDArray[np.float64]
     state: MonitorState
@@ -48,15 +59,8 @@ class Course:
         state = asdict(self.state)
         state["since_file"] = None if self.state.since is None else self.files[self.state.since]
         state["found_at_file"] = None if self.state.found_at is None else self.files[self.state.found_at]
-        return {**state, "alpha": self.alpha, "skipped": self.skipped, "classes": self._by_class()}
-
-    def _by_class(self) -> dict[str, dict[str, float]]:
-        """Return the number of images, the mean p-value, and the share of p-values up to `LOW`, by class."""
-        figures = {}
-        for name, count in sorted(Counter(self.classes).items()):
-            own = self.p_values[[each == name for each in self.classes]]
-            figures[name] = {"images": count, "mean_p": float(own.mean()), "low_p": float((own <= LOW).mean())}
-        return figures
+        classes = {name: asdict(figures) for name, figures in self.classes.items()}
+        return {**state, "alpha": self.alpha, "skipped": self.skipped, "classes": classes}
 
     def table(self) -> str:
         """Return the verdict and the figures by class as text."""
@@ -65,7 +69,7 @@ class Course:
         if state.changed:
             assert state.since is not None and state.found_at is not None
             subject = "all classes" if state.group is None else f"class {state.group}"
-            of_which = f" of {subject}" if len(set(self.classes)) > 1 else ""
+            of_which = f" of {subject}" if len(self.classes) > 1 else ""
             lines.append(
                 f"CHANGED: scores{of_which} are {state.direction} since about image {state.since + 1} "
                 f"({self.files[state.since]}), found at image {state.found_at + 1} ({self.files[state.found_at]})"
@@ -79,47 +83,61 @@ class Course:
         if self.skipped:
             lines.append(f"left out: {self.skipped} rows without a p-value (failed, or of a class without a threshold)")
         lines.append(f"  {'class':<20} {'images':>7} {'mean p':>7} {f'p <= {LOW}':>9}")
-        figures = self._by_class()
-        for name in list(figures)[:SHOWN_CLASSES]:
-            row = figures[name]
-            lines.append(f"  {name:<20} {row['images']:>7} {row['mean_p']:>7.2f} {percent(row['low_p']):>9}")
-        if len(figures) > SHOWN_CLASSES:
-            lines.append(f"  and {len(figures) - SHOWN_CLASSES} more classes")
+        for name, figures in list(self.classes.items())[:SHOWN_CLASSES]:
+            lines.append(f"  {name:<20} {figures.images:>7} {figures.mean_p:>7.2f} {percent(figures.low_p):>9}")
+        if len(self.classes) > SHOWN_CLASSES:
+            lines.append(f"  and {len(self.classes) - SHOWN_CLASSES} more classes")
         lines.append(f"of images like the calibration images, about half have p <= 0.5, and {percent(LOW)} p <= {LOW}")
         return "\n".join(lines)
 
 
-def course(tables: Sequence[str | os.PathLike[str]], monitor: Monitor) -> Course:
+def course(tables: Sequence[str | os.PathLike[str]], alpha: float = 0.01, defect_rate: float = 0.0) -> Course:
     """Return what a monitor makes of the images in tables such as `hgad-fast score` writes, in their order.
 
     Args:
         tables: CSV files with the columns file, class and p_value, as scores.csv, the oldest first.
-        monitor: a new one.
+        alpha, defect_rate: as for `Monitor`.
 
     Raises:
-        ValueError: a file is no such table, a p-value is no number above 0 and at most 1, or there is none at all.
+        ValueError: a file is no such table, a p-value is no number above 0 and at most 1, or there is none at all; or
+            the monitor cannot be.
         OSError: a file cannot be read.
     """
-    files, classes, p_values, evidence, skipped = [], [], [], [], 0
+    Monitor(alpha, defect_rate=defect_rate)  # what is wrong with these is told first
+    files, classes, p_values, skipped = [], [], [], 0
     for table in tables:
         for place, row in csv_rows(Path(table), ("file", "class", "p_value")):
             if not row["p_value"]:
                 skipped += 1
                 continue
             try:
-                monitor.update(float(row["p_value"]), row["class"])
-            except ValueError as error:
-                raise ValueError(f"{place}: p_value is {row['p_value']!r}; it must be above 0 and at most 1") from error
+                p_value = float(row["p_value"])
+            except ValueError:
+                p_value = math.nan
+            if not 0 < p_value <= 1:
+                raise ValueError(f"{place}: p_value is {row['p_value']!r}; it must be above 0 and at most 1")
             files.append(row["file"])
             classes.append(row["class"])
-            p_values.append(float(row["p_value"]))
-            evidence.append(monitor.evidence)
+            p_values.append(p_value)
     if not files:
         raise ValueError(
             f"there is no p-value in {', '.join(printable(str(table)) for table in tables)}: the model has no "
             "thresholds, or no image was scored; hgad-fast calibrate makes thresholds"
         )
-    return Course(files, classes, np.array(p_values), np.array(evidence), monitor.state, monitor.alpha, skipped)
+    of_classes: dict[str, list[float]] = defaultdict(list)
+    for name, p_value in zip(classes, p_values, strict=True):
+        of_classes[name].append(p_value)
+    references = {name: n for name, values in of_classes.items() if (n := references_of(values))}
+    monitor = Monitor(alpha, references=references, defect_rate=defect_rate)
+    evidence = []
+    for p_value, name in zip(p_values, classes, strict=True):
+        monitor.update(p_value, name)
+        evidence.append(monitor.evidence)
+    by_class = {
+        name: ClassCourse(len(values), float(np.mean(values)), float(np.mean(np.array(values) <= LOW)))
+        for name, values in sorted(of_classes.items())
+    }
+    return Course(files, by_class, np.array(p_values), np.array(evidence), monitor.state, alpha, skipped)
 
 
 def plot(past: Course, path: str | os.PathLike[str]) -> Path:

@@ -25,7 +25,7 @@ change does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -37,6 +37,7 @@ WIDTHS = (0.02, 0.1, 0.3, 0.6)  # of the end of [0, 1] that a bet is on
 STAKES = (0.4, 0.8)  # share of the wealth that a bet risks
 MOST_REFERENCES = 10**5  # calibration images; of more, p-values are taken to be exact
 REMEMBERED = 1000  # p-values of a group from which the number of its calibration images is found
+ROUNDING = 1e-6  # of a p-value: less than the distance of any two
 LARGEST = 1e280  # of a wealth: beyond, it is told exactly enough
 
 
@@ -69,16 +70,17 @@ class Monitor:
     As long as images are taken like the calibration images, the probability that it ever reports a change is at most
     `alpha`, where p-values rest on calibration images of the image's own class. Where these were too few for the target
     false-alarm rate, p-values rest on pooled scores, and it holds as far as pooling does: measured in docs/monitor.md.
-    An update takes some 50 microseconds an image, and the memory does not grow.
+    The memory does not grow with the images. Several threads must not update it at the same time.
 
     Args:
         alpha: probability of a false alarm, over all time; above 0, below 1.
-        references: n, the number of calibration images that p-values rest on: one for all groups, or by group. None: it
-            is found from the p-values, which are multiples of 1 / (n + 1); those that are multiples of nothing are
-            taken to be exact, as if n were infinite.
+        references: n, the number of calibration images that p-values rest on: one for all groups, or by group.
+            None, and for groups that are not named: n is found, as p-values are multiples of 1 / (n + 1); those that are multiples
+            of nothing are exact, as if n were infinite. An image tells it to the next ones alone; while all p-values
+            are 1, nothing is known. It adds at most half a percent of `alpha` to the rate.
         max_references: s, how many of the n scores are compared with, at most. More find small changes sooner, but take
             for one what calibration images happen to differ from others. The default, 8, is the number that training
-            holds out of a class at least.
+            holds out of a class of 16 images or more, at least.
         defect_rate: share of images, at most, that are of defects and are not to count as a change; below 0.5.
 
     Raises:
@@ -109,6 +111,7 @@ class Monitor:
         self._urns: dict[Hashable, _Urn] = {}
         self._all = _Gambler(defect_rate)
         self._of_groups: dict[Hashable, _Gambler] = {}
+        self._wealths: dict[Hashable, float] = {}
 
     def update(self, p_values: Any, groups: Any = None) -> MonitorState:
         """Take the p-values of the next images, in the order in which they were taken, and return the new `state`.
@@ -130,8 +133,6 @@ class Monitor:
         names = [name.item() if isinstance(name, (Tensor, np.generic)) else name for name in names]
         if len(names) != len(values):
             raise ValueError(f"there are {len(names)} groups and {len(values)} p-values; give one for each, or one")
-        if isinstance(self.references, Mapping) and (unknown := set(names).difference(self.references)):
-            raise ValueError(f"references has no number of calibration images of {unknown.pop()!r}")
         wrong = np.flatnonzero(~((values > 0) & (values <= 1)))
         if len(wrong):
             i = int(wrong[0])
@@ -146,27 +147,26 @@ class Monitor:
     @property
     def evidence(self) -> float:
         """The wealth of the gambler, 1 at the start; a change is reported when it reaches 1 / `alpha`."""
-        whole = self._all.wealth
-        parts, waiting = 0.0, 1.0
-        for number, of_group in enumerate(self._of_groups.values(), 1):
-            share = 1 / (number * (number + 1))
-            parts, waiting = parts + share * of_group.wealth, waiting - share
-        return (whole + parts + waiting) / 2
+        wealths = np.fromiter(self._wealths.values(), np.float64)
+        numbers = np.arange(1, len(wealths) + 1)
+        of_groups = float((wealths / (numbers * (numbers + 1))).sum()) + 1 / (len(wealths) + 1)  # what waits
+        return (self._all.wealth + of_groups) / 2
 
     def _take(self, p_value: float, group: Hashable, tolerance: float) -> None:
         """Let all gamblers whom an image concerns bet on it, and renew the state."""
         if group not in self._urns:
-            references = self.references[group] if isinstance(self.references, Mapping) else self.references
+            references = self.references.get(group) if isinstance(self.references, Mapping) else self.references
             self._urns[group] = _Urn(references, self.max_references)
             self._of_groups[group] = _Gambler(self.defect_rate)
         interval = self._urns[group].draw(p_value, tolerance)
         for gambler in (self._all, self._of_groups[group]):
             gambler.bet(interval, self.state.images)
+        self._wealths[group] = self._of_groups[group].wealth
         self._most = max(self._most, self.evidence)
         state = replace(self.state, images=self.state.images + 1, p_value=1 / self._most)
         if not state.changed and state.p_value <= self.alpha:
-            leader = max(self._of_groups, key=lambda name: self._of_groups[name].wealth)
-            alone = len(self._of_groups) > 1 and self._of_groups[leader].wealth > self._all.wealth
+            leader = max(self._wealths, key=self._wealths.__getitem__)
+            alone = len(self._wealths) > 1 and self._wealths[leader] > self._all.wealth
             since, direction = (self._of_groups[leader] if alone else self._all).change()
             state = replace(
                 state,
@@ -184,47 +184,64 @@ class _Urn:
 
     Args:
         references: n, how many calibration images there are. None: it is found, as more and more p-values are multiples
-            of 1 / (n + 1).
+            of 1 / (n + 1); as long as they are all 1, there is one gap.
         most: s, how many of them the scores are compared with, at most.
     """
 
     def __init__(self, references: int | None, most: int) -> None:
         self.most = most
         self.p_values: list[float] | None = [] if references is None else None  # from which n is found
-        self.references = 0 if references is None else references
-        self._compare_with(most if references is None else references)  # p-values of 1 alone tell nothing of n
+        self._compare_with(references or 0)
 
     def _compare_with(self, references: int) -> None:
         """Choose the calibration scores to compare with, evenly among all, and empty the gaps between them."""
+        self.references = references
         gaps = min(self.most, references) + 1
         ranks = np.round(np.arange(1, gaps) * ((references + 1) / gaps))  # of these scores, the highest has rank 1
-        self.lowest = (ranks + 0.5) / (references + 1)  # what does not reach the score has a p-value above this
+        self.lowest = ranks / (references + 1) + ROUNDING  # what does not reach the score has a p-value above this
         self.weights = np.ones(gaps)
 
     def draw(self, p_value: float, tolerance: float) -> tuple[float, float]:
-        """Return the interval of [0, 1] that stands for the gap of an image, and put the image there."""
-        if self.p_values is not None and self.references <= MOST_REFERENCES:
-            self._find_references(p_value, tolerance)
+        """Return the interval of [0, 1] that stands for the gap of an image, and put the image there.
+
+        The gaps are those that were known before it: what an image tells of n counts from the next one on, or it would
+        be bet on with a knowledge of where it lies.
+        """
         gap = int(np.searchsorted(self.lowest, p_value))
         total, below, weight = float(self.weights.sum()), float(self.weights[:gap].sum()), float(self.weights[gap])
         self.weights[gap] += 1
+        if self.p_values is not None:
+            self._find_references(p_value, tolerance)
         return below / total, (below + weight) / total
 
     def _find_references(self, p_value: float, tolerance: float) -> None:
-        """Where a p-value shows that there are more calibration images, begin anew with what has come before it."""
+        """Where a p-value shows that there are more calibration images, begin anew with all that have come."""
         assert self.p_values is not None
-        largest = round(MOST_REFERENCES * min(1.0, math.sqrt(1e-13 / tolerance)))  # of fewer, some is near by chance
-        nearest = Fraction(p_value).limit_denominator(largest)
-        is_multiple = abs(float(nearest) - p_value) <= tolerance
-        gaps = math.lcm(self.references + 1, nearest.denominator) if is_multiple else MOST_REFERENCES + 2
-        if gaps > self.references + 1:
-            self.references = gaps - 1
-            self._compare_with(self.references)
-            for earlier in self.p_values:
-                self.weights[np.searchsorted(self.lowest, earlier)] += 1
         self.p_values.append(p_value)
-        if len(self.p_values) > REMEMBERED:
+        references = references_of([p_value], tolerance, self.references)
+        if references > self.references:
+            self._compare_with(references)
+            for each in self.p_values:
+                self.weights[np.searchsorted(self.lowest, each)] += 1
+        if references > MOST_REFERENCES or len(self.p_values) > REMEMBERED:
             self.p_values = None
+
+
+def references_of(p_values: Iterable[float], tolerance: float = 1e-13, known: int = 0) -> int:
+    """Return the least n of which p-values, up to a tolerance, are multiples of 1 / (n + 1), and `known` is another.
+
+    It is more than `MOST_REFERENCES` where there is none up to that.
+    """
+    largest = round(MOST_REFERENCES * min(1.0, math.sqrt(1e-13 / tolerance)))  # of fewer, some is near by chance
+    gaps = known + 1
+    for p_value in p_values:
+        nearest = Fraction(p_value).limit_denominator(largest)
+        if abs(float(nearest) - p_value) > tolerance:
+            return MOST_REFERENCES + 1
+        gaps = math.lcm(gaps, nearest.denominator)
+        if gaps > MOST_REFERENCES:
+            return MOST_REFERENCES + 1
+    return gaps - 1
 
 
 class _Gambler:
@@ -237,10 +254,10 @@ class _Gambler:
     widths = np.tile(np.repeat(WIDTHS, len(STAKES)), 2)
     stakes = np.tile(STAKES, 2 * len(WIDTHS))
     upper = np.arange(len(widths)) >= len(widths) // 2
+    first, last = np.where(upper, 1 - widths, 0.0), np.where(upper, 1.0, widths)  # the ends of what is bet on
 
     def __init__(self, defect_rate: float) -> None:
-        self.most = 1 - self.stakes + self.stakes / self.widths
-        self.expected = 1 + defect_rate * (self.most - 1)
+        self.expected = 1 + defect_rate * self.stakes * (1 / self.widths - 1)
         self.wealths = np.zeros_like(self.widths)
         self.waiting, self.images = 1.0, 0
         self.streaks = np.zeros_like(self.widths)  # log of what each bet has won since it last stood at its lowest
@@ -257,11 +274,7 @@ class _Gambler:
         waiting = 1 / math.log(self.images + math.e)  # what begins at image t is about 1 / (t log(t)^2)
         begun, self.waiting = self.waiting - waiting, waiting
         low, high = interval
-        if high > low:
-            first, last = np.where(self.upper, 1 - self.widths, 0.0), np.where(self.upper, 1.0, self.widths)
-            share = np.clip(np.minimum(high, last) - np.maximum(low, first), 0, None) / (high - low)
-        else:
-            share = np.where(self.upper, low > 1 - self.widths, low <= self.widths).astype(np.float64)
+        share = (np.minimum(high, self.last) - np.maximum(low, self.first)).clip(min=0) / (high - low)
         won = (1 - self.stakes + self.stakes * share / self.widths) / self.expected
         self.wealths = np.minimum((self.wealths + begun) * won, LARGEST)
         self.starts[self.streaks <= 0] = image

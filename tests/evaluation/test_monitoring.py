@@ -39,9 +39,9 @@ def changed(tmp_path: Path) -> Path:
 
 
 def test_it_is_what_the_monitor_says(unchanged: Path, changed: Path) -> None:
-    past = course([unchanged, changed], Monitor())
-    monitor = Monitor()
-    state = monitor.update(past.p_values, past.classes)
+    past = course([unchanged, changed])
+    monitor = Monitor(references={"tire": 49})
+    state = monitor.update(past.p_values, "tire")
     assert past.state == state and past.evidence[-1] == monitor.evidence
     assert len(past.files) == len(past.p_values) == len(past.evidence) == 150
     assert state.found_at is not None and 120 <= state.found_at < 150
@@ -70,7 +70,7 @@ def test_json_has_the_state_and_the_classes(unchanged: Path, changed: Path) -> N
 
 def test_rows_without_a_p_value_are_counted(tmp_path: Path) -> None:
     table = write_table(tmp_path / "scores.csv", rows_of(["", 0.5, "", 0.25]))
-    past = course([table], Monitor())
+    past = course([table])
     assert past.skipped == 2 and past.files == ["frames/0001.png", "frames/0003.png"]
     assert "left out: 2 rows" in past.table()
 
@@ -89,7 +89,7 @@ def test_rows_without_a_p_value_are_counted(tmp_path: Path) -> None:
 def test_tables_that_are_none_are_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "scores.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        course([tmp_path / "scores.csv"], Monitor())
+        course([tmp_path / "scores.csv"])
     result = CliRunner().invoke(app, ["monitor", str(tmp_path / "scores.csv")])
     assert result.exit_code == 1 and "Traceback" not in result.output
 
