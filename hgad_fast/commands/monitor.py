@@ -20,7 +20,7 @@ def monitor(
         typer.Argument(metavar="SCORES...", help="Tables of hgad-fast score (scores.csv), oldest first."),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also draw p-values and evidence here (PNG).")
+        Path | None, typer.Option("--output", "-o", help="Also draw p-values and evidence here (PNG, SVG, ...).")
     ] = None,
     alpha: Annotated[
         float, typer.Option(help="Probability that a change is ever reported where there is none.")

@@ -23,11 +23,11 @@ from ..files import file_hash, printable, replacing
 from ..methods import describe_file, load, opened
 from ..protocol import Detector
 from ..scoring.calibration import rate_table
-from ..training.checkpoint import MODEL, RUN
+from ..training.checkpoint import MODEL
 from .evaluate import Evaluation, Figures, evaluate, test_set
 from .remarks import remarks
 from .report_figures import description, percent, protocol_names, threshold_table
-from .run_folder import evaluated, kept_evaluation, read_object, test_data
+from .run_folder import evaluated, kept_evaluation, test_data, training_record
 
 CARD = "card.md"
 LISTED = 100  # classes that have a row each
@@ -127,7 +127,7 @@ def card_of(
     if not (run / MODEL).is_file():
         raise ValueError(f"{printable(run)} holds no {MODEL}; give the folder that training wrote, or a model file")
     model = load(run / MODEL, device)
-    record = read_object(run / RUN)
+    record = training_record(run)
     dataset, _ = test_data(model, data, record.get("data"))
     if dataset is not None:
         evaluated(model, dataset, run, progress)
@@ -136,7 +136,7 @@ def card_of(
 
 def background_in(folder: Path) -> Background:
     """Return what the folder of a training run says of its model; nothing is computed for it."""
-    background = Background(read_object(folder / RUN))
+    background = Background(training_record(folder))
     if (kept := kept_evaluation(folder)) is not None:
         background.evaluation = kept.evaluation
         background.evaluated_by = f"with hgad_fast {kept.version}" + (f" on {kept.date[:10]}" if kept.date else "")
@@ -262,8 +262,8 @@ def _use(model: Detector, file: Path, repo: str | None) -> list[str]:
 
 def _trained_on(model: Detector, record: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is known of the training: images of each class, the backbone, when and from what."""
-    trained_on, held_out = (_counts(record, part) for part in ("trained_on", "held_out"))
-    names = [*model.groups] if model.groups_are_classes else [*(trained_on or {})]
+    trained_on, held_out = (record.get(part) or {} for part in ("trained_on", "held_out"))
+    names = [*model.groups] if model.groups_are_classes else [*trained_on]
     if trained_on:
         rows = [[name, *(str(each.get(name, 0)) for each in (trained_on, held_out))] for name in names]
         yield "Normal images of each class:"
@@ -283,12 +283,6 @@ def _trained_on(model: Detector, record: Mapping[str, Any]) -> Iterator[str]:
         yield "The features come from a backbone of the user's own, which is not in the file."
     else:
         yield f"The backbone is {text(str(model.config.backbone_arch))} of timm, frozen."
-
-
-def _counts(record: Mapping[str, Any], part: str) -> dict[str, int]:
-    """Return numbers of images by class from the record of a training; nothing where it has none."""
-    counts = record.get(part)
-    return {str(name): int(count) for name, count in counts.items()} if isinstance(counts, dict) else {}
 
 
 def _others(rows: Sequence[Any], what: str) -> Iterator[str]:

@@ -141,9 +141,14 @@ def course(tables: Sequence[str | os.PathLike[str]], alpha: float = 0.01, defect
 
 
 def plot(past: Course, path: str | os.PathLike[str]) -> Path:
-    """Write an image (PNG) of the p-values, the evidence for a change, and when it was found.
+    """Write an image of the p-values, the evidence for a change, and when it was found.
+
+    Args:
+        past: the course.
+        path: its ending says the format (.png, .svg, .pdf, ...); without one it is PNG.
 
     Raises:
+        ValueError: matplotlib does not know the format.
         ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
@@ -177,5 +182,5 @@ def plot(past: Course, path: str | os.PathLike[str]) -> Path:
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
     return Path(path)

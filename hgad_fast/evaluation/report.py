@@ -32,7 +32,7 @@ from ..protocol import Detector
 from ..scoring import plot
 from ..scoring.calibration import Calibration
 from ..scoring.score import score_images
-from ..training.checkpoint import METRICS, MODEL, RUN
+from ..training.checkpoint import METRICS, MODEL
 from . import charts
 from .evaluate import Evaluation, ScoredImage, shown_path
 from .remarks import remarks
@@ -48,7 +48,7 @@ from .report_figures import (
     threshold_table,
     tiles,
 )
-from .run_folder import evaluated, read_object, test_data
+from .run_folder import evaluated, test_data, training_record
 
 REPORT = "report.html"
 SHOWN = 6  # images shown of each kind of mistake
@@ -96,7 +96,7 @@ def write_report(
         )
     output = Path(output or folder / REPORT)
     model = load(folder / MODEL, device)
-    record = read_object(folder / RUN)
+    record = training_record(folder)
     dataset, reason = test_data(model, data, record.get("data"))
     evaluation = None if dataset is None else evaluated(model, dataset, folder, progress)
     page = _page(model, folder, record, dataset, evaluation, "" if dataset else _WITHOUT_TEST.format(reason))

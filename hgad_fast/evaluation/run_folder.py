@@ -18,7 +18,7 @@ from ..features.extract import ShowProgress
 from ..files import file_hash, printable, replacing
 from ..methods import load
 from ..protocol import Detector
-from ..training.checkpoint import BEST, MODEL
+from ..training.checkpoint import BEST, MODEL, RUN
 from .evaluate import Evaluation, evaluate, test_set
 
 EVALUATION = "evaluation.json"
@@ -50,6 +50,23 @@ def read_object(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{printable(path)} is damaged ({error}); delete it: reports and cards can do without"
         ) from error
+
+
+def training_record(folder: Path) -> dict[str, Any]:
+    """Return what ``run.json`` in a folder says of the training; an empty object where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    record = read_object(folder / RUN)
+    counts = [record.get(part) for part in ("trained_on", "held_out")]
+    sound = isinstance(record.get("data", ""), (str, type(None))) and all(
+        each is None or (isinstance(each, dict) and all(type(count) is int for count in each.values()))
+        for each in counts
+    )
+    if not sound:
+        raise ValueError(f"{printable(folder / RUN)} is damaged; delete it: reports and cards can do without")
+    return record
 
 
 def test_data(

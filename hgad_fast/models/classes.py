@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -204,7 +205,10 @@ def add_class(
             "model.calibration.false_alarm_rate first"
         )
     tested = None if check is None else _check_set(model, check, name)
+    images = list(images) if isinstance(images, Iterator) else images
     grown, seen = _sharing(model), seeing(_sharing(model), known.img_size)
+    if calibration is None:
+        _require_images(images, grown, seen)
     group = len(model.groups)
     features = _features(grown, images, group, skip_bad, progress)
     fraction = model.config.calibration_fraction if calibration is None else 0.0
@@ -216,7 +220,7 @@ def add_class(
         held_out = features.subset(held_out_rows)
     else:
         held_out = _features(seen, images, group, skip_bad, progress).subset(held_out_rows)
-    grown.grow(name, training)
+    warning = grown.grow(name, training)
     extended = known.with_group(grown.density_parts)
     new = calibration_from(
         grown, held_out, known.false_alarm_rate, training, known.img_size, level_max=extended.level_max
@@ -225,6 +229,8 @@ def add_class(
     counts = recognition(grown, held_out)
     rows_of_check = None if tested is None else _checked(model, grown, tested, progress)
     vars(model).update(vars(grown))
+    if warning:
+        warn_user(warning)
     warn_of_shortcomings(model)
     warn_of_recognition(counts)
     right, tried = counts.get(name, (0, 0))
@@ -271,9 +277,10 @@ def absorb(
     require_float32(cast(Any, model))
     known = _known_calibration(model)
     group = _known_group(model, class_name)
-    changed = _sharing(model)
+    images = list(images) if isinstance(images, Iterator) else images
+    changed, seen = _sharing(model), seeing(_sharing(model), known.img_size)
+    _require_images(images, changed, seen)
     features = _features(changed, images, group, skip_bad, progress)
-    seen = seeing(changed, known.img_size)
     if seen.config.img_size == changed.config.img_size:
         as_calibrated = features
     else:
@@ -308,6 +315,16 @@ def absorb(
         threshold_after=mean(set(thresholds_after.tolist())),
         far=far,
     )
+
+
+def _require_images(images: Any, model: Detector, calibrated: Detector) -> None:
+    """Raise a ValueError for features where thresholds are of images that were seen at another size."""
+    sizes = [each.config.img_size for each in (model, calibrated)]
+    if isinstance(images, FeatureSet) and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"images are features at one size, and the model, trained at img_size={sizes[0]!r}, was calibrated at "
+            f"{sizes[1]!r}: give the images themselves, so that they are seen at both"
+        )
 
 
 def _sharing(model: Model) -> Model:

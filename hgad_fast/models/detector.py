@@ -148,11 +148,14 @@ class Detector(OnHub, nn.Module):
         Likewise, each process calls it.
         """
 
-    def grow(self, name: str, feature_set: FeatureSet) -> None:
+    def grow(self, name: str, feature_set: FeatureSet) -> str:
         """Take one class more, the last, from the features of its normal images; `config` grows with it.
 
         What the model shares with others is replaced, and not changed: `add_class` calls this on a copy that shares all
         modules, which becomes the model if nothing fails.
+
+        Returns:
+            what users are warned of when the class has been added; empty: nothing.
 
         Raises:
             ValueError: the method cannot; the message says what to do instead.

@@ -275,7 +275,7 @@ class GaussianModel(Detector):
         return True
 
     @torch.no_grad()
-    def grow(self, name: str, feature_set: FeatureSet) -> None:
+    def grow(self, name: str, feature_set: FeatureSet) -> str:
         """Fit Gaussians of one class more. The whitening stays, and the others keep their bits.
 
         Raises:
@@ -304,6 +304,7 @@ class GaussianModel(Detector):
         self.config = self.config.with_class(name, grids=(*cast(Any, self.config.grids), grid))
         self._add(feature_set, [*members, list(range(len(feature_set)))])
         self.make_ready()
+        return ""
 
     @contextmanager
     @torch.no_grad()
@@ -321,12 +322,13 @@ class GaussianModel(Detector):
             raise ValueError(
                 "grouping is 'clusters': which images a cluster knows is not noted, so none can be left out"
             )
-        members = self._members(images)
-        self._add(images, members, sign=-1)
+        members, before = self._members(images), self.gaussians
+        self.gaussians = copy.deepcopy(before)
         try:
+            self._add(images, members, sign=-1)
             yield
         finally:
-            self._add(images, members)
+            self.gaussians = before
 
     def _fit_whitenings(self, feature_set: FeatureSet) -> list[tuple[tuple[int, int], ...]]:
         """Fit the whitenings to a part of the pixels of each image; return the (h, w) of each image's levels."""

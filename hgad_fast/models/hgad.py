@@ -248,7 +248,7 @@ class HGADModel(OfficialSurface, Detector):
         return self.scaling[level](x) if self.scaling else x
 
     @torch.no_grad()
-    def grow(self, name: str, feature_set: FeatureSet) -> None:
+    def grow(self, name: str, feature_set: FeatureSet) -> str:
         """Fit the centres of one class more to the latents of its images. The flows stay.
 
         Raises:
@@ -287,7 +287,7 @@ class HGADModel(OfficialSurface, Detector):
                 ". The entropy maps of the other classes have changed, so that they may raise more false alarms: look "
                 "at what check= (--check DATA) says, and calibrate anew (model.calibrate, hgad-fast calibrate)"
             )
-        warn_user(warning)
+        return warning
 
     def objective(self, stage: int) -> nn.Module:
         """Return the loss of a stage."""

@@ -15,7 +15,7 @@ import torch
 
 from ..environment import VERSION
 from ..features.hub import ask_hub, reaching_hub
-from ..files import printable
+from ..files import file_hash, printable
 from ..training.checkpoint import MODEL
 
 README = "README.md"  # what a hub shows of a repository
@@ -195,7 +195,7 @@ def _card(model: Any, file: Path, card: str | os.PathLike[str] | None, name: str
         )
     kept = file.with_name("kept.safetensors")
     type(model).load(path / MODEL).save(kept, include_backbone)
-    if kept.read_bytes() != file.read_bytes():
+    if file_hash(kept) != file_hash(file):
         raise ValueError(
             f"card is {printable(path)}, whose {MODEL} is another model than the one to be uploaded (or it has been "
             "calibrated since): its figures would not be true of this one"

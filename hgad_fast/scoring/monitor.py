@@ -74,10 +74,10 @@ class Monitor:
 
     Args:
         alpha: probability of a false alarm, over all time; above 0, below 1.
-        references: n, the number of calibration images that p-values rest on: one for all groups, or by group.
-            None, and for groups that are not named: n is found, as p-values are multiples of 1 / (n + 1); those that are multiples
-            of nothing are exact, as if n were infinite. An image tells it to the next ones alone; while all p-values
-            are 1, nothing is known. It adds at most half a percent of `alpha` to the rate.
+        references: n, the number of calibration images that p-values rest on: one for all groups, or by group. None,
+            and for groups that are not named: n is found, as p-values are multiples of 1 / (n + 1); those that are
+            multiples of nothing are exact, as if n were infinite. An image tells it to the next ones alone; while all
+            p-values are 1, nothing is known. It adds at most half a percent of `alpha` to the rate.
         max_references: s, how many of the n scores are compared with, at most. More find small changes sooner, but take
             for one what calibration images happen to differ from others. The default, 8, is the number that training
             holds out of a class of 16 images or more, at least.

@@ -11,7 +11,7 @@ from ..scoring.rates import percent
 from .checkpoint import BEST, CHECKPOINT, METRICS, MODEL, RUN
 
 WRITTEN = (MODEL, BEST, CHECKPOINT, METRICS, RUN)
-ABOUT_IT = ("evaluation.json", "report.html", "card.md")  # what `hgad-fast report` and `hgad-fast card` add
+ABOUT_IT = ("evaluation.json", "report.html")  # what `hgad-fast report` adds
 MAX_LISTED = 40  # groups that have a line each
 
 
@@ -33,7 +33,7 @@ def check(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove what a training run wrote into a folder, its report and its card; a cache of features stays."""
+    """Remove what a training run wrote into a folder, and its report; features stay, and a card, which people edit."""
     for name in (*WRITTEN, *ABOUT_IT):
         (folder / name).unlink(missing_ok=True)
 

@@ -252,6 +252,13 @@ def test_kept_figures_stay_with_their_model(copied, data, monkeypatch):
                 card_of(copied)
 
 
+def test_a_record_of_the_training_that_is_damaged_is_named(copied):
+    for damaged in ('{"trained_on": {"a": null}}', '{"held_out": 3}', '{"data": 5}', "[1"):
+        (copied / "run.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"run\.json is damaged.* delete it: reports and cards can do without"):
+            card_of(copied)
+
+
 def hgad(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["card", *map(str, arguments), "--device", "cpu"])
     return result.exit_code, result.output
@@ -270,7 +277,7 @@ def test_the_command_writes_beside_the_model_and_keeps_what_was_edited(copied, d
     assert hgad(copied / "model.safetensors", "-o", tmp_path / "tested.md", "--data", data)[0] == 0
     assert tables((tmp_path / "tested.md").read_text(encoding="utf-8"))["Honest protocol"]
     runs.remove(copied)
-    assert not (copied / "card.md").exists()
+    assert (copied / "card.md").exists() and not (copied / "model.safetensors").exists()
 
 
 def test_the_command_names_what_is_wrong(copied, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from pathlib import Path
 
 import exported
@@ -308,6 +309,13 @@ def test_a_model_calibrated_at_another_size(root):
     assert [row.false_alarms_after for row in added.check] == list(map(int, alarms))
     expected = model.score(files[5:], "Größe", img_size=96).image_score
     assert torch.equal(model.calibration.scores[model.calibration.class_ids == 3], expected)
+    features = FeatureSet(
+        [[level.squeeze(0) for level in model.encoder(torch.zeros(1, 3, 64, 64))]] * 4, torch.zeros(4)
+    )
+    for change in (lambda: model.add_class("new", features), lambda: model.absorb("Größe", features)):
+        with pytest.raises(ValueError, match="images are features at one size.*was calibrated at 96: give the images"):
+            change()
+    assert model.add_class("new", map(str, files)).fitted == len(files) - added.held_out
 
 
 def test_refusals_leave_the_model_as_it_was(root, tmp_path):
@@ -350,8 +358,10 @@ def test_an_error_at_the_end_leaves_the_model_as_it_was(root, monkeypatch):
         state = state_of(model)
         with monkeypatch.context() as patched:
             patched.setattr("hgad_fast.models.classes.recognition", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(ZeroDivisionError), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
                 model.add_class("new", root / "Größe")
+        assert not told  # of a class that there is not
         assert_unchanged(model, state)
         model.add_class("new", root / "Größe")
 

@@ -124,6 +124,11 @@ def test_images_come_back_after_an_error_and_clusters_leave_none_out():
     with pytest.raises(KeyError), model.without(features.subset(torch.arange(7))):
         raise KeyError
     assert_same_state(before, model.state_dict())
+    broken = FeatureSet([[level.clone() for level in features.images[i]] for i in range(7)], features.class_ids[:7])
+    broken.images[6][0][0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"), model.without(broken):
+        pass
+    assert_same_state(before, model.state_dict())
     clusters = small_model(**GROUPINGS[2])
     clusters.begin(features)
     with pytest.raises(ValueError, match="none can be left out"), clusters.without(features):
