@@ -67,7 +67,7 @@ def main() -> None:
     parts = {"gaussian": on_gaussian, "absorb": absorbing, "hgad": on_hgad}
     parts["hgad_standardised"] = functools.partial(on_hgad, fusion="standardised")
     for name in arguments.parts:
-        record[name] = parts[name](dataset, arguments)
+        record[name] = {"commit": record["commit"], **parts[name](dataset, arguments)}
         if arguments.output is not None:
             with replacing(arguments.output) as file:
                 file.write_text(json.dumps(record, indent=2) + "\n")
