@@ -39,6 +39,8 @@ def monitor(
     require_no_folder(output)
     if output is not None:
         require_package("matplotlib", "--output", "plot")
+        if output.resolve() in [table.resolve() for table in tables]:
+            raise ValueError(f"--output is {printable(output)}, a table to be read: name an image to draw")
     with begin(f"reading {', '.join(map(printable, tables))}"):
         from ..evaluation.monitoring import course, plot
 

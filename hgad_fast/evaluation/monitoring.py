@@ -95,7 +95,8 @@ def course(tables: Sequence[str | os.PathLike[str]], alpha: float = 0.01, defect
     """Return what a monitor makes of the images in tables such as `hgad-fast score` writes, in their order.
 
     Args:
-        tables: CSV files with the columns file, class and p_value, as scores.csv, the oldest first.
+        tables: CSV files with the columns class and p_value, as scores.csv, the oldest first. An image is called what
+            stands in the column file or frame, or by its line.
         alpha, defect_rate: as for `Monitor`.
 
     Raises:
@@ -106,7 +107,7 @@ def course(tables: Sequence[str | os.PathLike[str]], alpha: float = 0.01, defect
     Monitor(alpha, defect_rate=defect_rate)  # what is wrong with these is told first
     files, classes, p_values, skipped = [], [], [], 0
     for table in tables:
-        for place, row in csv_rows(Path(table), ("file", "class", "p_value")):
+        for place, row in csv_rows(Path(table), ("class", "p_value")):
             if not row["p_value"]:
                 skipped += 1
                 continue
@@ -116,7 +117,7 @@ def course(tables: Sequence[str | os.PathLike[str]], alpha: float = 0.01, defect
                 p_value = math.nan
             if not 0 < p_value <= 1:
                 raise ValueError(f"{place}: p_value is {row['p_value']!r}; it must be above 0 and at most 1")
-            files.append(row["file"])
+            files.append(row.get("file") or row.get("frame") or place)
             classes.append(row["class"])
             p_values.append(p_value)
     if not files:
@@ -160,7 +161,7 @@ def plot(past: Course, path: str | os.PathLike[str]) -> Path:
     upper.plot(
         numbers, past.p_values, ".", color="#8a94a6", markersize=max(2.0, min(6.0, 900 / count)), label="p-value"
     )
-    window = min(RUNNING, count)
+    window = min(RUNNING, max(count // 4, 1))
     running = np.convolve(past.p_values, np.full(window, 1 / window), "valid")
     upper.plot(numbers[window - 1 :], running, color="#1f5fbf", linewidth=1.8, label=f"mean of {window} images")
     upper.axhline(0.5, color="#444444", linewidth=0.8, linestyle=":")

@@ -95,15 +95,15 @@ class Monitor:
         max_references: int = 8,
         defect_rate: float = 0.0,
     ) -> None:
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha is {alpha}; allowed: above 0 and below 1")
-        if not 0 <= defect_rate < 0.5:
-            raise ValueError(f"defect_rate is {defect_rate}; allowed: 0 or more, below 0.5")
+        if not isinstance(alpha, (int, float, np.number)) or not 0 < alpha < 1:
+            raise ValueError(f"alpha is {alpha!r}; allowed: above 0 and below 1")
+        if not isinstance(defect_rate, (int, float, np.number)) or not 0 <= defect_rate < 0.5:
+            raise ValueError(f"defect_rate is {defect_rate!r}; allowed: 0 or more, below 0.5")
         for n in references.values() if isinstance(references, Mapping) else [references]:
-            if n is not None and n < 1:
-                raise ValueError(f"references is {references}; a p-value rests on 1 or more calibration images")
-        if max_references < 1:
-            raise ValueError(f"max_references is {max_references}; allowed: 1 or more")
+            if n is not None and (not isinstance(n, (int, np.integer)) or n < 1):
+                raise ValueError(f"references is {references!r}; a p-value rests on 1 or more calibration images")
+        if not isinstance(max_references, (int, np.integer)) or max_references < 1:
+            raise ValueError(f"max_references is {max_references!r}; allowed: a whole number, 1 or more")
         self.alpha, self.references, self.max_references = alpha, references, max_references
         self.defect_rate = defect_rate
         self.state = MonitorState(False, 1.0, 0)
@@ -125,10 +125,12 @@ class Monitor:
         """
         values, names = (x.detach().cpu() if isinstance(x, Tensor) else x for x in (p_values, groups))
         values = np.atleast_1d(np.asarray(values))
+        if values.ndim != 1 or (len(values) and values.dtype.kind not in "fi"):
+            raise ValueError(
+                f"p_values have the shape {values.shape} and the type {values.dtype}; give one number, or (B,) of them"
+            )
         tolerance = 1e-7 if values.dtype == np.float32 else 1e-13
         values = values.astype(np.float64)
-        if values.ndim != 1:
-            raise ValueError(f"p_values have the shape {values.shape}; give one, or (B,)")
         names = [names] * len(values) if isinstance(names, str) or np.ndim(names) == 0 else list(names)
         names = [name.item() if isinstance(name, (Tensor, np.generic)) else name for name in names]
         if len(names) != len(values):

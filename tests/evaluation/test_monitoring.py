@@ -68,6 +68,22 @@ def test_json_has_the_state_and_the_classes(unchanged: Path, changed: Path) -> N
     assert figures["classes"]["tire"]["images"] == 150 and figures["skipped"] == 0
 
 
+def test_a_table_is_not_drawn_over(unchanged: Path) -> None:
+    content = unchanged.read_bytes()
+    result = CliRunner().invoke(app, ["monitor", str(unchanged), "-o", str(unchanged)])
+    assert result.exit_code == 1 and "a table to be read: name an image to draw" in result.output
+    assert unchanged.read_bytes() == content
+    result = CliRunner().invoke(app, ["monitor", str(unchanged), "-o", str(unchanged.with_suffix(".xyz"))])
+    assert result.exit_code == 1 and "xyz" in result.output and not unchanged.with_suffix(".xyz").exists()
+
+
+def test_frames_of_a_camera_are_named_by_their_number(tmp_path: Path) -> None:
+    (tmp_path / "frames.csv").write_text("frame,class,p_value\n7,tire,0.5\n8,tire,0.25\n")
+    (tmp_path / "plain.csv").write_text("class,p_value\ntire,0.5\n")
+    past = course([tmp_path / "frames.csv", tmp_path / "plain.csv"])
+    assert past.files == ["7", "8", f"{tmp_path / 'plain.csv'}:2"]
+
+
 def test_rows_without_a_p_value_are_counted(tmp_path: Path) -> None:
     table = write_table(tmp_path / "scores.csv", rows_of(["", 0.5, "", 0.25]))
     past = course([table])
@@ -83,7 +99,7 @@ def test_rows_without_a_p_value_are_counted(tmp_path: Path) -> None:
         ("file,class,p_value\na.png,tire,0.5\nb.png,tire,nan\n", "scores.csv:3: p_value is 'nan'"),
         ("file,class,p_value\na.png,tire,1.5\n", "scores.csv:2: p_value is '1.5'"),
         ("file,class,p_value\na.png,tire,\n", "there is no p-value in .*hgad-fast calibrate"),
-        ("", "no column file, class, p_value"),
+        ("", "no column class, p_value"),
     ],
 )
 def test_tables_that_are_none_are_named(text: str, message: str, tmp_path: Path) -> None:

@@ -199,6 +199,8 @@ def test_nothing_is_taken_from_a_wrong_update() -> None:
         ([0.5, 0.0], "a", "p-value 1 is 0.0"),
         ([0.5, 1.5], "a", "p-value 1 is 1.5"),
         ([[0.5]], "a", r"shape \(1, 1\)"),
+        ([True], "a", "type bool"),
+        (["0.5"], "a", "type <U3"),
         ([0.5, 0.5], ["a"], "1 groups and 2 p-values"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -216,6 +218,9 @@ def test_nothing_is_taken_from_a_wrong_update() -> None:
         ({"references": 0}, "references is 0"),
         ({"references": {"a": 0}}, "references is {'a': 0}"),
         ({"max_references": 0}, "max_references is 0"),
+        ({"max_references": 2.5}, "max_references is 2.5"),
+        ({"references": 2.5}, "references is 2.5"),
+        ({"alpha": "0.01"}, "alpha is '0.01'"),
         ({"defect_rate": 0.5}, "defect_rate is 0.5"),
         ({"defect_rate": -0.1}, "defect_rate is -0.1"),
     ],
