@@ -99,6 +99,8 @@ def write_card(
     run = Path(run)
     file = run / MODEL if run.is_dir() else run
     output = Path(output or file.with_name(CARD))
+    if output.resolve() == file.resolve():
+        raise ValueError(f"--output is {printable(output)}, the model itself: name a file to write")
     if output.exists() and not overwrite:
         raise ValueError(
             f"{printable(output)} exists, and may have been edited: --overwrite (overwrite=True) replaces it; or give "

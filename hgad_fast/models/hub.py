@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..environment import VERSION
+from ..evaluation.card import CARD, background_in, model_card
 from ..features.hub import ask_hub, reaching_hub
 from ..files import file_hash, printable
 from ..training.checkpoint import MODEL
@@ -75,8 +76,9 @@ class OnHub:
             token: one that may write; None: ``HF_TOKEN``, or that of ``hf auth login``.
             revision: the branch, which is made if need be; None: the main one.
             commit_message: what the history of the repository says.
-            card: its text (of several lines), a file with it, or the folder of the model's training, whose record and
-                kept figures it shows (`evaluation.card`). None: what the model alone tells, without figures.
+            card: its text (of several lines), a file with it, or the folder of the model's training: the ``card.md`` in
+                it, which may have been edited, or without one what its record and kept figures tell
+                (`evaluation.card`). None: what the model alone tells, without figures.
             include_backbone: as in `save`. Without it users need the same weights of the backbone.
 
         Returns:
@@ -127,8 +129,8 @@ def _model_file(
     local_files_only: bool,
 ) -> Path:
     """Return the model file of a folder, or of a repository, downloaded unless that was done before."""
-    local = Path(repo_id) / MODEL
-    if local.is_file():
+    local = Path(repo_id) / MODEL if isinstance(repo_id, (str, os.PathLike)) else None
+    if local is not None and local.is_file():
         if revision is not None:
             raise ValueError(f"repo_id is {printable(repo_id)}, a folder here, which has no revision {revision!r}")
         return local
@@ -136,6 +138,7 @@ def _model_file(
     import huggingface_hub
 
     what = f"{MODEL} of {name}" + (f" at {revision}" if revision else "")
+    what += " (the folder of this name here holds none)" if Path(name).is_dir() else ""
     cache = None if cache_dir is None else os.fspath(cache_dir)
     with reaching_hub(f"{what} could not be had from the hub", lambda error: _remedy(error, name, revision)):
         if not local_files_only:
@@ -164,6 +167,8 @@ def _repository(repo_id: str | os.PathLike[str]) -> str:
     """
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if not isinstance(repo_id, (str, os.PathLike)):
+        raise ValueError(f"repo_id is {repo_id!r}; it must be a text, the name of a repository (owner/name)")
     name = os.fspath(repo_id)
     try:
         validate_repo_id(name)
@@ -179,8 +184,6 @@ def _repository(repo_id: str | os.PathLike[str]) -> str:
 
 def _card(model: Any, file: Path, card: str | os.PathLike[str] | None, name: str, include_backbone: bool) -> str:
     """Return the text of the card that goes with a model file; see `OnHub.push_to_hub`."""
-    from ..evaluation.card import background_in, model_card
-
     if card is None:
         return model_card(model, file, repo=name)
     if isinstance(card, str) and "\n" in card:
@@ -200,7 +203,15 @@ def _card(model: Any, file: Path, card: str | os.PathLike[str] | None, name: str
             f"card is {printable(path)}, whose {MODEL} is another model than the one to be uploaded (or it has been "
             "calibrated since): its figures would not be true of this one"
         )
-    return model_card(model, file, background_in(path), repo=name)
+    if not (path / CARD).is_file():
+        return model_card(model, file, background_in(path), repo=name)
+    text = (path / CARD).read_text(encoding="utf-8")
+    if file_hash(path / MODEL) not in text:
+        raise ValueError(
+            f"{printable(path / CARD)} is the card of another model: write it anew (hgad-fast card --overwrite), or "
+            "remove it"
+        )
+    return text
 
 
 def _remedy(error: Exception, name: str, revision: str | None, writing: bool = False) -> str:
@@ -221,6 +232,8 @@ def _remedy(error: Exception, name: str, revision: str | None, writing: bool = F
         return f"The token is unknown, or does not allow this: give {access}."
     if isinstance(error, utils.EntryNotFoundError) and not isinstance(error, utils.LocalEntryNotFoundError):
         return f"{name} holds no {MODEL}: it is no repository that push_to_hub has filled."
+    if writing:
+        return "Look at the network and at the state of the hub, which is asked only where HF_HUB_OFFLINE is not set."
     return (
         "Look at the network and at the state of the hub, which is asked only where HF_HUB_OFFLINE is not set and "
         "local_files_only is False; without it a model loads that was downloaded before, or one of a folder."

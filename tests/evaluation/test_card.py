@@ -276,6 +276,10 @@ def test_the_command_writes_beside_the_model_and_keeps_what_was_edited(copied, d
     assert "## Figures\n\n**None.**" in alone and "metrics" not in alone.split("---\n")[1]
     assert hgad(copied / "model.safetensors", "-o", tmp_path / "tested.md", "--data", data)[0] == 0
     assert tables((tmp_path / "tested.md").read_text(encoding="utf-8"))["Honest protocol"]
+    before = (copied / "model.safetensors").read_bytes()
+    code, output = hgad(copied, "-o", copied / "model.safetensors", "--overwrite")
+    assert code == 1 and "the model itself: name a file to write" in output
+    assert (copied / "model.safetensors").read_bytes() == before
     runs.remove(copied)
     assert (copied / "card.md").exists() and not (copied / "model.safetensors").exists()
 

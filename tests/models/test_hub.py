@@ -21,6 +21,7 @@ from huggingface_hub import constants
 
 from hgad_fast import GaussianModel, HGADModel
 from hgad_fast.evaluation import run_folder
+from hgad_fast.evaluation.card import write_card
 from hgad_fast.models.detector import Detector
 
 NAME = "acme/screws"
@@ -199,7 +200,8 @@ def test_a_folder_comes_first_and_has_no_revisions(model, hub, tmp_path, monkeyp
     assert not hub.requests
     assert "a folder here, which has no revision 'v1'" in refused(ValueError, revision="v1")
     (tmp_path / NAME / "model.safetensors").unlink()
-    assert f"There is no repository {NAME}" in refused(token=OWNER)
+    message = refused(token=OWNER)
+    assert f"There is no repository {NAME}" in message and "the folder of this name here holds none" in message
 
 
 @pytest.mark.parametrize("name", ["screws", "a/b/c", "../run", "/tmp/run", "acme/ schrauben\n", "acme--x/a", ""])
@@ -208,6 +210,12 @@ def test_wrong_names_are_refused_before_anything_is_asked(name, model, hub):
     with pytest.raises(ValueError, match="no name of a repository"):
         model.push_to_hub(name, token=OWNER)
     assert not hub.requests
+
+
+def test_what_is_no_name_is_an_error(model):
+    for call in (model.push_to_hub, GaussianModel.from_pretrained):
+        with pytest.raises(ValueError, match="repo_id is None; it must be a text"):
+            call(None)
 
 
 def test_a_card_is_a_text_a_file_or_the_folder_of_the_training(model, hub, tmp_path, monkeypatch):
@@ -226,6 +234,13 @@ def test_a_card_is_a_text_a_file_or_the_folder_of_the_training(model, hub, tmp_p
         card = readme(card=run, include_backbone=include_backbone)
         assert "Trained on the dataset nuts, on 2026-01-02." in card and "/home" not in card
         assert ("The file does not hold the backbone" in card) == (not include_backbone)
+    edited = write_card(run).read_text(encoding="utf-8").replace("# license: ", "license: mit  # ")
+    (run / "card.md").write_text(edited, encoding="utf-8")
+    assert "license: mit" in edited and readme(card=run) == edited
+    (run / "card.md").write_text("# of another model", encoding="utf-8")
+    with pytest.raises(ValueError, match="card.md is the card of another model: write it anew"):
+        readme(card=run)
+    (run / "card.md").unlink()
     calibrated = GaussianModel.load(run / "model.safetensors")
     calibrated.calibration.false_alarm_rate = 0.5
     for other in (calibrated, small_detectors.gaussian(dim=4)):
