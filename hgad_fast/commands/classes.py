@@ -71,7 +71,7 @@ def absorb(
     """Take more normal images of a known class, such as false alarms, so that others like them raise none.
 
     Place Gaussian: they join the sums of the class, which is exact. HGAD and VQ-Flow: the calibration alone takes
-    account of them, and thresholds rise. Never give images of defects. A file OUTPUT is replaced, be it MODEL itself.
+    account of them, and thresholds follow. Never give images of defects. A file OUTPUT is replaced, be it MODEL itself.
     """
     require_no_folder(output)
     with begin(f"loading {printable(model)}"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -92,8 +92,10 @@ class AddedClass:
         """Return it for people."""
         name = printable(self.name)
         lines = [
-            f"{name}: fitted to {self.fitted} images, {self.held_out} held out for the threshold",
-            f"threshold of {name}: {self.threshold:.4g}; it attains {percent(self.attained_rate)}, "
+            f"{name}: fitted to {_count(self.fitted)}, {self.held_out} held out for the threshold",
+            f"threshold of {name}: none, so that no image of it is ever called anomalous"
+            if math.isnan(self.threshold)
+            else f"threshold of {name}: {self.threshold:.4g}; it attains {percent(self.attained_rate)}, "
             f"{percent(self.false_alarm_rate)} asked for",
             f"recognised: {self.recognised} of {self.tried} held-out images of {name} are taken for it",
         ]
@@ -147,10 +149,10 @@ class Absorbed:
         how = (
             "the model learned from them"
             if self.learned
-            else "the calibration alone took account of them: the weights of this method stay, thresholds rise"
+            else "the calibration alone took account of them: the weights of this method stay, thresholds follow scores"
         )
         return [
-            f"absorbed {self.images} images{whose}: {how}",
+            f"absorbed {_count(self.images)}{whose}: {how}",
             f"alarms among them: {self.alarms_before} before, {self.alarms_after} now",
             f"threshold: {self.threshold_before:.4g} before, {self.threshold_after:.4g} now",
         ]
@@ -196,6 +198,8 @@ def add_class(
             other arguments do not fit.
     """
     require_float32(cast(Any, model))
+    if not model.groups_are_classes:  # the method says what to do instead, before time is spent on features
+        model.grow(name, FeatureSet([], torch.empty(0, dtype=torch.int64)))
     known = _known_calibration(model)
     name = _new_name(model, name)
     if false_alarm_rate not in (None, known.false_alarm_rate):
@@ -214,6 +218,11 @@ def add_class(
     fraction = model.config.calibration_fraction if calibration is None else 0.0
     rows, held_out_rows = split(features.class_ids, fraction, model.config.seed)
     training = features.subset(rows)
+    if calibration is None and fraction and not len(held_out_rows):
+        raise ValueError(
+            f"class {name!r} has one image, and none can be held out for a threshold: give more images, or others as "
+            "calibration="
+        )
     if calibration is not None:
         held_out = _features(seen, calibration, group, skip_bad, progress)
     elif seen.config.img_size == grown.config.img_size:
@@ -231,6 +240,7 @@ def add_class(
     vars(model).update(vars(grown))
     if warning:
         warn_user(warning)
+    _warn_of_lost(rows_of_check or ())
     warn_of_shortcomings(model)
     warn_of_recognition(counts)
     right, tried = counts.get(name, (0, 0))
@@ -261,8 +271,9 @@ def absorb(
 
     A place Gaussian adds them to the sums of its class, which is exact: the class is what a fit to all images together,
     on the same whitening, gives. Its threshold stays. Other methods learn nothing: the scores of the images join those
-    that the threshold of the class rests on, which rises. The other classes keep the bits of their scores, thresholds
-    and p-values. Never absorb an image of a defect; a warning names images that score far beyond the normal ones.
+    that the threshold of the class rests on, which follows them. The other classes keep the bits of their scores,
+    thresholds and p-values. Never absorb an image of a defect; a warning names images that score far beyond the normal
+    ones.
 
     Args:
         model: a calibrated detector; changed in place.
@@ -327,6 +338,23 @@ def _require_images(images: Any, model: Detector, calibrated: Detector) -> None:
         )
 
 
+def _count(images: int) -> str:
+    return f"{images} image{'s' * (images != 1)}"
+
+
+def _warn_of_lost(rows: Sequence[ClassCheck]) -> None:
+    """Warn of classes whose images are recognised less often than before."""
+    lost = [row for row in rows if row.recognised_after < row.recognised_before]
+    if lost:
+        counts = enumerated(
+            [f"{row.name} {row.recognised_before} > {row.recognised_after} of {row.images}" for row in lost]
+        )
+        warn_user(
+            f"images of other classes are taken for another one since the class was added (recognised: {counts}): tell "
+            "the class when you score (class_ids, --class), or train anew with all classes"
+        )
+
+
 def _sharing(model: Model) -> Model:
     """Return a copy of a model that shares its modules; one that is replaced in the copy stays in the model."""
     other = copy.copy(model)
@@ -349,6 +377,8 @@ def _new_name(model: Detector, name: Any) -> str:
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name is {name!r}; allowed: a text that is not empty")
+    if name != name.strip():
+        raise ValueError(f"name is {name!r}, which begins or ends with a space")
     name = printable(name)
     if model.groups_are_classes and name in model.groups:
         raise ValueError(
@@ -364,14 +394,12 @@ def _known_group(model: Detector, class_name: str | None) -> int:
     Raises:
         ValueError: there is no such class.
     """
-    names = model.groups if model.groups_are_classes else (*model.config.names, *model.groups)
+    names = model.groups if model.groups_are_classes else model.config.names
     if class_name is None and not model.groups_are_classes:
         return 0
     if class_name not in names:
-        raise ValueError(
-            f"class {class_name!r} is unknown; the model knows {listed(names)}. A new one is added "
-            "(model.add_class, hgad-fast add-class)"
-        )
+        remedy = " A new one is added (model.add_class, hgad-fast add-class)" if model.groups_are_classes else ""
+        raise ValueError(f"class {class_name!r} is unknown; the model knows {listed(names)}.{remedy}")
     return model.groups.index(class_name) if model.groups_are_classes else 0
 
 
@@ -381,6 +409,8 @@ def _features(model: Detector, images: Any, group: int, skip_bad: bool, progress
     Raises:
         ValueError: there are none, one cannot be read, or features do not fit the model.
     """
+    if images == "":
+        raise ValueError("images is an empty text; name the folder of the images (. is the current one)")
     model = copy.copy(model)  # a dataset's class names are taken over, and those of a model may be made up
     data: Any
     if isinstance(images, FeatureSet):
@@ -432,13 +462,18 @@ def _check_set(model: Detector, check: Any, name: str) -> Dataset:
         ValueError: there are no images, or of classes that the model does not know.
     """
     dataset = check if isinstance(check, Dataset) else discover(check)
-    tested = dataset.test or dataset.train
-    if name in dataset.class_names:  # it comes with the others
-        new = dataset.class_names.index(name)
-        names = tuple(each for each in dataset.class_names if each != name)
-        kept = [sample for sample in tested if sample.class_id != new]
-        tested = tuple(replace(sample, class_id=sample.class_id - (sample.class_id > new)) for sample in kept)
-        dataset = replace(dataset, class_names=names)
+    known = [each for each in dataset.class_names if each in model.groups]
+    others = [each for each in dataset.class_names if each not in known and each != name]  # the new one may be there
+    if others and known:
+        warn_user(f"the check leaves out {listed(others)}: the model does not know them")
+    ids = {dataset.class_names.index(each): k for k, each in enumerate(known)}
+    tested = tuple(
+        replace(sample, class_id=ids[sample.class_id])
+        for sample in dataset.test or dataset.train
+        if sample.class_id in ids
+    )
+    if known:
+        dataset = replace(dataset, class_names=tuple(known))
     return test_set(model, replace(dataset, train=(), test=tested))
 
 

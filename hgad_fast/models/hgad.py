@@ -280,12 +280,13 @@ class HGADModel(OfficialSurface, Detector):
         self._optimizer = None  # of other parameters
         warning = (
             f"the flows were not trained on images of {name!r}: it may be recognised, and yet far fewer of its defects "
-            "be found than after a training with it; try images of defects before relying on it (docs/new-products.md)"
+            "be found than after a training with it, and images of the other classes may be taken for it; look at what "
+            "check= (--check DATA) says, and try images of defects, before relying on it (docs/new-products.md)"
         )
         if config.fusion != "likelihood":
             warning += (
-                ". The entropy maps of the other classes have changed, so that they may raise more false alarms: look "
-                "at what check= (--check DATA) says, and calibrate anew (model.calibrate, hgad-fast calibrate)"
+                ". The entropy maps of the other classes have changed, so that they may raise more false alarms: "
+                "calibrate anew (model.calibrate, hgad-fast calibrate)"
             )
         return warning
 

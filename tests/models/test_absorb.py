@@ -101,7 +101,7 @@ def test_hgad_moves_the_threshold_of_the_class_alone(rate):
     images = [1.6 * x[1::3] for x in exported.features(18, seed=8)]
     absorbed = model.absorb("class 1", images)
     scores = before.score_features(images, 1)
-    assert not absorbed.learned and "calibration alone" in absorbed.lines()[0]
+    assert not absorbed.learned and "calibration alone" in absorbed.lines()[0] and "6 images" in absorbed.lines()[0]
     assert absorbed.alarms_before == int(scores.is_anomalous.sum()) > 3
     assert absorbed.alarms_after == int(model.score_features(images, 1).is_anomalous.sum()) < absorbed.alarms_before
     assert absorbed.threshold_after == model.calibration.threshold(1) > absorbed.threshold_before
@@ -154,6 +154,8 @@ def test_refusals_leave_the_model_as_it_was():
             model.absorb(name, images)
         assert_same_state(model.state_dict(), state)
         assert model.gaussians is gaussians and model.calibration is calibration
+    with pytest.raises(ValueError, match=r"class 'nothing' is unknown; the model knows .*\.$"):
+        small_detectors.vqflow().absorb("nothing", broken)  # whose groups are no classes that one could add
     with pytest.raises(ValueError, match="the model is not calibrated"):
         small_model().absorb("class 1", broken)
 

@@ -204,6 +204,31 @@ def test_hgad_warns_that_its_flows_do_not_know_the_class():
         on_features(fusion="likelihood").add_class("new", new_features(20))
 
 
+def test_hgad_takes_no_class_without_a_threshold():
+    model = on_features(calibration_fraction=0.1)
+    state = state_of(model)
+    with pytest.raises(ValueError, match="class 'new' has one image, and none can be held out for a threshold"):
+        model.add_class("new", new_features(1))
+    assert_unchanged(model, state)
+
+
+def test_a_check_that_shows_a_loss_warns(root, tmp_path):
+    """Classes whose images are taken for the new one are named, and those of the check that the model does not know."""
+    (tmp_path / "stranger").symlink_to(root / "Größe")
+    for k in range(3):
+        (tmp_path / f"class {k}").symlink_to(root / f"class {k}")
+    with pytest.warns(UserWarning) as told:
+        images = root / "class 0" / "train" / "good"
+        added = small_detectors.gaussian().add_class("copy", images, check=tmp_path)
+    assert [row.name for row in added.check] == ["class 0", "class 1", "class 2"]
+    texts = [str(each.message) for each in told]
+    assert any(text.startswith("the check leaves out 'stranger'") for text in texts)
+    lost = added.check[0]
+    assert lost.recognised_after < lost.recognised_before
+    counts = f"class 0 {lost.recognised_before} > {lost.recognised_after} of {lost.images}"
+    assert any("taken for another one" in text and counts in text for text in texts)
+
+
 def test_hgad_of_one_class():
     """Its second class brings an entropy map: thresholds hold only where the likelihood alone makes the map."""
     with pytest.raises(ValueError, match="knows one class, whose maps are made without entropy; with fusion='standard"):
@@ -337,7 +362,13 @@ def test_refusals_leave_the_model_as_it_was(root, tmp_path):
         (("new", root), {}, r"images of 4 classes \(Größe, class 0, .*\); give the folder of one"),
         (("new", new / "test"), {}, "good: this is no class; move it to"),
         (("new", []), {}, "there are no images"),
-        (("new", sorted((new / "train/good").iterdir())[:1]), {}, "'new' has fewer than 2 training images"),
+        (("new", ""), {}, "images is an empty text"),
+        (("new ", new), {}, "name is 'new ', which begins or ends with a space"),
+        (
+            ("new", sorted((new / "train/good").iterdir())[:1]),
+            {},
+            "'new' has fewer than 2 training images",
+        ),
         (("new", new), {"calibration": tmp_path / "empty"}, "empty: no images"),
         (("new", new), {"check": tmp_path / "empty"}, "no class folders"),
         (("new", feature_set()), {}, "image 0 has features"),
