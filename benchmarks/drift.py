@@ -118,6 +118,7 @@ def scored(root: Path, splits: int) -> list[dict[str, Any]]:
         result: dict[str, Any] = {
             "calibration": (calibration.scores.double().numpy(), calibration.class_ids.numpy()),
             "names": dataset.class_names,
+            "model": split,
         }
         classes = dict.fromkeys(kinds, own) | {"another class": (own + 1) % config.n_classes}
         for name, ids in classes.items():
@@ -148,7 +149,7 @@ def exchangeable(splits: list[dict[str, Any]], runs: int, generator: np.random.G
             width = population.std() * len(population) ** -0.2
             drawn = generator.choice(population, n + UNCHANGED) + width * generator.standard_normal(n + UNCHANGED)
             above = n - np.searchsorted(np.sort(drawn[:n]), drawn[n:])
-            alarms += run((1 + above) / (n + 1), None).changed
+            alarms += run((1 + above) / (n + 1), None, Monitor(ALPHA, references=n)).changed
             count += 1
     return {"runs": count, "alarms": alarms, "at_most_by_chance": int(binom.ppf(0.975, count, ALPHA))}
 
@@ -164,7 +165,9 @@ def as_they_are(splits: list[dict[str, Any]], runs: int, generator: np.random.Ge
             rows = np.arange(len(ids)) if k is None else np.flatnonzero(ids == k)
             for _ in range(max(runs // 4, 1)):
                 drawn = generator.choice(rows, UNCHANGED)
-                alarms[name] = alarms.get(name, 0) + run(p_values[drawn], ids[drawn]).changed
+                alarms[name] = (
+                    alarms.get(name, 0) + run(p_values[drawn], ids[drawn], Monitor.of(split["model"], ALPHA)).changed
+                )
             if k is not None:
                 test = ks_2samp(calibration[calibration_ids == k], scores[rows])
                 differences.setdefault(name, []).append(float(test.pvalue))
@@ -177,7 +180,7 @@ def as_they_are(splits: list[dict[str, Any]], runs: int, generator: np.random.Ge
 
 def delays(splits: list[dict[str, Any]], runs: int, generator: np.random.Generator) -> dict[str, Any]:
     """Return after how many changed images a change is found: the median, the slowest, and how often it is missed."""
-    changes = [name for name in splits[0] if name not in ("calibration", "names", "unchanged")]
+    changes = [name for name in splits[0] if name not in ("calibration", "names", "model", "unchanged")]
     figures: dict[str, Any] = {}
     for name in [*changes, "another class, one image in five"]:
         mixed = name.endswith("one image in five")
@@ -193,7 +196,9 @@ def delays(splits: list[dict[str, Any]], runs: int, generator: np.random.Generat
                     is_changed = generator.random(LONGEST) < (0.2 if mixed else 1)
                     later_p = np.where(is_changed, changed_p[then], p_values[then])
                     later_ids = np.where(is_changed, changed_ids[then], ids[then])
-                    state = run(np.concatenate([p_values[first], later_p]), np.concatenate([ids[first], later_ids]))
+                    p_of_run = np.concatenate([p_values[first], later_p])
+                    ids_of_run = np.concatenate([ids[first], later_ids])
+                    state = run(p_of_run, ids_of_run, Monitor.of(split["model"], ALPHA))
                     if state.found_at is not None and state.found_at < before:
                         early += 1
                     else:
@@ -210,9 +215,8 @@ def delays(splits: list[dict[str, Any]], runs: int, generator: np.random.Generat
     return figures
 
 
-def run(p_values: Values, ids: NDArray[np.int64] | None) -> Any:
+def run(p_values: Values, ids: NDArray[np.int64] | None, monitor: Monitor) -> Any:
     """Return the state of a monitor when it reports a change, or at the end."""
-    monitor = Monitor(ALPHA)
     for start in range(0, len(p_values), 50):
         part = slice(start, start + 50)
         if monitor.update(p_values[part], None if ids is None else ids[part]).changed:

@@ -192,7 +192,7 @@ class GaussianModel(Detector):
             facts[f"{title}dimensions"] = f"{whitening.dim}" + (
                 f", {whitening.dim + whitening.coarse_dim} for the image score" if whitening.coarse_dim else ""
             )
-            grids = " ".join(f"{h} x {w}" for h, w in cast(PlaceGaussians, gaussians).distinct)
+            grids = ", ".join(f"{h} x {w}" for h, w in cast(PlaceGaussians, gaussians).distinct)
             facts[f"{title}places"] = grids
         if len(self.gaussians):
             counts = self._gaussians[0].images.tolist()

@@ -33,6 +33,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..protocol import Detector
+from .calibration import rate_table
+
 WIDTHS = (0.02, 0.1, 0.3, 0.6)  # of the end of [0, 1] that a bet is on
 STAKES = (0.4, 0.8)  # share of the wealth that a bet risks
 MOST_REFERENCES = 10**5  # calibration images; of more, p-values are taken to be exact
@@ -112,6 +115,24 @@ class Monitor:
         self._all = _Gambler(defect_rate)
         self._of_groups: dict[Hashable, _Gambler] = {}
         self._wealths: dict[Hashable, float] = {}
+
+    @classmethod
+    def of(cls, model: Detector, alpha: float = 0.01, *, max_references: int = 8, defect_rate: float = 0.0) -> Monitor:
+        """Return a monitor of the p-values of a model, which knows from the first image on what they rest on.
+
+        Args:
+            model: a calibrated detector; groups are given as its results have them, by number, or by name.
+            alpha, max_references, defect_rate: as for the class.
+
+        Raises:
+            ValueError: the model has no thresholds; or as the class.
+        """
+        counts = {row["group"]: row["reference"] for row in rate_table(model)}
+        if not any(counts.values()):
+            raise ValueError("the model has no thresholds: calibrate it first (model.calibrate, hgad-fast calibrate)")
+        by_number = dict(enumerate(counts.values()))
+        references = {group: count for group, count in {**counts, **by_number}.items() if count}
+        return cls(alpha, references=references, max_references=max_references, defect_rate=defect_rate)
 
     def update(self, p_values: Any, groups: Any = None) -> MonitorState:
         """Take the p-values of the next images, in the order in which they were taken, and return the new `state`.

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import small_detectors
 import torch
 from numpy.typing import NDArray
 from scipy.stats import binom
@@ -175,6 +176,21 @@ def test_the_number_of_calibration_images_is_found_from_the_p_values() -> None:
     single = Monitor()
     single.update(values.astype(np.float32))
     assert single.evidence == pytest.approx(found.evidence, rel=1e-5)
+
+
+def test_a_model_tells_what_its_p_values_rest_on() -> None:
+    model = small_detectors.gaussian()
+    assert model.calibration is not None
+    counts = [row["reference"] for row in model.calibration.rates(model.groups)]
+    monitor = Monitor.of(model, 0.05, defect_rate=0.01)
+    assert monitor.references == {0: counts[0], 1: counts[1], 2: counts[2]} | dict(
+        zip(model.groups, counts, strict=True)
+    )
+    assert (monitor.alpha, monitor.defect_rate, monitor.max_references) == (0.05, 0.01, 8)
+    assert Monitor.of(model).update([1.0] * 60, [1] * 60).direction == "lower"  # p-values of 1 say something, too
+    model.calibration = None
+    with pytest.raises(ValueError, match="the model has no thresholds: calibrate it first"):
+        Monitor.of(model)
 
 
 def test_one_by_one_or_together_is_the_same() -> None:
