@@ -23,7 +23,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ import torch
 
 from hgad_fast import Monitor, Scorer
 from hgad_fast.options import given_class, image_size, in_options, load_model
-from hgad_fast.scoring.outputs import cell
+from hgad_fast.scoring.calibration import rate_table
+from hgad_fast.scoring.outputs import VERDICT, cell
 from hgad_fast.scoring.pipeline import caption
 from hgad_fast.scoring.plot import overlay
 from hgad_fast.scoring.scorer import FrameScore
@@ -49,8 +50,7 @@ BACKLOG = 4  # overlays that wait to be drawn
 RETRY_EVERY = 1.0  # seconds between two attempts to open a lost camera
 WAIT = 0.5  # seconds after which a thread that waits looks again whether it should end
 TABLE, OVERLAYS = "frames.csv", "overlays"
-COLUMNS = ("frame", "seconds", "class", "score", "threshold", "p_value", "anomalous", "latency_ms", "scoring_ms")
-COLUMNS += ("error",)
+COLUMNS = ("frame", "seconds", *VERDICT[1:], "latency_ms", "scoring_ms", "error")  # for the file, the frame
 WINDOW = "hgad_fast"
 
 
@@ -258,7 +258,12 @@ class Grabber:
             now = time.perf_counter()
             if not is_there:
                 if source.is_file:
-                    self._look_at_end(number)
+                    promised = int(source.capture.get(cv2.CAP_PROP_FRAME_COUNT))
+                    if number < promised:
+                        self.note = (
+                            f"{source.title}: it ends after {number} of the {promised} frames that it promises: it is "
+                            "damaged, or the number is an estimate"
+                        )
                     return
                 if now - last > self.retry:
                     raise LostCameraError(f"{source.title}: lost, and not back within {self.retry:g} s")
@@ -281,15 +286,6 @@ class Grabber:
                     pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
                 yield Frame(number, seconds, pixels, now)
             number += 1
-
-    def _look_at_end(self, count: int) -> None:
-        """Note where a file ends before the last frame that it promises."""
-        promised = int(self.source.capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if count < promised:
-            self.note = (
-                f"{self.source.title}: it ends after {count} of the {promised} frames that it promises: it is damaged, "
-                "or the number is an estimate"
-            )
 
 
 # ---------------------------------------------------------------------------------------------- what comes out
@@ -351,25 +347,19 @@ class Tally:
         return "; ".join([", ".join(counts), *times])
 
 
-class Table:
-    """The file frames.csv in a folder: a line is written, and in the file, as soon as a frame is scored."""
+@contextmanager
+def table(folder: Path) -> Iterator[Sink]:
+    """Yield a sink that writes frames.csv in a folder: the line of a frame is in the file as soon as it is scored."""
+    with open(folder / TABLE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
 
-    def __init__(self, folder: Path) -> None:
-        self._file = open(folder / TABLE, "w", newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(COLUMNS)
+        def write(outcome: Outcome) -> None:
+            figures = outcome.figures()
+            writer.writerow([cell(column, figures.get(column)) for column in COLUMNS])
+            file.flush()
 
-    def __enter__(self) -> Table:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def __call__(self, outcome: Outcome) -> None:
-        """Write the line of a frame."""
-        figures = outcome.figures()
-        self._writer.writerow([cell(column, figures.get(column)) for column in COLUMNS])
-        self._file.flush()
+        yield write
 
 
 class Overlays:
@@ -400,13 +390,11 @@ class Overlays:
         """Draw a frame, if it is one to be drawn."""
         if outcome.verdict is None or not (self.every_frame or outcome.is_alarm):
             return
-        while self._waiting and self._waiting[0].done():
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) == BACKLOG and not self.leave_out):
             self._waiting.popleft().result()
-        if self._count == self.most or self.leave_out and len(self._waiting) == BACKLOG:
+        if self._count == self.most or len(self._waiting) == BACKLOG:
             self.left_out += 1
             return
-        if len(self._waiting) == BACKLOG:
-            self._waiting.popleft().result()
         self._count += 1
         self._waiting.append(self._pool.submit(self._draw, outcome.frame, outcome.verdict))
 
@@ -473,8 +461,9 @@ def say_alarm(outcome: Outcome) -> None:
 class Drift:
     """Prints a line once frames are no longer like the images that the model was calibrated on."""
 
-    def __init__(self) -> None:
-        self.monitor = Monitor()
+    def __init__(self, model: Any) -> None:
+        rows = rate_table(model)  # a class that rests on no image has no p-values, either
+        self.monitor = Monitor(references={row["group"]: row["reference"] for row in rows if row["reference"]})
 
     def __call__(self, outcome: Outcome) -> None:
         """Take the p-value of a frame; those without one tell nothing."""
@@ -510,9 +499,7 @@ def main(arguments: Sequence[str] | None = None, sinks: Sequence[Sink] = ()) -> 
     options = parsed(arguments)
     source = Source(options.source)
     frame_size = source.frame_size()
-    shown: list[Sink] = [Window()] if options.window else []
-    if options.output is not None:
-        prepare(options.output, options.overwrite)
+    windows = [Window()] if options.window else []
     say(f"loading {printable(options.model)}")
     model = load_model(options.model, options.device, options.false_alarm_rate)
     scorer = Scorer(
@@ -521,21 +508,24 @@ def main(arguments: Sequence[str] | None = None, sinks: Sequence[Sink] = ()) -> 
         frame_size=frame_size,
         img_size=image_size(options.img_size),
     )
+    if options.output is not None:
+        prepare(options.output, options.overwrite)
     drop = options.drop or not source.is_file
     grabber = Grabber(source, every=options.every, drop=drop, retry=options.retry)
     tally, code, overlays = Tally(), 0, None
     try:
         with ExitStack() as stack:
-            all_sinks: list[Sink] = [tally, say_alarm, *shown, *sinks]
+            all_sinks: list[Sink] = [tally, say_alarm, *sinks]
             if options.monitor:
-                all_sinks.append(Drift())
+                all_sinks.append(Drift(model))
             if options.output is not None:
-                all_sinks.append(stack.enter_context(Table(options.output)))
+                all_sinks.append(stack.enter_context(table(options.output)))
                 if importlib.util.find_spec("matplotlib") is None:
                     warn_user("overlays are left out, as they need matplotlib: pip install 'hgad-fast[plot]'")
                 else:
                     overlays = Overlays(options.output, options.all, drop, options.max_overlays)
                     all_sinks.append(stack.enter_context(overlays))
+            all_sinks += windows  # the last, as its key ends the loop
             with grabber, heartbeat(lambda: tally.line(grabber)):
                 score_all(scorer, grabber, all_sinks)
     except KeyboardInterrupt:
@@ -555,13 +545,13 @@ def prepare(folder: Path, overwrite: bool) -> None:
     """Make the output folder, and remove what an earlier run wrote into it, if it may be.
 
     Raises:
-        ValueError: it holds a run, and it is not said that it may be replaced.
+        ValueError: it holds a run, or overlays alone, and it is not said that they may be replaced.
     """
-    if (folder / TABLE).exists() and not overwrite:
-        raise ValueError(f"{printable(folder)} holds {TABLE}: --overwrite replaces that run; or give another --output")
+    for file in (folder / TABLE, *(folder / OVERLAYS).glob("frame-*.png")):
+        if file.exists() and not overwrite:
+            raise ValueError(f"{printable(file)} is of an earlier run; give --overwrite, or another --output")
+        file.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (folder / OVERLAYS).glob("frame-*.png"):
-        file.unlink()
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:

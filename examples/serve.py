@@ -21,8 +21,8 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,6 +85,8 @@ class Settings:
         for name in ("max_bytes", "max_pixels", "timeout", "places", "workers"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}; it must be 0 (the cores divided by the workers) or more")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -107,8 +109,8 @@ class Settings:
         return cls(**values)
 
     def to_environment(self) -> dict[str, str]:
-        """Return the variables from which `from_environment` makes the same settings."""
-        return {PREFIX + name.upper(): str(value) for name, value in asdict(self).items() if value is not None}
+        """Return the variables from which `from_environment` makes the same settings, whatever they were before."""
+        return {PREFIX + name.upper(): "" if value is None else str(value) for name, value in asdict(self).items()}
 
 
 def app() -> FastAPI:
@@ -176,15 +178,20 @@ def create_app(settings: Settings) -> FastAPI:
             if not places.acquire(blocking=False):
                 raise HTTPException(503, "busy: all places are taken; come again", {"Retry-After": "1"})
             try:
-                content, suffix = await in_time(body.image(), deadline, 408, "no whole body came")
-                work = pool.submit(scored, scorer, content, suffix, class_id, map_format, settings.max_pixels)
+                image = [await in_time(body.image(), deadline, 408, "no whole body came")]
+                work = pool.submit(lambda: scored(scorer, *image.pop(), class_id, map_format, settings.max_pixels))
             except BaseException:
                 places.release()
                 raise
         except HTTPException:
             await body.discard()
             raise
-        work.add_done_callback(lambda _: places.release())  # what is being scored keeps its place after a timeout
+
+        def leave(_: Future[Any]) -> None:
+            image.clear()  # of work that is given up, which stays in the pool's queue
+            places.release()
+
+        work.add_done_callback(leave)  # what is being scored keeps its place after a timeout
         return await in_time(asyncio.wrap_future(work), deadline, 504, "the image was not scored")
 
     return server
@@ -216,6 +223,16 @@ async def in_time(result: Awaitable[Any], deadline: float, status: int, what: st
         raise HTTPException(status, f"{what} in time") from error
 
 
+@contextlib.contextmanager
+def temporary_files() -> Iterator[None]:
+    """Raise an HTTPException (503) where the block fails to write a file, as the disk is full or there is no folder."""
+    try:
+        yield
+    except OSError as error:
+        say(f"serve.py: {printable(str(error))}")
+        raise HTTPException(503, "no temporary file can be written", {"Retry-After": "1"}) from error
+
+
 def class_of(name: str | None, scorer: Scorer) -> int | str | None:
     """Return the class that a request gives; raise an HTTPException (422) for one that the model does not know."""
     class_id = given_class(name, scorer.model.groups)
@@ -238,20 +255,21 @@ class Body:
         """Return the image that comes, and the ending of its file's name, if it has one.
 
         Raises:
-            HTTPException: the body is too large (413, and read no further), the client went away (400), or it is a form
-                without a file (422).
+            HTTPException: the body is too large (413, and read no further), the client went away (400), it is a form
+                without a file (422), or one that no temporary file can be written for (503).
         """
         request = Request(self._request.scope, self._receive)
         length = request.headers.get("content-length", "")
         self._require_room(int(length) if length.isdecimal() else 0)
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             return await request.body(), ""
-        async with request.form(max_files=1, max_fields=8) as form:
-            file = form.get("file")
-            if not isinstance(file, UploadFile):
-                raise HTTPException(422, "the form has no file that is called 'file'")
-            suffix = SUFFIX.fullmatch(Path(file.filename or "").suffix)
-            return await file.read(), suffix[0] if suffix else ""
+        with temporary_files():  # large forms are kept in one
+            async with request.form(max_files=1, max_fields=8) as form:
+                file = form.get("file")
+                if not isinstance(file, UploadFile):
+                    raise HTTPException(422, "the form has no file that is called 'file'")
+                suffix = SUFFIX.fullmatch(Path(file.filename or "").suffix)
+                return await file.read(), suffix[0] if suffix else ""
 
     async def _receive(self) -> Any:
         message = await self._request.receive()
@@ -284,9 +302,9 @@ def scored(
     """Return the answer about the content of an image file, read as `model.score` reads files.
 
     Raises:
-        HTTPException: it is no image (415), or one that cannot be read or scored (422).
+        HTTPException: it is no image (415), or one that cannot be read or scored (422), or not now (503).
     """
-    with tempfile.TemporaryDirectory(prefix="hgad-fast-") as folder:
+    with temporary_files(), tempfile.TemporaryDirectory(prefix="hgad-fast-") as folder:
         file = Path(folder, f"image{suffix}")
         file.write_bytes(content)
         try:
@@ -353,6 +371,8 @@ def parsed() -> tuple[Settings, str, int]:
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is a GPU")
     options = vars(parser.parse_args())
     host, port = options.pop("host"), options.pop("port")
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; allowed: 0 (a free one) to 65535")
     try:
         options["timeout"] = float(options["timeout"].removesuffix("s"))
     except ValueError:

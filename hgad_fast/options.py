@@ -232,8 +232,11 @@ def image_size(text: str | None) -> int | str | None:
 
 
 def given_class(text: str | None, groups: Sequence[str]) -> int | str | None:
-    """Return the class that ``--class`` names: a number, unless a group of the model has it as its name."""
-    return int(text) if text and text.isdecimal() and text not in groups else text
+    """Return the class that ``--class`` names: a number, unless a group of the model has it as its name.
+
+    What is too long for the number of a class stays a text, as Python reads no numbers of thousands of digits.
+    """
+    return int(text) if text and text.isdecimal() and len(text) < 20 and text not in groups else text
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -7,12 +7,15 @@ import os
 import re
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -87,10 +90,12 @@ class Camera:
         self.openings, self.until = list(openings), until
         self.frames: Iterator[np.ndarray] = iter(())
         self.has_given_all = threading.Event()
+        self.is_gone = False
         self.released = 0
 
     def __call__(self, target: int | str) -> Camera:
-        self.frames = iter(self.openings.pop(0) if self.openings else [])
+        self.is_gone = not self.openings
+        self.frames = iter([] if self.is_gone else self.openings.pop(0))
         return self
 
     def isOpened(self) -> bool:
@@ -143,7 +148,7 @@ def test_every_frame_of_a_file_is_scored_in_order_as_the_model_scores_it(
     anomalous = []
     for row, frame in zip(rows, decoded(video), strict=True):
         expected = model.score(frame)
-        assert float(row["score"]) == pytest.approx(float(expected.image_score), rel=1e-5)
+        assert float(row["score"]) == float(expected.image_score)
         assert row["class"] == model.groups[int(expected.class_id)] and row["error"] == ""
         assert row["anomalous"] == str(bool(expected.is_anomalous))
         assert float(row["latency_ms"]) >= float(row["scoring_ms"]) > 0
@@ -163,9 +168,18 @@ def test_options_of_a_file(model_file: Path, model: GaussianModel, video: Path, 
     assert camera.main([str(model_file), str(video), "--every", "3", "--class", name, "--all", *out]) == 0
     rows = table(tmp_path)
     assert [int(row["frame"]) for row in rows] == [0, 3, 6, 9] and {row["class"] for row in rows} == {name}
+    earlier = sorted(tmp_path.rglob("*.*"))
     assert len(list((tmp_path / "overlays").iterdir())) == 4
-    with pytest.raises(ValueError, match="--overwrite"):
+    with pytest.raises(ValueError, match="frames.csv is of an earlier run; give --overwrite"):
         camera.main([str(model_file), str(video), *out])
+    for wrong in (["--class", "zebra"], ["--img-size", "large"], ["--device", "abacus"]):
+        with pytest.raises(ValueError, match=wrong[1]):
+            camera.main([str(model_file), str(video), "--overwrite", *wrong, *out])
+    assert sorted(tmp_path.rglob("*.*")) == earlier
+    (tmp_path / "frames.csv").unlink()
+    with pytest.raises(ValueError, match="frame-00000000.png is of an earlier run; give --overwrite"):
+        camera.main([str(model_file), str(video), *out])
+    assert len(list((tmp_path / "overlays").iterdir())) == 4
     more = ["--overwrite", "--all", "--max-overlays", "1", "--false-alarm-rate", "0.5"]
     assert camera.main([str(model_file), str(video), *more, *out]) == 0
     assert len(table(tmp_path)) == FRAMES and len(list((tmp_path / "overlays").iterdir())) == 1
@@ -228,15 +242,16 @@ def test_a_video_without_frames(model_file: Path, live: Callable[..., Camera]) -
 
 
 def test_a_file_that_ends_early_is_told(model_file: Path, video: Path, tmp_path: Path, capsys: Any) -> None:
-    content = video.read_bytes()
-    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])  # without its index
-    try:
-        assert camera.main([str(model_file), str(tmp_path / "cut.avi"), "--output", str(tmp_path / "out")]) == 0
-    except ValueError as error:  # how much of it can be read, depends on OpenCV
-        assert "cut.avi" in str(error)
-        return
-    rows = table(tmp_path / "out")
-    assert 0 < len(rows) < FRAMES and f"it ends after {len(rows)} of the {FRAMES} frames" in capsys.readouterr().err
+    content = bytearray(video.read_bytes())
+    length = content.index(b"strh") + 8 + 32  # of the stream in frames, in its AVISTREAMHEADER
+    assert content[length : length + 4] == struct.pack("<I", FRAMES)
+    content[length : length + 4] = struct.pack("<I", FRAMES + 8)
+    (tmp_path / "cut.avi").write_bytes(content)
+    assert camera.main([str(model_file), str(tmp_path / "cut.avi"), "--output", str(tmp_path / "out")]) == 0
+    assert len(table(tmp_path / "out")) == FRAMES
+    assert f"cut.avi: it ends after {FRAMES} of the {FRAMES + 8} frames that it promises" in capsys.readouterr().err
+    assert camera.main([str(model_file), str(video)]) == 0
+    assert "promises" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- live cameras
@@ -271,17 +286,24 @@ def test_of_a_file_no_frame_is_dropped_and_few_wait(video: Path) -> None:
 def test_a_loop_that_ends_early_ends_the_grabber(video: Path) -> None:
     with camera.Grabber(camera.Source(str(video))) as grabber:
         next(iter(grabber))
+    grabber._thread.join(60)
     assert not grabber._thread.is_alive()
 
 
 def test_a_lost_camera_is_opened_again_and_one_that_stays_lost_ends_the_loop(
-    model_file: Path, live: Callable[..., Camera], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_file: Path,
+    live: Callable[..., Camera],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     frames = drawn_frames()
-    live(frames[:3], [], frames[3:5])
-    code = camera.main([str(model_file), "0", "--retry", "0.2", "--output", str(tmp_path)])
+    capture = live(frames[:3], [], frames[3:5])
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + 1000 * capture.is_gone)
+    monkeypatch.setattr(camera, "time", clock)
+    code = camera.main([str(model_file), "0", "--retry", "600", "--output", str(tmp_path)])
     printed = capsys.readouterr()
-    assert code == 1 and "camera 0: lost, and not back within 0.2 s" in printed.err
+    assert code == 1 and "camera 0: lost, and not back within 600 s" in printed.err
     numbers = [int(row["frame"]) for row in table(tmp_path)]
     assert numbers == sorted(set(numbers)) and numbers[-1] == 3  # the first frame of all gave its size alone
     dropped = int(re.findall(r"(\d+) dropped", printed.out)[0])
@@ -400,7 +422,7 @@ def test_without_matplotlib_there_are_no_overlays(
 
 
 def test_the_window_shows_what_is_found_until_its_key(
-    model_file: Path, video: Path, monkeypatch: pytest.MonkeyPatch
+    model_file: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[np.ndarray] = []
     monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:   QT5")
@@ -409,7 +431,9 @@ def test_the_window_shows_what_is_found_until_its_key(
     monkeypatch.setattr(cv2, "imshow", lambda name, image: shown.append(image))
     monkeypatch.setattr(cv2, "waitKey", lambda _: ord("q") if len(shown) == 2 else -1)
     monkeypatch.setattr(cv2, "getWindowProperty", lambda *_: 1.0)
-    assert camera.main([str(model_file), str(video), "--window"]) == 130
+    assert camera.main([str(model_file), str(video), "--window", "--output", str(tmp_path)]) == 130
+    assert [row["frame"] for row in table(tmp_path)] == ["0", "1"]  # all that were shown
+    assert [file.name for file in (tmp_path / "overlays").iterdir()] == ["frame-00000001.png"]
     normal, anomalous = shown  # by the drawing of the frames
     below = slice(40, None)  # the verdict
     assert np.array_equal(normal[below], decoded(video)[0][below, :, ::-1])  # blue first, as OpenCV shows it
@@ -468,13 +492,28 @@ def test_a_change_of_the_frames_is_said_once(model: GaussianModel, capsys: pytes
     for defective, expected in ((False, 0), (True, 1)):
         shown = [frame for i, frame in enumerate(frames) if (i % 4 == 1) == defective][:40]
         camera.score_all(
-            Scorer(model), [camera.Frame(i, i, frame, 0.0) for i, frame in enumerate(shown)], [camera.Drift()]
+            Scorer(model), [camera.Frame(i, i, frame, 0.0) for i, frame in enumerate(shown)], [camera.Drift(model)]
         )
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == expected and all(re.fullmatch(r"CHANGED: .* scores are higher", line) for line in lines)
-    drift = camera.Drift()
+    drift = camera.Drift(model)
     drift(camera.Outcome(camera.Frame(0, 0.0, frames[0], 0.0), None, "no number", 0.0, 0.0))
     assert drift.monitor.state.images == 0
+
+
+def test_the_monitor_knows_on_how_many_images_p_values_rest(model: GaussianModel) -> None:
+    """A class that rests on none is left out, as its frames have no p-values."""
+    assert camera.Drift(model).monitor.references == dict.fromkeys(model.groups, 4)  # 12 images of 3 classes in turns
+    calibration = model.calibration
+    others = calibration.class_ids != 0
+    calibration.scores, calibration.class_ids = calibration.scores[others], calibration.class_ids[others]
+    drift = camera.Drift(model)
+    assert drift.monitor.references == dict.fromkeys(model.groups[1:], 4)
+    frame = camera.Frame(0, 0.0, drawn_frames(1)[0], 0.0)
+    with pytest.warns(UserWarning, match="no threshold"):
+        for class_id in range(3):
+            camera.score_all(Scorer(model, class_id=class_id), [frame], [drift])
+    assert drift.monitor.state.images == 2
 
 
 def test_the_monitor_is_an_option(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
