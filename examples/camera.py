@@ -33,7 +33,6 @@ import torch
 
 from hgad_fast import Monitor, Scorer
 from hgad_fast.options import given_class, image_size, in_options, load_model
-from hgad_fast.scoring.calibration import rate_table
 from hgad_fast.scoring.outputs import VERDICT, cell
 from hgad_fast.scoring.pipeline import caption
 from hgad_fast.scoring.plot import overlay
@@ -462,8 +461,7 @@ class Drift:
     """Prints a line once frames are no longer like the images that the model was calibrated on."""
 
     def __init__(self, model: Any) -> None:
-        rows = rate_table(model)  # a class that rests on no image has no p-values, either
-        self.monitor = Monitor(references={row["group"]: row["reference"] for row in rows if row["reference"]})
+        self.monitor = Monitor.of(model)
 
     def __call__(self, outcome: Outcome) -> None:
         """Take the p-value of a frame; those without one tell nothing."""
@@ -472,8 +470,12 @@ class Drift:
             return
         state = self.monitor.update(verdict.p_value, verdict.class_name)
         if state.changed:
-            count = state.images - state.since
-            say(f"CHANGED: in the last {count} scored frames, about, scores are {state.direction}", sys.stdout)
+            count, whose = state.images - state.since, "" if state.group is None else f" of {printable(state.group)}"
+            say(
+                f"frame {outcome.frame.number}, {outcome.frame.seconds:.2f} s: CHANGED: in the last {count} scored "
+                f"frames, about, scores{whose} are {state.direction}",
+                sys.stdout,
+            )
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -567,7 +569,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is a GPU")
     parser.add_argument("--every", type=_count, default=1, metavar="N", help="take one of N frames (default: 1)")
     parser.add_argument("--drop", action="store_true", help="play a file at its own pace, and drop frames")
-    parser.add_argument("--retry", type=float, default=10.0, metavar="S", help="seconds to wait for a lost camera (10)")
+    parser.add_argument("--retry", type=_seconds, default=10.0, metavar="S", help="wait for a lost camera (10 s)")
     parser.add_argument("--output", "-o", type=Path, metavar="FOLDER", help=f"write {TABLE} and overlays here")
     parser.add_argument("--all", action="store_true", help="overlays of all frames, not only of anomalous ones")
     parser.add_argument("--max-overlays", type=_count, default=10_000, metavar="N", help="no more than these (10000)")
@@ -581,6 +583,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    if not text.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return float(text)
 
 
 if __name__ == "__main__":

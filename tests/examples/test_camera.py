@@ -495,7 +495,9 @@ def test_a_change_of_the_frames_is_said_once(model: GaussianModel, capsys: pytes
             Scorer(model), [camera.Frame(i, i, frame, 0.0) for i, frame in enumerate(shown)], [camera.Drift(model)]
         )
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == expected and all(re.fullmatch(r"CHANGED: .* scores are higher", line) for line in lines)
+        assert len(lines) == expected and all(
+            re.fullmatch(r"frame \d+, .* s: CHANGED: .* scores.* are higher", line) for line in lines
+        )
     drift = camera.Drift(model)
     drift(camera.Outcome(camera.Frame(0, 0.0, frames[0], 0.0), None, "no number", 0.0, 0.0))
     assert drift.monitor.state.images == 0
