@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..curation.sheets import sheet_of_suspects, sheets_of_groups
 from ..options import (
     AsJson,
     Assignments,
@@ -51,9 +53,14 @@ def data(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="CSV file to write; sheets of images come beside it.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="CSV file to write, outside the folders ROOT; sheets of images come beside it."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT and its sheets.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUTPUT, and files with the names of its sheets.")
+    ] = False,
     skip_bad: Annotated[
         bool,
         typer.Option(help="Of --cluster and --suspects: leave out images that cannot be decoded, and report them."),
@@ -84,8 +91,12 @@ def data(
         raise ValueError("--cluster needs --output, the CSV file to write, such as -o classes.csv")
     if suspects is not None and suspects < 1:
         raise ValueError(f"--suspects is {suspects}; give a whole number from 1")
+    sheets = output is not None and importlib.util.find_spec("matplotlib") is not None
     if output is not None:
+        _require_outside(output, roots)
         _require_new_csv(output, overwrite)
+        if sheets and not overwrite:
+            _require_new_sheets(output, cluster is not None)
     if looked_at:
         with begin(f"reading {', '.join(map(printable, roots))}"):
             options: dict[str, Any] = {
@@ -94,7 +105,6 @@ def data(
                 "progress": tracked,
                 "skip_bad": skip_bad,
             }
-        sheets = output is not None and importlib.util.find_spec("matplotlib") is not None
         if output is not None and not sheets:
             say("hgad-fast: sheets are left out, as they need matplotlib: pip install 'hgad-fast[plot]'")
         if cluster is not None and output is not None:
@@ -120,6 +130,33 @@ def _require_new_csv(output: Path, overwrite: bool) -> None:
         raise ValueError(f"--output is {printable(output)}; give a name that ends in .csv")
     if output.exists() and not overwrite:
         raise ValueError(f"{printable(output)} exists, perhaps with names by hand; --overwrite replaces it")
+
+
+def _require_new_sheets(output: Path, of_groups: bool) -> None:
+    """Raise a ValueError where a sheet may replace a file; how many groups there will be is not known yet."""
+    sheets = list(sheets_of_groups(output).values()) if of_groups else [sheet_of_suspects(output)]
+    if there := [sheet for sheet in sheets if sheet.exists()]:
+        raise ValueError(
+            f"{printable(there[0])} exists, and is named as a sheet of {printable(output)}; give --output another name "
+            "(--overwrite replaces such files)"
+        )
+
+
+def _require_outside(output: Path, roots: Sequence[Path]) -> None:
+    """Raise a ValueError where --output lies in a folder of images, in which its sheets would be images next time."""
+    place = Path(os.path.realpath(output.parent))
+    folders = []
+    for root in roots:  # which `discover` takes for several where there is a + in its name
+        folders += [root] if root.exists() else list(map(Path, os.fspath(root).split("+")))
+    above = [folder for folder in folders if folder.is_dir() and place.is_relative_to(os.path.realpath(folder))]
+    if above:
+        outermost = min(above, key=lambda folder: len(os.path.realpath(folder)))
+        outside = os.path.join(os.path.dirname(os.path.abspath(outermost)), output.name)
+        shown = outside if outermost.is_absolute() else os.path.relpath(outside)
+        raise ValueError(
+            f"--output is {printable(output)}, in the folder {printable(outermost)} that is looked at: its sheets "
+            f"would be images there the next time. Write elsewhere, such as {quoted(['-o', shown])}"
+        )
 
 
 def _cluster(
@@ -170,6 +207,7 @@ def _suspects(
 ) -> None:
     """Rank the training images, list the first ones, and write all of them and a sheet where they are asked for."""
     from ..curation.suspects import suspects
+    from ..scoring.result import finite
 
     ranking = suspects(roots if len(roots) > 1 else roots[0], **options)
     rows = ranking.rows[:count]
@@ -177,10 +215,11 @@ def _suspects(
     if output is not None:
         written.append(f"list: {printable(ranking.write_csv(output))}")
         if with_sheet:
-            written.append(f"sheet: {printable(ranking.write_sheet(output.with_suffix('.jpg'), count))}")
+            written.append(f"sheet: {printable(ranking.write_sheet(sheet_of_suspects(output), count))}")
     if as_json:
         columns = [
-            {"rank": row.rank, "path": printable(row.path), "class": row.class_name, "score": row.score} for row in rows
+            {"rank": row.rank, "path": printable(row.path), "class": row.class_name, "score": finite(row.score)}
+            for row in rows
         ]
         print(json.dumps(columns, indent=2))
         return

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.datasets import Dataset, Sample, discover, is_dataset, notes_on
+from ..data.datasets import Dataset, DatasetError, Sample, csv_rows, dataset_folders, discover, notes_on
 from ..data.images import read_image
-from ..data.listing import images_to_score
+from ..data.listing import endings, files_below, images_to_score, list_images, passed_over
 from ..features.extract import ShowProgress
 from ..files import printable
 from ..models.config import GaussianConfig
 from ..models.gaussian import GaussianModel
+from .sheets import require_no_image, sheet_of_group, sheets_of_groups
 from .source import features_of, listed_path, model_of, write_rows
 
 LEAST = 8
@@ -66,6 +67,9 @@ class Clusters:
     def write_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write the list that training reads, all images normal, each of the class of its group; return its path.
 
+        If it replaces a list, sheets beside that of the groups that it names are removed, unless they are images of
+        these groups.
+
         Raises:
             ValueError: the name of an image cannot stand in a CSV file.
         """
@@ -75,19 +79,28 @@ class Clusters:
             for name, group in zip(self.names, self.groups, strict=True)
             for image in sorted(group)
         ]
+        replaced = _classes_in(path)
         write_rows(path, ("path", "class", "split", "label", "mask"), rows)
+        images = {os.path.realpath(image) for group in self.groups for image in group}
+        for name, sheet in sheets_of_groups(path).items():
+            if name in replaced and sheet.is_file() and os.path.realpath(sheet) not in images:
+                sheet.unlink()
         return path
 
     def write_sheets(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write a sheet of images of each group beside the CSV file at `path`, for a person to name; return the files.
 
         A sheet shows `SHOWN` images at most, evenly chosen from the centre of the group to its edge. It needs
-        matplotlib. Sheets of an earlier run for groups of higher numbers are removed.
+        matplotlib.
+
+        Raises:
+            ValueError: a sheet would replace one of the images.
         """
         from ..scoring.plot import Case, image_sheet, reduced
 
         path = Path(path)
-        sheets = [path.with_name(f"{path.stem}-{name}.jpg") for name in self.names]
+        sheets = [sheet_of_group(path, name) for name in self.names]
+        require_no_image(sheets, (image for group in self.groups for image in group))
         for sheet, name, group in zip(sheets, self.names, self.groups, strict=True):
             places = np.unique(np.linspace(0, len(group) - 1, min(SHOWN, len(group))).round().astype(int))
             shown = [group[place] for place in places]
@@ -100,11 +113,15 @@ class Clusters:
                 title=f"{name}: {len(group)} images",
                 note=f"from the centre of the group to its edge{some}",
             )
-        for other in set(path.parent.glob("*.jpg")).difference(sheets):
-            number = other.stem.removeprefix(f"{path.stem}-group-")
-            if number != other.stem and number.isdecimal():
-                other.unlink()
         return sheets
+
+
+def _classes_in(table: Path) -> set[str]:
+    """Return the classes that a list names; none where there is no list, or another kind of file."""
+    try:
+        return {row["class"] for _, row in csv_rows(table, ("path", "class"))}
+    except (DatasetError, OSError):
+        return set()
 
 
 def cluster(
@@ -122,7 +139,8 @@ def cluster(
 
     Args:
         data: a folder of normal images, at any depth; or a dataset (root, CSV file, `Dataset`), whose training images
-            are taken without their classes; or several of these in a list.
+            are taken without their classes; or several of these in a list. Of a dataset that lies somewhere in a
+            folder of images the training images alone are taken, too.
         k: the number of groups, or ``"auto"``, which tries up to `MOST`. Groups of fewer than `LEAST` images are merged
             into the nearest, so that there may be fewer than were asked for.
         config: gives the backbone; None: the preset "gaussian".
@@ -170,20 +188,48 @@ def unsorted_images(data: Any) -> tuple[Path, list[Sample], list[str]]:
     samples: list[Sample] = []
     notes: list[str] = []
     for root in roots:
-        if isinstance(root, Dataset) or not Path(root).is_dir() or is_dataset(Path(root)):
+        if isinstance(root, Dataset) or not Path(root).is_dir():
             dataset = discover(root)
-            samples += dataset.train
-            notes += notes_on(dataset)
+            found, left_out = list(dataset.train), notes_on(dataset)
         else:
-            paths, left_out = images_to_score([root])
-            samples += (Sample(path, 0) for path in paths)
-            notes += left_out
+            found, left_out = _in_folder(Path(root))
+        samples += found
+        notes += left_out
     shown = ", ".join(printable(root.root if isinstance(root, Dataset) else root) for root in roots)
     if not samples:
         raise ValueError(
             f"there are no images in {shown or 'an empty list of folders'}; {'; '.join(notes)}".rstrip("; ")
         )
     return Path(os.path.commonpath([os.path.abspath(sample.path.parent) for sample in samples])), samples, notes
+
+
+def _in_folder(folder: Path) -> tuple[list[Sample], list[str]]:
+    """Return the normal images below a folder, and lines on what was left out.
+
+    Of datasets in it these are the training images; elsewhere, at any depth, all images but masks.
+
+    Raises:
+        ValueError: a dataset in it cannot be used.
+    """
+    paths, notes = images_to_score([folder])
+    places = dataset_folders(folder)
+    if not places:
+        return [Sample(path, 0) for path in paths], notes
+    datasets = [discover(place) for place in places]
+    samples = [sample for dataset in datasets for sample in dataset.train]
+    samples += [Sample(path, 0) for path in paths if not any(place in path.parents for place in places)]
+    others = set(list_images(folder)).difference(sample.path for sample in samples)
+    notes = [note for dataset in datasets for note in notes_on(replace(dataset, passed_over={}))]
+    if others:
+        shown = ", ".join(printable(place) for place in places[:3])
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        notes.append(
+            f"{printable(folder)}: {len(others)} images (or masks) are left out, as of {shown}{more} the training "
+            "images alone are taken"
+        )
+    if line := passed_over(endings(files_below(folder))):
+        notes.append(f"{printable(folder)}: {line}")
+    return samples, notes
 
 
 def _vectors(

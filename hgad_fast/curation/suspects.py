@@ -12,12 +12,14 @@ defects do not move. It is no probability: maxima of maps have a longer tail tha
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from ..protocol import ProportionsError
 from ..scoring.densities import densities
 from ..scoring.maps import calibrated_maps
 from ..terminal import warn_user
+from .sheets import require_no_image
 from .source import features_of, listed_path, model_of, write_rows
 
 FOLDS = 5
@@ -82,7 +85,7 @@ class Suspects:
     """
 
     rows: tuple[Suspect, ...]
-    _drawn: dict[tuple[str, Path], _Drawn] = field(repr=False, compare=False)
+    _drawn: tuple[_Drawn, ...] = field(repr=False, compare=False)  # of the first `SHEET_ROWS` rows
 
     def write_csv(self, path: str | os.PathLike[str]) -> Path:
         """Write rank, path (relative to the file), class and score of each image, and return the path.
@@ -99,18 +102,22 @@ class Suspects:
         """Write a JPEG or PNG of the first images, with what is unusual in each, and return its path.
 
         It shows `count` of them, `SHEET_ROWS` at most. It needs matplotlib.
+
+        Raises:
+            ValueError: the sheet would replace one of the images.
         """
         from ..scoring.plot import Case, image_sheet, reduced
 
-        rows = self.rows[: min(count, SHEET_ROWS)]
+        require_no_image([Path(path)], (row.path for row in self.rows))
+        rows = self.rows[:count][: len(self._drawn)]
         cases = [
             Case(
                 reduced(read_image(row.path).numpy()),
-                self._drawn[row.class_name, row.path].anomaly_map,
-                self._drawn[row.class_name, row.path].threshold,
+                drawn.anomaly_map,
+                drawn.threshold,
                 label=f"{row.rank}. {row.class_name}, {row.score:.1f}",
             )
-            for row in rows
+            for row, drawn in zip(rows, self._drawn, strict=False)
         ]
         return image_sheet(
             cases,
@@ -120,12 +127,6 @@ class Suspects:
             note=f"score behind the class; red: what is further from the class than a score of {OUTLINED:g} says",
             with_maps=True,
         )
-
-
-class _Squared(GaussianConfig):
-    """The settings of a model that sees images squeezed to squares."""
-
-    square: ClassVar[bool] = True
 
 
 def suspects(
@@ -159,30 +160,30 @@ def suspects(
         raise ValueError(f"folds is {folds!r}; give a whole number from 2")
     dataset = _classes(data)
     model = model_of(config, device)
-    settings = model.config
-    scored: list[tuple[float, str, Sample]] = []
-    drawn: dict[tuple[str, Path], _Drawn] = {}
+    ranked: list[tuple[float, str, Path, _Drawn | None]] = []
     for class_id, name in enumerate(dataset.class_names):
         of_class = [sample for sample in dataset.train if sample.class_id == class_id]
-        model.config = settings
         try:
-            samples, scores, maps = _scored(model, dataset.root, name, of_class, folds, progress, options)
+            scored = _scored(model, dataset.root, name, of_class, folds, progress, options)
         except ProportionsError:
             warn_user(
                 f"the images of {name!r} differ in their proportions by more than 5%, and are compared as squares; a "
                 "place Gaussian takes images of one shape"
             )
-            model.config = _Squared(**{each.name: getattr(settings, each.name) for each in fields(settings)})
-            samples, scores, maps = _scored(model, dataset.root, name, of_class, folds, progress, options)
-        median = float(np.median(scores))
-        spread = max(1.4826 * float(np.median(np.abs(scores - median))), 1e-6 * abs(median), 1e-12)
-        standardised = (scores - median) / spread
-        for sample, score, anomaly_map in zip(samples, standardised, maps, strict=True):
-            scored.append((math.inf if math.isnan(score) else float(score), name, sample))
-            drawn[name, sample.path] = _Drawn(anomaly_map, median + OUTLINED * spread)
-    scored.sort(key=lambda row: (-row[0], row[1], row[2].path))
-    rows = (Suspect(rank, sample.path, name, score) for rank, (score, name, sample) in enumerate(scored, 1))
-    return Suspects(tuple(rows), drawn)
+            of_squares = GaussianModel(model.config.replace(square=True, grids=None), model.encoder).to(model.device)
+            scored = _scored(of_squares, dataset.root, name, of_class, folds, progress, options)
+        scores = np.array([image.score for image in scored])
+        finite = scores[np.isfinite(scores)]
+        median = float(np.median(finite)) if len(finite) else 0.0
+        deviation = float(np.median(np.abs(finite - median))) if len(finite) else 0.0
+        spread = max(1.4826 * deviation, 1e-6 * abs(median), 1e-12)
+        for image in scored:
+            drawn = None if image.coarse_map is None else _Drawn(image.coarse_map, median + OUTLINED * spread)
+            ranked.append(((image.score - median) / spread, name, image.path, drawn))
+        ranked.sort(key=lambda row: (-row[0], row[1]))  # stable: the images of a class stay in the order of `_scored`
+        ranked[SHEET_ROWS:] = [(*row[:3], None) for row in ranked[SHEET_ROWS:]]
+    rows = (Suspect(rank, path, name, score) for rank, (score, name, path, _) in enumerate(ranked, 1))
+    return Suspects(tuple(rows), tuple(drawn for *_, drawn in ranked if drawn is not None))
 
 
 def _classes(data: Any) -> Dataset:
@@ -199,6 +200,14 @@ def _classes(data: Any) -> Dataset:
         return Dataset(folder, (printable(os.path.basename(os.path.abspath(folder))),), images, (), layout="normals")
 
 
+class _Scored(NamedTuple):
+    """An image and its score within its class; with a map (h, w) if it is one of the first `SHEET_ROWS`."""
+
+    path: Path
+    score: float
+    coarse_map: NDArray[np.float32] | None
+
+
 def _scored(
     model: GaussianModel,
     root: Path,
@@ -207,8 +216,8 @@ def _scored(
     folds: int,
     progress: ShowProgress | None,
     options: dict[str, Any],
-) -> tuple[list[Sample], NDArray[np.float64], list[NDArray[np.float32]]]:
-    """Return the images of a class that can be decoded, their image scores (n,), and their maps.
+) -> list[_Scored]:
+    """Return the images of a class that can be decoded, those of the highest image scores first, of equal ones by path.
 
     Raises:
         ProportionsError: their proportions differ.
@@ -224,9 +233,10 @@ def _scored(
         )
     fold_of = {content: rank % folds for rank, content in enumerate(different)}
     fold = torch.tensor([fold_of[content] for content in contents])
+    by_path = {i: place for place, i in enumerate(sorted(range(len(sound)), key=lambda i: sound[i].path))}
     model.begin(features)
     scores = np.zeros(len(sound))
-    maps = [np.zeros((1, 1), np.float32)] * len(sound)
+    maps: list[tuple[float, int, NDArray[np.float32]]] = []  # a heap: the least suspicious is at its top
     left_out = torch.zeros(len(sound), dtype=torch.bool)
     steps = [(trimmed, k) for trimmed in (False, True) for k in range(folds)]
     for trimmed, k in (progress or (lambda items, title: items))(steps, f"{name}, folds"):
@@ -238,8 +248,14 @@ def _scored(
                 anomaly_map = _map(model, features.images[i])
                 highest_pixel = float(anomaly_map.max())
                 scores[i] = highest_pixel if math.isfinite(highest_pixel) else math.inf  # NaN is never normal
-                maps[i] = _coarse(anomaly_map)
-    return sound, scores, maps
+                if trimmed:
+                    push = heapq.heappush if len(maps) < SHEET_ROWS else heapq.heappushpop
+                    push(maps, (scores[i], -by_path[i], _coarse(anomaly_map)))
+    order = sorted(range(len(sound)), key=lambda i: (-scores[i], by_path[i]))
+    kept = [coarse_map for _, _, coarse_map in sorted(maps, key=lambda entry: entry[:2], reverse=True)]
+    return [
+        _Scored(sound[i].path, float(scores[i]), coarse_map) for i, coarse_map in itertools.zip_longest(order, kept)
+    ]
 
 
 def _map(model: GaussianModel, levels: Sequence[Tensor]) -> Tensor:

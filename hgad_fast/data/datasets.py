@@ -36,12 +36,13 @@ from typing import Any
 
 from ..files import printable
 from .images import WHITE_LEVEL, ImageError, open_regular, read_image
-from .listing import IMAGE_SUFFIXES, endings, files_below, is_image, list_images, passed_over, visible
+from .listing import IMAGE_SUFFIXES, endings, files_below, folders_below, is_image, list_images, passed_over, visible
 from .masks import read_mask
 
 GOOD = "good"
 _NORMAL_LABELS = ("good", "normal", "ok", "0")
 _NORMAL_FOLDERS = ("good", "normal", "normals", "ok")
+_LIST_FOLDERS = ("split_csv", "realiad_jsons", "1cls")  # that the root of a dataset has, with lists or classes
 _NOT_A_CLASS = ("ground_truth", "__MACOSX", "@eaDir")
 
 
@@ -162,6 +163,23 @@ def is_dataset(folder: Path) -> bool:
     )
 
 
+def dataset_folders(folder: Path) -> list[Path]:
+    """Return the outermost folders, `folder` or below it, that `discover` should take as they are.
+
+    Each is, or looks like, a class or a dataset in a layout that says which images are normal; where it does not,
+    `discover` raises an error, and its images are not to be taken for normal.
+    """
+    found: list[Path] = []
+    for place in folders_below(folder):
+        ignored = place != folder and not set(_NOT_A_CLASS).isdisjoint(place.relative_to(folder).parts)
+        if ignored or not set(found).isdisjoint(place.parents):
+            continue
+        marked = any((place / name).is_dir() for name in (*_LIST_FOLDERS, "Data/Images/Anomaly"))
+        if marked or _layout(place) or _realiad_parts(place):
+            found.append(place)
+    return found
+
+
 def notes_on(dataset: Dataset) -> list[str]:
     """Return a line for each kind of files that lie in the dataset's folders and are not used: what, and how many."""
     notes = [passed_over(dataset.passed_over)] if dataset.passed_over else []
@@ -268,8 +286,7 @@ def _folder_dataset(root: Path) -> Dataset:
 
 def _holds_classes(folder: Path) -> bool:
     """Return whether `folder` looks like the root of a dataset, by its lists or by the folders of its classes."""
-    list_folders = ("split_csv", "realiad_jsons", "1cls")
-    return any((folder / name).is_dir() for name in list_folders) or any(map(_layout, _folders(folder)))
+    return any((folder / name).is_dir() for name in _LIST_FOLDERS) or any(map(_layout, _folders(folder)))
 
 
 def _folders(root: Path) -> list[Path]:

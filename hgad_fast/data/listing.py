@@ -60,6 +60,11 @@ def files_below(folder: Path, left_out: Mapping[str, str | None] | None = None) 
             yield path
 
 
+def folders_below(folder: Path) -> list[Path]:
+    """Return `folder` and all visible folders below it, each after the one that holds it; links as in `list_images`."""
+    return list(_entered(folder, {}))
+
+
 def _entered(folder: Path, left_out: Mapping[str, str | None]) -> dict[Path, list[Path]]:
     """Return the entries of `folder` and of all folders below it, each real folder under one path only.
 

@@ -53,8 +53,6 @@ class Config:
 
     Attributes:
         method: the method's name, in files and on the command line.
-        square: whether images are resized to a square of side `img_size`; proportions are not kept then. A centre crop
-            takes precedence.
         without_effect: fields that a resumed run may have otherwise, since they change no more than last digits, or
             scoring alone; each with the value that replaces its own where the two are compared.
         img_sizes: the values of `img_size` that are allowed, in words.
@@ -68,7 +66,6 @@ class Config:
     """
 
     method: ClassVar[str]
-    square: ClassVar[bool] = False
     img_sizes: ClassVar[str] = f"a whole number from 1 to {MAX_SIDE}, or 'native' (each image's own size)"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     added: ClassVar[dict[str, Any]] = {"grid_stride": 16, "white_level": 65535}
@@ -220,6 +217,14 @@ class Config:
             known = ", ".join(cls.presets) or "none"
             raise ValueError(f"{cls.__name__} has no preset {name!r}; there are: {known}")
         return cls.from_fields(cls.presets[name] | settings)
+
+    @property
+    def square(self) -> bool:
+        """Whether images are resized to a square of side `img_size`, whatever their proportions.
+
+        A method fixes it, or has a field of this name. A centre crop takes precedence.
+        """
+        return False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -577,6 +582,7 @@ class GaussianConfig(Config):
         **{"lr": 2e-4, "meta_epochs": 1, "sub_epochs": 1, "batch_size": 8, "clip_grad_norm": None},
         "grids": None,
     }
+    added: ClassVar[dict[str, Any]] = Config.added | {"square": False}
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "gaussian": {},
         "gaussian-dinov2": {
@@ -608,6 +614,7 @@ class GaussianConfig(Config):
     feature_mode: Annotated[str, "stages share the places of a grid"] = "joined"
     out_indices: tuple[Any, ...] = (2, 3, 4)
     img_size: int | str = 256
+    square: Annotated[bool, "True: resize images to squares, so that their proportions may differ"] = False
     meta_epochs: Annotated[int, "without effect, as are lr, sub_epochs and batch_size"] = 1
     sub_epochs: Annotated[int, "without effect"] = 1
     map_stages: Annotated[int | None, "stages, from the first, of the map; None: those not too coarse"] = None
@@ -634,6 +641,7 @@ class GaussianConfig(Config):
         if self.map_stages is not None:
             self._require_counts(MAX_LEVELS, "map_stages")
         self._require("img_size", is_int(self.img_size), self.img_sizes)
+        self._require("square", isinstance(self.square, bool), "True or False")
         if self.grids is not None:
             groups = {"class": self.n_classes, "one": 1, "clusters": self.n_clusters}[self.grouping]
             levels = 1 if self.backbone_arch is None else self.feature_levels

@@ -432,7 +432,7 @@ class GaussianModel(Detector):
                     f"training images of {name!r} have {two}, height x width as they are seen: their "
                     "proportions differ by more than 5%, so that their places do not correspond. Give "
                     f"{'each class' if self.groups_are_classes else 'all'} images of one shape, or set "
-                    "center_crop=True"
+                    "square=True or center_crop=True"
                 )
         return grid
 

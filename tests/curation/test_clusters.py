@@ -146,18 +146,43 @@ def test_names_that_no_list_can_hold(tmp_path, name):
 
 
 def test_a_sheet_for_each_group(found, tmp_path):
-    stale = [tmp_path / f"classes-group-{number}.jpg" for number in (4, 12)]
-    others = [tmp_path / name for name in ("classes-group-one.jpg", "other-group-4.jpg", "classes-group-4.png")]
-    for path in (*stale, *others):
-        path.touch()
     sheets = found.write_sheets(tmp_path / "classes.csv")
     assert [path.name for path in sheets] == [f"classes-{name}.jpg" for name in found.names]
-    assert set(tmp_path.iterdir()) == {*sheets, *others}
+    assert set(tmp_path.iterdir()) == set(sheets)
     for path, colour in zip(sheets, products.COLOURS.values(), strict=True):
         pixels = np.asarray(Image.open(path).convert("RGB"), np.float64)
         coloured = pixels[np.ptp(pixels, axis=2) > 60] if len(set(colour)) > 1 else pixels[pixels[..., 0] < 200]
         hue = coloured.mean(0) / coloured.mean(0).max()
         np.testing.assert_allclose(hue, np.array(colour) / max(colour), atol=0.15)
+
+
+def test_sheets_of_the_groups_of_a_replaced_list_alone_are_removed(found, tmp_path):
+    path = tmp_path / "classes.csv"
+    names = ["group-12.jpg", "group-4.jpg", "group-07.jpg", "group-one.jpg", "group-12.png"]
+    listed, *others = [tmp_path / f"classes-{name}" for name in names]
+    others.append(tmp_path / "other-group-12.jpg")
+    for file in (listed, *others):
+        file.touch()
+    found.write_csv(path)  # replaces nothing
+    assert set(tmp_path.iterdir()) == {path, listed, *others}
+    path.write_text("no list, group-12")
+    found.write_csv(path)
+    assert listed.exists()
+    path.write_text("path,class,split,label\na.png,group-12,train,good\nb.png,group-07,train,good\n")
+    found.write_csv(path)
+    assert set(tmp_path.iterdir()) == {path, *others}
+
+
+def test_no_sheet_replaces_an_image(tmp_path):
+    image = products.write(tmp_path / "c-group-1.jpg", "amber", 0)
+    before = image.read_bytes()
+    found = clusters.Clusters(((image,),), {})
+    path = tmp_path / "c.csv"
+    path.write_text("path,class,split,label\nc-group-1.jpg,group-1,train,good\n")
+    found.write_csv(path)
+    with pytest.raises(ValueError, match=r"c-group-1\.jpg is one of the images, and a sheet would replace it"):
+        found.write_sheets(path)
+    assert image.read_bytes() == before
 
 
 def test_a_sheet_of_a_large_group_shows_a_part_from_centre_to_edge(monkeypatch, found, tmp_path):
@@ -184,8 +209,36 @@ def test_the_training_images_of_a_dataset_without_their_classes(tmp_path):
     }
     again = cluster([tmp_path / "amber", tmp_path / "blue"], config=products.config())
     assert contents(again) == contents(found)
-    with pytest.raises(ValueError, match="no classes, but folders of classes"):  # and not the defects too
-        cluster(shutil.copytree(tmp_path, tmp_path / "deep" / "er").parent, config=products.config())
+    deeper = cluster(shutil.copytree(tmp_path, tmp_path / "deep" / "er").parent, config=products.config())
+    assert contents(deeper) == contents(found)  # and not the defects too
+
+
+def test_a_dataset_among_loose_images(tmp_path):
+    """Of it the training images are taken, of the rest all."""
+    for i in range(9):
+        products.write(tmp_path / "blue" / "train" / "good" / f"{i}-blue.png", "blue", i)
+        products.write(tmp_path / "loose" / ("" if i % 2 else "day 1") / f"{i}-amber.png", "amber", i)
+    products.write(tmp_path / "10-amber.png", "amber", 10)
+    left_out = {
+        products.write(tmp_path / "blue" / place, "blue", 50 + i, spot=True)
+        for i, place in enumerate(("test/good/0.png", "test/spot/0.png", "ground_truth/spot/0_mask.png", "new/0.png"))
+    }
+    (tmp_path / "loose" / "notes.txt").touch()
+    found = cluster(tmp_path, config=products.config())
+    assert {path for group in found.groups for path in group} == set(tmp_path.rglob("*.png")) - left_out
+    assert [len(group) for group in found.groups] == [10, 9] and kinds(found) == [{"amber"}, {"blue"}]
+    assert found.notes == (
+        f"{tmp_path}: 4 images (or masks) are left out, as of {tmp_path / 'blue'} the training images alone are taken",
+        f"{tmp_path}: passed over: 1 .txt",
+    )
+
+
+@pytest.mark.parametrize("place", ["candle/Data/Images/Anomaly", "dirt/test/spot", "wood/train/new"])
+def test_images_in_a_folder_of_a_layout_that_does_not_say_which_are_normal(tmp_path, place):
+    products.write(tmp_path / "loose" / "0.png", "amber", 0)
+    products.write(tmp_path / "a" / place / "0.png", "blue", 0, spot=True)
+    with pytest.raises(ValueError, match=rf"{place.partition('/')[0]}.*put normal ones"):
+        clusters.unsorted_images(tmp_path)
 
 
 def test_damaged_images(mixture, tmp_path):

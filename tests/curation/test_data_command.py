@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from pathlib import Path
 
 import products
 import pytest
 from click.testing import Result
+from PIL import Image
 from typer.testing import CliRunner
 
 from hgad_fast.cli import app
+from hgad_fast.curation import suspects as suspects_module
 
 
 def run(*args: object) -> Result:
@@ -56,7 +59,8 @@ def test_from_unsorted_images_to_a_model(images, tmp_path):
 def test_a_list_is_not_replaced_unasked(images, tmp_path):
     path = tmp_path / "classes.csv"
     path.write_text("names by hand")
-    (tmp_path / "classes-group-9.jpg").touch()
+    (tmp_path / "classes-group-9.jpg").write_text("no sheet of that list")
+    (tmp_path / "classes-group-1.jpg").touch()
     arguments = ("data", images, "--cluster", 1, "-o", path, *products.options())
     assert "classes.csv exists, perhaps with names by hand; --overwrite replaces it" in fails(*arguments)
     assert path.read_text() == "names by hand"
@@ -65,7 +69,57 @@ def test_a_list_is_not_replaced_unasked(images, tmp_path):
     sheet = str(tmp_path / "classes-group-1.jpg")
     facts = {"images": 25, "groups": {"group-1": 25}, "silhouettes": {}, "csv": str(path), "sheets": [sheet]}
     assert json.loads(result.stdout) == facts
-    assert {file.name for file in tmp_path.iterdir()} == {"classes.csv", "classes-group-1.jpg"}
+    assert {file.name for file in tmp_path.iterdir()} == {"classes.csv", "classes-group-1.jpg", "classes-group-9.jpg"}
+    assert (tmp_path / "classes-group-9.jpg").read_text() == "no sheet of that list"
+    with Image.open(sheet) as drawn:
+        drawn.load()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [(("--cluster", 1), "x-group-7.jpg"), (("--suspects", 3), "x.jpg")], ids=["groups", "suspects"]
+)
+def test_a_file_with_the_name_of_a_sheet_is_not_replaced_unasked(images, tmp_path, options, name):
+    (tmp_path / name).write_text("an image")
+    message = fails("data", images, *options, "-o", tmp_path / "x.csv", *products.options())
+    assert f"{tmp_path / name} exists, and is named as a sheet of {tmp_path / 'x.csv'}; give --output" in message
+    assert [file.name for file in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "an image"
+
+
+@pytest.mark.parametrize("options", [("--cluster", "auto"), ("--suspects", 3)], ids=["groups", "suspects"])
+def test_a_list_in_the_folder_of_the_images(images, tmp_path, monkeypatch, options):
+    """Its sheets would be images there the next time."""
+    root = tmp_path / "a b"
+    shutil.copytree(images, root / "deep")
+    before = set(root.rglob("*"))
+    (tmp_path / "link").symlink_to(root / "deep")
+    monkeypatch.chdir(root)
+    for roots, output, remedy in (
+        (["."], "classes.csv", "-o ../classes.csv"),
+        (["deep"], "deep/x/classes.csv", "-o classes.csv"),
+        (["deep", "."], "deep/classes.csv", "-o ../classes.csv"),
+        ([images, root], "deep/classes.csv", f"-o {tmp_path / 'classes.csv'}"),
+        ([root / "deep"], "deep/classes.csv", f"-o '{root / 'classes.csv'}'"),
+        (["deep"], tmp_path / "link" / "classes.csv", "-o classes.csv"),
+        ([f"{images}+deep"], "deep/classes.csv", "-o classes.csv"),
+    ):
+        message = fails("data", *roots, *options, "-o", output, "--overwrite", *products.options())
+        assert f"--output is {output}, in the folder " in message and message.endswith(f"such as {remedy}"), message
+    assert set(root.rglob("*")) == before
+
+
+def test_a_score_that_is_no_number_is_null_in_json(images, monkeypatch):
+    score = suspects_module._map
+    calls = []
+
+    def broken(model, levels):
+        calls.append(0)
+        return score(model, levels) * (math.nan if len(calls) % 25 == 5 else 1)
+
+    monkeypatch.setattr(suspects_module, "_map", broken)
+    result = run("data", images, "--suspects", 2, "--json", *products.options())
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert rows[0]["score"] is None and rows[1]["score"] > -10
 
 
 def test_one_product_is_said_to_be_one(images, tmp_path):

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,53 @@ def test_images_of_several_shapes_are_compared_as_squares(tmp_path):
     assert len(told) == 1 and ranking.rows[0].path.name == "spot.png" and len(ranking.rows) == 22
     one_shape = suspects(tmp_path / "amber", config=products.config())  # is seen as it is
     assert scores(one_shape) == {key: score for key, score in scores(ranking).items() if key[0] == "amber"}
+
+
+def test_images_that_are_seen_as_squares_by_the_settings(tmp_path, recwarn):
+    for i in range(12):
+        products.write(tmp_path / "blue" / f"{i}.png", "blue", i, size=(48, 48) if i % 2 else (48, 96))
+    squares = suspects(tmp_path, config=products.config(square=True))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="are compared as squares"):
+        assert scores(suspects(tmp_path, config=products.config())) == scores(squares)
+
+
+def test_maps_are_kept_of_the_images_that_a_sheet_shows_alone(monkeypatch, ranking, dataset, tmp_path):
+    monkeypatch.setattr(module, "SHEET_ROWS", 4)
+    coarse = module._coarse
+    made: list[weakref.ref[np.ndarray]] = []
+    alive = []
+
+    def watched(anomaly_map):
+        kept = coarse(anomaly_map)
+        made.append(weakref.ref(kept))
+        alive.append(sum(reference() is not None for reference in made))
+        return kept
+
+    monkeypatch.setattr(module, "_coarse", watched)
+    few = suspects(dataset, config=products.config())
+    assert max(alive) <= 4 + 4 + 2  # of the ranking so far, of the class, the new one, and the one before it
+    assert few == ranking and len(few._drawn) == sum(reference() is not None for reference in made) == 4
+    for drawn, same in zip(few._drawn, ranking._drawn[:4], strict=True):
+        np.testing.assert_array_equal(drawn.anomaly_map, same.anomaly_map)
+        assert drawn.threshold == same.threshold
+    assert few.write_sheet(tmp_path / "sheet.jpg", 1000).is_file()
+
+
+def test_equal_scores_of_many_images_keep_their_maps(monkeypatch, dataset):
+    """All of a class, more than a sheet shows, are no numbers."""
+    monkeypatch.setattr(module, "SHEET_ROWS", 4)
+    score = module._map
+    monkeypatch.setattr(module, "_map", lambda model, levels: score(model, levels) * math.nan)
+    ranking = suspects(dataset / "amber", config=products.config())
+    assert {row.score for row in ranking.rows} == {math.inf} and len(ranking._drawn) == 4
+    assert [row.path for row in ranking.rows] == sorted(row.path for row in ranking.rows)
+
+
+def test_no_sheet_replaces_an_image(ranking):
+    image = ranking.rows[-1].path
+    with pytest.raises(ValueError, match="is one of the images, and a sheet would replace it"):
+        ranking.write_sheet(image, 3)
 
 
 def test_a_class_of_few_images(tmp_path):

@@ -18,6 +18,7 @@ from hgad_fast.data.datasets import (
     Sample,
     check_images,
     content_hash,
+    dataset_folders,
     discover,
     fingerprint,
     is_dataset,
@@ -674,6 +675,22 @@ def test_fingerprint_is_of_the_data_and_not_of_the_place(samples: tuple[Sample, 
     draw(samples[0].path, NOISE ^ 1)
     seen.add(fingerprint(samples, tmp_path))
     assert len(seen) == 6
+
+
+def test_the_datasets_in_a_folder_of_images(tmp_path: Path) -> None:
+    datasets = ("a/deep/nut", "bolt", "btad", "visa", "candle", "realiad", "pytorch", "named test")
+    marks = ("train/good/1.png", "test/x/1.png", "train/ok/1.png", "split_csv/1.png")
+    marks += ("Data/Images/Anomaly/1.png", "realiad_jsons/1.png", "1cls/nut/train/good/1.png", "test/1.png")
+    for folder, mark in zip(datasets, marks, strict=True):
+        write(tmp_path / folder / mark)
+    for image in ("1.png", "a/1.png", "a/Data/Images/1.png", "bolt/train/good/er/train/good/1.png", "good/1.png"):
+        write(tmp_path / image)
+    write(tmp_path / "__MACOSX" / "nut" / "train" / "good" / "1.png")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "bolt")
+    assert set(dataset_folders(tmp_path)) == {tmp_path / folder for folder in datasets}
+    assert len(dataset_folders(tmp_path)) == len(datasets)
+    assert dataset_folders(tmp_path / "bolt") == [tmp_path / "bolt"]
+    assert dataset_folders(tmp_path / "a" / "Data") == []
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,21 @@ def test_grids_of_other_groups_are_refused(grids):
         GaussianConfig(**settings, grids=grids)
 
 
+def test_squares_are_a_setting_of_the_gaussian_alone():
+    """Files of before it are the files of today."""
+    assert not GaussianConfig().square and "square" not in json.loads(GaussianConfig().to_json())
+    config = GaussianConfig(square=np.bool_(True))
+    assert config.square is True and GaussianConfig.from_json(config.to_json()) == config
+    assert config.identity() != GaussianConfig().identity()
+    for value in (None, "True", 1):
+        with pytest.raises(ValueError, match=r"GaussianConfig\.square is .*; allowed: True or False"):
+            GaussianConfig(square=value)
+    assert not HGADConfig().square and VQFlowConfig().square
+    for other in (HGADConfig, VQFlowConfig):
+        with pytest.raises(ValueError, match="has no field 'square'"):
+            other.from_fields({"square": True})
+
+
 def test_every_field_is_listed_with_its_default_and_its_meaning():
     configs = (HGADConfig, VQFlowConfig, GaussianConfig)
     shared, *own = field_table(Config, configs).split("\n\n")[1:]

@@ -565,6 +565,25 @@ def test_a_scorer_needs_no_frame_size_where_images_are_not_square(tmp_path):
         Scorer(model, frame_size=(64, 64))
 
 
+def test_images_of_several_proportions_as_squares(root, tmp_path):
+    for number, image in enumerate(sorted((root / "nut/train/good").iterdir())):
+        target = tmp_path / "nut/train/good" / image.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(image) as opened:
+            opened.resize((64, 64 + 32 * (number % 2))).save(target)
+    settings = {"n_classes": 1, "calibration_fraction": 0.3}
+    with pytest.raises(ValueError, match=r"proportions differ by more than 5%.* or set square=True or center_crop"):
+        GaussianModel(image_config(**settings)).fit(tmp_path)
+    model = GaussianModel(image_config(**settings, square=True))
+    model.fit(tmp_path, false_alarm_rate=0.3)
+    model.save(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
+    assert again.config == model.config and again.config.square and again.config.grids == (((8, 8),),)
+    tall = torch.rand(3, 100, 64)
+    result = model.score(tall)
+    assert torch.equal(again.score(tall).anomaly_map, result.anomaly_map) and result.anomaly_map.shape[1:] == (100, 64)
+
+
 def test_two_backbones_have_gaussians_each_and_maps_in_one_unit(root, tmp_path):
     arch = "test_efficientnet+test_resnet"
     config = image_config(backbone_arch=arch, feature_levels=2, out_indices=((2, 3), (2, 3)))
