@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,11 @@ from ..scoring.score import score_features, score_images
 from ..scoring.stored import stored_calibration
 from ..training.fit import History, fit
 from ..training.schedule import warmed_up_cosine
-from .classes import Absorbed, AddedClass, absorb, add_class
 from .config import Config, Settings
 from .hub import OnHub
+
+if TYPE_CHECKING:
+    from .classes import Absorbed, AddedClass
 
 CALIBRATION, ENCODER = "calibration.", "encoder."  # before the names of their tensors in a model file
 
@@ -391,10 +393,14 @@ class Detector(OnHub, nn.Module):
 
     def add_class(self, name: str, images: Any, false_alarm_rate: float | None = None, **options: Any) -> AddedClass:
         """Add a class from normal images of it; see `models.classes.add_class` for the arguments."""
+        from .classes import add_class  # brings the evaluation, which most programs do without
+
         return add_class(self, name, images, false_alarm_rate, **options)
 
     def absorb(self, class_name: str | None, images: Any, **options: Any) -> Absorbed:
         """Take more normal images of a known class; see `models.classes.absorb` for the arguments."""
+        from .classes import absorb
+
         return absorb(self, class_name, images, **options)
 
     def score(self, images: Any, class_ids: Any = None, **options: Any) -> ScoreResult:

@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 import torch
 
 from ..environment import VERSION
-from ..evaluation.card import CARD, background_in, model_card
 from ..features.hub import ask_hub, reaching_hub
 from ..files import file_hash, printable
 from ..training.checkpoint import MODEL
@@ -184,6 +183,8 @@ def _repository(repo_id: str | os.PathLike[str]) -> str:
 
 def _card(model: Any, file: Path, card: str | os.PathLike[str] | None, name: str, include_backbone: bool) -> str:
     """Return the text of the card that goes with a model file; see `OnHub.push_to_hub`."""
+    from ..evaluation.card import CARD, background_in, model_card  # not before it is needed: it brings the evaluation
+
     if card is None:
         return model_card(model, file, repo=name)
     if isinstance(card, str) and "\n" in card:
