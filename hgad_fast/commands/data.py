@@ -181,11 +181,12 @@ def _cluster(
         }
         print(json.dumps(facts, indent=2))
         return
-    lines = [f"{sum(sizes.values())} images in {len(sizes)} group{'s' * (len(sizes) != 1)}"]
-    lines += [f"  {name}: {size} images" for name, size in sizes.items()]
+    images = sum(sizes.values())
+    lines = [f"{images} image{'s' * (images != 1)} in {len(sizes)} group{'s' * (len(sizes) != 1)}"]
+    lines += [f"  {name}: {size} image{'s' * (size != 1)}" for name, size in sizes.items()]
     if clusters.silhouettes:
         values = ", ".join(f"{k}: {value:.2f}" for k, value in clusters.silhouettes.items())
-        lines.append(f"silhouettes by the number of groups: {values}")
+        lines.append(f"silhouettes by the K of k-means, small groups merged: {values}")
         if len(sizes) == 1:
             lines.append(
                 f"none reaches {REASONABLE:g}, so that all images are one group; --cluster K makes more of them"

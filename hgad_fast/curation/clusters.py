@@ -34,7 +34,7 @@ from .sheets import require_no_image, sheet_of_group, sheets_of_groups
 from .source import features_of, listed_path, model_of, write_rows
 
 LEAST = 8
-"""Images of a group: smaller ones are merged into the nearest."""
+"""The number of images below which a group is merged into the nearest."""
 
 MOST = 20  # groups that "auto" tries
 REASONABLE = 0.5  # the least mean silhouette of several groups
@@ -244,6 +244,8 @@ def _vectors(
         squares.append(torch.cat([level.square().mean((1, 2)) for level in levels]).numpy())
         if not np.isfinite(squares[-1]).all():
             raise ValueError(f"{features.name(i)} has a NaN or an infinity in its features: look at the image")
+    if not means:
+        raise ValueError(f"none of the {len(samples)} images can be decoded")
     encoder: Any = model.encoder
     ends = np.cumsum([channels for stages in encoder.stage_dims for channels in stages])
     vectors, energies = np.stack(means), np.stack(squares)
@@ -288,6 +290,7 @@ def _groups(vectors: Vectors, k: int) -> NDArray[np.int64]:
     """
     from sklearn.cluster import KMeans
 
+    k = min(k, len(np.unique(vectors, axis=0)))  # copies are one point
     ids = KMeans(k, n_init=10, random_state=0).fit_predict(vectors).astype(np.int64)
     while True:
         groups, ids, counts = np.unique(ids, return_inverse=True, return_counts=True)

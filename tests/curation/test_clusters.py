@@ -264,3 +264,10 @@ def test_it_takes_a_backbone(mixture):
 
     with pytest.raises(ValueError, match="backbone_arch is None"):
         cluster(mixture, config=GaussianConfig(n_classes=1, backbone_arch=None, feature_dims=(4,)))
+
+
+def test_images_of_which_none_can_be_decoded_are_an_error(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the 3 images can be decoded"), pytest.warns(UserWarning):
+        cluster(tmp_path, config=products.config(), skip_bad=True)

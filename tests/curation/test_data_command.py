@@ -43,7 +43,7 @@ def test_from_unsorted_images_to_a_model(images, tmp_path):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[:3] == ["25 images in 2 groups", "  group-1: 13 images", "  group-2: 12 images"]
-    assert lines[3].startswith("silhouettes by the number of groups: 2: 0.")
+    assert lines[3].startswith("silhouettes by the K of k-means, small groups merged: 2: 0.")
     sheets = [path.with_name(f"classes-group-{number}.jpg") for number in (1, 2)]
     assert lines[4:7] == [f"list: {path}", *(f"sheet: {sheet}" for sheet in sheets)]
     assert lines[7].startswith("next: look at the sheets") and f"sed -i s/,group-1,/,NAME,/ '{path}'" in lines[7]
