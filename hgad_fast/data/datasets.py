@@ -75,6 +75,7 @@ class Dataset:
     `train` and `validation` are all normal; `validation` is empty where a dataset publishes none. It is used only on
     request: `model.fit(dataset, calibration=dataclasses.replace(dataset, train=dataset.validation))` trains on all of
     `train` and calibrates on `validation`. `layout` names the layouts of the dataset.
+    `source` is the list that names the images, where there is one that is not found from `root`.
 
     What lies there and is not used: `stray_masks` are mask files that belong to none of the images,
     `normal_masks` those of normal images, `unused` images that lie in a folder of training images beside the normal
@@ -91,6 +92,7 @@ class Dataset:
     normal_masks: tuple[Path, ...] = ()
     unused: tuple[Path, ...] = ()
     passed_over: dict[str, int] = field(default_factory=dict, hash=False)
+    source: Path | None = None
 
 
 Root = str | os.PathLike[str] | Dataset
@@ -225,7 +227,7 @@ def union(datasets: Sequence[Dataset]) -> Dataset:
         raise ValueError(f"two of the datasets have a class {repeated[0]!r}: rename the folder of one of them")
     root = Path(os.path.commonpath([os.path.abspath(dataset.root) for dataset in datasets]))
     layouts = " + ".join(dict.fromkeys(dataset.layout for dataset in datasets))
-    unused = {
+    unused: dict[str, Any] = {
         name: tuple(path for dataset in datasets for path in getattr(dataset, name))
         for name in ("stray_masks", "normal_masks", "unused")
     }
@@ -521,7 +523,7 @@ def _csv_dataset(path: Path) -> Dataset:
         image = _listed_path(path.parent, row["path"])
         mask = _listed_path(path.parent, row["mask"]) if row.get("mask") else None
         rows.append(_Row(line, image, row["class"], row["split"], row["label"], mask))
-    return _listed_dataset(path, path.parent, "CSV", rows)
+    return replace(_listed_dataset(path, path.parent, "CSV", rows), source=path)
 
 
 def _visa_dataset(root: Path) -> Dataset:

@@ -215,7 +215,7 @@ def fit(
 
 def _record(model: Detector, data: Any, training: FeatureSet, held_out: FeatureSet) -> dict[str, Any]:
     """Return what ``run.json`` says of a training: where the data lie, images of each class, versions, the day."""
-    root = data.root if isinstance(data, Dataset) else data
+    root = (data.source or data.root) if isinstance(data, Dataset) else data
     names = dict(enumerate(model.config.names))
     counts = {
         part: Counter(names.get(k, f"class {k}") for k in features.class_ids.tolist())

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from hgad_fast import GaussianConfig, GaussianModel, load
 from hgad_fast.cli import app
+from hgad_fast.data.datasets import discover
 from hgad_fast.evaluation import run_folder
 from hgad_fast.evaluation.card import card_of, model_card, text, write_card
 from hgad_fast.files import file_hash, printable
@@ -250,6 +251,20 @@ def test_kept_figures_stay_with_their_model(copied, data, monkeypatch):
         else:
             with pytest.raises(ValueError, match=r"evaluation\.json is damaged .* cards can do without"):
                 card_of(copied)
+
+
+def test_the_list_of_images_is_found_again(tmp_path):
+    """Of a dataset that a CSV file lists the file is recorded, as its folder is none; figures are made from it."""
+    for k in range(2):
+        write_images(tmp_path / f"part {k}", 14, k)
+    rows = ["path,class,split,label"]
+    rows += [f"part {k}/{i}.png,{k},{'test' if i > 11 else 'train'},good" for k in range(2) for i in range(14)]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    settings = small_detectors.STAGES | {"out_indices": (1, 2), "feature_levels": 1, "img_size": 32, "msk_size": 16}
+    model = GaussianModel(GaussianConfig(2, dim=4, coarse_dim=2, **settings))
+    model.fit(discover(tmp_path / "list.csv"), output_dir=tmp_path / "listed", false_alarm_rate=0.2)
+    text = card_of(tmp_path / "listed")
+    assert "Trained on the dataset list.csv" in text and (tmp_path / "listed" / "evaluation.json").exists()
 
 
 def test_a_record_of_the_training_that_is_damaged_is_named(copied):
