@@ -535,7 +535,8 @@ def test_command_prints_a_table_and_writes_results_and_image(tmp_path: Path) -> 
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("coupling on ") and "official / this" in result.stdout
     lines = ["loading torch", *(f"{case}: {cases.QUICK}" for case in ("coupling", "mixture"))]
-    assert result.stderr.splitlines() == lines
+    said = [line for line in result.stderr.splitlines() if not line.endswith(" s now")]  # every 10 s, on a slow machine
+    assert said == lines
     assert {row["case"] for row in json.loads((tmp_path / "r.json").read_text())["rows"]} == {"coupling", "mixture"}
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
 
