@@ -64,7 +64,7 @@ class Settings:
         max_pixels: of an image; by its header, before memory is taken for it.
         timeout: seconds for a request, from its first byte to its answer.
         places: requests that are read, wait or are scored at a time; a further one is told to come again.
-        threads: of torch in a worker; 0: the cores divided by the workers.
+        threads: of torch in a worker; 0: those that it takes by itself, divided by the workers.
         workers: processes that serve, each with a model of its own.
         false_alarm_rate: another rate than the model's own.
         device: cpu, cuda, ...; None: cuda where there is a GPU.
@@ -86,7 +86,7 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
         if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}; it must be 0 (the cores divided by the workers) or more")
+            raise ValueError(f"threads is {self.threads}; it must be 0 (those of torch divided by the workers) or more")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
@@ -124,7 +124,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises:
         ValueError: the model or a setting cannot be used.
     """
-    torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 1) // settings.workers))
+    torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
     scorer = Scorer(load_model(settings.model, settings.device, settings.false_alarm_rate))
     pool = ThreadPoolExecutor(1, thread_name_prefix="scorer")  # one image at a time takes all cores already
     places = threading.BoundedSemaphore(settings.places)
@@ -174,6 +174,8 @@ def create_app(settings: Settings) -> FastAPI:
         deadline = asyncio.get_running_loop().time() + settings.timeout
         body = Body(request, settings.max_bytes)
         try:
+            if unknown := set(request.query_params) - {"class", "map"}:
+                raise HTTPException(422, f"there is no parameter {sorted(unknown)[0]!r}; allowed are class and map")
             class_id = class_of(class_name, scorer)
             if not places.acquire(blocking=False):
                 raise HTTPException(503, "busy: all places are taken; come again", {"Retry-After": "1"})
@@ -362,7 +364,7 @@ def parsed() -> tuple[Settings, str, int]:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--workers", type=int, default=1, help="processes, each with a model of its own")
-    parser.add_argument("--threads", type=int, default=0, help="of torch in a worker (default: cores / workers)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch in a worker (default: its own / workers)")
     parser.add_argument("--max-bytes", default="20MB", metavar="SIZE", help="of a request (default: 20MB)")
     parser.add_argument("--max-pixels", type=int, default=2**25, metavar="N", help="of an image (default: 2**25)")
     parser.add_argument("--timeout", default="10s", metavar="S", help="seconds for a request (default: 10s)")

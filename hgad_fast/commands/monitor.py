@@ -33,7 +33,8 @@ def monitor(
     """Say whether camera, light or product have changed since the model was calibrated, from the scores of past runs.
 
     The images have to stand in the order in which they were taken. As long as they are like the calibration images, a
-    change is reported with a probability of at most --alpha, however many images there are. Drawing needs matplotlib:
+    change is reported with a probability of at most --alpha, however many images there are. The exit code is 0 whether
+    there is a change or not; --json says it to programs. Drawing needs matplotlib:
     pip install 'hgad-fast[plot]'
     """
     require_no_folder(output)

@@ -169,6 +169,8 @@ def _repository(repo_id: str | os.PathLike[str]) -> str:
     if not isinstance(repo_id, (str, os.PathLike)):
         raise ValueError(f"repo_id is {repo_id!r}; it must be a text, the name of a repository (owner/name)")
     name = os.fspath(repo_id)
+    if Path(name).is_file():
+        raise ValueError(f"repo_id is {printable(name)!r}, a file here: hgad_fast.load reads it")
     try:
         validate_repo_id(name)
         if "/" not in name:

@@ -7,11 +7,12 @@ into which. If m images have come before, c_j of them in gap j, then the next on
 
 .. math:: \\frac{1 + c_j}{s + 1 + m}
 
-whatever the distribution of scores (Polya's urn), if n = s. So the monitor knows how little s scores say: that 30% of
-the images have p-values below 0.2, because few calibration images happened to score high, is no change. Of more scores,
-s are chosen evenly; then gaps vary less from their means than the urn allows for, and the test is on the safe side. It
-is to be: where p-values rest on pooled scores (`scoring.calibration.Calibration`), or training and calibration images
-are of the same scenes, calibration is less exact than n says, and a sharper test would take that for a change.
+whatever the distribution of scores (Polya's urn), if n = s and no two scores are equal. So the monitor knows how little
+s scores say: that 30% of the images have p-values below 0.2, because few calibration images happened to score high, is
+no change. Of more scores, s are chosen evenly; then gaps vary less from their means than the urn allows for, and the
+test is on the safe side. It is to be: where p-values rest on pooled scores (`scoring.calibration.Calibration`), or
+training and calibration images are of the same scenes, calibration is less exact than n says, and a sharper test would
+take that for a change.
 
 The gaps in order, each as wide as its probability, divide [0, 1]; a bet is a density f on [0, 1], and its mean over the
 interval of an image's gap has the expectation 1. Multiplied over images it is the wealth of a gambler who cannot win as
@@ -71,9 +72,11 @@ class Monitor:
     """A sequential test for a change of the images, by their p-values, with a false-alarm rate over all time.
 
     As long as images are taken like the calibration images, the probability that it ever reports a change is at most
-    `alpha`, where p-values rest on calibration images of the image's own class. Where these were too few for the target
-    false-alarm rate, p-values rest on pooled scores, and it holds as far as pooling does: measured in docs/monitor.md.
-    The memory does not grow with the images. Several threads must not update it at the same time.
+    `alpha`, where p-values rest on calibration images of the image's own class and equal scores do not occur. Where
+    scores pile up at a bound, as where a detector gives many normal images 0, p-values are higher than their rank, and
+    a change to lower scores is reported where there is none. Where these were too few for the target false-alarm rate,
+    p-values rest on pooled scores, and it holds as far as pooling does: measured in docs/monitor.md. The memory does
+    not grow with the images. Several threads must not update it at the same time.
 
     Args:
         alpha: probability of a false alarm, over all time; above 0, below 1.
@@ -115,6 +118,7 @@ class Monitor:
         self._all = _Gambler(defect_rate)
         self._of_groups: dict[Hashable, _Gambler] = {}
         self._wealths: dict[Hashable, float] = {}
+        self._known_groups: set[Hashable] | None = None  # of a model; None: any
 
     @classmethod
     def of(cls, model: Detector, alpha: float = 0.01, *, max_references: int = 8, defect_rate: float = 0.0) -> Monitor:
@@ -132,7 +136,9 @@ class Monitor:
             raise ValueError("the model has no thresholds: calibrate it first (model.calibrate, hgad-fast calibrate)")
         by_number = dict(enumerate(counts.values()))
         references = {group: count for group, count in {**counts, **by_number}.items() if count}
-        return cls(alpha, references=references, max_references=max_references, defect_rate=defect_rate)
+        monitor = cls(alpha, references=references, max_references=max_references, defect_rate=defect_rate)
+        monitor._known_groups = {None, *counts, *by_number}
+        return monitor
 
     def update(self, p_values: Any, groups: Any = None) -> MonitorState:
         """Take the p-values of the next images, in the order in which they were taken, and return the new `state`.
@@ -142,7 +148,8 @@ class Monitor:
             groups: the class of the images, one for all or one for each, ids or names; None: they are of one.
 
         Raises:
-            ValueError: a p-value is none, as that of an image without a threshold; or groups are not one for each.
+            ValueError: a p-value is none, as that of an image without a threshold; groups are not one for each, or none
+                of the model's.
         """
         values, names = (x.detach().cpu() if isinstance(x, Tensor) else x for x in (p_values, groups))
         values = np.atleast_1d(np.asarray(values))
@@ -152,10 +159,12 @@ class Monitor:
             )
         tolerance = 1e-7 if values.dtype == np.float32 else 1e-13
         values = values.astype(np.float64)
-        names = [names] * len(values) if isinstance(names, str) or np.ndim(names) == 0 else list(names)
-        names = [name.item() if isinstance(name, (Tensor, np.generic)) else name for name in names]
+        names = [names] * len(values) if np.ndim(names) == 0 else list(names)
+        names = [name.item() if isinstance(name, (Tensor, np.generic, np.ndarray)) else name for name in names]
         if len(names) != len(values):
             raise ValueError(f"there are {len(names)} groups and {len(values)} p-values; give one for each, or one")
+        if self._known_groups is not None and (unknown := set(names) - self._known_groups):
+            raise ValueError(f"groups has {unknown.pop()!r}, which is no class of the model, by name or number")
         wrong = np.flatnonzero(~((values > 0) & (values <= 1)))
         if len(wrong):
             i = int(wrong[0])

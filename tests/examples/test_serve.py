@@ -212,6 +212,7 @@ def bomb() -> bytes:
         ({"content": content(), "params": {"class": "zebra"}}, 422, "class 'zebra' is unknown"),
         ({"content": content(), "params": {"class": "9" * 5000}}, 422, "9' is unknown"),
         ({"content": content(), "params": {"map": "tiff"}}, 422, "'png'"),
+        ({"content": content(), "params": {"klass": "class 1"}}, 422, "parameter 'klass'; allowed are class and map"),
         ({"files": {"other": b"x"}}, 422, "called 'file'"),
         ({"data": {"file": "/etc/passwd"}, "files": {"other": b""}}, 422, "called 'file'"),
         ({"files": [("file", b"x"), ("file", b"y")]}, 400, "Too many files"),

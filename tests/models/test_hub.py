@@ -212,10 +212,13 @@ def test_wrong_names_are_refused_before_anything_is_asked(name, model, hub):
     assert not hub.requests
 
 
-def test_what_is_no_name_is_an_error(model):
+def test_what_is_no_name_is_an_error(model, tmp_path):
     for call in (model.push_to_hub, GaussianModel.from_pretrained):
         with pytest.raises(ValueError, match="repo_id is None; it must be a text"):
             call(None)
+    model.save(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="a file here: hgad_fast.load reads it"):
+        GaussianModel.from_pretrained(tmp_path / "model.safetensors")
 
 
 def test_a_card_is_a_text_a_file_or_the_folder_of_the_training(model, hub, tmp_path, monkeypatch):

@@ -188,6 +188,10 @@ def test_a_model_tells_what_its_p_values_rest_on() -> None:
     )
     assert (monitor.alpha, monitor.defect_rate, monitor.max_references) == (0.05, 0.01, 8)
     assert Monitor.of(model).update([1.0] * 60, [1] * 60).direction == "lower"  # p-values of 1 say something, too
+    for wrong in ("class 9", 7):
+        with pytest.raises(ValueError, match=f"groups has {wrong!r}, which is no class of the model"):
+            Monitor.of(model).update([0.5], wrong)
+    assert Monitor.of(model).update([0.5], np.array("class 1")).images == Monitor.of(model).update(0.5).images == 1
     model.calibration = None
     with pytest.raises(ValueError, match="the model has no thresholds: calibrate it first"):
         Monitor.of(model)
