@@ -13,6 +13,7 @@ Under `torchrun` each rank scores its share of the files and keeps a journal of 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import math
 import os
@@ -335,6 +336,7 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         if self.size > 1:
             torch.distributed.destroy_process_group()
+            gc.collect()  # threads of what still refers to it would be there as Python ends, which may abort it
 
     def wait(self) -> None:
         """Wait until all ranks have called this."""
