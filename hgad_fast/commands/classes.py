@@ -32,9 +32,7 @@ def add_class(
     ] = None,
     check: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DATA", help="Dataset of the others, laid out as for train, to measure what they lose."
-        ),
+        typer.Option(metavar="DATA", help="Dataset of the others, laid out as for train, to measure what they lose."),
     ] = None,
     skip_bad: SkipBad = False,
     as_json: AsJson = False,

@@ -117,8 +117,8 @@ def course(tables: Sequence[str | os.PathLike[str]], alpha: float = 0.01, defect
                 p_value = math.nan
             if not 0 < p_value <= 1:
                 raise ValueError(f"{place}: p_value is {row['p_value']!r}; it must be above 0 and at most 1")
-            files.append(row.get("file") or row.get("frame") or place)
-            classes.append(row["class"])
+            files.append(printable(row.get("file") or row.get("frame") or place))
+            classes.append(printable(row["class"]))
             p_values.append(p_value)
     if not files:
         raise ValueError(

@@ -209,12 +209,11 @@ def add_class(
             "model.calibration.false_alarm_rate first"
         )
     tested = None if check is None else _check_set(model, check, name)
-    images = list(images) if isinstance(images, Iterator) else images
-    grown, seen = _sharing(model), seeing(_sharing(model), known.img_size)
+    grown, seen, group = _sharing(model), seeing(_sharing(model), known.img_size), len(model.groups)
     if calibration is None:
-        _require_images(images, grown, seen)
-    group = len(model.groups)
-    features = _features(grown, images, group, skip_bad, progress)
+        features, as_calibrated = _features_of_both(grown, seen, images, group, skip_bad, progress)
+    else:
+        features = _features(grown, images, group, skip_bad, progress)
     fraction = model.config.calibration_fraction if calibration is None else 0.0
     rows, held_out_rows = split(features.class_ids, fraction, model.config.seed)
     training = features.subset(rows)
@@ -223,12 +222,10 @@ def add_class(
             f"class {name!r} has one image, and none can be held out for a threshold: give more images, or others as "
             "calibration="
         )
-    if calibration is not None:
-        held_out = _features(seen, calibration, group, skip_bad, progress)
-    elif seen.config.img_size == grown.config.img_size:
-        held_out = features.subset(held_out_rows)
+    if calibration is None:
+        held_out = as_calibrated.subset(held_out_rows)
     else:
-        held_out = _features(seen, images, group, skip_bad, progress).subset(held_out_rows)
+        held_out = _features(seen, calibration, group, skip_bad, progress)
     warning = grown.grow(name, training)
     extended = known.with_group(grown.density_parts)
     new = calibration_from(
@@ -288,14 +285,8 @@ def absorb(
     require_float32(cast(Any, model))
     known = _known_calibration(model)
     group = _known_group(model, class_name)
-    images = list(images) if isinstance(images, Iterator) else images
     changed, seen = _sharing(model), seeing(_sharing(model), known.img_size)
-    _require_images(images, changed, seen)
-    features = _features(changed, images, group, skip_bad, progress)
-    if seen.config.img_size == changed.config.img_size:
-        as_calibrated = features
-    else:
-        as_calibrated = _features(seen, images, group, skip_bad, progress)
+    features, as_calibrated = _features_of_both(changed, seen, images, group, skip_bad, progress)
     scores, group_ids = _scores(changed, as_calibrated, known)
     if not scores.isfinite().all():
         i = int((~scores.isfinite()).nonzero()[0])
@@ -326,16 +317,6 @@ def absorb(
         threshold_after=mean(set(thresholds_after.tolist())),
         far=far,
     )
-
-
-def _require_images(images: Any, model: Detector, calibrated: Detector) -> None:
-    """Raise a ValueError for features where thresholds are of images that were seen at another size."""
-    sizes = [each.config.img_size for each in (model, calibrated)]
-    if isinstance(images, FeatureSet) and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"images are features at one size, and the model, trained at img_size={sizes[0]!r}, was calibrated at "
-            f"{sizes[1]!r}: give the images themselves, so that they are seen at both"
-        )
 
 
 def _count(images: int) -> str:
@@ -411,6 +392,7 @@ def _features(model: Detector, images: Any, group: int, skip_bad: bool, progress
     """
     if images == "":
         raise ValueError("images is an empty text; name the folder of the images (. is the current one)")
+    images = list(images) if isinstance(images, Iterator) else images
     model = copy.copy(model)  # a dataset's class names are taken over, and those of a model may be made up
     data: Any
     if isinstance(images, FeatureSet):
@@ -433,6 +415,28 @@ def _features(model: Detector, images: Any, group: int, skip_bad: bool, progress
     if not len(features):
         raise ValueError("there are no images; give normal images of the class")
     return replace(features, class_ids=torch.full((len(features),), group))
+
+
+def _features_of_both(
+    model: Detector, calibrated: Detector, images: Any, group: int, skip_bad: bool, progress: ShowProgress | None
+) -> tuple[FeatureSet, FeatureSet]:
+    """Return the `_features` of a model, and those at the size of its calibration, which mostly are the same.
+
+    Raises:
+        ValueError: as by `_features`; or the sizes differ, and `images` are features.
+    """
+    sizes = [each.config.img_size for each in (model, calibrated)]
+    if sizes[0] == sizes[1]:
+        features = _features(model, images, group, skip_bad, progress)
+        return features, features
+    if isinstance(images, FeatureSet):
+        raise ValueError(
+            f"images are features at one size, and the model, trained at img_size={sizes[0]!r}, was calibrated at "
+            f"{sizes[1]!r}: give the images themselves, so that they are seen at both"
+        )
+    images = list(images) if isinstance(images, Iterator) else images  # which is gone through twice
+    first, second = (_features(each, images, group, skip_bad, progress) for each in (model, calibrated))
+    return first, second
 
 
 def _scores(model: Detector, features: FeatureSet, calibration: Calibration) -> tuple[Tensor, Tensor]:
