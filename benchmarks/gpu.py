@@ -5,7 +5,8 @@ scored, then what takes longer or matters less. The jobs stand in groups, each a
 `gpu_plan.py` for the order, `gpu_jobs.py` for the jobs). Results, logs and Triton's cache go into the folder of
 `--output`. The exit status is 0 if everything was done and nothing found wrong.
 
-`--plan` prints the commands for a rented machine that is offline and has neither git nor FrEIA: two short runs.
+`--plan` prints the commands for a rented machine that is offline and has neither git nor FrEIA: two short runs, which
+check and time the kernels. `--plan user` prints two others, which do and time what a user does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.plan:
         also = [*options.also, *(gpu_plan.unexplained(options.after) if options.after else [])]
-        print(gpu_plan.plan_text(commit(options), also, _of_the_device(options)))
+        print(gpu_plan.plan_text(options.plan, commit(options), also, _of_the_device(options)))
         return 0
     if options.group:
         from benchmarks import gpu_jobs
@@ -42,8 +43,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         return [name for name in text.split(",") if name]
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--plan", action="store_true", help="print the two runs for a rented machine, and do nothing")
-    parser.add_argument("--after", type=Path, help="with --plan: results of run 1; its open questions join run 2")
+    plans = " or ".join(f"{name}, runs {' and '.join(runs)}" for name, runs in gpu_plan.PLANS.items())
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="kernels",
+        choices=gpu_plan.PLANS,
+        help=f"print two runs for a rented machine, and do nothing: {plans}",
+    )
+    parser.add_argument("--after", type=Path, help="with --plan: results of its first run, for what joins the second")
     parser.add_argument("--run", choices=gpu_plan.RUNS, help="one run of the plan (default: all)")
     parser.add_argument("--also", type=names, default=[], help="groups behind those of the run, with commas between")
     parser.add_argument("--only", type=names, default=[], help="these groups instead of a run, for instance sanitizer")

@@ -30,19 +30,37 @@ class Check:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value."""
+    """A measured value, and what it is to be at least or at most, where something was set before it was measured."""
 
     name: str
     value: float | None  # None: could not be measured, the note says why
     unit: str
     note: str = ""
+    at_least: float = -math.inf
+    at_most: float = math.inf
+
+    @property
+    def has_target(self) -> bool:
+        return self.at_least > -math.inf or self.at_most < math.inf
+
+    @property
+    def misses(self) -> bool:
+        """Whether there is a target, and the value does not reach it, or is none."""
+        return self.has_target and not (self.value is not None and self.at_least <= self.value <= self.at_most)
 
     def __str__(self) -> str:
         value = "-" if self.value is None else f"{self.value:.4g}"
-        return f"figure {self.name}: {value} {self.unit} {self.note}".rstrip()
+        wanted = [
+            f"{words} {bound:g}"
+            for words, bound in (("at least", self.at_least), ("at most", self.at_most))
+            if math.isfinite(bound)
+        ]
+        target = f"({'misses' if self.misses else 'reaches'} {', '.join(wanted)})" if wanted else ""
+        return " ".join(filter(None, [f"figure {self.name}: {value}", self.unit, target, self.note]))
 
     def document(self) -> dict[str, Any]:
-        return asdict(self) | {"value": _finite(self.value)}
+        finite = {name: _finite(getattr(self, name)) for name in ("value", "at_least", "at_most")}
+        return asdict(self) | finite | {"has_target": self.has_target, "misses": self.misses}
 
 
 @dataclass(frozen=True)

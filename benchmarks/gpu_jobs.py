@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import gpu_checks, gpu_figures
+from benchmarks import gpu_checks, gpu_day, gpu_figures, gpu_user
 from benchmarks.gpu_checks import SIZES
 from benchmarks.gpu_findings import Check, Figure, LeftOut
 from benchmarks.gpu_plan import CASES
@@ -42,7 +42,9 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
     large, million, headline = (QUICK,) * 3 if small else (LARGE, MILLION_PIXELS, HEADLINE)
     sizes, rounds = (SIZES[1:2], 2) if small else (SIZES, 10)
     few, many, steps, frames, enlarged, limit = (2, 3, 4, 3, 2, 1) if small else (5, 200, 300, 50, 8, 8192)
-    more_classes = replace(large, classes=40)
+    more_classes = replace(large, classes=6 if small else 40)
+    images = 20 if small else 120
+    both = (large, more_classes)
 
     def job(name: str, section: Callable[..., Iterable[Found]], *arguments: Any) -> Job:
         return Job(name, functools.partial(section, *arguments))
@@ -73,6 +75,16 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         return [
             job(f"official steps, {precision}", section, size, device, precision, compiled, few)
             for precision in precisions[: 1 if compiled else None]
+        ]
+
+    def day(steps: gpu_day.Day | gpu_day.Commands) -> list[Job]:
+        return [Job(name, step) for name, step in steps.steps.items()]
+
+    def user_training(size: Size) -> list[Job]:
+        return [
+            job("images per second", gpu_user.training_rates, size, device, images, rounds),
+            job("split of a step", gpu_figures.split_of_a_step, size, device, rounds),
+            job("busy share", gpu_figures.waits_of_a_step, size, device),
         ]
 
     every_check = (gpu_checks.check_coupling, gpu_checks.check_mixture, gpu_checks.check_scores)
@@ -126,6 +138,21 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "training-40-classes": [*training(more_classes), *official_training(more_classes)],
         "training-compiled": official_training(large, compiled=True),
         "cases-compiled": [case(*each, compiled=True) for each in WITH_COMPILED_PEERS],
+        **{f"day-{method}": day(gpu_day.Day(method, device)) for method in gpu_day.METHODS},
+        "commands": [
+            each for method in gpu_day.METHODS[: 1 if small else None] for each in day(gpu_day.Commands(method, device))
+        ],
+        "first-steps": [job(f"K={size.classes}", gpu_user.first_training_steps, size, device) for size in both],
+        "first-official-steps": [
+            job(f"K={size.classes}", gpu_user.first_official_steps, size, device) for size in both
+        ],
+        "first-scores": [job("scores", gpu_user.first_scores, large, device)],
+        "user-training": user_training(large),
+        "user-training-40-classes": user_training(more_classes),
+        "validation": [job("batches beyond the backbone", gpu_user.validation_times, large, device, rounds)],
+        "user-scoring": [job("HGAD from pixels", gpu_user.hgad_scoring, device, small)],
+        "native": [job("an image at its native size", gpu_user.native_times, device, 256 if small else 8192, small)],
+        "methods": [job(name, gpu_user.method_scoring, name, device, small) for name in gpu_user.METHODS],
         "small-checks": against_float64(*every_check, sizes=SIZES[1:2]),
         "sanitizer": [job("compute-sanitizer", gpu_checks.check_memory)],
     }

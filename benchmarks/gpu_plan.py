@@ -76,14 +76,41 @@ RUNS = {
             Group("waits", 40),
         ),
     ),
+    # What a user feels. First a day with each method, while others compile; then what is wanted most.
+    "3": Run(
+        400,
+        (
+            tuple(
+                Group(name, 120)
+                for name in (
+                    *("day-gaussian", "day-hgad", "day-vqflow", "commands"),
+                    *("first-steps", "first-official-steps", "first-scores"),
+                )
+            ),
+            *_alone(
+                Group("user-training", 90),
+                Group("validation", 40),
+                Group("scorer", 40),
+                Group("largest-batch", 40),
+                Group("user-scoring", 50),
+            ),
+        ),
+    ),
+    # More of it, with the kernels that run 3 compiled; time is left for what run 3 leaves to be explained or mended.
+    "4": Run(
+        270,
+        _alone(
+            Group("user-training-40-classes", 75),
+            Group("native", 70),
+            Group("methods", 60),
+        ),
+    ),
     "rest": Run(
         1500,
         _alone(
             Group("compile", 90),
             Group("scoring", 60),
-            Group("scorer", 90),
             Group("kernels", 60),
-            Group("largest-batch", 90),
             *(Group(f"case-{case}", 150) for case in CASES),
             Group("training-40-classes", 90),
             Group("training-compiled", 150),
@@ -91,6 +118,7 @@ RUNS = {
         ),
     ),
 }
+PLANS = {"kernels": ("1", "2"), "user": ("3", "4")}  # pairs of runs, with time between them to mend what failed
 ON_REQUEST = (Group("small-checks", 80), Group("sanitizer", 180))
 GROUPS = {group.name: group for group in (*(group for run in RUNS.values() for group in run.groups), *ON_REQUEST)}
 
@@ -114,9 +142,14 @@ def chosen_run(name: str | None, also: Sequence[str] = (), only: Sequence[str] =
 
 
 def unexplained(results: Path) -> list[str]:
-    """Return the groups of a result file that did not finish, or found something wrong."""
-    groups: dict[str, dict[str, Any]] = json.loads(results.read_text())["groups"]
-    return [name for name, group in groups.items() if group["ended"] != FINISHED or not group["passed"]]
+    """Return the groups of a result file that did not finish, found something wrong, or a figure below its target."""
+    document: dict[str, Any] = json.loads(results.read_text())
+    missing = {figure["group"] for figure in document.get("figures", ()) if figure.get("misses")}
+    return [
+        name
+        for name, group in document["groups"].items()
+        if group["ended"] != FINISHED or not group["passed"] or name in missing
+    ]
 
 
 def result_name(run: str | None, commit: str) -> str:
@@ -138,9 +171,12 @@ def command(run: str, commit: str, also: Sequence[str] = (), more: str = "") -> 
     )
 
 
-def plan_text(commit: str, also: Sequence[str] = (), more: str = "") -> str:
-    """Return the two runs as shell commands, and in comments what to do before and between them."""
-    first, second = (f"{RUNS[run].seconds:.0f} s at most" for run in ("1", "2"))
+def plan_text(plan: str, commit: str, also: Sequence[str] = (), more: str = "") -> str:
+    """Return the two runs of a plan as shell commands, and in comments what to do before and between them."""
+    first, second = PLANS[plan]
+    limits = {run: f"{RUNS[run].seconds:.0f} s at most" for run in (first, second)}
+    result, another = result_name(first, commit), "" if plan == "kernels" else f" {plan}"
+    cache = "" if first == "1" else f", and {CARRIED_CACHE} if an earlier run of these kernels left one"
     changed = (
         ["# The working tree has changes: commit first, so that the results have a commit."] if "-" in commit else []
     )
@@ -150,13 +186,14 @@ def plan_text(commit: str, also: Sequence[str] = (), more: str = "") -> str:
             "# Before, here: bring FrEIA along, which a machine with a GPU has not.",
             f"#   pip wheel --no-deps --wheel-dir {WHEELS} FrEIA==0.2",
             f"#   printf '/%s\\n' {WHEELS}/ {CARRIED_CACHE} >> .git/info/exclude",
-            f"# Run 1, {first}. Carry {WHEELS}. In the repository's root there, with $OUT an empty folder:",
-            command("1", commit, (), more),
-            f"# Between, here: what lay in $OUT is {result_name('1', commit)}.json and .log, and {TRITON_CACHE}.",
+            f"# Run {first}, {limits[first]}. Carry {WHEELS}{cache}. In the repository's root there, with $OUT an "
+            "empty folder:",
+            command(first, commit, (), more),
+            f"# Between, here: what lay in $OUT is {result}.json and .log, and {TRITON_CACHE}.",
             f"#   cp {TRITON_CACHE} {CARRIED_CACHE}",
-            f"#   python -m benchmarks.gpu --plan --after {result_name('1', commit)}.json",
-            "# prints run 2 with the groups behind it that run 1 left unexplained.",
-            f"# Run 2, {second}. Carry {WHEELS} and {CARRIED_CACHE}:",
-            command("2", commit, also, more),
+            f"#   python -m benchmarks.gpu --plan{another} --after {result}.json",
+            f"# prints run {second} with the groups behind it that run {first} left unexplained, or short of a target.",
+            f"# Run {second}, {limits[second]}. Carry {WHEELS} and {CARRIED_CACHE}:",
+            command(second, commit, also, more),
         ]
     )

@@ -83,7 +83,9 @@ class Report:
         endings = [f"{name}: {each.ended}, {each.seconds:.0f} s" for name, each in self.groups.items()]
         left_out = [f"left out: {each}" for each in self.left_out]
         wrong = [name for name, each in self.groups.items() if each.ended != FINISHED or not each.passed]
-        verdict = f"{passed} of {len(checks)} checks passed"
+        targets = [figure for figure in self.found["figures"] if figure["has_target"]]
+        reached = f", {sum(not each['misses'] for each in targets)} of {len(targets)} targets reached" * bool(targets)
+        verdict = f"{passed} of {len(checks)} checks passed{reached}"
         return "\n".join(["", *self.lines, *endings, *left_out, verdict, *(f"to be explained: {n}" for n in wrong)])
 
 
