@@ -51,7 +51,8 @@ bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
 
 # For a machine with a GPU, whose python has torch and Triton: nothing is installed, and the checkout is what runs. Results
-# go to runs/gpu. For a rented machine without network, `python -m benchmarks.gpu --plan` prints two short runs.
+# go to runs/gpu. For a rented machine without network, `python -m benchmarks.gpu --plan` prints two short runs
+# of the kernels, and `--plan user` two of what a user does.
 gpu:
 	$(PYTHON) -m benchmarks.gpu
 

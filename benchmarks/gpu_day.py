@@ -39,6 +39,7 @@ from hgad_fast.scoring.score import score_images, score_prepared
 
 CLASSES = ("bolts", "nuts", "rings")
 NEW_CLASS = "washers"
+TESTS = 8  # images of each class and kind
 SIDE = 64  # of images, and of what a backbone sees
 AGREES = 1e-5  # of scores by two ways on one device, as `score(throughput=True)` says
 MARGIN = 4  # times what a result is moved by features and parameters that are off by as much as an operation may be
@@ -79,9 +80,9 @@ CONFIGS: dict[str, Callable[[], Config]] = {
 }
 
 
-def write_images(root: Path, images: int = 16, seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Path:
-    """Write a made-up dataset in the MVTec AD layout: so many training images a class, and half as many tests of each
-    kind, of which the defective ones have a square that is much brighter, with a mask.
+def write_images(root: Path, images: int = 2 * TESTS, seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Path:
+    """Write a made-up dataset in the MVTec AD layout: so many training images a class, half as many normal
+    test images, and as many of defects: squares that are much brighter, with their masks.
     """
     rng = np.random.default_rng(seed)
 
@@ -94,13 +95,13 @@ def write_images(root: Path, images: int = 16, seed: int = 0, classes: tuple[str
         pattern = texture.repeat(8, 0).repeat(8, 1)
         for kind, count in (("train/good", images), ("test/good", images // 2), ("test/spot", images // 2)):
             for i in range(count):
-                picture, mask = pattern + rng.normal(0, 0.05, pattern.shape), np.zeros((SIDE, SIDE))
+                image, mask = pattern + rng.normal(0, 0.05, pattern.shape), np.zeros((SIDE, SIDE))
                 if kind == "test/spot":
                     top, left = rng.integers(0, SIDE - 16, 2)
                     mask[top : top + 16, left : left + 16] = 1
-                    picture += 0.35 * mask[..., None]
+                    image += 0.35 * mask[..., None]
                     write(root / name / "ground_truth/spot" / f"{i:03}_mask.png", mask)
-                write(root / name / kind / f"{i:03}.png", picture)
+                write(root / name / kind / f"{i:03}.png", image)
     return root
 
 
@@ -126,6 +127,10 @@ class Day:
     def folder(self) -> Path:
         """A folder that goes with this object."""
         return Path(self._temporary.name)
+
+    def close(self) -> None:
+        """Remove the folder with all that was written."""
+        self._temporary.cleanup()
 
     @functools.cached_property
     def data(self) -> Path:
@@ -197,15 +202,15 @@ class Day:
         yield Check("losses of the last pass", relative_error(ours, expected), TOLERANCE["bf16"])
         yield Check("the model stays on its device", elsewhere(model, self.device), 0, "tensors elsewhere")
 
-    def pictures(self) -> list[Tensor]:
+    def images(self) -> list[Tensor]:
         """Return some test images of every class (3, H, W), normal and defective ones in turn."""
-        return [read_image(path) for path in self.tests[:: max(len(self.tests) // 12, 1)]]
+        return [read_image(path) for path in self.tests[::TESTS]]
 
     def score(self) -> Iterator[Check | Figure]:
         here, there = self.model(torch.device("cpu")), self.model(self.device)
-        pictures = self.pictures()
-        yield from scores_alike("as trained", there, here, pictures)
-        ours, right = (score_images(model, pictures).image_score for model in (there, here))
+        images = self.images()
+        yield from scores_alike("as trained", there, here, images)
+        ours, right = (score_images(model, images).image_score for model in (there, here))
         yield Figure(f"{self.method}, scores from pixels, off those of a CPU", relative_error(ours, right), "of 1")
         paths = [str(path) for path in self.tests[:4]]
         together, alone = there.score(paths, throughput=True), there.score(paths)
@@ -215,7 +220,7 @@ class Day:
     def calibrate(self) -> Iterator[Check]:
         model = self.model(self.device)
         model.calibrate(self.others, false_alarm_rate=0.25)
-        yield from scores_alike("calibrated anew", model, self.as_saved(model), self.pictures())
+        yield from scores_alike("calibrated anew", model, self.as_saved(model), self.images())
 
     def save_and_load(self) -> Iterator[Check]:
         model = self.model(self.device)
@@ -226,16 +231,16 @@ class Day:
         differing = sum(not torch.equal(states[0][name].cpu(), s[name].cpu()) for s in states[1:] for name in states[0])
         yield Check("from the device onto a CPU and back", differing, 0, "tensors that differ")
         yield Check("it is on its device again", elsewhere(back, self.device), 0, "tensors elsewhere")
-        first, second = (score_images(each, self.pictures()).image_score for each in (model, back))
+        first, second = (score_images(each, self.images()).image_score for each in (model, back))
         yield Check("its scores are the same", relative_error(second, first), AGREES)
 
     def camera(self) -> Iterator[Check]:
         """Check that a `Scorer` gives the verdicts and maps that `score` gives."""
         model = self.model(self.device)
         scorer = Scorer(self.file, device=self.device, frame_size=(SIDE, SIDE))
-        pictures = self.pictures()[:4]
-        result = model.score(pictures)
-        frames = [scorer((255 * picture.permute(1, 2, 0).numpy()).round().astype(np.uint8)) for picture in pictures]
+        images = self.images()[:4]
+        result = model.score(images)
+        frames = [scorer((255 * image.permute(1, 2, 0).numpy()).round().astype(np.uint8)) for image in images]
         scores = torch.tensor([frame.score for frame in frames])
         yield Check("scores of frames", relative_error(scores, result.image_score), AGREES)
         maps = torch.stack([frame.anomaly_map for frame in frames])
@@ -246,7 +251,7 @@ class Day:
     def monitor(self) -> Iterator[Check]:
         """Check that a `Monitor` takes p-values and groups as they lie on the device."""
         model = self.model(self.device)
-        result = score_prepared(model, features_of(model, self.pictures()))
+        result = score_prepared(model, features_of(model, self.images()))
         states = []
         for p_values, groups in ((result.p_value, result.class_id), (result.p_value.cpu(), result.class_id.cpu())):
             states.append(Monitor.of(model).update(p_values, groups))
@@ -267,7 +272,7 @@ class Day:
     def absorb(self) -> Iterator[Check]:
         model = self.model(self.device)
         model.absorb(CLASSES[0], self.others / CLASSES[0] / "train/good")
-        yield from scores_alike("after more images of a class", model, self.as_saved(model), self.pictures())
+        yield from scores_alike("after more images of a class", model, self.as_saved(model), self.images())
 
     def add_class(self) -> Iterator[Check]:
         write_images(self.folder / "new", 16, seed=2, classes=(NEW_CLASS,))
@@ -275,8 +280,8 @@ class Day:
         model.add_class(NEW_CLASS, self.folder / "new" / NEW_CLASS / "train/good")
         yield Check("it stays on its device", elsewhere(model, self.device), 0, "tensors elsewhere")
         tests = sorted((self.folder / "new" / NEW_CLASS / "test").rglob("*.png"))
-        pictures = [*self.pictures(), *map(read_image, tests[::4])]
-        yield from scores_alike("with a class more", model, self.as_saved(model), pictures)
+        images = [*self.images(), *map(read_image, tests[::4])]
+        yield from scores_alike("with a class more", model, self.as_saved(model), images)
 
     def as_saved(self, model: Any) -> Any:
         """Save the model, and return what is read from the file, on the CPU."""
@@ -290,22 +295,22 @@ def elsewhere(model: Any, device: torch.device) -> int:
     return sum(tensor.device.type != device.type for tensor in model.state_dict().values())
 
 
-def features_of(model: Any, pictures: list[Tensor]) -> list[Tensor]:
+def features_of(model: Any, images: list[Tensor]) -> list[Tensor]:
     """Return the features (n, C, h, w) of images, one tensor per level, on the model's device, as it scores them."""
-    return list(map(torch.cat, zip(*(image_features(model, picture) for picture in pictures), strict=True)))
+    return list(map(torch.cat, zip(*(image_features(model, image) for image in images), strict=True)))
 
 
-def scores_alike(label: str, there: Any, here: Any, pictures: list[Tensor]) -> Iterator[Check]:
+def scores_alike(label: str, there: Any, here: Any, images: list[Tensor]) -> Iterator[Check]:
     """Check features, maps, scores, groups and verdicts of images on a device with those that a CPU computes.
 
     Args:
         label: of the checks.
         there: the model on the device.
         here: the same one on the CPU.
-        pictures: (3, H, W) each.
+        images: (3, H, W) each.
     """
-    features = features_of(there, pictures)
-    on_cpu = features_of(here, pictures)
+    features = features_of(there, images)
+    on_cpu = features_of(here, images)
     error = max(relative_error(ours.cpu(), right) for ours, right in zip(features, on_cpu, strict=True))
     yield Check(f"{label}: features", error, TOLERANCE["tf32"], "a GPU convolves with tf32 operands")
     same = [level.cpu() for level in features]
@@ -315,7 +320,7 @@ def scores_alike(label: str, there: Any, here: Any, pictures: list[Tensor]) -> I
         expected = score_prepared(here, same, ids)
         moved = [score_prepared(model, off, ids) for model, off in moved_inputs]
         yield from alike(f"{label}, {way}", score_prepared(there, features, ids), expected, moved)
-        from_pixels = score_images(there, pictures, ids, map_size="seen")
+        from_pixels = score_images(there, images, ids, map_size="seen")
         yield from alike(f"{label}, {way}, from pixels", from_pixels, expected, moved)
 
 

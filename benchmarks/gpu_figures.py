@@ -553,16 +553,18 @@ def _latency(label: str, work: Callable[[], Any], device: torch.device, count: i
     return [Figure(f"{label}, p{p}", float(np.percentile(times, p)), "ms") for p in (50, 95)]
 
 
-def scorer_times(
-    device: torch.device, backbone: str = "tf_efficientnet_b6", side: int = 1024
-) -> Iterator[Figure | LeftOut]:
+def scorer_times(device: torch.device, small: bool = False) -> Iterator[Figure | LeftOut]:
     """Time a frame from pixels to verdict, with a backbone of random weights, and the share beside the backbone."""
     if importlib.util.find_spec("timm") is None:
         yield LeftOut("Scorer", "timm is not installed; see features to map")
         return
-    precision = "bf16" if device.type == "cuda" else "fp32"
-    model = latency.model_for(side, device, backbone_arch=backbone, precision=precision)
-    for times_of_call in latency.of_model(model, (side, side), environment.device_name(device), seconds=8):
+    backbone, side = ("test_efficientnet", 64) if small else ("tf_efficientnet_b6", 1024)
+    settings: dict[str, Any] = {"precision": "bf16" if device.type == "cuda" else "fp32", "backbone_arch": backbone}
+    if small:
+        settings |= {"out_indices": (1,), "coupling_layers": 2, "pos_embed_dim": 8}
+    model = latency.model_for(side, device, **settings)
+    device_name = environment.device_name(device)
+    for times_of_call in latency.of_model(model, (side, side), device_name, seconds=0 if small else 8):
         label = f"Scorer, {backbone}, {side} px, {times_of_call.call}"
         times = {
             "p50": times_of_call.p50,

@@ -42,8 +42,8 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
     large, million, headline = (QUICK,) * 3 if small else (LARGE, MILLION_PIXELS, HEADLINE)
     sizes, rounds = (SIZES[1:2], 2) if small else (SIZES, 10)
     few, many, steps, frames, enlarged, limit = (2, 3, 4, 3, 2, 1) if small else (5, 200, 300, 50, 8, 8192)
-    more_classes = replace(large, classes=6 if small else 40)
-    images = 20 if small else 120
+    more_classes = replace(large, classes=3 if small else 40)
+    images = 6 if small else 120
     both = (large, more_classes)
 
     def job(name: str, section: Callable[..., Iterable[Found]], *arguments: Any) -> Job:
@@ -82,6 +82,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
 
     def user_training(size: Size) -> list[Job]:
         return [
+            job("FrEIA", _official_is_there),
             job("images per second", gpu_user.training_rates, size, device, images, rounds),
             job("split of a step", gpu_figures.split_of_a_step, size, device, rounds),
             job("busy share", gpu_figures.waits_of_a_step, size, device),
@@ -132,7 +133,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         ],
         "compile": [job("torch.compile of a training step", gpu_checks.check_compile, QUICK, device)],
         "scoring": [job("features to map", gpu_figures.scoring_times, large, device, frames, enlarged)],
-        "scorer": [job("Scorer", gpu_figures.scorer_times, device)],
+        "scorer": [job("Scorer", gpu_figures.scorer_times, device, small)],
         "kernels": [kernels("", large), kernels("coupling", million)],
         "largest-batch": [job("largest batch", gpu_figures.largest_batches, large, device, limit)],
         "training-40-classes": [*training(more_classes), *official_training(more_classes)],

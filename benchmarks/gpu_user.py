@@ -328,8 +328,8 @@ def scoring_times(
     assert isinstance(side, int)
     label = f"scoring, {name}, {config.backbone_arch}, {side} px"
     megapixels = side * side / 1e6
-    pictures = drawn_images(count, side)
-    frame = (pictures[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    images = drawn_images(count, side)
+    frame = (images[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     scorer = Scorer(model, frame_size=(side, side))
 
     def times(work: Callable[[], Any]) -> list[float]:
@@ -341,14 +341,14 @@ def scoring_times(
     for percent in (50, 95):
         yield Figure(f"{label}, Scorer, p{percent}", float(np.percentile(verdicts, percent)), "ms")
 
-    features = batch_features(model, list(pictures), config)  # type: ignore[arg-type]
-    backbone = statistics.median(times(lambda: batch_features(model, list(pictures), config)))  # type: ignore[arg-type]
+    features = batch_features(model, list(images), config)  # type: ignore[arg-type]
+    backbone = statistics.median(times(lambda: batch_features(model, list(images), config)))  # type: ignore[arg-type]
     ids_by_way: dict[str, Any] = {"label-free": None}
     if given:
         ids_by_way["class given"] = score_prepared(model, features, throughput=True).class_id.cpu()
     for way, ids in ids_by_way.items():
         ways: dict[str, Callable[[], Any]] = {
-            "from pixels": functools.partial(model.score, pictures, ids, throughput=True),
+            "from pixels": functools.partial(model.score, images, ids, throughput=True),
             "from features": functools.partial(score_prepared, model, features, ids, throughput=True),
         }
         for source, work in ways.items():
@@ -365,10 +365,10 @@ def fitted(config: Config, device: torch.device) -> Any:
     """Return a model on a device that scores as a trained one: what data decide is fitted to noise, and calibrated."""
     model: Any = create(config).to(device)
     assert isinstance(config.img_size, int)
-    pictures = drawn_images(2 * config.n_classes, config.img_size)
-    batches = [batch_features(model, list(part), config) for part in pictures.split(config.batch_size)]
+    images = drawn_images(2 * config.n_classes, config.img_size)
+    batches = [batch_features(model, list(part), config) for part in images.split(config.batch_size)]
     levels = [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]
-    features = FeatureSet.from_levels(levels, torch.arange(len(pictures)) % config.n_classes)
+    features = FeatureSet.from_levels(levels, torch.arange(len(images)) % config.n_classes)
     if model.closed_form:
         model.fit(features, calibration=features, false_alarm_rate=0.5, progress=False)
         return model
@@ -391,8 +391,8 @@ def native_times(device: torch.device, side: int = 8192, small: bool = False) ->
     config = HGADConfig(n_classes=15, backbone_weights=None, precision=recommended(device))
     model = fitted(tiny(config) if small else config.replace(img_size=256), device)
     model.calibration.img_size = "native"
-    (picture,) = drawn_images(1, side)
-    seen = preprocess(picture, model.config.replace(img_size="native"))
+    (image,) = drawn_images(1, side)
+    seen = preprocess(image, model.config.replace(img_size="native"))
     label = f"scoring, hgad, an image of {side} x {side}, label-free"
 
     def of(way: str, work: Callable[[], Any], backbone: Callable[[], Any] | None = None) -> Iterator[Figure]:
@@ -410,7 +410,7 @@ def native_times(device: torch.device, side: int = 8192, small: bool = False) ->
     yield from of("from features", functools.partial(model.score_features, features))
     del features
     for way, options in (("in tiles", {"tiles": "always"}), ("whole", {"tiles": "never", "max_memory": "64GB"})):
-        scored = functools.partial(score_images, model, picture, img_size="native", **options)
+        scored = functools.partial(score_images, model, image, img_size="native", **options)
         yield from of(way, scored, lambda way=way: consume(feature_maps(model, seen, way == "in tiles").pieces()))
 
 

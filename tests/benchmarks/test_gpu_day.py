@@ -1,0 +1,107 @@
+"""The user's day of `make gpu`, on a CPU: its checks find what is planted, and a step that fails costs itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_day, gpu_jobs
+from benchmarks.gpu_findings import Check
+from hgad_fast.data.images import read_image
+from hgad_fast.scoring.score import score_prepared
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def day() -> Iterator[gpu_day.Day]:
+    day = gpu_day.Day("gaussian", CPU)
+    assert all(check.passed for check in day.train())
+    yield day
+    day.close()
+
+
+def failed(checks: Iterator[Any]) -> list[str]:
+    return [check.name for check in checks if isinstance(check, Check) and not check.passed]
+
+
+def test_scores_of_another_model_are_found(day: gpu_day.Day) -> None:
+    """Of one whose densities differ all but the features differ; of one with another backbone the features, too."""
+    here, images = day.model(CPU), day.images()
+    assert failed(gpu_day.scores_alike("x", day.model(CPU), here, images)) == []
+    changed = copy.deepcopy(here)
+    changed.config = changed.config.replace(floor=1.001 * changed.config.floor)
+    state = {name: t * 1.001 for name, t in here.state_dict().items() if name.startswith("whitenings.")}
+    changed.load_state_dict(state, strict=False)
+    names = failed(gpu_day.scores_alike("x", changed, here, images))
+    ways = [f"x, {way}{source}" for way in ("label-free", "group given") for source in ("", ", from pixels")]
+    assert {f"{way}: maps" for way in ways} <= set(names) and "x: features" not in names
+    with torch.no_grad():
+        next(changed.encoder.parameters()).mul_(1.5)
+    assert "x: features" in failed(gpu_day.scores_alike("x", changed, here, images))
+
+
+@pytest.mark.parametrize("part", ["anomaly_map", "image_score", "class_id", "is_anomalous"])
+def test_every_part_of_a_result_is_compared(part: str, day: gpu_day.Day) -> None:
+    model = day.model(CPU)
+    features = gpu_day.features_of(model, day.images())
+    right = score_prepared(model, features)
+    assert failed(gpu_day.alike("x", right, right, [right])) == []
+    wrong = copy.deepcopy(right)
+    values = getattr(wrong, part)
+    setattr(
+        wrong,
+        part,
+        ~values if values.dtype == torch.bool else values * 1.01 if values.is_floating_point() else 1 - values,
+    )
+    names = {"anomaly_map": "maps", "image_score": "scores", "class_id": "groups", "is_anomalous": "verdicts"}
+    (name,) = failed(gpu_day.alike("x", wrong, right, [right]))
+    assert name.startswith(f"x: {names[part]}")
+    if not values.is_floating_point():  # rounding alone decides about them
+        assert failed(gpu_day.alike("x", wrong, right, [wrong])) == []
+
+
+def test_a_step_that_fails_leaves_the_others_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    day = gpu_day.Day("gaussian", CPU)
+    real = day.fitted
+
+    def out_of_order(device: Any, *args: Any, **options: Any) -> Any:
+        if device is day.device:
+            raise RuntimeError("no kernel image is available")
+        return real(device, *args, **options)
+
+    day.device = torch.device("cpu", 0)  # a device of its own, as far as Python sees
+    monkeypatch.setattr(day, "fitted", out_of_order)
+    todo = [gpu_jobs.Job(name, day.steps[name]) for name in ("gaussian, train", "gaussian, Monitor")]
+    assert gpu_jobs.carry_out_jobs(todo, CPU, tmp_path / "r.json") == 0
+    found = {check["name"]: check["passed"] for check in json.loads((tmp_path / "r.json").read_text())["checks"]}
+    assert found == {"gaussian, train runs": False, "states that differ": True, "images missed": True}
+    day.close()
+
+
+def test_tensors_on_another_device_are_counted(day: gpu_day.Day) -> None:
+    model = day.model(CPU)
+    assert gpu_day.elsewhere(model, CPU) == 0
+    assert gpu_day.elsewhere(model, CUDA) == len(model.state_dict())
+
+
+def test_a_command_that_fails_says_why() -> None:
+    commands = gpu_day.Commands("gaussian", CPU)
+    with pytest.raises(RuntimeError, match=r"exit status 1: .*model\.safetensors"):
+        next(commands.steps["hgad-fast eval, gaussian"]())
+    commands.day.close()
+
+
+def test_made_up_defects_lie_in_their_masks(day: gpu_day.Day) -> None:
+    root = day.data / "nuts"
+    good, spot = (read_image(root / f"test/{kind}/000.png") for kind in ("good", "spot"))
+    mask = read_image(root / "ground_truth/spot/000_mask.png")[0] > 0.5
+    assert int(mask.sum()) == 16 * 16
+    brighter = (spot - good).mean(0)
+    assert brighter[mask].mean() > 0.2 and abs(float(brighter[~mask].mean())) < 0.02
