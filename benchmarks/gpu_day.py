@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,18 @@ def write_images(root: Path, images: int = 2 * TESTS, seed: int = 0, classes: tu
     return root
 
 
+Step = Callable[[], Iterator[Check | Figure]]
+
+
+def named(steps: dict[str, Step]) -> dict[str, Step]:
+    """Return the steps with what each finds named after it: a summary says no more than the names."""
+
+    def run(name: str, step: Step) -> Iterator[Check | Figure]:
+        yield from (replace(found, name=f"{name}: {found.name}") for found in step())
+
+    return {name: functools.partial(run, name, step) for name, step in steps.items()}
+
+
 class Day:
     """The steps of a user's day with one method on one device; each is a job, and yields what it finds.
 
@@ -153,9 +166,9 @@ class Day:
         return self.folder / "model.safetensors"
 
     @property
-    def steps(self) -> dict[str, Callable[[], Iterator[Check | Figure]]]:
+    def steps(self) -> dict[str, Step]:
         """The steps by name, in their order."""
-        steps: dict[str, Callable[[], Iterator[Check | Figure]]] = {"train": self.train}
+        steps: dict[str, Step] = {"train": self.train}
         if self.method != "gaussian":  # which takes no steps
             steps["train in recorded steps"] = self.train_recorded
         steps |= {
@@ -169,7 +182,7 @@ class Day:
         }
         if self.method != "vqflow":  # whose groups are no classes
             steps["add a class"] = self.add_class
-        return {f"{self.method}, {name}": step for name, step in steps.items()}
+        return named({f"{self.method}, {name}": step for name, step in steps.items()})
 
     def fitted(self, device: torch.device, config: Config | None = None, **options: Any) -> tuple[Any, Any]:
         """Return a model that is trained on a device, and its history."""
@@ -211,7 +224,7 @@ class Day:
         images = self.images()
         yield from scores_alike("as trained", there, here, images)
         ours, right = (score_images(model, images).image_score for model in (there, here))
-        yield Figure(f"{self.method}, scores from pixels, off those of a CPU", relative_error(ours, right), "of 1")
+        yield Figure("scores from pixels, off those of a CPU", relative_error(ours, right), "of 1")
         paths = [str(path) for path in self.tests[:4]]
         together, alone = there.score(paths, throughput=True), there.score(paths)
         error = relative_error(together.image_score, alone.image_score)
@@ -266,7 +279,7 @@ class Day:
         right = evaluate(here, self.data, details=False, features_of=lambda sample: seen[sample.path])
         for protocol in right.figures:
             pairs = [[getattr(each.mean(protocol), name) for name in FIGURES] for each in (ours, right)]
-            error = float(np.abs(np.subtract(*pairs)).max())
+            error = float(np.abs(np.diff(pairs, axis=0)).max())
             yield Check(f"{protocol} protocol", error if math.isfinite(error) else math.inf, 1e-3)
 
     def absorb(self) -> Iterator[Check]:
@@ -380,10 +393,10 @@ class Commands:
         return self.day.folder / "run" / "model.safetensors"
 
     @property
-    def steps(self) -> dict[str, Callable[[], Iterator[Check]]]:
+    def steps(self) -> dict[str, Step]:
         """The steps by name, in their order."""
-        steps = {"train": self.train, "score": self.score, "eval": self.evaluate}
-        return {f"hgad-fast {name}, {self.method}": step for name, step in steps.items()}
+        steps: dict[str, Step] = {"train": self.train, "score": self.score, "eval": self.evaluate}
+        return named({f"hgad-fast {name}, {self.method}": step for name, step in steps.items()})
 
     def train(self) -> Iterator[Check]:
         config = self.day.folder / "config.json"

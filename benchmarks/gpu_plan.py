@@ -90,9 +90,9 @@ RUNS = {
             *_alone(
                 Group("user-training", 90),
                 Group("validation", 40),
-                Group("scorer", 40),
+                Group("scorer", 50),
                 Group("largest-batch", 40),
-                Group("user-scoring", 50),
+                Group("user-scoring", 45),
             ),
         ),
     ),

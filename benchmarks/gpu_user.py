@@ -108,6 +108,12 @@ def training_rates(size: Size, device: torch.device, images: int = 120, rounds: 
     label = f"training, K={size.classes}"
     ours, *memory = fit_rate(label, size, device, images)
     yield from (ours, *memory)
+    drawn = Images(size)
+    eager = Step(three_levels(size, device, recommended(device), "reversible"), Processes())
+    work = functools.partial(eager, drawn.images, drawn.labels, 2, RATE)
+    yield from measured_step(f"{label}, ours in eager steps, reversible memory", work, size, device, rounds)
+    del eager, work
+    timing.release_memory(device)
     official: dict[str, float | None] = {}
     for precision in peer_precisions(device):
         time_of_step, *others = official_training_times(size, device, precision, compiled=False, rounds=rounds)
@@ -115,6 +121,7 @@ def training_rates(size: Size, device: torch.device, images: int = 120, rounds: 
         official[precision] = others[0].value if others else None
         name = f"{label}, ours as recommended, images per second over the official loop, eager {precision}"
         yield over(name, ours.value, official[precision], WANTED[precision])
+        timing.release_memory(device)
     peer, *_ = peer_precisions(device)
     for precision in peer_precisions(device):  # fp32 is what the official arguments leave ours at
         step = drop_in_step(size, device, precision)
@@ -278,9 +285,8 @@ def official_validation(
 def hgad_scoring(device: torch.device, small: bool = False) -> Iterator[Figure]:
     """Time the published HGAD at 1024 pixels, batches of 8, on a backbone of random weights."""
     config = HGADConfig(n_classes=15, backbone_weights=None, precision=recommended(device))
-    yield from (
-        scoring_times(tiny(config), device, "hgad", 0, True) if small else scoring_times(config, device, given=True)
-    )
+    options: dict[str, Any] = {"seconds": 0} if small else {}
+    yield from scoring_times(tiny(config) if small else config, device, given=True, **options)
 
 
 METHODS = ("hgad, fast", "gaussian", "vqflow, small", "vqflow")
@@ -296,7 +302,7 @@ def method_scoring(name: str, device: torch.device, small: bool = False) -> Iter
         "vqflow": lambda: VQFlowConfig(**common),
     }
     config = configs[name]()
-    yield from scoring_times(tiny(config), device, name, 0) if small else scoring_times(config, device, name, 1.5)
+    yield from scoring_times(tiny(config) if small else config, device, name, seconds=0 if small else 1.5)
 
 
 def tiny(config: Config) -> Config:
@@ -312,7 +318,7 @@ def tiny(config: Config) -> Config:
 
 
 def scoring_times(
-    config: Config, device: torch.device, name: str = "hgad", seconds: float = 4, given: bool = False
+    config: Config, device: torch.device, name: str = "hgad", seconds: float = 3, given: bool = False
 ) -> Iterator[Figure]:
     """Time a fitted model on noise: a `Scorer` on single frames, then batches from pixels and from features.
 
@@ -341,8 +347,8 @@ def scoring_times(
     for percent in (50, 95):
         yield Figure(f"{label}, Scorer, p{percent}", float(np.percentile(verdicts, percent)), "ms")
 
-    features = batch_features(model, list(images), config)  # type: ignore[arg-type]
-    backbone = statistics.median(times(lambda: batch_features(model, list(images), config)))  # type: ignore[arg-type]
+    features = batch_features(model, list(images), config)
+    backbone = statistics.median(times(lambda: batch_features(model, list(images), config)))
     ids_by_way: dict[str, Any] = {"label-free": None}
     if given:
         ids_by_way["class given"] = score_prepared(model, features, throughput=True).class_id.cpu()
@@ -378,9 +384,9 @@ def fitted(config: Config, device: torch.device) -> Any:
     return model
 
 
-def drawn_images(count: int, height: int, width: int | None = None) -> Tensor:
-    """Return noise (count, 3, height, width) in [0, 1]."""
-    return torch.rand(count, 3, height, width or height, generator=torch.Generator().manual_seed(0))
+def drawn_images(count: int, side: int) -> Tensor:
+    """Return noise (count, 3, side, side) in [0, 1]."""
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def native_times(device: torch.device, side: int = 8192, small: bool = False) -> Iterator[Figure]:
@@ -409,7 +415,11 @@ def native_times(device: torch.device, side: int = 8192, small: bool = False) ->
     features = feature_maps(model, seen, True).whole()
     yield from of("from features", functools.partial(model.score_features, features))
     del features
-    for way, options in (("in tiles", {"tiles": "always"}), ("whole", {"tiles": "never", "max_memory": "64GB"})):
+    ways: dict[str, dict[str, Any]] = {
+        "in tiles": {"tiles": "always"},
+        "whole": {"tiles": "never", "max_memory": "64GB"},
+    }
+    for way, options in ways.items():
         scored = functools.partial(score_images, model, image, img_size="native", **options)
         yield from of(way, scored, lambda way=way: consume(feature_maps(model, seen, way == "in tiles").pieces()))
 
