@@ -10,6 +10,9 @@ order nothing, as everything is done at once.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +69,7 @@ class Pretended(Tensor):
         return 0
 
     def tolist(self) -> Any:
-        _forbid_while_recording("tolist")
+        _wait("tolist")
         return self.values.tolist()
 
     def numpy(self, **_: Any) -> Any:
@@ -92,6 +95,10 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in OPDEFS:  # the library's: in Python, so that its branches for the device are taken
         with _Operations():
             return OPDEFS[name]._init_fn(*args, **kwargs)
+    maybe_view = not func._schema.is_mutable and any(value.alias_info for value in func._schema.returns)
+    if maybe_view and func._can_decompose():  # such as `to`, into a view or a copy
+        with _Operations():
+            return func.decompose(*args, **kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     kwargs = kwargs | ({"pin_memory": False} if kwargs.get("pin_memory") else {})
     target = None if kwargs.get("device") is None else torch.device(kwargs["device"])
@@ -105,8 +112,12 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if target is None and on_device and name != "aten::copy_" and not in_backward:
         _require_one_device(name, args, tensors)
     if name == "aten::_local_scalar_dense" and on_device:
-        _forbid_while_recording("item")
-    result = _compute(func, *tree_map(_values, (args, kwargs)))
+        _wait("item")
+    args_and_kwargs = tree_map(_values, (args, kwargs))
+    if _recording is not None and on_device:
+        result = _record(_recording, func, *args_and_kwargs)
+    else:
+        result = _carry_out(func, *args_and_kwargs)
     if func._schema.is_mutable:  # an operation in place returns the tensors that it was given
         given = {id(_values(t)): t for t in tensors}
         return tree_map(lambda t: given.get(id(t)) if isinstance(t, Tensor) else t, result)
@@ -127,42 +138,65 @@ def _require_one_device(name: str, args: Any, tensors: list[Tensor]) -> None:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, but found {shapes}")
 
 
-def _compute(func: Any, args: Any, kwargs: Any) -> Any:
-    """Carry out an operation on the CPU; what a graph that is being recorded will do again is kept for it."""
+def _carry_out(func: Any, args: Any, kwargs: Any) -> Any:
+    name = func._schema.name
+    if _has_result_type(func):  # torch has it on a GPU only
+        product = torch.matmul(*(t.to(args[2]) for t in args[:2]))
+        return kwargs["out"].copy_(product) if "out" in kwargs else product
+    result = func(*args, **kwargs)
+    if name == "aten::convolution_backward" and result[1] is not None:
+        weight = torch.empty_strided(args[2].shape, args[2].stride(), dtype=result[1].dtype)
+        return result[0], weight.copy_(result[1]), result[2]  # or autograd would copy it unseen
+    return result
 
-    def work() -> Any:
-        name = func._schema.name
-        if name in ("aten::mm", "aten::bmm") and func._overloadname.startswith("dtype"):  # torch has it on a GPU only
-            product = torch.matmul(*(t.to(args[2]) for t in args[:2]))
-            return kwargs["out"].copy_(product) if "out" in kwargs else product
-        result = func(*args, **kwargs)
-        if name == "aten::convolution_backward" and result[1] is not None:
-            weight = torch.empty_strided(args[2].shape, args[2].stride(), dtype=result[1].dtype)
-            return result[0], weight.copy_(result[1]), result[2]  # or autograd would copy it unseen
-        return result
 
-    if _recording is None:
-        return work()
-    if func._schema.is_mutable:  # nothing runs while it is recorded
-        _recording.append(work)
+def _has_result_type(func: Any) -> bool:
+    return func._schema.name in ("aten::mm", "aten::bmm") and func._overloadname.startswith("dtype")
+
+
+def _record(graph: list[Callable[[], Any]], func: Any, args: Any, kwargs: Any) -> Any:
+    """Return an operation's result without carrying it out: there is nothing in it before the first replay."""
+    returned = [value.alias_info for value in func._schema.returns]
+    if func._schema.is_mutable:
+        assert all(returned), f"{func} both changes tensors and makes some"
+        graph.append(functools.partial(_carry_out, func, args, kwargs))
+        values = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        results = [named[name] for name in changed if name in named]
-        return None if not func._schema.returns else results[0] if len(func._schema.returns) == 1 else tuple(results)
-    result = work()
-    made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-    known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-    if made and any(t.numel() and t.untyped_storage().data_ptr() not in known for t in made):
+        results = tuple(values[name] for name in changed if values.get(name) is not None)
+        return None if not returned else results[0] if len(returned) == 1 else results
+    if any(returned) or func._schema.name in ("aten::_unsafe_view", "aten::sym_size"):
+        return func(*args, **kwargs)  # views
+    if _has_result_type(func):
+        shapes = torch.empty((*args[0].shape[:-1], args[1].shape[-1]), dtype=args[2], device="meta")
+    elif func._schema.name == "aten::_embedding_bag":  # which makes less on a CPU than it does without memory
+        shapes = func(*args, **kwargs)
+    else:
+        in_shapes = tree_map(_shape, args), tree_map(_shape, kwargs)
+        shapes = func(*in_shapes[0], **in_shapes[1])
+    made = tree_map(_of_shape, shapes)
 
-        def again() -> None:
-            for old, new in zip(made, (t for t in tree_leaves(work()) if isinstance(t, Tensor)), strict=True):
+    def again() -> None:
+        results = tree_leaves(_carry_out(func, args, kwargs))
+        for old, new in zip(tree_leaves(made), results, strict=True):
+            if isinstance(old, Tensor):
                 old.copy_(new)
 
-        _recording.append(again)
-        for tensor in made:
-            if tensor.is_floating_point():
-                tensor.fill_(torch.nan)  # there is nothing in it before the first replay
-    return result
+    graph.append(again)
+    return made
+
+
+def _shape(value: Any) -> Any:
+    """Return a tensor without memory for one with, and torch's device of such tensors for any."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
+def _of_shape(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    tensor = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
 
 
 class _Operations(TorchDispatchMode):
@@ -230,7 +264,9 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, device: torch.device) -> Tensor:
         ctx.before = x.device
-        _forbid_while_recording("a copy between the devices")
+        if device.type == "cpu":
+            _wait("a copy to the host")
+        _forbid_while_recording("a copy to the device")
         copied = _values(x.detach()).clone()
         return Pretended(copied) if device.type == "cuda" else copied
 
@@ -250,6 +286,17 @@ class _Generator(torch.Generator):
 
 
 _recording: list[Callable[[], Any]] | None = None
+_waits: Counter[str] = Counter()
+
+
+def _wait(what: str) -> None:
+    """Count what makes the host wait for the device.
+
+    Raises:
+        RuntimeError: a graph is being recorded.
+    """
+    _forbid_while_recording(what)
+    _waits[what] += 1
 
 
 def _forbid_while_recording(what: str) -> None:
@@ -324,19 +371,23 @@ def _module_to(to: Callable[..., Any]) -> Callable[..., Any]:
     return module_to
 
 
-def _grouped(group: Callable[..., Any]) -> Any:
-    """Return the function by which optimizers group tensors: it asks torch where they are."""
+def _grouped(group: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function by which gradients are grouped for optimizers: it asks torch where they are."""
 
     def grouped(tensorlists: Any, with_indices: bool = False) -> Any:
         groups = group(tensorlists, with_indices)
         return {(of_group[0][0][0].device, dtype): of_group for (_, dtype), of_group in groups.items()}
 
-    return staticmethod(grouped)
+    return grouped
 
 
 @contextlib.contextmanager
-def pretended_gpu(interpreted: SimpleNamespace | None = None) -> Iterator[None]:
-    """Pretend that there is a GPU; `interpreted` has the kernel modules for it, None: the definitions run on it."""
+def pretended_gpu(interpreted: SimpleNamespace | None = None) -> Iterator[Counter[str]]:
+    """Pretend that there is a GPU, and yield a count of what makes the host wait for it.
+
+    Args:
+        interpreted: the kernel modules that run on it; None: the definitions do.
+    """
     stand_ins: dict[str, Any] = {
         "CUDAGraph": _Graph,
         "Event": _Stream,
@@ -372,8 +423,10 @@ def pretended_gpu(interpreted: SimpleNamespace | None = None) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", _Stream))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(mock.patch.object(nn.Module, "to", _module_to(nn.Module.to)))
-        group = "_group_tensors_by_device_and_dtype"
-        stack.enter_context(mock.patch.object(torch.optim.Optimizer, group, _grouped(getattr(torch.optim.Optimizer, group))))
+        for name in ("torch.optim.optimizer", "torch.nn.utils.clip_grad"):
+            module = importlib.import_module(name)
+            group = _grouped(module._group_tensors_by_device_and_dtype)
+            stack.enter_context(mock.patch.object(module, "_group_tensors_by_device_and_dtype", group))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda x, *_: x))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwriting)
@@ -383,7 +436,8 @@ def pretended_gpu(interpreted: SimpleNamespace | None = None) -> Iterator[None]:
             stack.enter_context(_launching_on_the_cpu(interpreted))
         stack.enter_context(_Operations())
         stack.enter_context(_Functions())
-        yield
+        _waits.clear()
+        yield _waits
 
 
 @contextlib.contextmanager
