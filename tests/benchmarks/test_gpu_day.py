@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended import pretended_gpu
 
 from benchmarks import gpu_day, gpu_jobs
 from benchmarks.gpu_findings import Check
@@ -106,3 +107,20 @@ def test_made_up_defects_lie_in_their_masks(day: gpu_day.Day) -> None:
     assert int(mask.sum()) == 16 * 16
     brighter = (spot - good).mean(0)
     assert brighter[mask].mean() > 0.2 and abs(float(brighter[~mask].mean())) < 0.02
+
+
+# ---- on a pretended GPU: nothing lies on another device than it should. Recorded steps are in tests/training.
+
+SHORT = ("train", "save and load", "Scorer", "evaluate", "absorb")  # of VQ-Flow, whose scores take a second
+
+
+@pytest.mark.parametrize("method", gpu_day.METHODS)
+def test_a_day_on_a_gpu(method: str) -> None:
+    with pretended_gpu():
+        day = gpu_day.Day(method, CUDA)
+        steps = {name.partition(", ")[2]: step for name, step in day.steps.items()}
+        steps.pop("train in recorded steps", None)
+        for name in SHORT if method == "vqflow" else steps:
+            assert failed(steps[name]()) == [], name
+        assert day.model(CUDA).device.type == "cuda"
+        day.close()
