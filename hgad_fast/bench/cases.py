@@ -531,7 +531,7 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
     if problem.device.type == "cuda":
         model = problem.ours("bf16")
         finish, moved = _finish_step(inputs, model.nfs[0], model.mixture.level(0), model.optimizer)
-        replay = functools.partial(_recorded_step, model, lambda: finish(forward(model)), [])
+        replay = functools.partial(_recorded_step, model, forward, finish, [])
         contenders.append(Contender("hgad_fast, bf16, recorded", problem.path(), replay, flop, moved, precision="bf16"))
 
     peer_flop = flow_flop(size, dense=True, backward=True)
@@ -549,9 +549,16 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
 
 
 def _recorded_step(
-    model: Any, step: Callable[[], Results], recorded: list[tuple[Callable[[], Any], Results]]
+    model: Any,
+    forward: Callable[[Any], Results],
+    finish: Callable[[Results], Results],
+    recorded: list[tuple[Callable[[], Any], Results]],
 ) -> Results:
     """Run the model's step as a CUDA graph, recorded at the first call; that call's step starts where others' do."""
+
+    def step() -> Results:
+        return finish(forward(model))
+
     if not recorded:
         state = copy.deepcopy(model.state_dict())
         for group in model.optimizer.param_groups:

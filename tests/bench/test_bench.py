@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from click.testing import Result
 from golden import Golden, official_losses_and_gradients
 from matplotlib.figure import Figure
+from pretended import pretended_gpu
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -554,3 +556,14 @@ def test_command_fails_on_a_wrong_result_and_an_unknown_case(monkeypatch: pytest
     result = hgad("speed")
     assert result.exit_code == 1 and "there is no benchmark 'speed'" in result.stderr
     assert all(case in hgad("--help").stdout for case in cases.CASES)
+
+
+def test_the_recorded_step_is_ours(interpreted: SimpleNamespace) -> None:
+    """On a pretended GPU it gives what the eager step gives: it starts where that one does."""
+    size = replace(cases.QUICK, images=1, height=4, width=4, channels=8, blocks=1)
+    with pretended_gpu(interpreted):
+        contenders = {each.name: each for each in cases.training_case(cases.Problem(size, torch.device("cuda")))}
+        eager, recorded = (contenders[name]() for name in ("hgad_fast, bf16", "hgad_fast, bf16, recorded"))
+        assert eager.keys() == recorded.keys()
+        for name, right in eager.items():
+            torch.testing.assert_close(recorded[name].cpu(), right.cpu(), msg=name)

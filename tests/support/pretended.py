@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hgad_fast.training import step
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 MAKING = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
@@ -61,6 +63,9 @@ class Pretended(Tensor):
                 copied = self.detach().clone()
             memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
         return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.values.__reduce_ex__(protocol)  # a file holds it as a tensor on the CPU
 
     def data_ptr(self) -> int:
         return self.values.data_ptr()
@@ -223,6 +228,8 @@ class _Functions(TorchFunctionMode):
             return _to(*args, **kwargs)
         if func in MOVING:
             return _moved(args[0], CPU if func is Tensor.cpu else GPU)
+        if func is torch.device:
+            return func(*args, **kwargs)
         args, kwargs = tuple(map(_numbered, args)), {name: _numbered(value) for name, value in kwargs.items()}
         before = _Functions.on_device
         _Functions.on_device = any(isinstance(value, Pretended) for value in tree_leaves((args, kwargs)))
@@ -434,6 +441,7 @@ def pretended_gpu(interpreted: SimpleNamespace | None = None) -> Iterator[Counte
             stack.enter_context(mock.patch.dict("os.environ", HGAD_FAST_BACKEND="torch"))
         else:
             stack.enter_context(_launching_on_the_cpu(interpreted))
+        stack.enter_context(mock.patch.dict(step._side_streams, clear=True))
         stack.enter_context(_Operations())
         stack.enter_context(_Functions())
         _waits.clear()

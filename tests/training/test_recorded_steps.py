@@ -41,7 +41,6 @@ def test_recorded_steps_are_eager_ones_and_nothing_waits(
     results = []
     for eager_steps in (STEPS, EAGER_STEPS):  # the first time nothing is recorded
         monkeypatch.setattr(step, "EAGER_STEPS", eager_steps)
-        monkeypatch.setattr(step, "_side_streams", {})
         model, levels = make()
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
         with pretended_gpu(interpreted) as waits:
