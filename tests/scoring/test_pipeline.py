@@ -259,9 +259,8 @@ def test_ctrl_c_leaves_whole_files_and_a_table_and_the_rest_can_follow(model_fil
     arguments = [model_file, tmp_path / "in", "--output", tmp_path / "out", "--device", "cpu"]
     process = start(arguments)
     journal = tmp_path / "out" / "scores.jsonl"
-    deadline = time.monotonic() + 300
     while not journal.exists() or journal.read_text().count("\n") < 4:
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None  # it ends by itself, so this does, too
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=300)
