@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import ops
 from ..protocol import Detector
 from .drawing import Draw
 from .feeding import Batch, DeviceFeed, DeviceQueue, Feed, HostFeed, Part
@@ -70,7 +71,8 @@ class Step:
         terms: the names of what the objective of the last step reports.
 
     Raises:
-        ValueError: the model's device or the number of processes does not allow graphs, or the method no draw.
+        ValueError: the model's device, the number of processes or the backend of the operations does not allow graphs,
+            or the method no draw.
     """
 
     def __init__(self, model: Detector, processes: Processes, graphs: bool = False) -> None:
@@ -78,6 +80,12 @@ class Step:
             raise ValueError(f"cuda_graphs=True needs the model on a CUDA device; it is on {model.device}")
         if graphs and processes.count > 1:
             raise ValueError("cuda_graphs=True works in one process; leave it out where several train together")
+        _, parameter = next(model.named_parameters())
+        if graphs and parameter.is_cuda and ops.path(parameter) == "torch":
+            raise ValueError(
+                "cuda_graphs=True records Triton's kernels, and the definitions in torch compute here, which wait for "
+                "the device: install Triton, unset HGAD_FAST_BACKEND, or leave cuda_graphs out"
+            )
         if model.pixels_per_step is not None and not model.pointwise:
             raise ValueError(
                 f"pixels_per_step is {model.pixels_per_step}: the method {model.config.method!r} looks at a map as a "

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import rounding
 import torch
+from pretended import pretended_gpu
 from rounding import SAME_IN_FLOAT64
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -290,6 +291,11 @@ def test_labels_of_a_method_that_forms_its_own_groups_may_be_any():
     model = make_model()
     model.groups_are_classes = False
     step.check_labels(torch.tensor([70]), model)
+
+
+def test_graphs_need_kernels():
+    with pretended_gpu(), pytest.raises(ValueError, match="cuda_graphs=True records Triton's kernels"):
+        Step(make_model().to("cuda"), Processes(), graphs=True)
 
 
 def test_graphs_need_a_gpu():
