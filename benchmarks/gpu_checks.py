@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from hgad_fast.training.step import Step
 # Frobenius-relative, against float64. Products of float32 accuracy (tf32x3, or float32 itself) are bound more loosely
 # than in tests/kernels/test_kernels.py: tensor cores sum in an order and with a rounding of their own.
 FORWARD, BACKWARD = 5e-6, 2e-5
+# Against the same rounding of operands on a CPU. A hidden unit that another order of sums leaves on the other side of
+# the middle between two bfloat16 numbers takes the other one: 1e-4 was seen. Results rounded, too, are off by 2e-3.
+ROUNDED = {"tf32": (TOLERANCE["fp32"], GRADIENT_TOLERANCE["fp32"]), "bf16": (5e-4, 2 * GRADIENT_TOLERANCE["fp32"])}
 BFLOAT16 = 4e-3  # of a result that is returned in bfloat16
 ROUNDED = 5e-5  # from the product of rounded operands, rotations in bf16x3 counted; that of truncated ones is 3e-4 away
 
@@ -207,7 +210,10 @@ def trained_flow(size: Size, draw: Draw) -> Any:
 
 
 def check_flow(size: Size, device: torch.device) -> list[Check]:
-    """Check a flow: float32 against float64, tf32 and bf16 operands against the same rounding on a CPU."""
+    """Check a flow: float32 against float64, tf32 and bf16 operands against the same rounding on a CPU.
+
+    In bf16 that is the definition: `flow` rounds on a CPU the results of products, too.
+    """
     draw = Draw(device)
     flow = trained_flow(size, draw)
     x, gz, glog_det = (
@@ -216,27 +222,30 @@ def check_flow(size: Size, device: torch.device) -> list[Check]:
         draw.normal(size.pixels),
     )
 
-    def results(device: torch.device, dtype: torch.dtype, **options: str) -> tuple[list[Tensor], list[Tensor]]:
+    def results(
+        compute: Callable[..., tuple[Tensor, Tensor]], device: torch.device, dtype: torch.dtype, **options: str
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return z and log_det, and the gradients of x and the parameters."""
         model = copy.deepcopy(flow).to(device, dtype)
         grid = ops.SeparablePosition(*(t.to(dtype) for t in flow.grid(size.height, size.width, device)))
         leaf = x.detach().to(device, dtype).requires_grad_()
-        outputs = (
-            ops.flow(leaf, model.blocks, grid, **options) if options else ops.flow_definition(leaf, model.blocks, grid)
-        )
+        outputs = compute(leaf, model.blocks, grid, **options)
         upstream = gz.to(device, dtype), glog_det.to(device, dtype)
         return [t.detach() for t in outputs], list(torch.autograd.grad(outputs, [leaf, *model.parameters()], upstream))
 
-    exact = results(device, torch.float64)
+    cpu = torch.device("cpu")
+    exact = results(ops.flow_definition, device, torch.float64)
+    rounded = {
+        "tf32": results(ops.flow, cpu, torch.float32, backend="torch", precision="tf32"),
+        "bf16": results(ops.flow_definition, cpu, torch.float32, precision="bf16"),
+    }
     checks = [kernels_run(x)]
     for precision in ops.PRECISIONS:
         for memory in ops.MEMORY_MODES:
             options = {"precision": precision, "memory": memory}
-            expected, forward, backward = exact, FORWARD, BACKWARD
-            if precision != "fp32":
-                expected = results(torch.device("cpu"), torch.float32, backend="torch", **options)
-                forward, backward = TOLERANCE["fp32"], GRADIENT_TOLERANCE["fp32"]
-            computed = results(device, torch.float32, **options)
+            expected = rounded.get(precision, exact)
+            forward, backward = ROUNDED.get(precision, (FORWARD, BACKWARD))
+            computed = results(ops.flow, device, torch.float32, **options)
             name = f"flow, {precision}, {memory} memory"
             for part, allowed, ours, theirs in zip(
                 ("", ", backward"), (forward, backward), computed, expected, strict=True

@@ -136,7 +136,7 @@ def place_distances(x: Tensor, place: Tensor | None, mean: Tensor, factor: Tenso
     if N < 2 * P:
         launch(
             _pixel_kernel, (N, K),
-            x_ptr=rows(x), place_ptr=mean if place is None else place.contiguous(), IN_ORDER=place is None, P=P,
+            x_ptr=rows(x), place_ptr=distances if place is None else place.contiguous(), IN_ORDER=place is None, P=P,
             **tables, BLOCK_D=_block(D, READ), BLOCK_M=_block(M, READ),
         )  # fmt: skip
         return distances.T

@@ -505,14 +505,17 @@ def official_loop_case(problem: Problem) -> list[Contender]:
     def forward(model: Any) -> Results:
         return model(problem.x, (labels, problem.onehot), problem.position, scale=0, epoch=2)
 
-    return _steps(problem, forward, inputs=(problem.x, problem.labels, problem.onehot, problem.position))
+    inputs = problem.x, problem.labels, problem.onehot, problem.position
+    return _steps(problem, forward, inputs, recordable=False)  # what a dense position holds is looked at on the host
 
 
-def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence[Tensor]) -> list[Contender]:
+def _steps(
+    problem: Problem, forward: Callable[[Any], Results], inputs: Sequence[Tensor], recordable: bool = True
+) -> list[Contender]:
     """Return our step from `inputs` at every precision, in either memory, and the peers'.
 
     In the memory that "auto" does not take it is there at every precision on a CPU, and in bf16 on CUDA.
-    On CUDA ours in bf16 is there as a recorded graph, too; its memory was laid out when it was recorded.
+    On CUDA ours in bf16 is there as a recorded graph, too, if it is `recordable`; its memory was laid out then.
     """
     size = problem.size
     flop = flow_flop(size, dense=False, backward=True)
@@ -528,7 +531,7 @@ def _steps(problem: Problem, forward: Callable[[Any], Results], inputs: Sequence
         finish, moved = _finish_step(inputs, model.nfs[0], model.mixture.level(0), model.optimizer)
         contender_forward = functools.partial(forward, model)
         contenders.append(Contender(name, problem.path(), contender_forward, flop, moved, finish, precision=precision))
-    if problem.device.type == "cuda":
+    if problem.device.type == "cuda" and recordable:
         model = problem.ours("bf16")
         finish, moved = _finish_step(inputs, model.nfs[0], model.mixture.level(0), model.optimizer)
         replay = functools.partial(_recorded_step, model, forward, finish, [])

@@ -176,4 +176,6 @@ def test_pixels_in_the_order_of_their_places_need_none(interpreted, sizes, image
     x, place, mean, factor = draw(torch.arange(sizes[1]).repeat(images), *sizes, dtype)
     actual = interpreted.place.place_distances(x, None, mean, factor)
     assert torch.equal(actual, interpreted.place.place_distances(x, place, mean, factor))
+    of_a_band = torch.cat([mean, mean], 2)[:, :, : mean.shape[2]]  # Gaussians in several bands give such means
+    assert torch.equal(actual, interpreted.place.place_distances(x, None, of_a_band, factor))
     assert_right(actual, x, place, mean, factor)
