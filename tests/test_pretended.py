@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,20 @@ from pretended import pretended_gpu
 from torch import nn
 
 from hgad_fast import ops
+from hgad_fast.modules.flow import sinusoidal_position
 
+WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "a copy to the host": lambda x: x.cpu(),
+    "a copy between the devices": lambda x: x.copy_(torch.ones(3)),
+    "nonzero": lambda x: x.nonzero(),
+    "an index by a mask": lambda x: x[x > 0],
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+}
 pytestmark = pytest.mark.usefixtures("clean_process")
 
 
@@ -68,13 +83,15 @@ def test_gradients_and_steps_are_those_of_a_cpu(layer: nn.Module) -> None:
         torch.testing.assert_close(results[1][name], right)
 
 
-def test_waits_of_the_host_are_counted() -> None:
+@pytest.mark.parametrize("what", WAITS)
+def test_waits_of_the_host_are_counted(what: str) -> None:
     with pretended_gpu() as waits:
         there = torch.ones(3, device="cuda")
         (there * 2).to("cuda").sum()
+        there.copy_(torch.zeros(3), non_blocking=True)
         assert not waits
-        there.sum().item(), there.tolist(), there.cpu()
-        assert waits == {"item": 1, "tolist": 1, "a copy to the host": 1}
+        WAITS[what](there)
+        assert set(waits) == {what}
 
 
 def test_a_graph_does_nothing_before_it_is_replayed_and_the_same_again() -> None:
@@ -91,20 +108,22 @@ def test_a_graph_does_nothing_before_it_is_replayed_and_the_same_again() -> None
         assert total.tolist() == [22, 22, 22] and doubled.tolist() == [20, 20, 20]
 
 
-@pytest.mark.parametrize("what", ["item", "tolist", "a copy to the host", "a copy to the device"])
+@pytest.mark.parametrize("what", [*WAITS, "a copy to the device"])
 def test_what_cannot_be_recorded_is_refused(what: str) -> None:
     with pretended_gpu():
         there = torch.ones(3, device="cuda")
-        work = {
-            "item": lambda: there.sum().item(),
-            "tolist": there.tolist,
-            "a copy to the host": there.cpu,
-            "a copy to the device": lambda: torch.tensor([1.0], device="cuda"),
-        }[what]
+        work = WAITS.get(what, lambda there: torch.tensor([1.0], device="cuda"))
         with pytest.raises(RuntimeError, match=f"when stream is capturing: {what}"):
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                work()
-        work()
+                work(there)
+        work(there)
+
+
+def test_nothing_of_it_is_kept() -> None:
+    """What the library keeps by device is made anew: a GPU that is there has no use for it."""
+    with pretended_gpu():
+        assert sinusoidal_position(2, 2, 4, torch.device("cuda", 0)).column.is_cuda
+    assert sinusoidal_position.cache_info().currsize == 0
 
 
 def test_kernels_run_on_what_the_device_holds(interpreted: SimpleNamespace, launches: dict[str, int]) -> None:

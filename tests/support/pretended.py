@@ -26,12 +26,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hgad_fast.models.hgad import _window
+from hgad_fast.modules.flow import sinusoidal_position
+from hgad_fast.modules.place_gaussian import places
+from hgad_fast.scoring.maps import blurred_axis
 from hgad_fast.training import step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+WAITING = {
+    "aten::_local_scalar_dense": "item",
+    "aten::masked_select": "masked_select",
+    "aten::nonzero": "nonzero",
+    "aten::repeat_interleave": "repeat_interleave",
+    "aten::_unique2": "unique",
+    "aten::unique_consecutive": "unique",
+    "aten::unique_dim": "unique",
+}
 MAKING = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
 MOVING = (Tensor.to, Tensor.cpu, Tensor.cuda)
+KEPT = (_window, blurred_axis, places, sinusoidal_position)  # functions that keep tensors, by their device
 FREE_BYTES = 10**10
 
 
@@ -116,8 +130,8 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     on_device = target.type == "cuda" if target is not None else any(isinstance(t, Pretended) for t in tensors)
     if target is None and on_device and name != "aten::copy_" and not in_backward:
         _require_one_device(name, args, tensors)
-    if name == "aten::_local_scalar_dense" and on_device:
-        _wait("item")
+    if on_device:
+        _count_waits(name, args, kwargs)
     args_and_kwargs = tree_map(_values, (args, kwargs))
     if _recording is not None and on_device:
         result = _record(_recording, func, *args_and_kwargs)
@@ -127,6 +141,19 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = {id(_values(t)): t for t in tensors}
         return tree_map(lambda t: given.get(id(t)) if isinstance(t, Tensor) else t, result)
     return tree_map(lambda t: Pretended(t) if isinstance(t, Tensor) else t, result) if on_device else result
+
+
+def _count_waits(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    """Count an operation that makes the host wait: for a number, for how much there is, or for a copy."""
+    if name in WAITING or name in INDEXING and _is_mask(args[1]):
+        _wait(WAITING.get(name, "an index by a mask"))
+    if name == "aten::copy_" and args[0].is_cuda != args[1].is_cuda:
+        if not (args[2] if len(args) > 2 else kwargs.get("non_blocking")):
+            _wait("a copy between the devices")
+
+
+def _is_mask(indices: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in indices)
 
 
 def _values(value: Any) -> Any:
@@ -331,10 +358,13 @@ class _Stream:
     def elapsed_time(self, other: Any) -> float:
         return 1.0
 
-    def synchronize(self, *_: Any) -> None:
-        pass
+    def wait(self, *_: Any) -> None:
+        """Let the device wait, which is done already."""
 
-    record = wait = wait_event = wait_stream = synchronize
+    record = wait_event = wait_stream = wait
+
+    def synchronize(self) -> None:
+        _wait("synchronize")
 
 
 class _Graph:
@@ -421,7 +451,7 @@ def pretended_gpu(interpreted: SimpleNamespace | None = None) -> Iterator[Counte
         "set_device": _nothing,
         "set_per_process_memory_fraction": _nothing,
         "stream": _nowhere,
-        "synchronize": _nothing,
+        "synchronize": lambda device=None: _wait("synchronize"),
     }
     overwriting = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
@@ -442,6 +472,9 @@ def pretended_gpu(interpreted: SimpleNamespace | None = None) -> Iterator[Counte
         else:
             stack.enter_context(_launching_on_the_cpu(interpreted))
         stack.enter_context(mock.patch.dict(step._side_streams, clear=True))
+        for kept in KEPT:  # by device: tensors of a GPU that is there are no tensors of this one
+            kept.cache_clear()
+            stack.callback(kept.cache_clear)
         stack.enter_context(_Operations())
         stack.enter_context(_Functions())
         _waits.clear()
