@@ -152,7 +152,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "user-training-40-classes": user_training(more_classes),
         "validation": [job("batches beyond the backbone", gpu_user.validation_times, large, device, rounds)],
         "user-scoring": [job("HGAD from pixels", gpu_user.hgad_scoring, device, small)],
-        "native": [job("an image at its native size", gpu_user.native_times, device, 256 if small else 8192, small)],
+        "native": [Job(*step) for step in gpu_user.Native(device, small).steps.items()],
         "methods": [job(name, gpu_user.method_scoring, name, device, small) for name in gpu_user.METHODS],
         "small-checks": against_float64(*every_check, sizes=SIZES[1:2]),
         "sanitizer": [job("compute-sanitizer", gpu_checks.check_memory)],

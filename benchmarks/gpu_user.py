@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -389,42 +390,73 @@ def drawn_images(count: int, side: int) -> Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def native_times(device: torch.device, side: int = 8192, small: bool = False) -> Iterator[Figure]:
-    """Time one image at its native size by the published HGAD, label-free: in tiles, as it comes, and as a whole.
+class Native:
+    """Steps that time one image at its native size by the published HGAD: in tiles, as it comes, and as a whole.
 
-    The backbone looks at the whole image, so that tiles have features of their own; a GPU of 40 GB takes it whole.
+    The backbone looks at the whole image, so that tiles have features of their own. The model is fitted at a small size
+    and then sees images as the published one does: the map's side is `msk_size` times the image's over `img_size`.
     """
-    config = HGADConfig(n_classes=15, backbone_weights=None, precision=recommended(device))
-    model = fitted(tiny(config) if small else config.replace(img_size=256), device)
-    model.calibration.img_size = "native"
-    (image,) = drawn_images(1, side)
-    seen = preprocess(image, model.config.replace(img_size="native"))
-    label = f"scoring, hgad, an image of {side} x {side}, label-free"
 
-    def of(way: str, work: Callable[[], Any], backbone: Callable[[], Any] | None = None) -> Iterator[Figure]:
-        peak = timing.peak_memory(work, device) / 1e9  # this call warms up, too
-        taken = timing.seconds(work, device)
-        yield Figure(f"{label}, {way}, time", taken, "s")
-        yield Figure(f"{label}, {way}, megapixels per second", side * side / 1e6 / taken, "MP/s")
-        yield Figure(f"{label}, {way}, memory", peak, "GB")
+    def __init__(self, device: torch.device, small: bool = False) -> None:
+        self.device, self.small, self.side = device, small, 256 if small else 8192
+        self.label = f"scoring, hgad, an image of {self.side} x {self.side}"
+        in_tiles = {"tiles": "always"}
+        self.steps: dict[str, Callable[[], Iterator[Figure]]] = {
+            "in tiles, label-free": functools.partial(self.from_pixels, "in tiles, label-free", None, **in_tiles),
+            "from features": self.from_features,
+            "in tiles, class given": functools.partial(self.from_pixels, "in tiles, class given", 0, **in_tiles),
+            "whole, label-free": self.whole,  # the last: what goes wrong here may cost the device
+        }
+
+    @functools.cached_property
+    def model(self) -> HGADModel:
+        config = HGADConfig(n_classes=15, backbone_weights=None, precision=recommended(self.device))
+        config = tiny(config) if self.small else config
+        model: HGADModel = fitted(config.replace(img_size=32 if self.small else 256), self.device)
+        model.config = model.config.replace(img_size=config.img_size)
+        assert model.calibration is not None
+        model.calibration.img_size = "native"
+        return model
+
+    @functools.cached_property
+    def image(self) -> Tensor:
+        return drawn_images(1, self.side)[0]
+
+    def pieces(self, cut: bool) -> Any:
+        """Return the feature maps of the image, which are computed as they are asked for."""
+        return feature_maps(self.model, preprocess(self.image, self.model.config.replace(img_size="native")), cut)
+
+    def timed(self, way: str, work: Callable[[], Any], backbone: Callable[[], Any] | None = None) -> Iterator[Figure]:
+        peak = timing.peak_memory(work, self.device) / 1e9  # this call warms up, too
+        taken = statistics.median(timing.seconds(work, self.device) for _ in range(3))
+        yield Figure(f"{self.label}, {way}, time", taken, "s")
+        yield Figure(f"{self.label}, {way}, megapixels per second", self.side**2 / 1e6 / taken, "MP/s")
+        yield Figure(f"{self.label}, {way}, memory", peak, "GB", "beyond model and image")
         if backbone is not None:
-            share = timing.seconds(backbone, device) / taken
-            yield Figure(f"{label}, {way}, share of the backbone", share, "of 1")
-        timing.release_memory(device)
+            alone = statistics.median(timing.seconds(backbone, self.device) for _ in range(3))
+            yield Figure(f"{self.label}, {way}, backbone", alone, "s", "with the copy of the image to the device")
+            yield Figure(f"{self.label}, {way}, share of the backbone", alone / taken, "of 1")
+        timing.release_memory(self.device)
 
-    features = feature_maps(model, seen, True).whole()
-    yield from of("from features", functools.partial(model.score_features, features))
-    del features
-    ways: dict[str, dict[str, Any]] = {
-        "in tiles": {"tiles": "always"},
-        "whole": {"tiles": "never", "max_memory": "64GB"},
-    }
-    for way, options in ways.items():
-        scored = functools.partial(score_images, model, image, img_size="native", **options)
-        yield from of(way, scored, lambda way=way: consume(feature_maps(model, seen, way == "in tiles").pieces()))
+    def from_features(self) -> Iterator[Figure]:
+        """Time the way from features on the device to a map of `msk_size`."""
+        work = functools.partial(self.model.score_features, self.pieces(cut=True).whole())
+        yield from self.timed("label-free, from features", work)
+
+    def from_pixels(self, way: str, class_id: int | None, **options: Any) -> Iterator[Figure]:
+        work = functools.partial(score_images, self.model, self.image, class_id, img_size="native", **options)
+        cut = options["tiles"] == "always"
+        yield from self.timed(way, work, lambda: deque(self.pieces(cut).pieces(), maxlen=0))
+
+    def whole(self) -> Iterator[Figure]:
+        """Time the image without tiles, where its memory and the indices of the operations allow it."""
+        way = "whole, label-free"
+        try:
+            yield from self.from_pixels(way, None, tiles="never", max_memory="128GB")
+        except (RuntimeError, ValueError) as error:  # no memory, tensors of more than 2**31 elements, or refused
+            yield Figure(f"{self.label}, {way}, time", None, "s", first_line(error))
 
 
-def consume(pieces: Iterable[Any]) -> None:
-    """Compute all pieces, and keep none."""
-    for _ in pieces:
-        pass
+def first_line(error: Exception) -> str:
+    """Return what a note says of an error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
