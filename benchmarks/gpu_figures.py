@@ -30,12 +30,14 @@ from hgad_fast.features.extract import feature_set
 from hgad_fast.models.config import HGADConfig
 from hgad_fast.models.hgad import HGADModel, StageLoss
 from hgad_fast.scoring.calibration import calibrate_on
+from hgad_fast.scoring.scorer import Scorer
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import EAGER_STEPS, Group, Step, gather, on_side_stream, record
 
 L2_BYTES = 256e6  # several times what the largest second-level caches hold
 MEMORY_LIMIT = 16e9
 RATE = 1e-4
+BACKBONE_ALONE = "from normalised images on the device to features, without the copy to it"
 EVERYTHING = "memory, everything counted"  # the allocator's peak: what was there before the work, too
 
 
@@ -572,14 +574,35 @@ def scorer_times(device: torch.device, small: bool = False) -> Iterator[Figure |
         settings |= {"out_indices": (1,), "coupling_layers": 2, "pos_embed_dim": 8}
     model = latency.model_for(side, device, **settings)
     device_name = environment.device_name(device)
+    label = f"Scorer, {backbone}, {side} px"
+    encoder: Any = model.require_encoder()
+    normalised = encoder.normalize(drawn_images(1, side).to(device))
+    rounds = 3 if small else 50
+    for _ in range(3):
+        encoder(normalised, fast=True)
+    alone = statistics.median(timing.seconds(lambda: encoder(normalised, fast=True), device) for _ in range(rounds))
+    yield Figure(f"{label}, backbone", 1e3 * alone, "ms", BACKBONE_ALONE)
     for times_of_call in latency.of_model(model, (side, side), device_name, seconds=0 if small else 8):
-        label = f"Scorer, {backbone}, {side} px, {times_of_call.call}"
-        times = {
-            "p50": times_of_call.p50,
-            "p95": times_of_call.p95,
-            "beyond the backbone, p50": times_of_call.beyond_backbone,
-        }
+        call = f"{label}, {times_of_call.call}"
+        beyond = times_of_call.p50 - alone
+        times = {"p50": times_of_call.p50, "p95": times_of_call.p95, "beyond the backbone, p50": beyond}
         for name, seconds in times.items():
             is_target = name.startswith("beyond") and times_of_call.call.startswith("verdict, ")
-            yield Figure(f"{label}, {name}", 1e3 * seconds, "ms", at_most=5 if is_target else math.inf)
-        yield Figure(f"{label}, share of the backbone", times_of_call.features / times_of_call.p50, "of the p50")
+            yield Figure(f"{call}, {name}", 1e3 * seconds, "ms", at_most=5 if is_target else math.inf)
+        yield Figure(f"{call}, share of the backbone", alone / times_of_call.p50, "of the p50")
+    scorer = Scorer(model, frame_size=(side, side))
+    frame = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    yield from frame_memory(label, lambda: scorer(frame).score, device)
+
+
+def frame_memory(label: str, work: Callable[[], Any], device: torch.device) -> Iterator[Figure]:
+    """Yield what memory a frame takes at most; what a `Scorer` keeps between frames is in the second figure alone."""
+    work()
+    yield Figure(f"{label}, memory beyond model and Scorer", timing.peak_memory(work, device) / 1e9, "GB")
+    if device.type == "cuda":
+        yield Figure(f"{label}, {EVERYTHING}", torch.cuda.max_memory_allocated(device) / 1e9, "GB")
+
+
+def drawn_images(count: int, side: int) -> Tensor:
+    """Return noise (count, 3, side, side) in [0, 1]."""
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))

@@ -153,7 +153,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "validation": [Job(*step) for step in gpu_user.ValidationTimes(large, device, rounds).steps.items()],
         "user-scoring": [job("HGAD from pixels", gpu_user.hgad_scoring, device, small)],
         "native": [Job(*step) for step in gpu_user.Native(device, small).steps.items()],
-        "methods": [job(name, gpu_user.method_scoring, name, device, small) for name in gpu_user.METHODS],
+        "methods": [job(name, gpu_user.method_scoring, name, device, small) for name in gpu_user.SCORED],
         "small-checks": against_float64(*every_check, sizes=SIZES[1:2]),
         "sanitizer": [job("compute-sanitizer", gpu_checks.check_memory)],
     }

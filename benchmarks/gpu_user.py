@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_checks import kernels_run
-from benchmarks.gpu_figures import EVERYTHING, RATE, Images, measured_step, official_training_times, three_levels
+from benchmarks.gpu_figures import (
+    BACKBONE_ALONE,
+    EVERYTHING,
+    RATE,
+    Images,
+    drawn_images,
+    frame_memory,
+    measured_step,
+    official_training_times,
+    three_levels,
+)
 from benchmarks.gpu_findings import Check, Figure
 from hgad_fast import GaussianConfig, HGADConfig, Scorer, VQFlowConfig
 from hgad_fast.bench import cases, measure, timing
@@ -131,7 +141,7 @@ class TrainingRates:
         for recorded in dict.fromkeys((self.recorded, False)):
             try:
                 ours, *memory = self.fit_rate(recorded)
-            except Exception as error:
+            except Exception as error:  # whatever it is, a fit without recorded steps may work
                 if not recorded:
                     raise
                 yield Check(f"{self.label}, a fit of recorded steps runs", 1, 0, first_line(error))
@@ -354,10 +364,10 @@ def hgad_scoring(device: torch.device, small: bool = False) -> Iterator[Figure]:
     """Time the published HGAD at 1024 pixels, batches of 8, on a backbone of random weights."""
     config = HGADConfig(n_classes=15, backbone_weights=None, precision=recommended(device))
     options: dict[str, Any] = {"seconds": 0} if small else {}
-    yield from scoring_times(tiny(config) if small else config, device, given=True, **options)
+    yield from pixel_times(tiny(config) if small else config, device, given=True, **options)
 
 
-METHODS = ("hgad, fast", "gaussian", "vqflow, small", "vqflow")
+SCORED = ("gaussian", "vqflow", "hgad, fast", "vqflow, small")  # the presets of `method_scoring`
 
 
 def method_scoring(name: str, device: torch.device, small: bool = False) -> Iterator[Figure]:
@@ -370,7 +380,8 @@ def method_scoring(name: str, device: torch.device, small: bool = False) -> Iter
         "vqflow": lambda: VQFlowConfig(**common),
     }
     config = configs[name]()
-    yield from scoring_times(tiny(config) if small else config, device, name, seconds=0 if small else 1.5)
+    config = tiny(config) if small else config
+    yield from pixel_times(config, device, name, seconds=0 if small else 1.5, frames=True)
 
 
 def tiny(config: Config) -> Config:
@@ -385,10 +396,15 @@ def tiny(config: Config) -> Config:
     return config.replace(**changes)
 
 
-def scoring_times(
-    config: Config, device: torch.device, name: str = "hgad", seconds: float = 3, given: bool = False
+def pixel_times(
+    config: Config,
+    device: torch.device,
+    name: str = "hgad",
+    seconds: float = 3,
+    given: bool = False,
+    frames: bool = False,
 ) -> Iterator[Figure]:
-    """Time a fitted model on noise: a `Scorer` on single frames, then batches from pixels and from features.
+    """Time a fitted model on noise, in batches from pixels and from features.
 
     Args:
         config: of the model; the backbone's weights are random.
@@ -396,6 +412,7 @@ def scoring_times(
         name: of the method, in the figures.
         seconds: about as long is each way timed.
         given: time batches of images whose group is given, too.
+        frames: time a `Scorer` on single frames, too, before the batches.
     """
     model = fitted(config, device)
     side, count = config.img_size, config.batch_size
@@ -403,20 +420,29 @@ def scoring_times(
     label = f"scoring, {name}, {config.backbone_arch}, {side} px"
     megapixels = side * side / 1e6
     images = drawn_images(count, side)
-    frame = (images[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-    scorer = Scorer(model, frame_size=(side, side))
 
     def times(work: Callable[[], Any]) -> list[float]:
         """Return the seconds of each call, from 3 to 100 of them, the first two left out."""
         once = [timing.seconds(work, device) for _ in range(2)][-1]
         return [timing.seconds(work, device) for _ in range(min(max(int(seconds / once), 3), 100))]
 
-    verdicts = 1e3 * np.array(times(lambda: scorer(frame).score))
-    for percent in (50, 95):
-        yield Figure(f"{label}, Scorer, p{percent}", float(np.percentile(verdicts, percent)), "ms")
+    if frames:
+        scorer = Scorer(model, frame_size=(side, side))
+        frame = (images[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+
+        def verdict() -> float:
+            return scorer(frame).score
+
+        verdicts = 1e3 * np.array(times(verdict))
+        for percent in (50, 95):
+            yield Figure(f"{label}, Scorer, p{percent}", float(np.percentile(verdicts, percent)), "ms")
+        yield from frame_memory(f"{label}, Scorer", verdict, device)
 
     features = batch_features(model, list(images), config)
-    backbone = statistics.median(times(lambda: batch_features(model, list(images), config)))
+    encoder = model.require_encoder()
+    normalised = encoder.normalize(torch.stack([preprocess(image, config) for image in images]).to(device))
+    backbone = statistics.median(times(lambda: encoder(normalised, fast=True)))
+    yield Figure(f"{label}, batches of {count}, backbone", 1e3 * backbone, "ms", BACKBONE_ALONE)
     ids_by_way: dict[str, Any] = {"label-free": None}
     if given:
         ids_by_way["class given"] = score_prepared(model, features, throughput=True).class_id.cpu()
@@ -450,11 +476,6 @@ def fitted(config: Config, device: torch.device) -> Any:
     model.eval()
     calibrate_on(model, features, false_alarm_rate=0.5)
     return model
-
-
-def drawn_images(count: int, side: int) -> Tensor:
-    """Return noise (count, 3, side, side) in [0, 1]."""
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 class Native:
