@@ -539,7 +539,7 @@ def share_in_order(scores: Tensor, is_positive: Tensor) -> float:
 def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: int = 8) -> Iterator[Figure]:
     """Time the way from features to a verdict, label-free and calibrated, at the usual and at an enlarged size."""
     model = three_levels(size, device, "bf16" if device.type == "cuda" else "fp32").eval()
-    _calibrate(model, size)
+    calibrate_on_noise(model, size)
     for name, factor, count in (("an image", 1, frames), (f"an image {enlarged} times as wide", enlarged, 3)):
         maps = [(h * factor, w * factor) for h, w in Images(replace(size, images=1)).maps]
         features = [torch.randn(1, size.channels, h, w, device=device) for h, w in maps]
@@ -549,7 +549,8 @@ def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: 
         yield Figure(f"{label}, memory", timing.peak_memory(work, device) / 1e9, "GB")
 
 
-def _calibrate(model: HGADModel, size: Size) -> None:
+def calibrate_on_noise(model: HGADModel, size: Size) -> None:
+    """Give a model a calibration that fits nothing, on an image of each class: it takes as long as any."""
     images = Images(replace(size, images=max(size.classes, 2)))
     levels = [torch.stack(maps) for maps in zip(*images.images, strict=True)]
     ids = torch.arange(len(levels[0])) % size.classes

@@ -23,6 +23,7 @@ from benchmarks.gpu_figures import (
     EVERYTHING,
     RATE,
     Images,
+    calibrate_on_noise,
     drawn_images,
     frame_memory,
     measured_step,
@@ -47,7 +48,7 @@ from hgad_fast.features.preprocess import batch_features, feature_maps, preproce
 from hgad_fast.methods import create
 from hgad_fast.models.config import Config
 from hgad_fast.models.hgad import HGADModel
-from hgad_fast.scoring.calibration import Calibration, calibrate_on
+from hgad_fast.scoring.calibration import calibrate_on
 from hgad_fast.scoring.score import score_images, score_prepared
 from hgad_fast.training.processes import Processes
 from hgad_fast.training.step import Step
@@ -104,7 +105,7 @@ def first_scores(size: Size, device: torch.device) -> Iterator[Check]:
     yield kernels_run(torch.empty(0, device=device))
     for precision in dict.fromkeys((recommended(device), "fp32")):
         model = three_levels(size, device, precision).eval()
-        calibrated(model, size)
+        calibrate_on_noise(model, size)
         for images in (size.images, 1):
             features = [torch.stack(maps).to(device) for maps in zip(*Images(size).images[:images], strict=True)]
             for ids in (None, [0] * images):
@@ -298,7 +299,7 @@ class ValidationTimes:
     def ours(self, precision: str) -> Iterator[Check | Figure]:
         features = self.features
         model = copy_in(self.exact, precision)
-        calibrated(model, self.size)
+        calibrate_on_noise(model, self.size)
         ways: dict[str, Callable[[], Any]] = {
             "label-free": lambda: model.score_features(features, throughput=True),
             "official procedure": lambda: model.score_features(
@@ -326,13 +327,6 @@ def copy_in(model: HGADModel, precision: str) -> HGADModel:
     copied = HGADModel(model.config.replace(precision=precision)).to(model.device).eval()
     copied.load_state_dict(model.state_dict())
     return copied
-
-
-def calibrated(model: HGADModel, size: Size) -> None:
-    """Give a model a calibration that nothing was measured for: it takes as long as any."""
-    ids = torch.arange(30 * size.classes) % size.classes
-    zeros = torch.zeros(size.classes, model.config.feature_levels)
-    model.calibration = Calibration(zeros, torch.linspace(0, 1, len(ids)), ids)
 
 
 @torch.no_grad()
