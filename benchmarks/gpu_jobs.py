@@ -83,7 +83,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
     def user_training(size: Size) -> list[Job]:
         return [
             job("FrEIA", _official_is_there),
-            job("images per second", gpu_user.training_rates, size, device, images, rounds),
+            *(Job(*step) for step in gpu_user.TrainingRates(size, device, images, rounds).steps.items()),
             job("split of a step", gpu_figures.split_of_a_step, size, device, rounds),
             job("busy share", gpu_figures.waits_of_a_step, size, device),
         ]
@@ -150,10 +150,10 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "first-scores": [job("scores", gpu_user.first_scores, large, device)],
         "user-training": user_training(large),
         "user-training-40-classes": user_training(more_classes),
-        "validation": [job("batches beyond the backbone", gpu_user.validation_times, large, device, rounds)],
+        "validation": [Job(*step) for step in gpu_user.ValidationTimes(large, device, rounds).steps.items()],
         "user-scoring": [job("HGAD from pixels", gpu_user.hgad_scoring, device, small)],
-        "native": [job("an image at its native size", gpu_user.native_times, device, 256 if small else 8192, small)],
-        "methods": [job(name, gpu_user.method_scoring, name, device, small) for name in gpu_user.METHODS],
+        "native": [Job(*step) for step in gpu_user.Native(device, small).steps.items()],
+        "methods": [job(name, gpu_user.method_scoring, name, device, small) for name in gpu_user.SCORED],
         "small-checks": against_float64(*every_check, sizes=SIZES[1:2]),
         "sanitizer": [job("compute-sanitizer", gpu_checks.check_memory)],
     }

@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_jobs, gpu_plan, gpu_processes, triton_cache
+from benchmarks import gpu, gpu_jobs, gpu_plan, gpu_processes, gpu_user, triton_cache
 from benchmarks.gpu_findings import Check, Figure, LeftOut
 from benchmarks.gpu_plan import CASES, FINISHED, GROUPS, RUNS, Group, Run
+from hgad_fast import HGADConfig
 from hgad_fast.bench import cases, results
+from hgad_fast.bench.official import has_freia
+from hgad_fast.scoring.score import score_images
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -424,6 +427,46 @@ TARGETS = {
     "scorer": ("Scorer, test_efficientnet, 64 px, verdict, class inferred, beyond the backbone, p50",),
     "largest-batch": ("largest batch in 16 GB, ours, bf16, over the official",),
 }
+
+
+def test_an_image_at_its_native_size_has_the_map_of_the_published_model() -> None:
+    native = gpu_user.Native(CPU, small=True)
+    config = gpu_user.tiny(HGADConfig(n_classes=15, backbone_weights=None))
+    result = score_images(native.model, native.image, 0, img_size="native", map_size="seen")
+    assert result.anomaly_map.shape[1:] == (config.msk_size * native.side // config.img_size,) * 2
+    published = HGADConfig(n_classes=15)
+    assert (published.img_size, published.msk_size) == (1024, 256)
+
+
+def test_an_image_that_cannot_be_scored_whole_is_a_figure_without_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("too many elements\nand so on")
+
+    native = gpu_user.Native(CPU, small=True)
+    monkeypatch.setattr(gpu_user, "score_images", refused)
+    (figure,) = native.steps["whole, label-free"]()
+    assert figure.value is None and figure.note == "RuntimeError: too many elements"
+
+
+def test_a_fit_whose_recording_fails_is_a_failed_check_and_is_measured_without() -> None:
+    """On a CPU recorded steps are refused."""
+    rates = gpu_user.TrainingRates(cases.QUICK, CPU, images=6, rounds=1)
+    rates.recorded = True
+    check, rate = rates.steps["fit"]()
+    assert isinstance(check, Check) and not check.passed and "cuda_graphs=True" in check.note
+    assert isinstance(rate, Figure) and rate.value == rates.rates["ours"] and "recorded" not in rate.name
+
+
+def test_a_side_that_was_not_measured_costs_the_ratio_alone() -> None:
+    *measured, ratio = gpu_user.TrainingRates(cases.QUICK, CPU, images=6, rounds=1).steps["official loop, fp32"]()
+    assert all(isinstance(figure, Figure) and figure.value for figure in measured)
+    assert isinstance(ratio, Figure) and ratio.value is None and ratio.misses == has_freia()
+
+
+def test_a_peer_that_is_not_official_has_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_there, name in ((True, "official"), (False, "definition")):
+        monkeypatch.setattr(gpu_user, "has_freia", lambda is_there=is_there: is_there)
+        assert gpu_user.peer_name() == name and gpu_user.over("a", 1.0, 1.0, 2).misses == is_there
 
 
 def test_without_a_gpu_it_says_so_at_once() -> None:
