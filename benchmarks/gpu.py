@@ -24,8 +24,7 @@ from benchmarks import gpu_plan, gpu_processes, triton_cache
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.plan:
-        also = [*options.also, *(gpu_plan.unexplained(options.after) if options.after else [])]
-        print(gpu_plan.plan_text(options.plan, commit(options), also, _of_the_device(options)))
+        print(gpu_plan.plan_text(options.plan, commit(options), options.also, _of_the_device(options)))
         return 0
     if options.group:
         from benchmarks import gpu_jobs
@@ -65,8 +64,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("results", type=Path, nargs="?", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
+        if options.plan and options.after:
+            options.also += gpu_plan.unexplained(options.after, options.plan)
         options.chosen = gpu_plan.chosen_run(options.run, options.also, options.only)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     return options
 

@@ -140,9 +140,7 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "training-compiled": official_training(large, compiled=True),
         "cases-compiled": [case(*each, compiled=True) for each in WITH_COMPILED_PEERS],
         **{f"day-{method}": day(gpu_day.Day(method, device)) for method in gpu_day.METHODS},
-        "commands": [
-            each for method in gpu_day.METHODS[: 1 if small else None] for each in day(gpu_day.Commands(method, device))
-        ],
+        **{f"commands-{method}": day(gpu_day.Commands(method, device)) for method in gpu_day.METHODS},
         "first-steps": [job(f"K={size.classes}", gpu_user.first_training_steps, size, device) for size in both],
         "first-official-steps": [
             job(f"K={size.classes}", gpu_user.first_official_steps, size, device) for size in both

@@ -41,6 +41,9 @@ TRITON_CACHE = "triton-cache.tar.gz"  # among the results
 WHEELS, CARRIED_CACHE = ".whl", f".{TRITON_CACHE}"  # in the checkout, ignored by git
 
 
+COMMAND_SECONDS = 570.0  # that a run may take: a command on a rented machine has 10 minutes
+
+
 def _alone(*groups: Group) -> tuple[tuple[Group, ...], ...]:
     return tuple((group,) for group in groups)
 
@@ -81,9 +84,10 @@ RUNS = {
         400,
         (
             tuple(
-                Group(name, 120)
+                Group(name, 120, {"OMP_NUM_THREADS": "1"})  # as many threads as groups
                 for name in (
-                    *("day-gaussian", "day-hgad", "day-vqflow", "commands"),
+                    *("day-gaussian", "day-hgad", "day-vqflow"),
+                    *("commands-gaussian", "commands-hgad", "commands-vqflow"),
                     *("first-steps", "first-official-steps", "first-scores"),
                 )
             ),
@@ -102,7 +106,7 @@ RUNS = {
         _alone(
             Group("user-training-40-classes", 75),
             Group("native", 70),
-            Group("methods", 60),
+            Group("methods", 90),
         ),
     ),
     "rest": Run(
@@ -141,15 +145,26 @@ def chosen_run(name: str | None, also: Sequence[str] = (), only: Sequence[str] =
     return Run(sum(run.seconds for run in runs), sum((run.phases for run in runs), ()) + more)
 
 
-def unexplained(results: Path) -> list[str]:
-    """Return the groups of a result file that did not finish, found something wrong, or a figure below its target."""
+def unexplained(results: Path, plan: str) -> list[str]:
+    """Return the groups of a result file that did not finish or found something wrong, and behind them those that found
+    a figure below its target.
+
+    Args:
+        results: of the first run of a plan.
+        plan: its name in `PLANS`.
+
+    Raises:
+        ValueError: they are of none of the groups of that run.
+    """
     document: dict[str, Any] = json.loads(results.read_text())
+    groups: dict[str, Any] = document["groups"]
+    first = PLANS[plan][0]
+    if groups and not {group.name for group in RUNS[first].groups} & groups.keys():
+        known = ", ".join(f"--plan {name} after run {runs[0]}" for name, runs in PLANS.items())
+        raise ValueError(f"--after {results} has no group of run {first}; a plan goes on after its first run: {known}")
+    failed = [name for name, group in groups.items() if group["ended"] != FINISHED or not group["passed"]]
     missing = {figure["group"] for figure in document.get("figures", ()) if figure.get("misses")}
-    return [
-        name
-        for name, group in document["groups"].items()
-        if group["ended"] != FINISHED or not group["passed"] or name in missing
-    ]
+    return failed + [name for name in groups if name in missing and name not in failed]
 
 
 def result_name(run: str | None, commit: str) -> str:
@@ -162,7 +177,7 @@ def command(run: str, commit: str, also: Sequence[str] = (), more: str = "") -> 
     """Return the shell command of a run, for the repository's root on a machine without git; $OUT is where to write."""
     python = "${PYTHON:-python3}"
     cache = f" --triton-cache {CARRIED_CACHE}" if run != "1" else ""
-    others = f" --also {','.join(also)}" if also else ""
+    others = f" --also {','.join(also)} --seconds {_seconds(run, also):.0f}" if also else ""
     return (
         f'site=$(mktemp -d); {python} -m pip install -q --no-index --no-deps --no-compile --target "$site" '
         f"{WHEELS}/*.whl || echo 'There is no wheel of FrEIA here.'; "
@@ -171,10 +186,17 @@ def command(run: str, commit: str, also: Sequence[str] = (), more: str = "") -> 
     )
 
 
+def _seconds(run: str, also: Sequence[str]) -> float:
+    """Return the time of a run with the groups of `also` behind its own, as far as a command may take as long."""
+    groups = {group.name for group in RUNS[run].groups}
+    more = sum(GROUPS[name].seconds for name in dict.fromkeys(also) if name not in groups)
+    return min(RUNS[run].seconds + more, COMMAND_SECONDS)
+
+
 def plan_text(plan: str, commit: str, also: Sequence[str] = (), more: str = "") -> str:
     """Return the two runs of a plan as shell commands, and in comments what to do before and between them."""
     first, second = PLANS[plan]
-    limits = {run: f"{RUNS[run].seconds:.0f} s at most" for run in (first, second)}
+    limits = {run: f"{_seconds(run, names):.0f} s at most" for run, names in ((first, ()), (second, also))}
     result, another = result_name(first, commit), "" if plan == "kernels" else f" {plan}"
     cache = "" if first == "1" else f", and {CARRIED_CACHE} if an earlier run of these kernels left one"
     changed = (

@@ -7,6 +7,7 @@ anew whenever one has ended: at any moment the files hold what is known.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -166,6 +167,8 @@ def carry_out(
 ) -> None:
     """Run the groups in their order until the run's time is over.
 
+    A group may take longer than its limit by what all that are still to come leave of the run's time.
+
     Args:
         run: what is to be done.
         report: takes in what is found.
@@ -176,7 +179,7 @@ def carry_out(
     end = clock() + run.seconds
     cache = work / CACHE
     cache.mkdir(exist_ok=True)
-    for phase in run.phases:
+    for number, phase in enumerate(run.phases):
         now = clock()
         if now >= end:
             for group in phase:
@@ -184,12 +187,14 @@ def carry_out(
                 report.left_out.append(f"{group.name}: everything ({NO_TIME})")
             report.save()
             continue
+        needed = sum(max(group.seconds for group in each) for each in run.phases[number:])
+        spare = max(end - now - needed, 0.0) if needed < math.inf else 0.0
         threads = str(max((os.cpu_count() or 1) // len(phase), 1))
         environment = {"OMP_NUM_THREADS": threads, **os.environ, "TRITON_CACHE_DIR": str(cache)}
         children: list[Child] = []
         try:
             for group in phase:
-                deadline = min(end, now + group.seconds)
+                deadline = min(end, now + group.seconds + spare)
                 children.append(Child(group, command(group), work, environment, deadline))
             _watch(children, report, clock)
         finally:

@@ -78,16 +78,16 @@ def test_what_is_worth_most_comes_first_and_fits_the_time() -> None:
 def test_a_users_day_comes_first_beside_what_compiles_and_then_what_is_wanted_most() -> None:
     side_by_side, *others = RUNS["3"].phases
     assert [group.name for group in side_by_side] == [
-        *("day-gaussian", "day-hgad", "day-vqflow", "commands"),
+        *("day-gaussian", "day-hgad", "day-vqflow", "commands-gaussian", "commands-hgad", "commands-vqflow"),
         *("first-steps", "first-official-steps", "first-scores"),
     ]
+    assert all(group.environment == {"OMP_NUM_THREADS": "1"} for group in side_by_side)
     names = [phase[0].name for phase in others]
     assert names == ["user-training", "validation", "scorer", "largest-batch", "user-scoring"]
     few, many = (gpu_jobs.jobs(f"user-training{more}", CUDA) for more in ("", "-40-classes"))
     assert [job.name for job in few] == [job.name for job in many]
     assert [group.name for group in RUNS["4"].groups] == ["user-training-40-classes", "native", "methods"]
-    left = RUNS["4"].seconds - sum(group.seconds for group in RUNS["4"].groups)
-    assert left >= 60  # for what run 3 leaves to be explained
+    assert GROUPS["methods"].seconds == 90
 
 
 @pytest.mark.parametrize("plan", gpu_plan.PLANS)
@@ -118,7 +118,7 @@ def test_what_run_1_left_unexplained_joins_run_2(tmp_path: Path, capsys: pytest.
     }
     (tmp_path / "r.json").write_text(json.dumps({"groups": groups}))
     assert gpu.main(["--plan", "--commit", COMMIT, "--after", str(tmp_path / "r.json")]) == 0
-    assert commands(capsys.readouterr().out)[1].endswith("--also million,check-flow")
+    assert commands(capsys.readouterr().out)[1].endswith("--also million,check-flow --seconds 485")  # 270 + 75 + 140
     chosen = gpu_plan.chosen_run("2", ["million", "waits", "million"])
     assert [group.name for group in chosen.groups] == [*(group.name for group in RUNS["2"].groups), "million"]
     assert [group.name for group in gpu_plan.chosen_run(None).groups] == [
@@ -136,7 +136,29 @@ def test_what_run_3_left_short_of_a_target_joins_run_4(tmp_path: Path, capsys: p
     ]
     (tmp_path / "r.json").write_text(json.dumps({"groups": groups, "figures": figures}))
     assert gpu.main(["--plan", "user", "--commit", COMMIT, "--after", str(tmp_path / "r.json")]) == 0
-    assert commands(capsys.readouterr().out)[1].endswith("--also user-training,validation,day-hgad")
+    assert commands(capsys.readouterr().out)[1].endswith(  # what failed, then what fell short
+        "--also day-hgad,user-training,validation --seconds 520"
+    )
+
+
+def test_a_second_run_takes_no_longer_than_a_command_may() -> None:
+    also = [group.name for group in RUNS["3"].groups]
+    assert gpu_plan.command("4", COMMIT, also).endswith(" --seconds 570")
+    assert "# Run 4, 570 s at most." in gpu_plan.plan_text("user", COMMIT, also)
+    assert gpu_plan.command("4", COMMIT, ["native"]).endswith(" --also native --seconds 270")  # it is there already
+    assert "--seconds" not in gpu_plan.command("4", COMMIT)
+
+
+def test_results_of_another_plan_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"groups": {"day-hgad": {"ended": FINISHED, "seconds": 1, "passed": False}}}))
+    for plan, after, words in (
+        (["--plan"], path, "has no group of run 1; a plan goes on after its first run: --plan kernels after run 1, "),
+        (["--plan", "user"], tmp_path / "none.json", "none.json"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.main([*plan, "--commit", COMMIT, "--after", str(after)])
+        assert words in capsys.readouterr().err
 
 
 def test_a_figure_says_whether_it_reaches_its_target() -> None:
@@ -209,8 +231,9 @@ class Clock:
 
 def test_a_group_that_dies_or_hangs_costs_itself_alone(tmp_path: Path) -> None:
     """What was found before is kept, what was not done is named, and no process is left."""
-    groups = {name: Group(name, 100) for name in ("dies", "hangs", "fails", "works")}
-    run = Run(1e9, ((groups["dies"],), (groups["hangs"],), (groups["fails"], groups["works"])))
+    limits = {"dies": 1, "hangs": 1, "fails": 2e6, "works": 2e6}
+    groups = {name: Group(name, seconds) for name, seconds in limits.items()}
+    run = Run(2e6, ((groups["dies"],), (groups["hangs"],), (groups["fails"], groups["works"])))
     report = gpu_processes.Report(tmp_path / "out", "gpu-1-x", {"commit": "x"})
     (tmp_path / "work").mkdir()
     gpu_processes.carry_out(run, report, child(tmp_path), tmp_path / "work", Clock(tmp_path / "hangs for ever"))
@@ -264,6 +287,31 @@ def test_when_the_time_is_up_the_groups_left_are_named_and_nothing_is_passed(tmp
     written = read(tmp_path / "out" / "gpu-2-x.json")
     assert written["left_out"] == [f"{name}: everything (no time was left)" for name in "abc"]
     assert {group["ended"] for group in written["groups"].values()} == {"no time was left"}
+
+
+def test_time_that_no_group_needs_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its limit, and what the rest of the run leaves; no less if the run is late."""
+    deadlines: dict[str, float] = {}
+
+    class Stub:
+        def __init__(self, group: Group, command: Any, folder: Any, environment: Any, deadline: float) -> None:
+            deadlines[group.name] = deadline
+
+        def end(self) -> None: ...
+        def report_to(self, report: Any, reason: str) -> None: ...
+
+    monkeypatch.setattr(gpu_processes, "Child", Stub)
+    monkeypatch.setattr(gpu_processes, "_watch", lambda *_: None)
+    run = Run(100, ((Group("a", 30), Group("b", 20)), (Group("c", 40),), (Group("d", 20),)))
+    report = gpu_processes.Report(tmp_path / "out", "gpu-4-x", {})
+    for moments, expected in (
+        ((0, 0, 10, 20), {"a": 40, "b": 30, "c": 80, "d": 100}),  # 10 left, then 30, then 60
+        ((0, 0, 50, 90), {"a": 40, "b": 30, "c": 90, "d": 100}),
+    ):
+        gpu_processes.carry_out(run, report, lambda group: [], tmp_path, iter(map(float, moments)).__next__)
+        assert deadlines == expected
+    gpu_processes.carry_out(run.without_limits(), report, lambda group: [], tmp_path, lambda: 0.0)
+    assert set(deadlines.values()) == {math.inf}
 
 
 def test_a_process_that_says_nothing_is_no_success(tmp_path: Path) -> None:
@@ -397,14 +445,13 @@ def test_both_commands_run_as_they_are_printed(run: str, tmp_path: Path, capsys:
         assert any("3 stages" in figure["name"] for figure in written["figures"])
 
 
-USER = [group.name for run in gpu_plan.PLANS["user"] for group in RUNS[run].groups if "40" not in group.name]
+ALIKE = ("user-training-40-classes", "commands-hgad", "commands-vqflow")  # what they do others do with other values
+USER = [group.name for run in gpu_plan.PLANS["user"] for group in RUNS[run].groups if group.name not in ALIKE]
 
 
 @pytest.mark.parametrize("group", ["compile", "scoring", "kernels", *USER])
 def test_jobs_of_the_other_groups_run(group: str, tmp_path: Path) -> None:
-    """Those of runs 3 and 4, and the rest, but for the cases, of which test_bench.py runs each, and 40 classes, which
-    have the jobs that few have.
-    """
+    """Those of runs 3 and 4, and the rest, but for the cases, of which test_bench.py runs each, and what is `ALIKE`."""
     todo = gpu_jobs.jobs(group, CPU, small=True)
     assert gpu_jobs.carry_out_jobs(todo, CPU, tmp_path / "r.json") == 0
     written = read(tmp_path / "r.json")
