@@ -105,7 +105,7 @@ RUNS = {
         270,
         _alone(
             Group("user-training-40-classes", 75),
-            Group("native", 70),
+            Group("native", 90),
             Group("methods", 90),
         ),
     ),
