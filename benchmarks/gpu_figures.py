@@ -41,6 +41,21 @@ BACKBONE_ALONE = "from normalised images on the device to features, without the 
 EVERYTHING = "memory, everything counted"  # the allocator's peak: what was there before the work, too
 
 
+def peer_name() -> str:
+    """Return what the peer is called: without FrEIA the flow is our definition of it."""
+    return "official" if has_freia() else "definition"
+
+
+def peer_precisions(device: torch.device) -> tuple[str, ...]:
+    """Return the precisions in which the official code is timed, the one that it is fastest in first."""
+    return ("tf32", "fp32") if device.type == "cuda" else ("fp32",)
+
+
+def recommended(device: torch.device) -> str:
+    """Return the precision that a user is to choose: on a CPU only some have instructions for bf16."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 # ---- kernels on the device alone
 
 
@@ -271,7 +286,7 @@ def _one_after_the_other(levels: Iterable[cases.Contender]) -> None:
 def split_of_a_step(size: Size, device: torch.device, rounds: int = 10) -> list[Figure]:
     """Split the time of an eager step into its parts, as the device sees it; the loader takes the host's time."""
     images = Images(size)
-    step = Step(three_levels(size, device, "bf16" if device.type == "cuda" else "fp32"), Processes())
+    step = Step(three_levels(size, device, recommended(device)), Processes())
     model, pinned = step.model, device.type == "cuda"
     parts: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
@@ -338,7 +353,7 @@ def waits_of_a_step(size: Size, device: torch.device, steps: int = 5) -> Iterato
     images = Images(size)
     cuda = device.type == "cuda"
     for graph in _graph_choices(device):
-        step = Step(three_levels(size, device, "bf16" if cuda else "fp32"), Processes(), graph)
+        step = Step(three_levels(size, device, recommended(device)), Processes(), graph)
         work = functools.partial(step, images.images, images.labels, 2, RATE)
         for _ in range(EAGER_STEPS + 2):
             work()
@@ -397,7 +412,7 @@ def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> Iter
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     label = "largest batch in 16 GB"
     counts: dict[str, int] = {}
-    peer = "official" if has_freia() else "definition"
+    peer = peer_name()
     steps = {"ours, bf16": _our_step, peer: _official_step, "ours, fp32": _our_step}
     for name, make in steps.items():
         step = make(size, device, name.rpartition(" ")[2])
@@ -412,7 +427,7 @@ def largest_batches(size: Size, device: torch.device, limit: int = 8192) -> Iter
         yield Figure(f"{label}, {name}", counts[name], "images")
         if name == peer:
             ratio = counts["ours, bf16"] / max(counts[peer], 1)
-            target = 7 if has_freia() else -math.inf
+            target = 7 if peer == "official" else -math.inf
             yield Figure(f"{label}, ours, bf16, over the {peer}", ratio, "x", at_least=target)
         del step
         timing.release_memory(device)
@@ -538,7 +553,7 @@ def share_in_order(scores: Tensor, is_positive: Tensor) -> float:
 
 def scoring_times(size: Size, device: torch.device, frames: int = 50, enlarged: int = 8) -> Iterator[Figure]:
     """Time the way from features to a verdict, label-free and calibrated, at the usual and at an enlarged size."""
-    model = three_levels(size, device, "bf16" if device.type == "cuda" else "fp32").eval()
+    model = three_levels(size, device, recommended(device)).eval()
     calibrate_on_noise(model, size)
     for name, factor, count in (("an image", 1, frames), (f"an image {enlarged} times as wide", enlarged, 3)):
         maps = [(h * factor, w * factor) for h, w in Images(replace(size, images=1)).maps]
@@ -570,7 +585,7 @@ def scorer_times(device: torch.device, small: bool = False) -> Iterator[Figure |
         yield LeftOut("Scorer", "timm is not installed; see features to map")
         return
     backbone, side = ("test_efficientnet", 64) if small else ("tf_efficientnet_b6", 1024)
-    settings: dict[str, Any] = {"precision": "bf16" if device.type == "cuda" else "fp32", "backbone_arch": backbone}
+    settings: dict[str, Any] = {"precision": recommended(device), "backbone_arch": backbone}
     if small:
         settings |= {"out_indices": (1,), "coupling_layers": 2, "pos_embed_dim": 8}
     model = latency.model_for(side, device, **settings)

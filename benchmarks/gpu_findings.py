@@ -74,6 +74,11 @@ class LeftOut:
         return f"{self.name} ({self.why})"
 
 
+def first_line(error: Exception) -> str:
+    """Return what a note says of an error."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _finite(value: float | None) -> float | None:
     """Return the value, None for infinity and NaN, which JSON has not."""
     return value if value is not None and math.isfinite(value) else None

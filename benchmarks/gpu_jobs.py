@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import gpu_checks, gpu_day, gpu_figures, gpu_user
 from benchmarks.gpu_checks import SIZES
-from benchmarks.gpu_findings import Check, Figure, LeftOut
+from benchmarks.gpu_findings import Check, Figure, LeftOut, first_line
 from benchmarks.gpu_plan import CASES
 from benchmarks.gpu_processes import replacing
 from hgad_fast.bench import cases, measure, results
@@ -70,20 +70,20 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         ]
 
     def official_training(size: Size, compiled: bool = False) -> list[Job]:
-        precisions = ("tf32", "fp32") if device.type == "cuda" else ("fp32",)
+        precisions = gpu_figures.peer_precisions(device)
         section = gpu_figures.official_training_times
         return [
             job(f"official steps, {precision}", section, size, device, precision, compiled, few)
             for precision in precisions[: 1 if compiled else None]
         ]
 
-    def day(steps: gpu_day.Day | gpu_day.Commands) -> list[Job]:
-        return [Job(name, step) for name, step in steps.steps.items()]
+    def in_steps(steps: dict[str, Callable[[], Iterable[Found]]]) -> list[Job]:
+        return [Job(*step) for step in steps.items()]
 
     def user_training(size: Size) -> list[Job]:
         return [
             job("FrEIA", _official_is_there),
-            *(Job(*step) for step in gpu_user.TrainingRates(size, device, images, rounds).steps.items()),
+            *in_steps(gpu_user.TrainingRates(size, device, images, rounds).steps),
             job("split of a step", gpu_figures.split_of_a_step, size, device, rounds),
             job("busy share", gpu_figures.waits_of_a_step, size, device),
         ]
@@ -139,8 +139,8 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "training-40-classes": [*training(more_classes), *official_training(more_classes)],
         "training-compiled": official_training(large, compiled=True),
         "cases-compiled": [case(*each, compiled=True) for each in WITH_COMPILED_PEERS],
-        **{f"day-{method}": day(gpu_day.Day(method, device)) for method in gpu_day.METHODS},
-        **{f"commands-{method}": day(gpu_day.Commands(method, device)) for method in gpu_day.METHODS},
+        **{f"day-{method}": in_steps(gpu_day.Day(method, device).steps) for method in gpu_day.METHODS},
+        **{f"commands-{method}": in_steps(gpu_day.Commands(method, device).steps) for method in gpu_day.METHODS},
         "first-steps": [job(f"K={size.classes}", gpu_user.first_training_steps, size, device) for size in both],
         "first-official-steps": [
             job(f"K={size.classes}", gpu_user.first_official_steps, size, device) for size in both
@@ -148,9 +148,9 @@ def jobs(group: str, device: torch.device, small: bool = False) -> list[Job]:
         "first-scores": [job("scores", gpu_user.first_scores, large, device)],
         "user-training": user_training(large),
         "user-training-40-classes": user_training(more_classes),
-        "validation": [Job(*step) for step in gpu_user.ValidationTimes(large, device, rounds).steps.items()],
+        "validation": in_steps(gpu_user.ValidationTimes(large, device, rounds).steps),
         "user-scoring": [job("HGAD from pixels", gpu_user.hgad_scoring, device, small)],
-        "native": [Job(*step) for step in gpu_user.Native(device, small).steps.items()],
+        "native": in_steps(gpu_user.Native(device, small).steps),
         "methods": [job(name, gpu_user.method_scoring, name, device, small) for name in gpu_user.SCORED],
         "small-checks": against_float64(*every_check, sizes=SIZES[1:2]),
         "sanitizer": [job("compute-sanitizer", gpu_checks.check_memory)],
@@ -251,8 +251,7 @@ def carry_out_jobs(todo: list[Job], device: torch.device, path: Path) -> int:
                 findings.save()
         except Exception as error:  # a crash is a finding, and no reason to lose the other jobs
             traceback.print_exc()
-            note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            findings.add(Check(f"{job.name} runs", 1, 0, note))
+            findings.add(Check(f"{job.name} runs", 1, 0, first_line(error)))
             findings.save()
             if not _usable(device):
                 print("the device is lost to this process", flush=True)

@@ -28,16 +28,18 @@ from benchmarks.gpu_figures import (
     frame_memory,
     measured_step,
     official_training_times,
+    peer_name,
+    peer_precisions,
+    recommended,
     three_levels,
 )
-from benchmarks.gpu_findings import Check, Figure
+from benchmarks.gpu_findings import Check, Figure, first_line
 from hgad_fast import GaussianConfig, HGADConfig, Scorer, VQFlowConfig
 from hgad_fast.bench import cases, measure, timing
 from hgad_fast.bench.cases import Size
 from hgad_fast.bench.official import (
     OfficialLevel,
     dense_position,
-    has_freia,
     official_loss,
     official_map,
     official_scores,
@@ -61,22 +63,7 @@ def over(name: str, ours: float | None, theirs: float | None, at_least: float = 
     """Return ours over the peer's; None where one of them could not be measured. No other peer has a target."""
     ratio = ours / theirs if ours and theirs else None
     note = "" if ratio else "one of them could not be measured"
-    return Figure(name, ratio, "x", note, at_least=at_least if has_freia() else -math.inf)
-
-
-def peer_name() -> str:
-    """Return what the peer is called: without FrEIA the flow is our definition of it."""
-    return "official" if has_freia() else "definition"
-
-
-def peer_precisions(device: torch.device) -> tuple[str, ...]:
-    """Return the precisions in which the official code is timed, the one that it is fastest in first."""
-    return ("tf32", "fp32") if device.type == "cuda" else ("fp32",)
-
-
-def recommended(device: torch.device) -> str:
-    """Return the precision that a user is to choose: on a CPU only some have instructions for bf16."""
-    return "bf16" if device.type == "cuda" else "fp32"
+    return Figure(name, ratio, "x", note, at_least=at_least if peer_name() == "official" else -math.inf)
 
 
 # ---- before anything is timed
@@ -537,8 +524,3 @@ class Native:
             yield from self.from_pixels(way, None, tiles="never", max_memory="128GB")
         except (RuntimeError, ValueError) as error:  # no memory, tensors of more than 2**31 elements, or refused
             yield Figure(f"{self.label}, {way}, time", None, "s", first_line(error))
-
-
-def first_line(error: Exception) -> str:
-    """Return what a note says of an error."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

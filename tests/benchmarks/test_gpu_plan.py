@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_jobs, gpu_plan, gpu_processes, gpu_user, triton_cache
+from benchmarks import gpu, gpu_figures, gpu_jobs, gpu_plan, gpu_processes, gpu_user, triton_cache
 from benchmarks.gpu_findings import Check, Figure, LeftOut
 from benchmarks.gpu_plan import CASES, FINISHED, GROUPS, RUNS, Group, Run
 from hgad_fast import HGADConfig
@@ -512,8 +512,8 @@ def test_a_side_that_was_not_measured_costs_the_ratio_alone() -> None:
 
 def test_a_peer_that_is_not_official_has_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_there, name in ((True, "official"), (False, "definition")):
-        monkeypatch.setattr(gpu_user, "has_freia", lambda is_there=is_there: is_there)
-        assert gpu_user.peer_name() == name and gpu_user.over("a", 1.0, 1.0, 2).misses == is_there
+        monkeypatch.setattr(gpu_figures, "has_freia", lambda is_there=is_there: is_there)
+        assert gpu_figures.peer_name() == name and gpu_user.over("a", 1.0, 1.0, 2).misses == is_there
 
 
 def test_without_a_gpu_it_says_so_at_once() -> None:

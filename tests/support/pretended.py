@@ -2,7 +2,8 @@
 
 Whatever would run on the device is computed by torch's CPU kernels, and kernels of ours by Triton's interpreter. So the
 library can take all its branches for a GPU from end to end, on any machine, with real values. Found are: tensors of two
-devices in one operation, values read on the host without a copy, and in a recorded graph, what cannot be recorded.
+devices in one operation, values read on the host without a copy, in a recorded graph what cannot be recorded, and what
+makes the host wait.
 Not found is what only hardware shows: rounding, races, memory, speed. There is one device, "cuda:0"; streams and events
 order nothing, as everything is done at once.
 """
